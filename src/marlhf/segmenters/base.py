@@ -1,0 +1,140 @@
+"""The segmenter contract: a ResponseBatch in, `starts [B,T]` out.
+
+A segmenter is any callable `ResponseBatch -> starts`; True means "a macro action starts at this
+token". The built-in ones are frozen dataclasses whose fields are their configuration. `validate`
+is run by the trainer on every result, so that a wrong segmenter fails loudly and by name.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlhf.registry import Registry, Spec, construct, split_spec
+from marlhf.types import ResponseBatch, UserError
+
+SegmenterFn = Callable[[ResponseBatch], Tensor]
+
+SEGMENTERS = Registry(
+    kind="segmenter",
+    group="marlhf.segmenters",
+    factories={
+        "token": "marlhf.segmenters.ngram.Token",
+        "ngram": "marlhf.segmenters.ngram.NGram",
+        "random_ngram": "marlhf.segmenters.ngram.RandomNGram",
+        "sequence": "marlhf.segmenters.ngram.Sequence",
+        "perplexity": "marlhf.segmenters.perplexity.Perplexity",
+        "word": "marlhf.segmenters.text.Word",
+        "sentence": "marlhf.segmenters.text.Sentence",
+        "line": "marlhf.segmenters.text.Line",
+        "parsing": "marlhf.segmenters.parsing.Parsing",
+        "union": "marlhf.segmenters.base.Union",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Segmenter(abc.ABC):
+    """Base of the built-in segmenters: a boundary rule plus a cap on the length of macro actions.
+
+    max_length: split any longer macro action every `max_length` tokens; None for no cap.
+    """
+
+    max_length: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length: given {self.max_length}, must be at least 1")
+
+    @abc.abstractmethod
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        """`[B,T]` bool before the cap; values outside the mask and at token 0 do not matter."""
+
+    def __call__(self, batch: ResponseBatch) -> Tensor:
+        """`[B,T]` bool: where macro actions start. An empty response has no start."""
+        return close(self.starts(batch), batch.response_mask, self.max_length)
+
+
+def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) -> Tensor:
+    """Make any `[B,T]` bool boundaries a valid segmentation: nothing on padding, the first
+    response token a start, and no macro action longer than `max_length` tokens."""
+    starts = starts & response_mask
+    starts[:, :1] = response_mask[:, :1]
+    if max_length is None:
+        return starts
+    positions = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    last_start = torch.where(starts, positions, -1).cummax(1).values
+    return ((positions - last_start) % max_length == 0) & response_mask
+
+
+def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
+    """`starts` unchanged, or a UserError that names the segmenter and its fault."""
+    mask = batch.response_mask
+    if not isinstance(starts, Tensor):
+        raise UserError(f"segmenter {name}: returned {type(starts).__name__}, must be a bool tensor")
+    if starts.shape != mask.shape:
+        raise UserError(f"segmenter {name}: starts has shape {tuple(starts.shape)}, must be "
+                        f"{tuple(mask.shape)}, one entry a response token")
+    if starts.dtype != torch.bool:
+        raise UserError(f"segmenter {name}: starts is {starts.dtype}, must be torch.bool")
+    starts = starts.to(mask.device)
+    if (fault := (starts & ~mask).any(1)).any():
+        row = int(fault.nonzero()[0])
+        raise UserError(f"segmenter {name}: row {row} has a start on padding, beyond its "
+                        f"{int(mask[row].sum())} response tokens")
+    if (fault := mask[:, 0] & ~starts[:, 0] if mask.shape[1] else mask.any(1)).any():
+        row = int(fault.nonzero()[0])
+        raise UserError(f"segmenter {name}: the first response token of row {row} is not a start")
+    return starts
+
+
+@dataclass(frozen=True)
+class Union(Segmenter):
+    """A boundary wherever any of several segmenters has one.
+
+    of: segmenters, or their specs as in YAML: `{name: union, of: [{name: ngram, n: 5}, sentence]}`.
+    """
+
+    of: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.of, str) or len(self.of) == 0:
+            raise UserError(f"of: given {self.of!r}, must be a list of segmenters")
+        object.__setattr__(self, "of", tuple(build_segmenter(s) for s in self.of))
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        found = torch.zeros_like(batch.response_mask)
+        for segmenter in self.of:
+            found = found | validate(segmenter(batch), batch, segmenter_name(segmenter))
+        return found
+
+
+def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
+    """A segmenter from a name, an import path, a mapping with `name`, or itself.
+
+    A class is built with the mapping's other keys; a plain function is used as it is (with
+    arguments, they are bound to it). Raises UserError.
+    """
+    if not isinstance(spec, str | dict):
+        if not callable(spec):
+            raise UserError(f"segmenter: given {spec!r}, must be a name, a mapping or a callable")
+        return spec
+    name, arguments = split_spec(spec, "segmenter")
+    factory = SEGMENTERS.find(name)
+    if isinstance(factory, type):
+        return construct(factory, arguments, f"segmenter {name}")
+    if arguments:
+        raise UserError(f"segmenter {name}: is not a class and takes no arguments; given "
+                        f"{', '.join(arguments)}")
+    return factory
+
+
+def segmenter_name(segmenter: SegmenterFn) -> str:
+    """What messages call a segmenter: a dataclass by its fields, a function by its name."""
+    return getattr(segmenter, "__name__", None) or repr(segmenter)

@@ -1,0 +1,86 @@
+"""Segmenters that count tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlhf.segmenters.base import Segmenter
+from marlhf.types import ResponseBatch, UserError
+
+
+@dataclass(frozen=True)
+class Token(Segmenter):
+    """Every token is a macro action: token-level PPO."""
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        return batch.response_mask.clone()
+
+
+@dataclass(frozen=True)
+class Sequence(Segmenter):
+    """The whole response is one macro action: the contextual bandit."""
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        return torch.zeros_like(batch.response_mask)
+
+
+@dataclass(frozen=True)
+class NGram(Segmenter):
+    """Every `n` tokens (MA-RLHF section 3.2, "fixed n-gram"; the paper uses 3, 5 and 10)."""
+
+    n: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n < 1:
+            raise UserError(f"n: given {self.n}, must be at least 1")
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        positions = torch.arange(batch.response_mask.shape[1], device=batch.response_mask.device)
+        return (positions % self.n == 0).expand_as(batch.response_mask)
+
+
+@dataclass(frozen=True)
+class RandomNGram(Segmenter):
+    """Lengths drawn uniformly from a list (MA-RLHF section 3.2, "randomized n-gram").
+
+    lengths   the lengths to draw from
+    seed      added to the run's seed; a row's draws depend on (seed, step, row id) alone, so that
+              they are the same on every rank layout and after a resume
+    """
+
+    lengths: tuple[int, ...] = (2, 3, 5, 10)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        if not self.lengths or min(self.lengths) < 1:
+            raise UserError(f"lengths: given {list(self.lengths)}, must be lengths of at least 1")
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        starts = torch.zeros_like(batch.response_mask)
+        choices = torch.tensor(self.lengths)
+        draws = starts.shape[1] // min(self.lengths) + 1
+        for row, row_id in enumerate(batch.rows):
+            generator = torch.Generator().manual_seed(
+                row_seed(batch.seed + self.seed, batch.step, row_id)
+            )
+            picks = torch.randint(len(choices), (draws,), generator=generator)
+            ends = choices[picks].cumsum(0)
+            starts[row, ends[ends < starts.shape[1]].to(starts.device)] = True
+        return starts
+
+
+def row_seed(seed: int, step: int, row_id: int) -> int:
+    """A well-mixed 63-bit seed for one row of one step (splitmix64 over the three)."""
+    state = 0
+    for part in (seed, step, row_id):
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,130 @@
+"""Records that flow through the library, and the names of their axes.
+
+Axes, used as suffixes where a token and a macro version of a quantity meet:
+
+    B  responses in a batch          T  response tokens, right-padded
+    P  prompt tokens, left-padded    M  macro actions, right-padded
+    V  vocabulary                    H  hidden size
+
+Masks are bool and True means "keep". Every record is frozen: a stage makes a new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlhf.tokenization import Span, decode_with_offsets
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message says what, and what is possible.
+
+    The command line prints it as one line and exits with status 2.
+    """
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """What a segmenter sees: responses only, never the prompts.
+
+    token_ids      [B,T] int64, the sampled tokens, anything beyond the mask
+    response_mask  [B,T] bool, a prefix of True in each row (an empty response has none)
+    logprobs       [B,T] log pi(token), nats, or None where the caller has no policy
+    ref_logprobs   [B,T] the same under the reference, or None
+    row_ids        [B] int64, index of each row in the global batch of this step
+    step, seed     with a row id they fix every random draw for that row
+    tokenizer      needed by segmenters that read text
+    """
+
+    token_ids: Tensor
+    response_mask: Tensor
+    logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    row_ids: Tensor | None = None
+    step: int = 0
+    seed: int = 0
+    tokenizer: Any = None
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens in each response."""
+        return self.response_mask.sum(1).tolist()
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Decoded responses, special tokens left out."""
+        return [text for text, _ in self._decoded]
+
+    @cached_property
+    def offsets(self) -> list[list[Span]]:
+        """For each response the half-open character span in `texts` that each token wrote."""
+        return [spans for _, spans in self._decoded]
+
+    @cached_property
+    def _decoded(self) -> list[tuple[str, list[Span]]]:
+        if self.tokenizer is None:
+            raise UserError("this segmenter reads text, but the ResponseBatch has no tokenizer")
+        rows = zip(self.token_ids.tolist(), self.lengths, strict=True)
+        return [decode_with_offsets(self.tokenizer, ids[:length]) for ids, length in rows]
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """`row_ids` as a list; 0..B-1 where none were given."""
+        if self.row_ids is None:
+            return list(range(self.token_ids.shape[0]))
+        return self.row_ids.tolist()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sampled responses.
+
+    prompt_ids     [B,P] int64, left-padded; prompt_mask [B,P] bool
+    response_ids   [B,T] int64, right-padded; response_mask [B,T] bool, from the lengths known at
+                   generation, never from comparing tokens with the pad id
+    finished       [B] bool: ended by EOS or a stop string rather than by the length limit
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    finished: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64, tokens in each response."""
+        return self.response_mask.sum(1)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and responses side by side, as the models read them.
+
+    input_ids [B,P+T]; attention_mask [B,P+T] bool, True on the tokens of prompt and response;
+    response_mask [B,T].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[B,T]"""
+        return self.input_ids[:, -self.response_mask.shape[1] :]
+
+    @staticmethod
+    def of(generation: Generation) -> Sequences:
+        """Concatenate prompts and responses."""
+        g = generation
+        return Sequences(
+            torch.cat([g.prompt_ids, g.response_ids], 1),
+            torch.cat([g.prompt_mask, g.response_mask], 1),
+            g.response_mask,
+        )

@@ -420,9 +420,7 @@ def override(
     return result
 
 
-def load_config(
-    cls: type[Config], path: str | Path, overrides: Sequence[str] = ()
-) -> Config:
+def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides, check everything.
 
     Raises UserError with one line that names the key, what was given and what is possible.

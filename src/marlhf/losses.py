@@ -118,9 +118,7 @@ def kl_loss(
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """The k3 estimate of KL(policy || reference) a token, differentiable in `logprobs_BT`."""
-    difference = torch.where(
-        mask_BT, logprobs_BT - ref_logprobs_BT, torch.zeros_like(logprobs_BT)
-    )
+    difference = torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, torch.zeros_like(logprobs_BT))
     return k3(difference).sum() / _denominator(mask_BT, denominator)
 
 

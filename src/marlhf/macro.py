@@ -36,9 +36,7 @@ def macro_lengths(segment_ids: Tensor) -> Tensor:
     return _scatter_sum(torch.ones_like(segment_ids), segment_ids)
 
 
-def reduce(
-    x_BT: Tensor, segment_ids: Tensor, how: How = "equal", discount: float = 1.0
-) -> Tensor:
+def reduce(x_BT: Tensor, segment_ids: Tensor, how: How = "equal", discount: float = 1.0) -> Tensor:
     """One number for each macro action of length w, from its tokens' numbers x_0 .. x_(w-1).
 
     equal      sum_i x_i / w  (the paper's default for values)
@@ -49,7 +47,7 @@ def reduce(
                Sutton, Precup & Singh 1999; `discount` is used by this one only)
 
     Entries outside the mask (segment id -1) are ignored, even NaN. Returns [B,M] of x's dtype, 0
-    where there is no macro action. Source of the value weights: MA-RLHF (arXiv 2410.02743) sec. 3.3.
+    where there is no macro action. Source of the value weights: MA-RLHF (arXiv 2410.02743).
     """
     assert x_BT.shape == segment_ids.shape
     weights_BT = _weights(segment_ids, how, discount).to(x_BT.dtype)
@@ -79,7 +77,9 @@ def discounts(
         raise ValueError(f"how: given {how!r}, must be 'per_token' or 'per_macro'")
     lengths_BM = macro_lengths(segment_ids)
     exponents_BM = lengths_BM if how == "per_token" else torch.ones_like(lengths_BM)
-    powers_BM = torch.as_tensor(gamma, dtype=torch.float64, device=segment_ids.device) ** exponents_BM
+    powers_BM = (
+        torch.as_tensor(gamma, dtype=torch.float64, device=segment_ids.device) ** exponents_BM
+    )
     return torch.where(lengths_BM > 0, powers_BM, torch.zeros_like(powers_BM))
 
 

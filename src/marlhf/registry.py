@@ -89,8 +89,9 @@ def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
     arguments = dict(spec)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"{kind}: given {spec!r}, but a mapping needs a `name`, such as "
-                        "{name: ngram, n: 5}")
+        raise UserError(
+            f"{kind}: given {spec!r}, but a mapping needs a `name`, such as {{name: ngram, n: 5}}"
+        )
     return name, arguments
 
 
@@ -105,8 +106,9 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
     except TypeError:
         known = [n for n in signature.parameters if n != "self"]
         given = ", ".join(arguments) or "no argument"
-        raise UserError(f"{where}: given {given}; its parameters are "
-                        f"{', '.join(known) or 'none'}") from None
+        raise UserError(
+            f"{where}: given {given}; its parameters are {', '.join(known) or 'none'}"
+        ) from None
     try:
         if dataclasses.is_dataclass(factory):
             arguments = _checked(factory, arguments)

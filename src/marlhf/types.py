@@ -58,19 +58,24 @@ class ResponseBatch:
     @cached_property
     def texts(self) -> list[str]:
         """Decoded responses, special tokens left out."""
-        return [text for text, _ in self._decoded]
+        tokenizer = self._text_tokenizer()
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self._unpadded]
 
     @cached_property
     def offsets(self) -> list[list[Span]]:
         """For each response the half-open character span in `texts` that each token wrote."""
-        return [spans for _, spans in self._decoded]
+        tokenizer = self._text_tokenizer()
+        return [decode_with_offsets(tokenizer, ids)[1] for ids in self._unpadded]
 
     @cached_property
-    def _decoded(self) -> list[tuple[str, list[Span]]]:
+    def _unpadded(self) -> list[list[int]]:
+        rows = zip(self.token_ids.tolist(), self.lengths, strict=True)
+        return [ids[:length] for ids, length in rows]
+
+    def _text_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise UserError("this segmenter reads text, but the ResponseBatch has no tokenizer")
-        rows = zip(self.token_ids.tolist(), self.lengths, strict=True)
-        return [decode_with_offsets(self.tokenizer, ids[:length]) for ids, length in rows]
+        return self.tokenizer
 
     @cached_property
     def rows(self) -> list[int]:

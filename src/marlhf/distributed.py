@@ -1,0 +1,103 @@
+"""Processes and devices: the only module that knows accelerate and DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from marlhf.types import UserError
+
+
+class Distributed:
+    """This process among its peers. One process is the same code with a world of 1.
+
+    precision   "bf16" runs matrix products under autocast; weights stay as they were loaded
+    """
+
+    def __init__(self, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+        on_cpu = not torch.cuda.is_available()
+        handlers = []
+        if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # without a named backend accelerate leaves CPU ranks unconnected, and says nothing
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=handlers
+        )
+        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise UserError(
+                "DeepSpeed launches are not supported yet; use a plain multi-process one"
+            )
+        expected = int(os.environ.get("WORLD_SIZE", "1"))
+        assert self.world_size == expected, f"{self.world_size} of {expected} ranks are connected"
+
+    @property
+    def rank(self) -> int:
+        """0 .. world_size-1"""
+        return self._accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self._accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self._accelerator.device
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of `x` over ranks, on the device and of the dtype it came with."""
+        if self.world_size == 1:
+            return x
+        on_device = x.to(self.device)
+        total = self._accelerator.reduce(on_device, reduction="sum")
+        assert isinstance(total, Tensor)
+        return total.to(x.device)
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """The lists of all ranks, one after another in order of rank, on every rank."""
+        if self.world_size == 1:
+            return items
+        gathered: list[list[Any]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Model and optimiser, wrapped for training over ranks."""
+        if self.world_size == 1:
+            return model.to(self.device), optimizer
+        return self._accelerator.prepare(model, optimizer)
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around one micro-batch: gradients cross ranks after the last one only."""
+        with nullcontext() if last else self._accelerator.no_sync(model):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of the *sum* of all ranks' losses (DDP would average it)."""
+        (loss * self.world_size).backward()
+
+    def autocast(self) -> Any:
+        """Context of a forward pass at the configured precision."""
+        return self._accelerator.autocast()
+
+    def unwrap(self, model: nn.Module) -> Any:
+        """The module that `prepare` was given."""
+        return self._accelerator.unwrap_model(model)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._accelerator.wait_for_everyone()

@@ -1,0 +1,264 @@
+"""Model files -> policy, reference, critic and tokenizer, and back.
+
+A path is a hub name, a directory of safetensors, or a directory with one GGUF file. Everything that
+can be wrong with it short of the weights (`check_model`) is found before any weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from marlhf.config import LoraSettings, ModelSettings
+from marlhf.models import Critic, Policy, head_of, trunk_of
+from marlhf.types import UserError
+
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+def model_source(path: str, key: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for a model path.
+
+    Raises UserError, naming the configuration `key`, when a local path holds no model.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if not _HUB_NAME.match(path) or path.startswith("."):
+            raise UserError(
+                f"{key}: given {path!r}, which does not exist; must be a directory with "
+                "a model, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            )
+        return {"pretrained_model_name_or_path": path}
+    if not folder.is_dir():
+        raise UserError(f"{key}: given {path!r}, which is a file; must be the model's directory")
+    if (folder / "config.json").is_file():
+        return {"pretrained_model_name_or_path": str(folder)}
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files) or "neither"
+        raise UserError(
+            f"{key}: directory {path!r} must hold a config.json or exactly one .gguf "
+            f"file; found {found}"
+        )
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{key}: reading {files[0].name} needs: pip install 'marlhf[gguf]'"
+        ) from None
+    return {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0].name}
+
+
+def load_model_config(settings: ModelSettings, key: str = "model.path") -> Any:
+    """The model's configuration, with every dropout set to zero. Raises UserError."""
+    source = model_source(settings.path, key)
+    try:
+        config = AutoConfig.from_pretrained(
+            **source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot load {settings.path!r}: {_first_line(error)}") from None
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def load_tokenizer(settings: ModelSettings, key: str = "model.path") -> Any:
+    """The model's tokenizer. Raises UserError."""
+    source = model_source(settings.path, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            **source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}: cannot load the tokenizer of {settings.path!r}: {_first_line(error)}"
+        ) from None
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
+    return tokenizer
+
+
+def load_causal_lm(settings: ModelSettings, config: Any | None = None) -> PreTrainedModel:
+    """A causal LM with fp32 weights, whatever the checkpoint's dtype. Raises UserError."""
+    source = model_source(settings.path, "model.path")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **source,
+            config=config if config is not None else load_model_config(settings),
+            dtype=torch.float32,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path: cannot load {settings.path!r}: {_first_line(error)}"
+        ) from None
+    if "gguf_file" in source:
+        model = _without_quantization(model)
+    _check_head(model)
+    return model
+
+
+def add_adapter(model: Any, lora: LoraSettings, name: str, head: str = "CAUSAL_LM") -> Any:
+    """Freeze a model and add a LoRA adapter; a PEFT model gets one more. Raises UserError."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            task_type=head,
+            **{"lora_dropout": 0.0, **lora.extra},
+        )
+        if hasattr(model, "peft_config"):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.lora: {_first_line(error)}") from None
+    for parameter_name, parameter in model.named_parameters():
+        if any(f".{adapter}." in parameter_name for adapter in model.peft_config):
+            parameter.requires_grad_(True)
+    return model
+
+
+def load_classifier(settings: ModelSettings, key: str) -> PreTrainedModel:
+    """A one-label sequence classifier (a reward model) with fp32 weights. Raises UserError."""
+    config = load_model_config(settings, key)
+    if config.num_labels != 1:
+        raise UserError(f"{key}: {settings.path!r} has {config.num_labels} labels, must have 1")
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            **model_source(settings.path, key),
+            config=config,
+            dtype=torch.float32,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot load {settings.path!r}: {_first_line(error)}") from None
+
+
+def critic_from_classifier(model: Any) -> Critic:
+    """A critic that starts as a reward model: V of a prefix is its (centred) score."""
+    offset = float(getattr(model.config, "score_offset", 0.0))
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"critic.path: {type(model).__name__} has no linear `score` head; must be a "
+            "decoder-only sequence classifier"
+        )
+    return Critic(trunk_of(model), head, offset)
+
+
+def critic_from_policy(model: PreTrainedModel) -> Critic:
+    """A critic with a copy of the policy's trunk and a head of zeros."""
+    hidden_size = model.config.get_text_config().hidden_size
+    return Critic(copy.deepcopy(trunk_of(model)), _zero_head(hidden_size))
+
+
+def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:
+    """A critic that is one more adapter on the policy's frozen base, and a head of zeros."""
+    model = add_adapter(model, lora, "critic")
+    base = model.get_base_model()
+    hidden_size = base.config.get_text_config().hidden_size
+    return Critic(trunk_of(base), _zero_head(hidden_size), model=model, adapter="critic")
+
+
+def reference_of(policy: Policy) -> Policy:
+    """The policy as it is now, frozen: a copy, or with LoRA the shared base without adapter."""
+    if hasattr(policy.model, "peft_config"):
+        return Policy(policy.model, adapter=None)
+    return Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval()
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass (works in `train()` mode only)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
+    """What an optimiser should hold: all that requires a gradient, or one adapter and the head."""
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+        and (adapter is None or f".{adapter}." in name or name.startswith("head."))
+    ]
+
+
+def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """Write a plain `from_pretrained` directory; adapters are merged in, and also kept alone."""
+    model: Any = policy.model
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder / "adapter", selected_adapters=[policy.adapter])
+        model = copy.deepcopy(model).merge_and_unload(adapter_names=[policy.adapter])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: those of the model's generation config and the tokenizer's."""
+    found: set[int] = set()
+    for ids in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return sorted(found)
+
+
+def _zero_head(hidden_size: int) -> nn.Linear:
+    head = nn.Linear(hidden_size, 1, bias=False)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def _without_quantization(model: Any) -> Any:
+    """The same weights in a model that forgot its GGUF file, so that it can be saved."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        clean = AutoModelForCausalLM.from_config(config)
+    clean.load_state_dict(model.state_dict(), assign=True)
+    clean.tie_weights()
+    # buffers that are no part of the state dict (rotary frequencies) come from the loaded model
+    loaded = dict(model.named_buffers())
+    for name, buffer in list(clean.named_buffers()):
+        if buffer.is_meta:
+            owner = clean.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], loaded[name], persistent=False)
+    clean.generation_config = model.generation_config
+    return clean.eval()
+
+
+@torch.no_grad()
+def _check_head(model: Any) -> None:
+    """Trunk then head must give the model's own logits; a family that does more is refused."""
+    ids = torch.arange(1, 5)[None] % model.config.get_text_config().vocab_size
+    hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    ours, own = head_of(model)(hidden), model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4):
+        raise UserError(
+            f"model.path: {type(model).__name__} changes its logits in a way that is not "
+            "supported; please report it"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

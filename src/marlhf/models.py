@@ -1,0 +1,203 @@
+"""Policy, reference and critic: loading, log-probabilities, values.
+
+A policy is a causal LM whose forward gives log-probabilities of response tokens; a critic is a
+trunk with a scalar head whose forward gives values. With LoRA both, and the reference, share one
+frozen base: each forward switches to its own adapter, the reference to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from marlhf.types import Sequences
+
+_LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the vocabulary
+
+
+class Policy(nn.Module):
+    """Log-probabilities of responses under a causal LM.
+
+    model     a transformers causal LM, or a PEFT model around one
+    adapter   with PEFT: the adapter to run with, None for the bare base (the reference)
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.adapter = adapter
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(logprobs [B,T], entropy [B,T] or None)` in fp32 and nats, 0 outside the mask.
+
+        input_ids, attention_mask [B,P+T] as in `Sequences`; logits are divided by `temperature`.
+        Logits exist for response positions only, and for a chunk of those at a time.
+        """
+        T = response_mask.shape[1]
+        with use_adapter(self.model, self.adapter):
+            causal_lm = _causal_lm(self.model)
+            hidden = _trunk_forward(trunk_of(causal_lm), input_ids, attention_mask)
+            before = hidden[:, -T - 1 : -1][response_mask]
+            targets = input_ids[:, -T:][response_mask]
+            size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
+            logprobs, entropy = _chunked_logprobs(
+                before, targets, head_of(causal_lm), temperature, with_entropy, size
+            )
+        empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=logprobs.device)
+        logprobs_BT = empty.masked_scatter(response_mask, logprobs)
+        if entropy is None:
+            return logprobs_BT, None
+        return logprobs_BT, empty.masked_scatter(response_mask, entropy)
+
+
+class Critic(nn.Module):
+    """V(prompt, response[:t]) from a trunk and a scalar head.
+
+    trunk     a transformers base model (no language-model head)
+    head      Linear(H, 1)
+    offset    subtracted from the head's output (a reward model's `score_offset`)
+    model     what owns the trunk where it is shared (a PEFT model), to switch adapters in
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Linear,
+        offset: float = 0.0,
+        model: nn.Module | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.offset = offset
+        self._owner = [model]  # in a list: not a submodule
+        self.adapter = adapter
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`(values [B,T], last_values [B])`, fp32.
+
+        values[b,t] is the value before response token t: the head on the hidden state of the
+        position before it; last_values is the value after the last response token.
+        """
+        T = response_mask.shape[1]
+        with use_adapter(self._owner[0], self.adapter):
+            hidden = _trunk_forward(self.trunk, input_ids, attention_mask)[:, -T - 1 :]
+        states = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float() - self.offset
+        last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+        return states[:, :-1], last
+
+
+@contextmanager
+def use_adapter(model: nn.Module | None, adapter: str | None) -> Iterator[None]:
+    """Run a PEFT model with one adapter, or with none; any other model as it is.
+
+    PEFT freezes what is not active; the optimisers of policy and critic hold both adapters, so
+    what was trainable stays trainable.
+    """
+    if model is None or not hasattr(model, "peft_config"):
+        yield
+        return
+    peft_model: Any = model
+    trainable = [p for p in peft_model.parameters() if p.requires_grad]
+    if adapter is None:
+        with peft_model.disable_adapter():
+            yield
+    else:
+        peft_model.set_adapter(adapter)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        yield
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+
+
+def forward(model: nn.Module, sequences: Sequences, **arguments: Any) -> Any:
+    """Call a policy or critic, wrapped for several ranks or not, on a record."""
+    s = sequences
+    return model(s.input_ids, s.attention_mask, s.response_mask, **arguments)
+
+
+def trunk_of(model: Any) -> nn.Module:
+    """The base model inside a transformers model with a head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """Hidden states -> logits, with what the family does to its logits."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    multiplier = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def logits(hidden: Tensor) -> Tensor:
+        raw = head(hidden) * multiplier if multiplier != 1.0 else head(hidden)
+        raw = raw / divisor if divisor != 1.0 else raw
+        return softcap * torch.tanh(raw / softcap) if softcap else raw
+
+    return logits
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _trunk_forward(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states [B,P+T,H]; positions count from the first real token under left padding."""
+    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    output = trunk(
+        input_ids=input_ids,
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids,
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def _chunked_logprobs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    temperature: float,
+    with_entropy: bool,
+    size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`hidden [N,H], targets [N] -> logprobs [N], entropy [N]`, logits of `size` tokens at a time.
+
+    In training the logits of a chunk are computed again in the backward pass.
+    """
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float() / temperature
+        normaliser = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+        if not with_entropy:
+            return logprobs, logprobs
+        return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+
+    if len(targets) == 0:
+        nothing = hidden.sum(-1).float()  # an empty tensor that still hangs on the graph
+        return nothing, nothing if with_entropy else None
+    parts = []
+    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(chunk, h, t, use_reentrant=False))
+        else:
+            parts.append(chunk(h, t))
+    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, entropy if with_entropy else None

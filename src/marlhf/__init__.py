@@ -1,0 +1,75 @@
+"""marlhf: RLHF with macro actions.
+
+Heavy imports happen on first use of a name, so that `import marlhf` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marlhf.config import PPOConfig as PPOConfig
+    from marlhf.config_loading import load_config as load_config
+    from marlhf.errors import UserError as UserError
+    from marlhf.ppo import PPOTrainer as PPOTrainer
+    from marlhf.segmenters import Line as Line
+    from marlhf.segmenters import NGram as NGram
+    from marlhf.segmenters import Parsing as Parsing
+    from marlhf.segmenters import Perplexity as Perplexity
+    from marlhf.segmenters import RandomNGram as RandomNGram
+    from marlhf.segmenters import Segmenter as Segmenter
+    from marlhf.segmenters import Sentence as Sentence
+    from marlhf.segmenters import Sequence as Sequence
+    from marlhf.segmenters import Token as Token
+    from marlhf.segmenters import Union as Union
+    from marlhf.segmenters import Word as Word
+    from marlhf.types import ResponseBatch as ResponseBatch
+
+__version__ = "0.1.0"
+
+_CONFIGS = (
+    "CriticSettings",
+    "DataSettings",
+    "KLSettings",
+    "LogSettings",
+    "LoraSettings",
+    "MacroSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PPOConfig",
+    "PPOSettings",
+    "RewardSettings",
+    "RolloutSettings",
+)
+_SEGMENTERS = (
+    "Line",
+    "NGram",
+    "Parsing",
+    "Perplexity",
+    "RandomNGram",
+    "Segmenter",
+    "Sentence",
+    "Sequence",
+    "Token",
+    "Union",
+    "Word",
+)
+_HOMES = {
+    **dict.fromkeys(_CONFIGS, "marlhf.config"),
+    **dict.fromkeys(_SEGMENTERS, "marlhf.segmenters"),
+    "PPOTrainer": "marlhf.ppo",
+    "ResponseBatch": "marlhf.types",
+    "UserError": "marlhf.errors",
+    "load_config": "marlhf.config_loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'marlhf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from marlhf.config import LoraSettings, ModelSettings
+from marlhf.config import LoraSettings, ModelSettings, PPOConfig
+from marlhf.errors import UserError
 from marlhf.models import Critic, Policy, head_of, trunk_of
-from marlhf.types import UserError
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -114,16 +115,82 @@ def load_causal_lm(settings: ModelSettings, config: Any | None = None) -> PreTra
     return model
 
 
-def add_adapter(model: Any, lora: LoraSettings, name: str, head: str = "CAUSAL_LM") -> Any:
+def build_models(
+    config: PPOConfig,
+    tokenizer: Any,
+    reward_path: str | None = None,
+    model: Any = None,
+    critic: Any = None,
+) -> tuple[Policy, Critic | None]:
+    """The policy, and the critic where the estimator has one.
+
+    reward_path   the reward model that `critic.init` may start from
+    model         a causal LM to use instead of loading `config.model.path`
+    critic        a sequence classifier to use as the critic
+
+    Vocabularies are compared before any weight is read. Raises UserError.
+    """
+    settings = config.model
+    lm_config = model.config if model is not None else load_model_config(settings)
+    vocabulary = lm_config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.path: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
+        )
+    source = None if critic is not None else _critic_source(config, vocabulary, reward_path)
+
+    lm = model if model is not None else load_causal_lm(settings, lm_config)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(lm)
+    if settings.lora is not None:
+        lm = add_adapter(lm, settings.lora, "policy")
+    policy = Policy(lm, "policy" if settings.lora is not None else None)
+    if config.ppo.estimator != "gae":
+        return policy, None
+    if source is not None:
+        critic = load_classifier(source, "critic.path")
+    if critic is not None:
+        return policy, critic_from_classifier(critic, settings.lora)
+    if settings.lora is not None:
+        return policy, critic_on_shared_base(lm, settings.lora)
+    return policy, critic_from_policy(lm)
+
+
+def _critic_source(
+    config: PPOConfig, vocabulary: int, reward_path: str | None
+) -> ModelSettings | None:
+    """What the critic is loaded from, its vocabulary checked; None for the policy's own trunk."""
+    settings = config.critic
+    path = settings.path
+    if path is None and settings.init != "policy":
+        if settings.init == "reward" and reward_path is None:
+            raise UserError("critic.init: given 'reward', but reward.models has no reward model")
+        path = reward_path if settings.init == "reward" or config.model.lora is None else None
+    if path is None or config.ppo.estimator != "gae":
+        return None
+    source = replace(config.model, path=path, revision=None)
+    key = "critic.path" if settings.path else "reward.models"
+    own = load_model_config(source, key).get_text_config().vocab_size
+    if own == vocabulary:
+        return source
+    if settings.path is None and settings.init == "auto":
+        return None
+    raise UserError(
+        f"{key}: the critic {path!r} has a vocabulary of {own} tokens, the policy {vocabulary}; "
+        "they must be the same"
+    )
+
+
+def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
     """Freeze a model and add a LoRA adapter; a PEFT model gets one more. Raises UserError."""
     from peft import LoraConfig, get_peft_model
 
     try:
         config = LoraConfig(
             r=lora.r,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
             target_modules=lora.target_modules,
-            task_type=head,
+            task_type=task,
             **{"lora_dropout": 0.0, **lora.extra},
         )
         if hasattr(model, "peft_config"):
@@ -155,7 +222,7 @@ def load_classifier(settings: ModelSettings, key: str) -> PreTrainedModel:
         raise UserError(f"{key}: cannot load {settings.path!r}: {_first_line(error)}") from None
 
 
-def critic_from_classifier(model: Any) -> Critic:
+def critic_from_classifier(model: Any, lora: LoraSettings | None = None) -> Critic:
     """A critic that starts as a reward model: V of a prefix is its (centred) score."""
     offset = float(getattr(model.config, "score_offset", 0.0))
     head = getattr(model, "score", None)
@@ -164,7 +231,12 @@ def critic_from_classifier(model: Any) -> Critic:
             f"critic.path: {type(model).__name__} has no linear `score` head; must be a "
             "decoder-only sequence classifier"
         )
-    return Critic(trunk_of(model), head, offset)
+    if lora is None:
+        return Critic(trunk_of(model), head, offset)
+    adapted = add_adapter(model, lora, "critic", task="SEQ_CLS")
+    base = adapted.get_base_model()
+    head = copy.deepcopy(head).requires_grad_(True)
+    return Critic(trunk_of(base), head, offset, model=adapted, adapter="critic")
 
 
 def critic_from_policy(model: PreTrainedModel) -> Critic:

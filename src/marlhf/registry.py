@@ -16,13 +16,14 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from marlhf.types import UserError
+from marlhf.errors import UserError
 
 Spec = str | dict[str, Any]
 
@@ -100,55 +101,44 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
 
     Dataclasses have their argument types checked as well as their names.
     """
+    signature = inspect.signature(factory)
     try:
-        signature = inspect.signature(factory)
         signature.bind(**arguments)
     except TypeError:
-        known = [n for n in signature.parameters if n != "self"]
         given = ", ".join(arguments) or "no argument"
-        raise UserError(
-            f"{where}: given {given}; its parameters are {', '.join(known) or 'none'}"
-        ) from None
+        known = ", ".join(signature.parameters) or "none"
+        raise UserError(f"{where}: given {given}; its parameters are {known}") from None
     try:
-        if dataclasses.is_dataclass(factory):
-            arguments = _checked(factory, arguments)
-        return factory(**arguments)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}.{key}: given {first['input']!r}; {first['msg']}") from None
+        checked = _check_types(factory, arguments) if inspect.isclass(factory) else arguments
+        return factory(**checked)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _checked(cls: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments validated one by one against the dataclass's annotations."""
-    hints = inspect.get_annotations(cls, eval_str=False)
-    resolved = _type_hints(cls)
-    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    checked = {}
-    for name, value in arguments.items():
-        hint = resolved.get(name, hints.get(name))
-        if hint is None:
-            checked[name] = value
-            continue
+def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments checked against a dataclass's annotations; lists become tuples where it wants."""
+    if not dataclasses.is_dataclass(cls):
+        return dict(arguments)
+    hints = _type_hints(cls)
+    checked = dict(arguments)
+    for name in arguments.keys() & hints.keys():
         try:
-            adapter = TypeAdapter(hint, config=config)
-        except Exception:  # a type that pydantic has no schema for
-            checked[name] = value
+            adapter = TypeAdapter(
+                hints[name], config=ConfigDict(strict=True, arbitrary_types_allowed=True)
+            )
+        except PydanticSchemaGenerationError:  # a type of the user's that pydantic cannot check
             continue
-        value = tuple(value) if isinstance(value, list) else value
+        value = arguments[name]
+        as_tuple = isinstance(value, list) and typing.get_origin(hints[name]) is tuple
         try:
-            checked[name] = adapter.validate_python(value)
+            checked[name] = adapter.validate_python(tuple(value) if as_tuple else value)
         except ValidationError as error:
-            first = dict(error.errors()[0])
-            raise UserError(f"{name}: given {value!r}; {first['msg']}") from None
+            message = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise UserError(f"{name}: given {value!r}; must be {message}") from None
     return checked
 
 
 def _type_hints(cls: Any) -> dict[str, Any]:
-    import typing
-
     try:
         return typing.get_type_hints(cls)
     except (NameError, TypeError):

@@ -18,14 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlhf.errors import UserError
 from marlhf.tokenization import Span, decode_with_offsets
-
-
-class UserError(ValueError):
-    """Something the user gave cannot be used; the message says what, and what is possible.
-
-    The command line prints it as one line and exits with status 2.
-    """
 
 
 @dataclass(frozen=True)

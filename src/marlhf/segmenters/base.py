@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlhf.errors import UserError
 from marlhf.registry import Registry, Spec, construct, split_spec
-from marlhf.types import ResponseBatch, UserError
+from marlhf.types import ResponseBatch
 
 SegmenterFn = Callable[[ResponseBatch], Tensor]
 

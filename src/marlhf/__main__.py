@@ -1,0 +1,3 @@
+from marlhf.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The command line: `marlhf JOB CONFIG.yaml [key.sub=value ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+USAGE = """\
+usage: marlhf JOB CONFIG.yaml [key.sub=value ...]
+       marlhf quickstart [--steps N] [--segmenter NAME] [--model PATH] [--seed N] [--output DIR]
+
+jobs:
+  ppo         train a policy by macro-action PPO
+  quickstart  watch a small model learn to write cheerfully; needs no config
+
+`marlhf JOB --help` lists every key of the job's config with its type, default and meaning.
+Over several processes: accelerate launch [--config_file F] -m marlhf JOB CONFIG.yaml ...
+"""
+
+JOBS = ("ppo", "quickstart")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a job; exits with status 2 and one line for bad input, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        from marlhf import __version__
+
+        print(f"marlhf {__version__}")
+        return
+    try:
+        _run(words[0], words[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        print(f"marlhf: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(error: Exception) -> str | None:
+    """The message for the user, or None for what is our fault and deserves a traceback."""
+    from marlhf.errors import UserError
+
+    if isinstance(error, UserError) or type(error).__name__ == "RewardError":
+        return " ".join(str(error).split("\n"))
+    return None
+
+
+def _run(job: str, words: list[str]) -> None:
+    from marlhf.errors import UserError
+
+    # fewer lines of other libraries' notices between the user and the message
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if job not in JOBS:
+        raise UserError(f"no job is called {job!r}; possible: {', '.join(JOBS)}")
+    if job == "quickstart":
+        from marlhf.quickstart import main as quickstart
+
+        quickstart(words)
+        return
+    from marlhf.config import PPOConfig
+    from marlhf.config_loading import load_config
+
+    if any(word in ("-h", "--help") for word in words):
+        print(job_help(job, PPOConfig))
+        return
+    if not words or "=" in words[0]:
+        raise UserError(f"usage: marlhf {job} CONFIG.yaml [key.sub=value ...]")
+    config = load_config(PPOConfig, words[0], words[1:])
+    from marlhf.ppo import PPOTrainer
+
+    PPOTrainer(config).train()
+
+
+def job_help(job: str, cls: Any) -> str:
+    """Every key of a job's configuration, with type, default and meaning."""
+    from marlhf.config_loading import config_fields
+
+    lines = [f"usage: marlhf {job} CONFIG.yaml [key.sub=value ...]", "", "keys:"]
+    for field in config_fields(cls):
+        default = field.default if field.default in ("", "required") else f"default {field.default}"
+        head = f"  {field.key}  ({', '.join(part for part in (field.type, default) if part)})"
+        body = textwrap.wrap(
+            field.description, 92, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+        lines += [head, *body]
+    return "\n".join(lines)

@@ -1,0 +1,246 @@
+"""YAML and dotted overrides -> typed dataclasses, with one clear line for everything that is wrong.
+
+pydantic checks types, bounds and unknown keys; this module words its findings for users.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from marlhf.errors import UserError
+
+Config = TypeVar("Config")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as everybody expects (YAML 1.1 wants 1.0e-5), and in which
+    a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if str(key) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text -> plain data; a syntax error becomes one UserError line."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file {str(path)!r} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {str(path)!r} cannot be read: {error}") from None
+    values = parse_yaml(text, str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold `key: value` lines, holds a {type(values).__name__}")
+    return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, mapping by mapping; a mapping that changes its `name` replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            changes_name = "name" in value and value["name"] != below.get("name")
+            value = dict(value) if changes_name else merge(below, value)
+        merged[key] = value
+    return merged
+
+
+def override(
+    values: dict[str, Any], assignment: str, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Apply one `key.sub=value`; the value is read as YAML.
+
+    A name may be opened up: after `segmenter: ngram` (written, or by default), `segmenter.n=3`
+    makes it `{name: ngram, n: 3}`.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {assignment!r}: must look like key.sub=value")
+    value = parse_yaml(text, f"override {assignment!r}")
+    *parents, leaf = key.split(".")
+    result = dict(values)
+    node = result
+    for depth, part in enumerate(parents, 1):
+        child = node.get(part, (defaults or {}).get(".".join(parents[:depth])))
+        child = {"name": child} if isinstance(child, str) else child
+        if child is not None and not isinstance(child, dict):
+            raise UserError(f"override {assignment!r}: {part!r} is {child!r} and has no sub-keys")
+        node[part] = dict(child or {})
+        node = node[part]
+    node[leaf] = value
+    return result
+
+
+def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides, check everything.
+
+    Raises UserError with one line that names the key, what was given and what is possible.
+    """
+    values = read_yaml(path)
+    names = {f.key: json.loads(f.default) for f in config_fields(cls) if f.default[:1] == '"'}
+    for assignment in overrides:
+        values = override(values, assignment, names)
+    return config_from_dict(cls, values)
+
+
+def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Plain data -> configuration; raises UserError."""
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise UserError(_explain(cls, error)) from None
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain data that `config_from_dict` reads back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _explain(cls: Any, error: ValidationError) -> str:
+    """The first, most telling finding as one line."""
+    findings = error.errors()
+    unknown = [f for f in findings if f["type"] == "unexpected_keyword_argument"]
+    finding = (unknown or findings)[0]
+    fields = {field.key: field for field in config_fields(cls)}
+    location = [str(part) for part in finding["loc"]]
+    key = ".".join(location)
+    while key not in fields and not unknown and len(location) > 1:
+        location.pop()  # pydantic adds the union member or list index that it tried
+        key = ".".join(location)
+    if unknown:
+        siblings = _siblings(fields, location[:-1])
+        close = difflib.get_close_matches(location[-1], siblings, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{key}: unknown key; {hint}Possible: {', '.join(siblings)}"
+    if finding["type"] == "missing":
+        return f"{key}: missing; it must be given ({fields[key].description})"
+    if finding["type"] == "value_error":
+        message = str(finding.get("ctx", {})["error"])
+        return f"{key}: {message}" if key else message
+    given = finding["input"]
+    shown = json.dumps(given) if not isinstance(given, str) else repr(given)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    message = finding["msg"].removeprefix("Input should be ")
+    if key in fields and finding["type"] != "literal_error":
+        alternatives = {
+            f["msg"].removeprefix("Input should be ")
+            for f in findings
+            if [str(p) for p in f["loc"]][: len(location)] == location
+        }
+        message = " or ".join(sorted(alternatives))
+    return f"{key}: given {shown}; must be {message}"
+
+
+def _siblings(fields: Mapping[str, ConfigField], parent: Sequence[str]) -> list[str]:
+    prefix = "".join(f"{p}." for p in parent)
+    below = {k.removeprefix(prefix).split(".")[0] for k in fields if k.startswith(prefix)}
+    return sorted(below - {""})
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One line of `--help`: dotted key, type, default as YAML, meaning."""
+
+    key: str
+    type: str
+    default: str
+    description: str
+
+
+def config_fields(cls: Any, prefix: str = "") -> Iterator[ConfigField]:
+    """Every key of a configuration class, sections before their keys."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name, field in cls.__pydantic_fields__.items():
+        key = f"{prefix}{name}"
+        nested = _nested(hints[name])
+        if field.is_required():
+            default = "required"
+        elif nested:
+            default = ""
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = json.dumps(value)
+        description = " ".join((field.description or "").split())
+        shown = "section" if nested else _type_name(hints[name], field)
+        yield ConfigField(key, shown, default, description)
+        if nested:
+            yield from config_fields(nested, f"{key}.")
+
+
+def _nested(hint: Any) -> Any:
+    """The settings class inside `X` or `X | None`, if there is one."""
+    for part in (hint, *typing.get_args(hint)):
+        if isinstance(part, type) and is_dataclass(part):
+            return part
+    return None
+
+
+def _type_name(hint: Any, field: Any = None) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        base = _type_name(arguments[0])
+        return base + _bounds(arguments[1:])
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        names = [_type_name(a) for a in arguments if a is not type(None)]
+        null = ["null"] if type(None) in arguments else []
+        return " or ".join(names + null)
+    if origin in (list, tuple):
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    return {str: "text", int: "int", float: "float", bool: "true|false"}.get(hint, str(hint))
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = []
+    for item in metadata:
+        for constraint in (item, *getattr(item, "metadata", ())):
+            found += [
+                f" {sign}{getattr(constraint, name):g}"
+                for name, sign in signs.items()
+                if isinstance(getattr(constraint, name, None), int | float)
+            ]
+    return "".join(found)

@@ -1,0 +1,85 @@
+"""What an update reports: metrics of the rollout, and samples to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from marlhf.advantages import AllReduceSum
+from marlhf.display import macro_pieces
+from marlhf.experience import MacroBatch, explained_variance
+from marlhf.losses import k1, k3
+from marlhf.metrics import Metrics, Timer, peak_memory_gb
+from marlhf.rollout import Rollout
+
+
+def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metrics) -> None:
+    """Everything known before the update, which does not change it."""
+    generation, log_ratio, mask = rollout.generation, rollout.log_ratio, batch.segment_ids >= 0
+    metrics.mean("score_mean", rollout.scores)
+    metrics.mean("score_square", rollout.scores.double() ** 2)
+    metrics.mean("kl_mean", k1(log_ratio).sum(1))
+    metrics.mean("kl_k3_mean", k3(log_ratio).sum(1))
+    metrics.mean("objective_mean", rollout.task_rewards.sum(1) - kl_coef * log_ratio.sum(1))
+    metrics.mean("entropy", rollout.entropy, mask)
+    metrics.mean("response_length_mean", generation.lengths)
+    metrics.mean("eos_fraction", generation.finished)
+    metrics.mean("prompt_truncated_fraction", rollout.truncated)
+    metrics.mean("macro_length_mean", batch.lengths_BM, batch.mask_BM)
+    metrics.mean("macro_count_mean", batch.mask_BM.sum(1))
+    for name, values in rollout.rewards.by_name.items():
+        given = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
+        metrics.mean(f"reward_{name}_mean", given)
+
+
+def row(
+    step: int,
+    reduced: Mapping[str, Any],
+    batch: MacroBatch,
+    learning_rate: float,
+    timer: Timer,
+    all_reduce: AllReduceSum,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    values = dict(reduced)
+    mean, square = values["score_mean"], values.pop("score_square")
+    values["score_std"] = math.sqrt(max(0.0, square - mean**2))
+    if batch.returns_BM is not None and batch.values_BM is not None:
+        values["explained_variance"] = explained_variance(
+            batch.returns_BM, batch.values_BM, batch.mask_BM, all_reduce
+        )
+    values["learning_rate"] = learning_rate
+    tokens = float(all_reduce(torch.tensor(float(batch.lengths_BM.sum()))))
+    seconds = timer.total()
+    values["step_seconds"] = seconds
+    for phase in ("generate", "score", "segment", "train"):
+        values[f"{phase}_seconds"] = timer.seconds.get(phase, 0.0)
+    values["tokens_per_second"] = tokens / seconds
+    values["peak_memory_gb"] = peak_memory_gb()
+    return {"step": step, **values}
+
+
+def samples(rollout: Rollout, batch: MacroBatch, limit: int, step: int) -> Iterator[dict[str, Any]]:
+    """Lines of samples.jsonl: the first responses, cut into the text of each macro action."""
+    ids = batch.segment_ids[:limit]
+    starts = torch.nn.functional.pad(ids, (1, 0), value=-1).diff(dim=1) > 0
+    kl = rollout.log_ratio[:limit].sum(1).tolist()
+    for i in range(len(ids)):
+        length = rollout.responses.lengths[i]
+        row_starts = starts[i, :length].tolist()
+        text = rollout.responses.texts[i]
+        yield {
+            "step": step,
+            "row": rollout.responses.rows[i],
+            "prompt": rollout.prompt_texts[i],
+            "response": text,
+            "macro_actions": macro_pieces(text, rollout.responses.offsets[i], row_starts),
+            "macro_lengths": batch.lengths_BM[i][batch.mask_BM[i]].tolist(),
+            "macro_advantages": batch.advantages_BM[i][batch.mask_BM[i]].tolist(),
+            "score": float(rollout.scores[i]),
+            "kl": kl[i],
+            "finished": bool(rollout.generation.finished[i]),
+        }

@@ -1,0 +1,205 @@
+"""Metrics: collected as sums and counts, reduced over ranks once, written to the sinks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlhf.advantages import AllReduceSum
+from marlhf.errors import UserError
+
+Value = float | int | None
+
+
+class Metrics:
+    """Weighted means and maxima of one update, on one rank until `reduce`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Add to the sum and to the count whose quotient is the metric."""
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] += float(total)
+        entry[1] += float(count)
+
+    def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add every value, or those under a mask."""
+        kept = values[mask] if mask is not None else values
+        self.add(name, kept.double().sum(), kept.numel())
+
+    def maximum(self, name: str, value: Tensor | float) -> None:
+        """Keep the largest value."""
+        self._maxima[name] = max(float(value), self._maxima.get(name, -math.inf))
+
+    def reduce(self, all_reduce: AllReduceSum, gather: Any) -> dict[str, Value]:
+        """Name -> mean over all ranks (None where nothing was counted)."""
+        names = sorted(self._sums)
+        table = torch.tensor([self._sums[n] for n in names], dtype=torch.float64).reshape(-1, 2)
+        table = all_reduce(table)
+        result: dict[str, Value] = {
+            name: total / count if count else None
+            for name, (total, count) in zip(names, table.tolist(), strict=True)
+        }
+        for name in sorted(self._maxima):
+            result[name] = max(gather([self._maxima[name]]))
+        return result
+
+
+class Timer:
+    """Seconds spent in named phases; a phase may be entered several times."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def total(self) -> float:
+        """Seconds since the timer was made."""
+        return time.perf_counter() - self._began
+
+
+def peak_memory_gb() -> float:
+    """Largest memory so far, GB (1e9 bytes): of the GPU if there is one, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+class JsonLines:
+    """Appends one object a line, on disk as soon as it is written; NaN becomes null."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        self._file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Every metric as a scalar under its name."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write the numbers of a row at its `step`."""
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("log.wandb: needs: pip install 'marlhf[wandb]'") from None
+        self._run: Any = wandb.init(project="marlhf", dir=str(folder), config=dict(config))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Log a row at its `step`."""
+        self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class ProgressBar:
+    """Updates done, score, KL and time left, on stderr; plain lines where there is no terminal."""
+
+    def __init__(self, steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = Console(stderr=True)
+        self._steps = steps
+        self._progress = Progress(
+            TextColumn("update"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("train", total=steps, status="")
+        self._progress.start()
+        self._began = time.perf_counter()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Show a row; held-out rows are shown as `held-out`."""
+        if "score_mean" in row:
+            status = f"score {_short(row['score_mean'])}  kl {_short(row.get('kl_mean'))}"
+            self._progress.update(self._task, completed=row["step"], status=status)
+        else:
+            status = f"held-out score {_short(row.get('eval_score_mean'))}"
+        if not self._console.is_terminal:
+            elapsed = time.perf_counter() - self._began
+            step = row["step"]
+            left = f"  {elapsed / step * (self._steps - step):.0f} s left" if step else ""
+            self._console.print(f"update {step}/{self._steps}  {status}{left}", highlight=False)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self._progress.stop()
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,313 @@
+"""Macro-action PPO.
+
+One update, `PPOTrainer.step`:
+  1. sample a response to each prompt, score it, get logprobs and values     rollout
+  2. cut the responses into macro actions                                    segmenters
+  3. rewards and values of macro actions -> advantages -> tokens             experience
+  4. step policy and critic over minibatches                                 losses
+  5. write metrics and samples                                               metrics
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlhf import diagnostics, loading
+from marlhf.config import PPOConfig
+from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, load_rows
+from marlhf.distributed import Distributed
+from marlhf.errors import UserError
+from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
+from marlhf.learner import Learner
+from marlhf.losses import kl_loss, policy_loss, value_loss
+from marlhf.macro import macro_mask, reduce
+from marlhf.metrics import Metrics, Timer
+from marlhf.rewards import build_rewards
+from marlhf.rollout import Rollout, RolloutWorker, logprob_temperature
+from marlhf.run_directory import RunDirectory
+from marlhf.segmenters import build_segmenter, segmenter_name, validate
+
+EVAL_STEP = -1  # held-out responses are always sampled with the same noise
+
+
+class PPOTrainer:
+    """Trains a policy by PPO over macro actions.
+
+    config          a PPOConfig
+    reward          instead of config.reward.models: a callable, name, path, or a list of these
+    segmenter       instead of config.segmenter: a callable `ResponseBatch -> starts`, or a name
+    train_dataset   instead of config.data: a list of prompts or rows, or a `datasets.Dataset`
+    eval_dataset    held-out prompts, likewise
+    model           a transformers causal LM instead of config.model.path; give `tokenizer` with it
+    critic          a transformers sequence classifier to start the critic from
+
+    `train()` runs all updates, `step(prompts)` runs one. Raises UserError for what cannot work,
+    before any weight is loaded where that is possible.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        reward: Any = None,
+        segmenter: Any = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        critic: Any = None,
+    ) -> None:
+        self.config = config
+        self.distributed = Distributed(config.model.precision)
+        self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
+        self.reward = build_rewards(reward if reward is not None else config.reward.models)
+        train, self.eval_prompts = self._load_prompts(train_dataset, eval_dataset)
+        self.stream = PromptStream(train, config.seed, config.data.shuffle)
+        self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
+        check_prompts([*train, *self.eval_prompts], self.tokenizer, config.data)
+        is_main = self.distributed.is_main
+        self.run = RunDirectory(config.output_dir, config.overwrite, is_main)
+
+        torch.manual_seed(config.seed)
+        policy, value_model = loading.build_models(
+            config, self.tokenizer, self.reward.model_path, model, critic
+        )
+        self.reference = loading.reference_of(policy).to(self.distributed.device)
+        rate = config.optimizer.learning_rate
+        self.policy = self._learner("policy", policy, rate)
+        critic_rate = config.optimizer.critic_learning_rate
+        self.critic = value_model and self._learner(
+            "critic", value_model, rate if critic_rate is None else critic_rate
+        )
+        self.worker = RolloutWorker(
+            config,
+            self.policy.model,
+            self.reference,
+            self.critic and self.critic.model,
+            self.reward.to(self.distributed.device),
+            self.tokenizer,
+            self.distributed,
+        )
+        self.step_count = 0
+
+    def train(self) -> None:
+        """Run all updates, evaluating on the way, and save the policy in `final/`."""
+        config = self.config
+        self.run.open(config, config.log, config.steps)
+        try:
+            if self._evaluation_is_due():
+                self.run.write({"step": 0} | self.evaluate())
+            while self.step_count < config.steps:
+                row = self.step(self.stream.batch(self.step_count, config.rollout.batch_size))
+                try:
+                    if self._evaluation_is_due():
+                        row |= self.evaluate()
+                finally:
+                    self.run.write(row)
+            self.save(self.run.path / "final")
+        finally:
+            self.run.close()
+
+    def step(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """One update on prompts (texts, message lists or rows); returns its metrics.
+
+        Every rank is given the same prompts and takes its share of them.
+        """
+        config, metrics, timer = self.config, Metrics(), Timer()
+        rows, row_ids = self._share(as_prompts(prompts, config.data))
+        rollout = self.worker(rows, row_ids, self.step_count, timer)
+        with timer("segment"):
+            starts = validate(
+                self.segmenter(rollout.responses), rollout.responses, segmenter_name(self.segmenter)
+            )
+            batch = self._macro_batch(starts, rollout)
+        with timer("train"):
+            learning_rate = self.policy.learning_rate
+            self._update(self._experience(rollout, batch), metrics)
+        self.step_count += 1
+
+        diagnostics.measure(rollout, batch, config.kl.coef, metrics)
+        for name, value in getattr(self.segmenter, "metrics", dict)().items():
+            metrics.add(name, value)
+        for sample in diagnostics.samples(rollout, batch, config.log.samples, self.step_count):
+            self.run.write_sample(sample)
+        reduced = metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
+        return diagnostics.row(
+            self.step_count, reduced, batch, learning_rate, timer, self.distributed.all_reduce
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Scores of held-out prompts, each sampled with noise of its own that never changes."""
+        metrics = Metrics()
+        size = self.config.rollout.batch_size
+        world, rank = self.distributed.world_size, self.distributed.rank
+        mine = list(enumerate(self.eval_prompts))[rank::world]
+        for start in range(0, len(mine), size):
+            row_ids, prompts = zip(*mine[start : start + size], strict=True)
+            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer())
+            metrics.mean("eval_score_mean", rollout.scores)
+            metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1))
+            metrics.mean("eval_response_length_mean", rollout.generation.lengths)
+        return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
+        if self.distributed.is_main:
+            policy = self.distributed.unwrap(self.policy.model)
+            loading.save_policy(policy, self.tokenizer, Path(folder))
+        self.distributed.barrier()
+
+    # -- one update ------------------------------------------------------------------------------
+
+    def _share(self, prompts: list[Prompt]) -> tuple[list[Prompt], list[int]]:
+        """This rank's responses to sample: prompts, repeated, and their rows in the batch."""
+        world, minibatches = self.distributed.world_size, self.config.ppo.minibatches
+        if len(prompts) % (world * minibatches):
+            raise UserError(
+                f"rollout.batch_size: given {len(prompts)} prompts, must be a multiple of "
+                f"{world * minibatches} ({world} ranks x ppo.minibatches={minibatches})"
+            )
+        each, copies = len(prompts) // world, self.config.rollout.responses_per_prompt
+        first = self.distributed.rank * each
+        mine = [p for p in prompts[first : first + each] for _ in range(copies)]
+        return mine, list(range(first * copies, first * copies + len(mine)))
+
+    def _macro_batch(self, starts: Tensor, rollout: Rollout) -> MacroBatch:
+        config, mask = self.config, rollout.generation.response_mask
+        in_reward = kl_place(config) == "reward"
+        tokens = TokenRewards(
+            response_mask=mask,
+            kl_rewards=-config.kl.coef * rollout.log_ratio * in_reward,
+            task_rewards=rollout.task_rewards,
+            values=rollout.values,
+            last_values=rollout.last_values,
+            finished=rollout.generation.finished,
+        )
+        return macro_batch(
+            starts,
+            tokens,
+            config.macro,
+            config.ppo,
+            config.rollout.responses_per_prompt,
+            self.distributed.all_reduce,
+        )
+
+    def _experience(self, rollout: Rollout, batch: MacroBatch) -> Experience:
+        sequences = rollout.sequences
+        assert rollout.responses.logprobs is not None
+        assert rollout.responses.ref_logprobs is not None
+        return Experience(
+            input_ids=sequences.input_ids,
+            attention_mask=sequences.attention_mask,
+            response_mask=sequences.response_mask,
+            segment_ids=batch.segment_ids,
+            logprobs=rollout.responses.logprobs,
+            ref_logprobs=rollout.responses.ref_logprobs,
+            advantages=batch.advantages_BT,
+            values=rollout.values,
+            returns=batch.returns_BT,
+        )
+
+    def _update(self, experience: Experience, metrics: Metrics) -> None:
+        """Several passes over the rollout; in each, an optimiser step a minibatch.
+
+        Prompts come shuffled, so minibatch i is every n-th group: the same rows whatever the
+        number of ranks, and never part of a group.
+        """
+        ppo, group = self.config.ppo, self.config.rollout.responses_per_prompt
+        of_row = torch.arange(len(experience)) // group % ppo.minibatches
+        train_policy = self.step_count >= self.config.critic.warmup_steps or self.critic is None
+        for _ in range(ppo.epochs):
+            for i in range(ppo.minibatches):
+                minibatch = experience.rows((of_row == i).nonzero().squeeze(1))
+                if train_policy:
+                    norm = self.policy.optimise(minibatch, partial(self._policy_objective, metrics))
+                    metrics.add("grad_norm_policy", norm)
+                if self.critic is not None:
+                    norm = self.critic.optimise(minibatch, partial(self._value_objective, metrics))
+                    metrics.add("grad_norm_value", norm)
+        self.policy.scheduler.step()
+        if self.critic is not None:
+            self.critic.scheduler.step()
+
+    def _policy_objective(
+        self, metrics: Metrics, rows: Experience, tokens: float, _macro_actions: float
+    ) -> Tensor:
+        config, mask = self.config, rows.response_mask
+        logprobs, _ = self.policy.model(
+            rows.input_ids, rows.attention_mask, mask, logprob_temperature(config)
+        )
+        loss, stats = policy_loss(
+            logprobs,
+            rows.logprobs,
+            rows.advantages,
+            mask,
+            config.ppo.clip_range,
+            config.macro.ratio,
+            rows.segment_ids,
+            tokens,
+        )
+        if kl_place(config) == "loss":
+            loss = loss + config.kl.coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
+        here = mask.sum()
+        metrics.add("policy_loss", loss.detach() * tokens, here)
+        metrics.add("clip_fraction", stats["clip_fraction"] * here, here)
+        metrics.add("approx_kl", stats["approx_kl"] * here, here)
+        metrics.maximum("ratio_max", stats["ratio_max"])
+        return loss
+
+    def _value_objective(
+        self, metrics: Metrics, rows: Experience, tokens: float, macro_actions: float
+    ) -> Tensor:
+        assert self.critic is not None
+        assert rows.values is not None
+        assert rows.returns is not None
+        macro = self.config.macro
+        values, old, returns = rows.values, rows.values, rows.returns
+        values, _ = self.critic.model(rows.input_ids, rows.attention_mask, rows.response_mask)
+        mask, count = rows.response_mask, tokens
+        if macro.value_loss == "macro":
+            ids = rows.segment_ids
+            values, old = reduce(values, ids, macro.value), reduce(old, ids, macro.value)
+            returns, mask, count = reduce(returns, ids, "first"), macro_mask(ids), macro_actions
+        clip = self.config.ppo.value_clip_range
+        loss, stats = value_loss(values, old, returns, mask, clip, count)
+        here = mask.sum()
+        metrics.add("value_loss", loss.detach() * count, here)
+        metrics.add("value_clip_fraction", stats["value_clip_fraction"] * here, here)
+        return loss
+
+    # -- set-up ----------------------------------------------------------------------------------
+
+    def _load_prompts(self, train: Any, held_out: Any) -> tuple[list[Prompt], list[Prompt]]:
+        data = self.config.data
+        if train is None:
+            if data.path is None:
+                raise UserError("data.path: missing; must be a file, a folder or a hub name")
+            loaded, loaded_held_out = load_rows(data)
+            return loaded, loaded_held_out if held_out is None else as_prompts(held_out, data)
+        return as_prompts(train, data), as_prompts(held_out or [], data)
+
+    def _learner(self, name: str, module: nn.Module, learning_rate: float) -> Learner:
+        adapter = name if self.config.model.lora else None
+        steps, settings = self.config.steps, self.config.optimizer
+        return Learner(module, adapter, learning_rate, settings, steps, self.distributed)
+
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.config.log.eval_every, self.step_count
+        return bool(
+            self.eval_prompts and every and (step % every == 0 or step == self.config.steps)
+        )
+
+
+def kl_place(config: PPOConfig) -> str:
+    """Whether the leash sits in the reward or in the loss."""
+    if config.kl.where != "auto":
+        return config.kl.where
+    return "loss" if config.ppo.estimator == "grpo" else "reward"

@@ -1,0 +1,320 @@
+"""Prompts -> responses, with everything the update needs to know of them.
+
+Sampling sits behind one function, `generate`; all log-probabilities and values come from forward
+passes of our own over the finished sequences, never from sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from marlhf.advantages import AllReduceSum, whiten
+from marlhf.config import PPOConfig, RewardSettings, RolloutSettings
+from marlhf.data import Prompt, encode, render
+from marlhf.distributed import Distributed
+from marlhf.loading import eos_token_ids
+from marlhf.metrics import Timer
+from marlhf.models import Policy, forward, use_adapter
+from marlhf.rewards import CombinedReward, RewardResult, place_spans
+from marlhf.segmenters.ngram import row_seed
+from marlhf.types import Generation, ResponseBatch, Sequences
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses and what is known of them before macro actions.
+
+    responses       token ids, mask, logprobs, ref_logprobs, row ids, step, seed
+    entropy         [B,T] of the policy, nats
+    values          [B,T] and last_values [B], or None without a critic
+    rewards         what the reward functions said
+    scores          [B] float32, weighted sum of all rewards of a response, as given
+    task_rewards    [B,T] processed scores on the last tokens, and rewards inside responses
+    truncated       [B] bool: the prompt lost tokens on its left
+    """
+
+    prompts: list[Prompt]
+    prompt_texts: list[str]
+    generation: Generation
+    responses: ResponseBatch
+    entropy: Tensor
+    values: Tensor | None
+    last_values: Tensor | None
+    rewards: RewardResult
+    scores: Tensor
+    task_rewards: Tensor
+    truncated: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[B,T] log(policy / reference) of the sampled tokens, nats, 0 outside the mask."""
+        assert self.responses.logprobs is not None
+        assert self.responses.ref_logprobs is not None
+        return self.responses.logprobs - self.responses.ref_logprobs
+
+    @property
+    def sequences(self) -> Sequences:
+        """Prompts and responses side by side."""
+        return Sequences.of(self.generation)
+
+
+@dataclass(frozen=True)
+class RolloutWorker:
+    """Samples and scores: this rank's prompts in, its Rollout out."""
+
+    config: PPOConfig
+    policy: nn.Module
+    reference: nn.Module
+    critic: nn.Module | None
+    reward: CombinedReward
+    tokenizer: Any
+    distributed: Distributed
+
+    def __call__(
+        self, prompts: Sequence[Prompt], row_ids: Sequence[int], step: int, timer: Timer
+    ) -> Rollout:
+        """One response to each prompt (repeat a prompt for several).
+
+        row_ids, step and the seed fix the noise of each row, whatever batch it is sampled in.
+        """
+        settings, seed = self.config.rollout, self.config.seed
+        texts = [render(p, self.tokenizer, self.config.data) for p in prompts]
+        with timer("generate"):
+            encoded, truncated = encode(
+                texts,
+                self.tokenizer,
+                settings.max_prompt_length,
+                special=[p.messages is None for p in prompts],
+            )
+            seeds = [row_seed(seed, step, row) for row in row_ids]
+            policy: Policy = self.distributed.unwrap(self.policy)
+            with self.distributed.autocast():
+                generation = generate(policy, self.tokenizer, encoded, seeds, settings)
+        with timer("score"):
+            sequences = Sequences.of(generation)
+            logprobs, entropy = self._score(self.policy, sequences, with_entropy=True)
+            ref_logprobs, _ = self._score(self.reference, sequences)
+            values = last_values = None
+            if self.critic is not None:
+                values, last_values = self._score(self.critic, sequences)
+            responses = ResponseBatch(
+                token_ids=generation.response_ids,
+                response_mask=generation.response_mask,
+                logprobs=logprobs,
+                ref_logprobs=ref_logprobs,
+                row_ids=torch.tensor(row_ids),
+                step=step,
+                seed=seed,
+                tokenizer=self.tokenizer,
+            )
+            rewards = self.reward(texts, responses.texts, _columns(prompts))
+            scores = torch.tensor(rewards.scores, dtype=torch.float32)
+            dense = torch.zeros(generation.response_mask.shape)
+            if any(rewards.spans):
+                dense = place_spans(rewards.spans, responses.offsets, dense.shape)
+            task_rewards = score_to_rewards(
+                scores, generation, self.config.reward, self.distributed.all_reduce
+            ) + dense.to(self.distributed.device)
+        return Rollout(
+            prompts=list(prompts),
+            prompt_texts=texts,
+            generation=generation,
+            responses=responses,
+            entropy=entropy,
+            values=values,
+            last_values=last_values,
+            rewards=rewards,
+            scores=scores + dense.sum(1),
+            task_rewards=task_rewards,
+            truncated=torch.tensor(truncated),
+        )
+
+    @torch.no_grad()
+    def _score(self, module: nn.Module, sequences: Sequences, **arguments: Any) -> list[Any]:
+        """Run a policy or critic over micro-batches; [B,T] or [B] results, put together again."""
+        config = self.config
+        size = config.rollout.micro_batch_size or 2 * config.optimizer.micro_batch_size
+        model = self.distributed.unwrap(module)
+        if isinstance(model, Policy):
+            arguments["temperature"] = logprob_temperature(config)
+        T = sequences.response_mask.shape[1]
+        parts = []
+        for rows in torch.arange(len(sequences.input_ids)).split(size):
+            with self.distributed.autocast():
+                outputs = forward(model, take(sequences, rows), **arguments)
+            parts.append([_widen(x, T) for x in outputs])
+        return [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
+
+
+def logprob_temperature(config: PPOConfig) -> float:
+    """What divides the logits in every log-probability."""
+    one = config.ppo.logprob_temperature == "one"
+    return 1.0 if one else config.rollout.temperature
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: RolloutSettings,
+) -> Generation:
+    """Sample one response to each prompt (token ids).
+
+    Row i is sampled by adding Gumbel noise from its own generator, seeded with seeds[i], to its
+    warped logits and taking the maximum: an exact sample, the same in whatever batch the row sits.
+    Sampling settings come from `settings` alone; of the model's generation config only its EOS ids
+    count.
+    """
+    model: Any = policy.model
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    eos_ids = eos_token_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id
+    pad_id = pad_id if pad_id is not None else (eos_ids or [0])[0]
+    prompt_ids, prompt_mask = (x.to(model.device) for x in left_pad(prompts, pad_id))
+
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(float(settings.top_p)))
+    warpers.append(_RowNoise(seeds, model.device))
+    finish = _Finish(prompt_ids.shape[1], eos_ids, settings.stop_strings, tokenizer)
+
+    training, own_config = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens or None,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+    )
+    try:
+        with use_adapter(policy.model, policy.adapter):
+            output = model.generate(
+                prompt_ids,
+                attention_mask=prompt_mask.long(),
+                logits_processor=warpers,
+                stopping_criteria=StoppingCriteriaList([finish]),
+            )
+    finally:
+        model.train(training)
+        model.generation_config = own_config
+    response_ids = output[:, prompt_ids.shape[1] :]
+    T = response_ids.shape[1]
+    lengths = torch.where(finish.lengths > 0, finish.lengths, T)
+    response_mask = torch.arange(T, device=lengths.device) < lengths[:, None]
+    return Generation(prompt_ids, prompt_mask, response_ids, response_mask, finish.lengths > 0)
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """`(ids [B,P] int64, mask [B,P] bool)`."""
+    P = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (P - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
+    return ids, mask
+
+
+class _RowNoise(LogitsProcessor):
+    """Adds Gumbel noise, each row's from its own generator."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = torch.stack(
+            [
+                # float64: in float32 the smallest draws are too coarse for a large vocabulary
+                torch.rand(scores.shape[1], generator=g, dtype=torch.float64, device=scores.device)
+                for g in self.generators
+            ]
+        )
+        return scores + uniform.log_().neg_().log_().neg_().to(torch.float32)
+
+
+class _Finish(StoppingCriteria):
+    """Remembers the length at which each row met EOS or a stop string; 0 while it has not."""
+
+    def __init__(
+        self,
+        prompt_length: int,
+        eos_ids: Sequence[int],
+        stop_strings: Sequence[str],
+        tokenizer: Any,
+    ) -> None:
+        self.prompt_length = prompt_length
+        self.eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
+        self.stop = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        length = input_ids.shape[1] - self.prompt_length
+        if length == 1:
+            self.lengths = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
+        done = torch.isin(input_ids[:, -1], self.eos_ids.to(input_ids.device))
+        if self.stop is not None:
+            done = done | self.stop(input_ids[:, self.prompt_length :], scores).to(done.device)
+        self.lengths = torch.where(done & (self.lengths == 0), length, self.lengths)
+        return self.lengths > 0
+
+
+def score_to_rewards(
+    scores: Tensor, generation: Generation, settings: RewardSettings, all_reduce: AllReduceSum
+) -> Tensor:
+    """Scores [B] -> rewards [B,T]: clipped, fined for a missing EOS, whitened, as asked for, and
+    put on the last response token. A response without a token has nowhere to put its score."""
+    scores = scores.to(generation.response_ids.device)
+    if settings.clip is not None:
+        scores = scores.clamp(-settings.clip, settings.clip)
+    scores = scores - settings.missing_eos_penalty * (~generation.finished).to(scores.dtype)
+    if settings.whiten:
+        scores = whiten(scores, torch.ones_like(scores), all_reduce)
+    positions = torch.arange(generation.response_ids.shape[1], device=scores.device)
+    is_last = positions == generation.lengths[:, None] - 1
+    return torch.where(is_last, scores[:, None], torch.zeros_like(scores)[:, None])
+
+
+def take(sequences: Sequences, rows: Tensor) -> Sequences:
+    """Some rows, without the columns that are padding in all of them."""
+    s = sequences
+    rows = rows.to(s.input_ids.device)
+    ids, attention, mask = s.input_ids[rows], s.attention_mask[rows], s.response_mask[rows]
+    P = ids.shape[1] - mask.shape[1]
+    first = int(attention[:, :P].any(0).long().argmax())
+    T = max(1, int(mask.sum(1).max()))
+    return Sequences(ids[:, first : P + T], attention[:, first : P + T], mask[:, :T])
+
+
+def _widen(x: Tensor | None, T: int) -> Tensor | None:
+    """Pad [B,t] to [B,T]; leave [B] as it is."""
+    if x is None or x.dim() == 1:
+        return x
+    return torch.nn.functional.pad(x, (0, T - x.shape[1]))
+
+
+def _columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The rows' other columns as lists, and `messages` where rows are conversations."""
+    names: Iterator[str] = iter(dict.fromkeys(n for p in prompts for n in p.columns))
+    columns = {name: [p.columns.get(name) for p in prompts] for name in names}
+    if any(p.messages is not None for p in prompts):
+        columns["messages"] = [p.messages for p in prompts]
+    return columns

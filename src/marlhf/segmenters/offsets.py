@@ -1,0 +1,86 @@
+"""Characters -> tokens: at which token a boundary in the text takes effect.
+
+The rule, used by every segmenter that reads text. A boundary at character `c` says "a macro action
+starts with the character at `c`".
+
+1.  The boundary moves back over the spaces and tabs before it, not over line breaks: leading white
+    space belongs to what follows it, a line break to what precedes it.
+2.  A token's anchor is its first visible character, or its first character if it writes white
+    space only. The first token whose anchor is at or after the boundary starts the macro action.
+    So " word" and "▁word" start at the boundary before "word", "##ing" does not, and a token with
+    the end of one unit and the beginning of the next stays with the unit that it begins in.
+3.  Of several tokens that write one character (bytes of an emoji) only the first can start.
+4.  A token that writes nothing (a special token) never starts: it joins the macro action before.
+5.  A boundary with nothing but white space before it is the start of the response.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from marlhf.tokenization import Span
+from marlhf.types import ResponseBatch
+
+_LINE_BREAKS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+
+
+class TokenIndex:
+    """The tokens of one response by the characters they wrote.
+
+    text   the decoded response; spans   the half-open character span of each of its tokens
+    """
+
+    def __init__(self, text: str, spans: Sequence[Span]) -> None:
+        self._text = text
+        self._leading = len(text) - len(text.lstrip())
+        self._tokens = [token for token, (start, end) in enumerate(spans) if end > start]
+        self._anchors = [_anchor(text, spans[token]) for token in self._tokens]
+
+    def token_at(self, char: int) -> int | None:
+        """The token that starts a macro action for a boundary at `char`; None where none does
+        (no token follows, or it is the start of the response, which needs no boundary)."""
+        if char <= self._leading:
+            return None
+        rank = self._rank(char)
+        return self._tokens[rank] if rank < len(self._tokens) else None
+
+    def count(self, start: int, end: int) -> int:
+        """Tokens that belong to the characters `[start, end)`; neighbouring spans share none."""
+        return self._rank(end) - self._rank(start)
+
+    def _rank(self, char: int) -> int:
+        while char > 0 and _is_blank(self._text[char - 1]):
+            char -= 1
+        return bisect_left(self._anchors, char)
+
+
+def token_starts(text: str, spans: Sequence[Span], boundaries: Iterable[int]) -> set[int]:
+    """The tokens at which macro actions start, for character boundaries in any order.
+
+    The first token of the response is left out unless a boundary names it: `close` adds it.
+    """
+    index = TokenIndex(text, spans)
+    return {token for char in boundaries if (token := index.token_at(char)) is not None}
+
+
+def starts_tensor(batch: ResponseBatch, tokens: Iterable[Iterable[int]]) -> Tensor:
+    """`[B,T]` bool, True at the given tokens of each row."""
+    mask = batch.response_mask
+    starts = torch.zeros(mask.shape, dtype=torch.bool)
+    for row, indices in enumerate(tokens):
+        starts[row, list(indices)] = True
+    return starts.to(mask.device)
+
+
+def _anchor(text: str, span: Span) -> int:
+    start, end = span
+    visible = text[start:end].lstrip()
+    return end - len(visible) if visible else start
+
+
+def _is_blank(char: str) -> bool:
+    return char.isspace() and char not in _LINE_BREAKS

@@ -1,0 +1,59 @@
+"""A segmenter that cuts where the language model is surprised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from marlhf.errors import UserError
+from marlhf.segmenters.base import Segmenter
+from marlhf.types import ResponseBatch
+
+
+@dataclass(frozen=True)
+class Perplexity(Segmenter):
+    """Runs of tokens over which perplexity keeps falling (MA-RLHF section 3.2, "perplexity").
+
+    With ppl_t = exp(-logprob_t) of the single token, token t starts a macro action iff
+    ppl_t > ppl_(t-1).
+
+    logprobs   whose: the reference's (the paper) or the policy's at sampling time
+    shift      moves every boundary by this many tokens; the paper's released code cuts one token
+               earlier than its text, which is -1
+    """
+
+    logprobs: Literal["ref", "policy"] = "ref"
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.logprobs not in ("ref", "policy"):
+            raise UserError(f"logprobs: given {self.logprobs!r}, must be 'ref' or 'policy'")
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        logprobs = batch.ref_logprobs if self.logprobs == "ref" else batch.logprobs
+        if logprobs is None:
+            whose = "the reference model's" if self.logprobs == "ref" else "the policy's"
+            raise UserError(
+                f"segmenter perplexity: needs {whose} log-probabilities of the "
+                "response tokens, and the ResponseBatch has none"
+            )
+        # exp is monotone, so log-probabilities compare as perplexities do, without overflow.
+        # The mask matters before the shift: padding must not move a boundary into the response.
+        rises = torch.zeros_like(batch.response_mask)
+        rises[:, 1:] = (logprobs[:, 1:] < logprobs[:, :-1]) & batch.response_mask[:, 1:]
+        return _shifted(rises, self.shift)
+
+
+def _shifted(flags: Tensor, shift: int) -> Tensor:
+    """`[B,T]` flags moved right by `shift` (left where negative); those that leave are dropped."""
+    width = flags.shape[1]
+    moved = torch.zeros_like(flags)
+    if abs(shift) >= width:
+        return moved
+    source = flags[:, max(-shift, 0) : width - max(shift, 0)]
+    moved[:, max(shift, 0) : width - max(-shift, 0)] = source
+    return moved

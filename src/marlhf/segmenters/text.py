@@ -1,0 +1,272 @@
+"""Segmenters that read text, and the two helpers that make one from a plain function.
+
+    @from_text
+    def clauses(text):  # characters at which macro actions start; 0 is implied
+        return [match.end() for match in re.finditer(r"[,;:] ", text)]
+
+    @from_lengths
+    def pairs(tokens):  # the text of each token -> lengths of macro actions, in tokens
+        return [2] * (len(tokens) // 2) + [1] * (len(tokens) % 2)
+
+How a character boundary becomes a token is written down in `offsets`.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import regex
+from torch import Tensor
+
+from marlhf.errors import UserError
+from marlhf.segmenters.base import Segmenter, SegmenterFn, close
+from marlhf.segmenters.offsets import starts_tensor, token_starts
+from marlhf.tokenization import Span
+from marlhf.types import ResponseBatch
+
+
+@dataclass(frozen=True)
+class TextSegmenter(Segmenter):
+    """Base of the segmenters whose rule is a function of the text alone."""
+
+    @abc.abstractmethod
+    def boundaries(self, text: str) -> list[int]:
+        """Characters at which macro actions start, in order; 0 is implied."""
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        return _starts_at_characters(batch, self.boundaries)
+
+
+@dataclass(frozen=True)
+class Word(TextSegmenter):
+    """Every word. Punctuation joins the word before it; opening brackets, quotes and whatever
+    follows white space join the word after. Each Chinese character is a word, and each run of
+    hiragana or katakana.
+
+    language   a spaCy language code ("en", "th", "ja"): the words of its tokenizer instead, which
+               sets punctuation apart and may need an extra package; None for the rule above
+    """
+
+    language: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.language is not None:
+            _spacy_tokenizer(self.language)  # an unknown language is an error now, not in training
+
+    def boundaries(self, text: str) -> list[int]:
+        if self.language is None:
+            return word_boundaries(text)
+        return [token.idx for token in _spacy_tokenizer(self.language)(text) if not token.is_space]
+
+
+@dataclass(frozen=True)
+class Sentence(TextSegmenter):
+    """Every sentence, by its full stop in any script; a line break ends one too, as in the
+    paper's released code (lists, headings and code have no full stops)."""
+
+    def boundaries(self, text: str) -> list[int]:
+        return sentence_boundaries(text)
+
+
+@dataclass(frozen=True)
+class Line(TextSegmenter):
+    """Every line with something on it: suits code. A line's break and the blank lines after it
+    belong to it; its indentation too where tokens allow."""
+
+    def boundaries(self, text: str) -> list[int]:
+        return line_boundaries(text)
+
+
+def from_text(
+    function: Callable[[str], Iterable[int]], max_length: int | None = None
+) -> SegmenterFn:
+    """A segmenter from a function of one response's text.
+
+    The function returns the characters at which macro actions *start*, in any order; 0 is implied
+    and `len(text)` starts nothing. Raises UserError, when called, if it returns anything else.
+    """
+
+    def checked(text: str) -> list[int]:
+        boundaries = _integers(function(text), function, "characters where macro actions start")
+        for char in boundaries:
+            if not 0 <= char <= len(text):
+                raise UserError(
+                    f"segmenter {_name(function)}: returned character {char} for a "
+                    f"text of {len(text)} characters"
+                )
+        return boundaries
+
+    @functools.wraps(function)
+    def segmenter(batch: ResponseBatch) -> Tensor:
+        return close(_starts_at_characters(batch, checked), batch.response_mask, max_length)
+
+    return segmenter
+
+
+def from_lengths(
+    function: Callable[[list[str]], Iterable[int]], max_length: int | None = None
+) -> SegmenterFn:
+    """A segmenter from a function of one response's tokens.
+
+    The function is given the text of each token (they join to the response; a token that writes
+    nothing, or completes a character that an earlier token began, is "") and returns the lengths
+    of the macro actions, in tokens. It is not called for an empty response. Raises UserError, when
+    called, if the lengths are not positive or do not add up to the number of tokens.
+    """
+
+    @functools.wraps(function)
+    def segmenter(batch: ResponseBatch) -> Tensor:
+        rows = []
+        for text, spans in zip(batch.texts, batch.offsets, strict=True):
+            lengths: list[int] = []
+            if spans:
+                returned = function(_token_texts(text, spans))
+                lengths = _integers(returned, function, "lengths of macro actions")
+            if sum(lengths) != len(spans) or min(lengths, default=1) < 1:
+                raise UserError(
+                    f"segmenter {_name(function)}: returned lengths {lengths}, which "
+                    f"must be at least 1 and add up to the {len(spans)} tokens"
+                )
+            rows.append(list(accumulate(lengths, initial=0))[:-1])
+        return close(starts_tensor(batch, rows), batch.response_mask, max_length)
+
+    return segmenter
+
+
+def line_boundaries(text: str) -> list[int]:
+    """Where lines with a visible character start."""
+    boundaries, position = [], 0
+    for line in text.splitlines(keepends=True):
+        if not line.isspace():
+            boundaries.append(position)
+        position += len(line)
+    return boundaries
+
+
+# Scripts written without spaces cannot be cut by rule into words: a Han character is a word by
+# itself, kana change script at most word ends. Marks (\p{M}) carry the vowels of Indic scripts.
+_WORD = regex.compile(
+    r"""
+    (?: (?: (?<!\S) (?!\p{M}) | (?=[\p{Ps}\p{Pi}]) )     # after white space, or an opening bracket:
+        [^\s\w\p{M}] [^\s\w]*                            #   punctuation leads the word ...
+    )?+
+    (?: \p{Han} \p{M}*
+      | [\p{Hiragana}ー] [\p{Hiragana}\p{M}ー]*
+      | [\p{Katakana}ー] [\p{Katakana}\p{M}ー]*
+      | [[\w\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}]]+
+        (?: (?: ['’\-‐] | (?<=\d)[.,:](?=\d) )           # don't, well-known, 3.14
+            [[\w\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}]]+ )*
+    )
+    | (?: (?<!\S) | (?=[\p{Ps}\p{Pi}]) ) [^\s\w\p{M}] [^\s\w]*   # ... or is one: " - "
+    """,
+    regex.VERBOSE | regex.V1,
+)
+
+
+def word_boundaries(text: str) -> list[int]:
+    """Where words start, by the rule of `Word`."""
+    return [match.start() for match in _WORD.finditer(text)]
+
+
+_TERMINAL = regex.compile(
+    r"""
+    (?P<mark> [.!?…‽؟۔։።፧፨]+ ) (?P<close> ["'*_\p{Pe}\p{Pf}]* ) \s+    # a space must follow
+    | (?: [。｡！？।॥] | ．(?!\p{Nd}) )+ ["'*_\p{Pe}\p{Pf}]* \s*           # none need
+    """,
+    regex.VERBOSE,
+)
+_BEFORE_NAMES = regex.compile(  # never the end of a sentence
+    r"""mrs? | ms | dr | prof | st | rev | hon | gen | col | capt | lt | sgt | gov | sen | rep | mt | ft
+    | vs | cf | viz | approx | figs? | eqs? | sec | e\.g | i\.e""",
+    regex.VERBOSE | regex.IGNORECASE,
+)
+_MID_SENTENCE = regex.compile(  # not the end of one where the next word has no capital
+    r".*\..* | etc | al | inc | ltd | co | corp | jr | sr | dept | est | no | vol | eds? | ca | op",
+    regex.VERBOSE | regex.IGNORECASE,
+)
+_LAST_WORD = regex.compile(r"[\p{L}\p{M}.]*\p{L}\p{M}*\Z")
+_LIST_NUMBER = regex.compile(r"(?:^|[\n\r])[^\S\n\r]*[(\[]?(?:\p{Nd}{1,3}|\p{L})\Z")
+_LOOK_BACK = 40  # characters: no abbreviation is longer
+
+
+def sentence_boundaries(text: str) -> list[int]:
+    """Where sentences start, by the rule of `Sentence`."""
+    found = set(line_boundaries(text))
+    for match in _TERMINAL.finditer(text):
+        if match.end() < len(text) and (match["mark"] is None or _ends_sentence(text, match)):
+            found.add(match.end())
+    return sorted(found)
+
+
+def sentence_spans(text: str) -> list[Span]:
+    """The half-open span of each sentence, white space around it left out."""
+    boundaries = sorted({0, *sentence_boundaries(text)})
+    spans = []
+    for start, end in zip(boundaries, [*boundaries[1:], len(text)], strict=True):
+        sentence = text[start:end]
+        if stripped := sentence.strip():
+            start += len(sentence) - len(sentence.lstrip())
+            spans.append((start, start + len(stripped)))
+    return spans
+
+
+def _ends_sentence(text: str, match: Any) -> bool:
+    """Whether a mark with white space after it ends a sentence: not in "Dr. No", "etc. and",
+    "J. Doe", "wait... what", '"Stop!" he said' or "1. First"."""
+    mark, lower = match["mark"], text[match.end()].islower()
+    if mark != ".":
+        return not (lower and (match["close"] or set(mark) <= {".", "…"}))
+    before = text[max(match.start() - _LOOK_BACK, 0) : match.start()]
+    if _LIST_NUMBER.search(before) or (match.start() <= 3 and before.isdecimal()):
+        return False
+    word = found[0] if (found := _LAST_WORD.search(before)) else ""
+    if (len(word) == 1 and word.isupper() and word != "I") or _BEFORE_NAMES.fullmatch(word):
+        return False
+    return not (lower and _MID_SENTENCE.fullmatch(word))
+
+
+@functools.lru_cache(maxsize=8)
+def _spacy_tokenizer(language: str) -> Callable[[str], Any]:
+    import spacy  # takes seconds to import: only for those who ask for it
+
+    try:
+        return spacy.blank(language).tokenizer
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"language: cannot use spaCy's {language!r}: {reason}") from error
+
+
+def _starts_at_characters(
+    batch: ResponseBatch, boundaries: Callable[[str], Iterable[int]]
+) -> Tensor:
+    rows = zip(batch.texts, batch.offsets, strict=True)
+    return starts_tensor(batch, (token_starts(t, spans, boundaries(t)) for t, spans in rows))
+
+
+def _token_texts(text: str, spans: list[Span]) -> list[str]:
+    """What each token adds to the text: they join to `text`."""
+    texts, position = [], 0
+    for start, end in spans:
+        texts.append(text[max(start, position) : end])
+        position = max(position, end)
+    return texts
+
+
+def _integers(returned: Any, function: Callable[..., Any], meaning: str) -> list[int]:
+    values = list(returned) if isinstance(returned, Iterable) else [returned]
+    if not all(isinstance(value, int) for value in values) or not isinstance(returned, Iterable):
+        raise UserError(
+            f"segmenter {_name(function)}: returned {returned!r}, must be a list of "
+            f"integers, the {meaning}"
+        )
+    return values
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", None) or repr(function)

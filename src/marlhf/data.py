@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from marlhf.types import UserError
 
 Messages = list[dict[str, Any]]
 
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -238,19 +239,18 @@ def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> No
                 f"data.prompt_column: no column is called {column!r}; the {where} has {present}"
             )
         return
-    used = [m[1] for m in _FIELD.finditer(template) if m[1] in names]
-    for match in _FIELD.finditer(template):
-        # braces around something that is no name, such as JSON in the template, are literal
-        if match[1] is not None and match[1] not in names and match[1].isidentifier():
+    fields = [name for _, name in template_parts(template, names) if name is not None]
+    for name in fields:
+        if name not in names:
             raise UserError(
-                f"data.prompt_template: no column is called {match[1]!r}; the {where} has {present}"
+                f"data.prompt_template: no column is called {name!r}; the {where} has {present}"
             )
-    if not used:
+    if not fields:
         raise UserError(
             f"data.prompt_template: names no column, so that every prompt would be the same; "
             f"the {where} has {present}"
         )
-    if column != "prompt" and column not in used:
+    if column != "prompt" and column not in fields:
         raise UserError(
             f"data.prompt_column: given {column!r}, but prompt_template does not use it; give "
             "only one of them"
@@ -308,26 +308,41 @@ def _message(message: Any, position: int, where: str) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def _filled(template: str, columns: Mapping[str, Any], where: str) -> str:
-    """The template with `{column}` filled in; `{{` and `}}` are braces, and so are braces around
-    anything that is not a column. Empty where every column in it is."""
-    values: list[str] = []
+def template_parts(template: str, names: Sequence[str]) -> list[tuple[str, str | None]]:
+    """A template as `(literal text, column to put after it or None)` pairs.
 
-    def fill(match: re.Match[str]) -> str:
-        name = match[1]
-        if name is None:
-            return match[0][0]
-        if name not in columns:
-            return match[0]
-        value = columns[name]
+    It is read as Python's `str.format` reads it, `{{` being a brace. A template that cannot be read
+    so, because it has braces around things that are no names (JSON, code), has its `{column}`s
+    filled in and all else left as it is.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError:
+        parts = []
+    if parts and all(
+        name is None or ((name in names or name.isidentifier()) and not spec and not conversion)
+        for _, name, spec, conversion in parts
+    ):
+        return [(literal, name) for literal, name, _, _ in parts]
+    found, position = [], 0
+    for match in _BRACES.finditer(template):
+        if match[1] in names or match[1].isidentifier():
+            found.append((template[position : match.start()], match[1]))
+            position = match.end()
+    return [*found, (template[position:], None)]
+
+
+def _filled(template: str, columns: Mapping[str, Any], where: str) -> str:
+    """The template with its columns filled in; empty where every column in it is."""
+    text, filled = "", False
+    for literal, name in template_parts(template, list(columns)):
+        value = "" if name is None else columns[name]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             kind = "null" if value is None else type(value).__name__
             raise UserError(f"{where}: column {name!r} of the prompt is {kind}, must be text")
-        values.append(str(value))
-        return values[-1]
-
-    text = _FIELD.sub(fill, template)
-    return text if any(value.strip() for value in values) else ""
+        text += literal + str(value)
+        filled = filled or bool(str(value).strip())
+    return text if filled else ""
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from marlhf.advantages import AllReduceSum
 from marlhf.display import macro_pieces
 from marlhf.experience import MacroBatch, explained_variance
 from marlhf.losses import k1, k3
+from marlhf.macro import segment_ids
 from marlhf.metrics import Metrics, Timer, peak_memory_gb
 from marlhf.rollout import Rollout
 
@@ -62,24 +64,29 @@ def row(
     return {"step": step, **values}
 
 
-def samples(rollout: Rollout, batch: MacroBatch, limit: int, step: int) -> Iterator[dict[str, Any]]:
-    """Lines of samples.jsonl: the first responses, cut into the text of each macro action."""
-    ids = batch.segment_ids[:limit]
-    starts = torch.nn.functional.pad(ids, (1, 0), value=-1).diff(dim=1) > 0
-    kl = rollout.log_ratio[:limit].sum(1).tolist()
-    for i in range(len(ids)):
-        length = rollout.responses.lengths[i]
-        row_starts = starts[i, :length].tolist()
-        text = rollout.responses.texts[i]
-        yield {
-            "step": step,
-            "row": rollout.responses.rows[i],
+def samples(
+    rollout: Rollout, starts: Tensor, limit: int, batch: MacroBatch | None = None
+) -> Iterator[dict[str, Any]]:
+    """Lines of samples.jsonl: the first responses, cut into the text of each macro action.
+
+    batch   adds the advantage of each macro action (there is none in an evaluation)
+    """
+    responses, kl = rollout.responses, rollout.log_ratio[:limit].sum(1).tolist()
+    ids = batch.segment_ids if batch else segment_ids(starts, responses.response_mask)
+    for i in range(len(kl)):
+        row_ids = ids[i, : responses.lengths[i]]
+        begins = torch.nn.functional.pad(row_ids, (1, 0), value=-1).diff() > 0
+        text = responses.texts[i]
+        sample = {
+            "row": responses.rows[i],
             "prompt": rollout.prompt_texts[i],
             "response": text,
-            "macro_actions": macro_pieces(text, rollout.responses.offsets[i], row_starts),
-            "macro_lengths": batch.lengths_BM[i][batch.mask_BM[i]].tolist(),
-            "macro_advantages": batch.advantages_BM[i][batch.mask_BM[i]].tolist(),
+            "macro_actions": macro_pieces(text, responses.offsets[i], begins.tolist()),
+            "macro_lengths": row_ids.unique_consecutive(return_counts=True)[1].tolist(),
             "score": float(rollout.scores[i]),
             "kl": kl[i],
             "finished": bool(rollout.generation.finished[i]),
         }
+        if batch is not None:
+            sample["macro_advantages"] = batch.advantages_BM[i][batch.mask_BM[i]].tolist()
+        yield sample

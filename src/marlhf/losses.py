@@ -7,6 +7,7 @@ changes the gradient; None is the mask's own count.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -36,13 +37,14 @@ def policy_loss(
         macro_mean      exp(mean of l over the macro action), for each of its tokens; with one
                         macro action a response this is GSPO's (Zheng et al. 2025), whose clip
                         range is near 1e-3
-        macro_product   exp(sum of l over the macro action), once for each macro action (MA-RLHF
-                        eq. 5)
+        macro_product   exp(sum of l over the macro action), once for each macro action (the
+                        formula of MA-RLHF, arXiv 2410.02743)
     segment_ids     [B,T], needed by the two macro ratios
     denominator     tokens to divide by, in all three
 
-    At r = 1 all three have the same gradient. Returns (loss, stats), stats being means over the
-    mask: `clip_fraction` and `approx_kl` (k3 of the old policy against the new), and `ratio_max`.
+    At r = 1 all three have the same gradient. Returns (loss, stats): `clip_fraction` and
+    `approx_kl` (k3 of the old policy against the new), means over what r is counted for, tokens
+    or (macro_product) macro actions, and `ratio_max`.
     Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7.
     """
     assert logprobs_BT.shape == old_logprobs_BT.shape == advantages_BT.shape == mask_BT.shape
@@ -63,6 +65,8 @@ def policy_loss(
             raise ValueError(
                 f"ratio: given {ratio!r}, must be 'token', 'macro_mean' or 'macro_product'"
             )
+    # Within the range of exp, so that a clipped entry has gradient 0 and not 0 * inf.
+    log_ratio = log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2)
     r = log_ratio.exp()
     clipped = r.clamp(1 - clip_range, 1 + clip_range)
     per_entry = torch.maximum(-advantages * r, -advantages * clipped)

@@ -28,7 +28,7 @@ from marlhf.learner import Learner
 from marlhf.losses import kl_loss, policy_loss, value_loss
 from marlhf.macro import macro_mask, reduce
 from marlhf.metrics import Metrics, Timer
-from marlhf.rewards import build_rewards
+from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rollout import Rollout, RolloutWorker, logprob_temperature
 from marlhf.run_directory import RunDirectory
 from marlhf.segmenters import build_segmenter, segmenter_name, validate
@@ -70,13 +70,13 @@ class PPOTrainer:
         train, self.eval_prompts = self._load_prompts(train_dataset, eval_dataset)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
-        check_prompts([*train, *self.eval_prompts], self.tokenizer, config.data)
+        self._check([*train, *self.eval_prompts])
         is_main = self.distributed.is_main
         self.run = RunDirectory(config.output_dir, config.overwrite, is_main)
 
         torch.manual_seed(config.seed)
         policy, value_model = loading.build_models(
-            config, self.tokenizer, self.reward.model_path, model, critic
+            config, self.tokenizer, self._reward_model_path(), model, critic
         )
         self.reference = loading.reference_of(policy).to(self.distributed.device)
         rate = config.optimizer.learning_rate
@@ -123,9 +123,7 @@ class PPOTrainer:
         rows, row_ids = self._share(as_prompts(prompts, config.data))
         rollout = self.worker(rows, row_ids, self.step_count, timer)
         with timer("segment"):
-            starts = validate(
-                self.segmenter(rollout.responses), rollout.responses, segmenter_name(self.segmenter)
-            )
+            starts = self._segment(rollout)
             batch = self._macro_batch(starts, rollout)
         with timer("train"):
             learning_rate = self.policy.learning_rate
@@ -135,8 +133,8 @@ class PPOTrainer:
         diagnostics.measure(rollout, batch, config.kl.coef, metrics)
         for name, value in getattr(self.segmenter, "metrics", dict)().items():
             metrics.add(name, value)
-        for sample in diagnostics.samples(rollout, batch, config.log.samples, self.step_count):
-            self.run.write_sample(sample)
+        for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
+            self.run.write_sample({"step": self.step_count, "held_out": False, **sample})
         reduced = metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
         return diagnostics.row(
             self.step_count, reduced, batch, learning_rate, timer, self.distributed.all_reduce
@@ -154,6 +152,9 @@ class PPOTrainer:
             metrics.mean("eval_score_mean", rollout.scores)
             metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1))
             metrics.mean("eval_response_length_mean", rollout.generation.lengths)
+            written = self.config.log.samples if start == 0 else 0
+            for sample in diagnostics.samples(rollout, self._segment(rollout), written):
+                self.run.write_sample({"step": self.step_count, "held_out": True, **sample})
         return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 
     def save(self, folder: Path | str) -> None:
@@ -177,6 +178,10 @@ class PPOTrainer:
         first = self.distributed.rank * each
         mine = [p for p in prompts[first : first + each] for _ in range(copies)]
         return mine, list(range(first * copies, first * copies + len(mine)))
+
+    def _segment(self, rollout: Rollout) -> Tensor:
+        starts = self.segmenter(rollout.responses)
+        return validate(starts, rollout.responses, segmenter_name(self.segmenter))
 
     def _macro_batch(self, starts: Tensor, rollout: Rollout) -> MacroBatch:
         config, mask = self.config, rollout.generation.response_mask
@@ -288,11 +293,20 @@ class PPOTrainer:
     def _load_prompts(self, train: Any, held_out: Any) -> tuple[list[Prompt], list[Prompt]]:
         data = self.config.data
         if train is None:
-            if data.path is None:
-                raise UserError("data.path: missing; must be a file, a folder or a hub name")
             loaded, loaded_held_out = load_rows(data)
             return loaded, loaded_held_out if held_out is None else as_prompts(held_out, data)
         return as_prompts(train, data), as_prompts(held_out or [], data)
+
+    def _check(self, prompts: list[Prompt]) -> None:
+        """What the data must have for the tokenizer and for the rewards. Raises UserError."""
+        check_prompts(prompts, self.tokenizer, self.config.data)
+        for prompt in prompts[:1]:
+            messages = ["messages"] if prompt.messages is not None else []
+            self.reward.check_columns([*prompt.columns, *messages])
+
+    def _reward_model_path(self) -> str | None:
+        functions = (reward.function for reward in self.reward.rewards)
+        return next((f.path for f in functions if isinstance(f, RewardModel)), None)
 
     def _learner(self, name: str, module: nn.Module, learning_rate: float) -> Learner:
         adapter = name if self.config.model.lora else None

@@ -123,7 +123,8 @@ class RolloutWorker:
                 seed=seed,
                 tokenizer=self.tokenizer,
             )
-            rewards = self.reward(texts, responses.texts, _columns(prompts))
+            plain = [p.text for p in prompts]
+            rewards = self.reward(plain, responses.texts, _columns(prompts))
             scores = torch.tensor(rewards.scores, dtype=torch.float32)
             dense = torch.zeros(generation.response_mask.shape)
             if any(rewards.spans):

@@ -40,8 +40,8 @@ clean:
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-# torch goes first and pinned: left to the resolver, a newer build would be taken, and with it
-# several GB of packages for graphics cards that the machine may not have.
+# torch goes first and pinned. A build for CPUs alone, where pip is configured to find one, carries
+# this very version; a later one would come with several GB of packages for graphics cards.
 .venv/.torch: .venv/.python
 	@echo 'set-up: installing torch'
 	@$(PIP) -c constraints.txt 'torch==2.13.0'

@@ -150,20 +150,22 @@ def line_boundaries(text: str) -> list[int]:
 
 
 # Scripts written without spaces cannot be cut by rule into words: a Han character is a word by
-# itself, kana change script at most word ends. Marks (\p{M}) carry the vowels of Indic scripts.
+# itself, kana change script at most word ends. Marks (\p{M}) and joiners belong to whatever they
+# follow: they carry the vowels of Indic scripts, and build one emoji out of several.
+_JOINED = r"\p{M}\u200c\u200d"
+_LETTER = rf"[\w--[{_JOINED}\p{{Han}}\p{{Hiragana}}\p{{Katakana}}ー]]"
+_LETTERS = rf"{_LETTER} [{_LETTER}{_JOINED}]*"
+_SYMBOL = rf"[[^\s\w]{_JOINED}]"
+_LEAD = rf"(?: (?<!\S) {_SYMBOL}+ | [\p{{Ps}}\p{{Pi}}] {_SYMBOL}* )"
 _WORD = regex.compile(
-    r"""
-    (?: (?: (?<!\S) (?!\p{M}) | (?=[\p{Ps}\p{Pi}]) )     # after white space, or an opening bracket:
-        [^\s\w\p{M}] [^\s\w]*                            #   punctuation leads the word ...
-    )?+
-    (?: \p{Han} \p{M}*
-      | [\p{Hiragana}ー] [\p{Hiragana}\p{M}ー]*
-      | [\p{Katakana}ー] [\p{Katakana}\p{M}ー]*
-      | [[\w\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}]]+
-        (?: (?: ['’\-‐] | (?<=\d)[.,:](?=\d) )           # don't, well-known, 3.14
-            [[\w\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}]]+ )*
+    rf"""
+    {_LEAD}?+                                            # punctuation leads the word ...
+    (?: \p{{Han}} [{_JOINED}]*
+      | [\p{{Hiragana}}ー] [\p{{Hiragana}}ー{_JOINED}]*
+      | [\p{{Katakana}}ー] [\p{{Katakana}}ー{_JOINED}]*
+      | {_LETTERS} (?: (?: ['’\-‐] | (?<=\d)[.,:](?=\d) ) {_LETTERS} )*   # don't, 3.14
     )
-    | (?: (?<!\S) | (?=[\p{Ps}\p{Pi}]) ) [^\s\w\p{M}] [^\s\w]*   # ... or is one: " - "
+    | {_LEAD}                                            # ... or is one: " - "
     """,
     regex.VERBOSE | regex.V1,
 )

@@ -37,6 +37,8 @@ def read_rows(
 
     Raises UserError: nothing there, no such split, unreadable, or no rows.
     """
+    if not path:
+        raise UserError(f"{key}: is empty, must be a file, a folder or a hub name")
     source = Path(path).expanduser()
     if name is not None and source.exists():
         raise UserError(
@@ -152,7 +154,8 @@ def _read_folder(
 ) -> list[Row]:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _read_saved(folder, split, key, split_key, limit)
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _READERS)
+    found = [p for p in sorted(folder.rglob("*")) if p.suffix in _READERS and p.is_file()]
+    found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
     # one format only: a folder of Parquet files often has a JSON file that describes them
     suffix = next((s for s in _READERS if any(p.suffix == s for p in found)), None)
     by_split: dict[str, list[Path]] = {}

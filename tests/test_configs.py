@@ -1,0 +1,38 @@
+"""Every configuration that ships is read without complaint, and its names mean something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from marlhf.config import PPOConfig
+from marlhf.config_loading import load_config
+from marlhf.data import as_prompts
+from marlhf.rewards import build_rewards
+from marlhf.segmenters import build_segmenter
+
+FOLDER = Path(__file__).parents[1] / "configs"
+JOBS = {"ppo": PPOConfig}  # a file is named after its job: ppo_summaries.yaml
+
+
+def job_files() -> list[Path]:
+    files = sorted(FOLDER.glob("*.yaml"))
+    return [f for f in files if "model" in yaml.safe_load(f.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", job_files(), ids=lambda p: p.name)
+def test_a_shipped_configuration_is_read_and_its_parts_are_built(path):
+    config = load_config(JOBS[path.name.partition("_")[0]], path)
+    if isinstance(config, PPOConfig):
+        build_segmenter(config.segmenter)
+        build_rewards(config.reward.models)
+
+
+def test_the_summaries_configuration_fits_its_data():
+    config = load_config(PPOConfig, FOLDER / "ppo_summaries.yaml")
+    (prompt,) = as_prompts([{"document": "A long text.", "summary": "text"}], config.data)
+    assert prompt.messages is not None
+    assert prompt.text.endswith("\n\nA long text.")
+    build_rewards(config.reward.models).check_columns(prompt.columns)

@@ -295,7 +295,14 @@ class PPOConfig:
         path = Path(__file__).parent / "presets" / f"{values['preset']}.yaml"
         if not path.is_file():
             return given  # the field's own check names what is possible
-        return merge(read_yaml(path), values)
+        preset = read_yaml(path)
+        for section in preset.keys() & values.keys():
+            if not isinstance(values[section], Mapping):
+                raise ValueError(
+                    f"{section}: given as an object, of which preset={values['preset']!r} cannot "
+                    "tell what to keep; give one of the two, or use config_from_dict"
+                )
+        return merge(preset, values)
 
     @model_validator(mode="after")
     def _cross_checks(self) -> PPOConfig:

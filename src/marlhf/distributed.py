@@ -27,9 +27,8 @@ class Distributed:
         if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # without a named backend accelerate leaves CPU ranks unconnected, and says nothing
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        self._accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=handlers
-        )
+        self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+        self._precision = precision
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise UserError(
                 "DeepSpeed launches are not supported yet; use a plain multi-process one"
@@ -92,7 +91,8 @@ class Distributed:
 
     def autocast(self) -> Any:
         """Context of a forward pass at the configured precision."""
-        return self._accelerator.autocast()
+        enabled = self._precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def unwrap(self, model: nn.Module) -> Any:
         """The module that `prepare` was given."""

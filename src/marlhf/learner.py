@@ -49,7 +49,7 @@ class Learner:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        return self.scheduler.get_last_lr()[0]
+        return float(self.scheduler.get_last_lr()[0])
 
     def optimise(self, minibatch: Experience, objective: Objective) -> float:
         """One optimiser step, its gradient accumulated over micro-batches; returns its norm.

@@ -127,7 +127,7 @@ class WandB:
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError("log.wandb: needs: pip install 'marlhf[wandb]'") from None
         self._run: Any = wandb.init(project="marlhf", dir=str(folder), config=dict(config))

@@ -97,7 +97,8 @@ class Critic(nn.Module):
         T = response_mask.shape[1]
         with use_adapter(self._owner[0], self.adapter):
             hidden = _trunk_forward(self.trunk, input_ids, attention_mask)[:, -T - 1 :]
-        states = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float() - self.offset
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float() - self.offset
         last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
         return states[:, :-1], last
 

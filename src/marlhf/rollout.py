@@ -267,7 +267,7 @@ class _Finish(StoppingCriteria):
         self.stop = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
         self.lengths = torch.zeros(0, dtype=torch.int64)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         length = input_ids.shape[1] - self.prompt_length
         if length == 1:
             self.lengths = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)

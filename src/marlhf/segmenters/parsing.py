@@ -294,14 +294,16 @@ def _sentence_parser(parser: Any, pipeline: str, model: str) -> SentenceParser:
 @functools.lru_cache(maxsize=8)
 def _loaded_parser(parser: Any, pipeline: str, model: str) -> SentenceParser:
     if parser == "spacy":
-        return SentenceParser(_spacy_parser(pipeline))
+        nlp = load_spacy(pipeline)
+        return SentenceParser(lambda sentences: map(dependency_tree, nlp.pipe(sentences)))
     if parser == "benepar":
         return SentenceParser(_benepar_parser(model))
     function: TreeFn = import_path(parser, "parser") if isinstance(parser, str) else parser
     return SentenceParser(lambda sentences: map(function, sentences))
 
 
-def _spacy_parser(pipeline: str) -> Callable[[list[str]], Iterable[Tree]]:
+def load_spacy(pipeline: str) -> Any:
+    """A spaCy pipeline with only the components that a dependency parse needs."""
     import spacy
 
     try:
@@ -320,7 +322,7 @@ def _spacy_parser(pipeline: str) -> Callable[[list[str]], Iterable[Tree]]:
     for name, factory in factories.items():  # taggers, NER and others are most of the time
         if factory not in ("parser", "tok2vec") and "transformer" not in factory:
             nlp.disable_pipe(name)
-    return lambda sentences: map(dependency_tree, nlp.pipe(sentences))
+    return nlp
 
 
 def _benepar_parser(model: str) -> Callable[[list[str]], Iterable[Tree]]:

@@ -409,6 +409,7 @@ def test_special_tokens():
     assert encode(["hi", "<s>hi"], tokenizer, 9, [True, False])[0] == [[0, h, i], [0, h, i]]
     assert encode(["<s>hi"], tokenizer, 9)[0] == [[0, h, i]], "no second BOS"
     assert encode(["hi</s>"], tokenizer, 9, False)[0] == [[h, i, 1]], "the template's own EOS"
+    assert encode(["hi</s>"], byte_tokenizer(), 9)[0] == [[h, i, 1]], "the user's own EOS"
     eos_only = byte_tokenizer(add_eos=True)
     assert encode(["hi</s>", "hi"], eos_only, 9)[0][1] == [h, i]
 

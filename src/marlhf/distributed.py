@@ -22,19 +22,23 @@ class Distributed:
     """
 
     def __init__(self, precision: Literal["fp32", "bf16"] = "fp32") -> None:
-        on_cpu = not torch.cuda.is_available()
-        handlers = []
-        if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # without a named backend accelerate leaves CPU ranks unconnected, and says nothing
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=handlers)
-        self._precision = precision
-        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        if deepspeed:
             raise UserError(
                 "DeepSpeed launches are not supported yet; use a plain multi-process one"
             )
-        expected = int(os.environ.get("WORLD_SIZE", "1"))
-        assert self.world_size == expected, f"{self.world_size} of {expected} ranks are connected"
+        handlers, on_cpu = [], not torch.cuda.is_available()
+        if on_cpu and world > 1:
+            # left to itself accelerate counts CPU ranks but does not connect them, silently
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        self._accelerator = Accelerator(
+            mixed_precision="no", cpu=on_cpu and world > 1, kwargs_handlers=handlers
+        )
+        self._precision = precision
+        connected = self._accelerator.distributed_type != DistributedType.NO
+        assert self.world_size == world, f"{self.world_size} of {world} ranks are connected"
+        assert connected == (world > 1), "the ranks are not connected"
 
     @property
     def rank(self) -> int:

@@ -17,8 +17,6 @@ from torch import Tensor
 from marlhf.advantages import AllReduceSum
 from marlhf.errors import UserError
 
-Value = float | int | None
-
 
 class Metrics:
     """Weighted means and maxima of one update, on one rank until `reduce`."""
@@ -42,17 +40,18 @@ class Metrics:
         """Keep the largest value."""
         self._maxima[name] = max(float(value), self._maxima.get(name, -math.inf))
 
-    def reduce(self, all_reduce: AllReduceSum, gather: Any) -> dict[str, Value]:
+    def reduce(self, all_reduce: AllReduceSum, gather: Any) -> dict[str, Any]:
         """Name -> mean over all ranks (None where nothing was counted)."""
-        names = sorted(self._sums)
-        table = torch.tensor([self._sums[n] for n in names], dtype=torch.float64).reshape(-1, 2)
+        names = sorted({*gather(list(self._sums))})  # a rank without rows has counted nothing
+        sums = [self._sums.get(name, [0.0, 0.0]) for name in names]
+        table = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
         table = all_reduce(table)
-        result: dict[str, Value] = {
+        result: dict[str, Any] = {
             name: total / count if count else None
             for name, (total, count) in zip(names, table.tolist(), strict=True)
         }
-        for name in sorted(self._maxima):
-            result[name] = max(gather([self._maxima[name]]))
+        for name, value in gather(list(self._maxima.items())):
+            result[name] = max(value, result.get(name, value))
         return result
 
 

@@ -78,7 +78,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/quickstart", help="where the run writes")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="any key of ppo")
-    return parser.parse_args(list(words))
+    return parser.parse_intermixed_args(list(words))
 
 
 def _packaged_model() -> str:

@@ -18,8 +18,9 @@ def decode_with_offsets(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[S
     """The text of `ids`, special tokens left out, and the half-open character span of each token.
 
     Tokens that together write one character (byte-level pieces of an emoji) all carry the span of
-    that character; a token that writes nothing (a special token) has an empty span. Spans never
-    move backwards, and the last one ends at `len(text)` when any token writes text.
+    that character, and bytes that are no character share a span with the token after them; a token
+    that writes nothing (a special token) has an empty span. Spans never move backwards, and the
+    last one ends at `len(text)` when any token writes text.
     """
     text = _decode(tokenizer, ids)
     spans = _incremental_spans(tokenizer, ids, text)

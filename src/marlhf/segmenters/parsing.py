@@ -98,7 +98,7 @@ class Parsing(Segmenter):
 def sentence_starts(
     root: Node | None, offset: int, index: TokenIndex, cutoff: int
 ) -> Iterator[int]:
-    """Characters of the response at which a sentence's macro actions start.
+    """Characters of the response at which a sentence's macro actions start, in any order.
 
     root     the sentence's tree, None where it could not be parsed
     offset   where in the response the sentence begins
@@ -111,8 +111,8 @@ def sentence_starts(
             continue  # a single word joins the macro action before it
         tokens = index.count(offset + start, offset + end)
         if tokens >= cutoff:
-            stack.extend(reversed(children))
-        elif tokens:
+            stack.extend(children)
+        elif tokens:  # none: its words are inside a token that began before it
             yield offset + start
 
 
@@ -172,7 +172,8 @@ class SentenceParser:
                 self._cache.move_to_end(sentence)
                 found[sentence] = self._cache[sentence]
         new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in found]
-        found.update(zip(new, self._nodes(new), strict=True))
+        if new:
+            found.update(zip(new, self._nodes(new), strict=True))
         self._cache.update((sentence, found[sentence]) for sentence in new)
         while len(self._cache) > _CACHED_SENTENCES:
             self._cache.popitem(last=False)

@@ -45,9 +45,7 @@ def launch(folder: Path, ranks: int, sections: dict[str, Any]) -> list[dict[str,
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "world_size").read_text() == str(ranks)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in lines
-    ]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in lines]
 
 
 @pytest.mark.parametrize("case", CASES)

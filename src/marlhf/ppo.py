@@ -31,7 +31,7 @@ from marlhf.metrics import Metrics, Timer
 from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rollout import Rollout, RolloutWorker, logprob_temperature
 from marlhf.run_directory import RunDirectory
-from marlhf.segmenters import build_segmenter, segmenter_name, validate
+from marlhf.segmenters import build_segmenter, segmenter_metrics, segmenter_name, validate
 
 EVAL_STEP = -1  # held-out responses are always sampled with the same noise
 
@@ -120,18 +120,23 @@ class PPOTrainer:
         Every rank is given the same prompts and takes its share of them.
         """
         config, metrics, timer = self.config, Metrics(), Timer()
+        # 1. sample and score
         rows, row_ids = self._share(as_prompts(prompts, config.data))
         rollout = self.worker(rows, row_ids, self.step_count, timer)
         with timer("segment"):
+            # 2. cut into macro actions
             starts = self._segment(rollout)
+            # 3. rewards and values -> advantages
             batch = self._macro_batch(starts, rollout)
         with timer("train"):
+            # 4. step policy and critic
             learning_rate = self.policy.learning_rate
             self._update(self._experience(rollout, batch), metrics)
         self.step_count += 1
 
+        # 5. report
         diagnostics.measure(rollout, batch, config.kl.coef, metrics)
-        for name, value in getattr(self.segmenter, "metrics", dict)().items():
+        for name, value in segmenter_metrics(self.segmenter).items():
             metrics.add(name, value)
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
             self.run.write_sample({"step": self.step_count, "held_out": False, **sample})
@@ -148,7 +153,7 @@ class PPOTrainer:
         mine = list(enumerate(self.eval_prompts))[rank::world]
         for start in range(0, len(mine), size):
             row_ids, prompts = zip(*mine[start : start + size], strict=True)
-            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer())
+            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), with_values=False)
             metrics.mean("eval_score_mean", rollout.scores)
             metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1))
             metrics.mean("eval_response_length_mean", rollout.generation.lengths)
@@ -260,10 +265,10 @@ class PPOTrainer:
         )
         if kl_place(config) == "loss":
             loss = loss + config.kl.coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
-        here = mask.sum()
-        metrics.add("policy_loss", loss.detach() * tokens, here)
-        metrics.add("clip_fraction", stats["clip_fraction"] * here, here)
-        metrics.add("approx_kl", stats["approx_kl"] * here, here)
+        metrics.add("policy_loss", loss.detach() * tokens, mask.sum())
+        ratios = macro_mask(rows.segment_ids) if config.macro.ratio == "macro_product" else mask
+        metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())
+        metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
         metrics.maximum("ratio_max", stats["ratio_max"])
         return loss
 

@@ -87,7 +87,12 @@ class RolloutWorker:
     distributed: Distributed
 
     def __call__(
-        self, prompts: Sequence[Prompt], row_ids: Sequence[int], step: int, timer: Timer
+        self,
+        prompts: Sequence[Prompt],
+        row_ids: Sequence[int],
+        step: int,
+        timer: Timer,
+        with_values: bool = True,
     ) -> Rollout:
         """One response to each prompt (repeat a prompt for several).
 
@@ -111,7 +116,7 @@ class RolloutWorker:
             logprobs, entropy = self._score(self.policy, sequences, with_entropy=True)
             ref_logprobs, _ = self._score(self.reference, sequences)
             values = last_values = None
-            if self.critic is not None:
+            if self.critic is not None and with_values:
                 values, last_values = self._score(self.critic, sequences)
             responses = ResponseBatch(
                 token_ids=generation.response_ids,

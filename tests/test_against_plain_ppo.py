@@ -1,0 +1,267 @@
+"""Two whole updates of the trainer against `plain_ppo`.
+
+Of the trainer it takes the sampled token ids alone; every metric and every weight must then agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm, tiny_sequence_classifier
+from plain_ppo import (
+    CRITIC_LEARNING_RATE,
+    EOS,
+    EPS,
+    LEARNING_RATE,
+    MAX_PROMPT_LENGTH,
+    Plain,
+    PlainPPO,
+    Row,
+)
+from runs_for_tests import PROMPTS, vowels
+
+from marlhf.config import PPOConfig
+from marlhf.config_loading import config_from_dict, merge
+from marlhf.ppo import PPOTrainer
+
+UPDATES = 2
+TIMES = ("_seconds", "tokens_per_second", "peak_memory_gb")
+
+# Adam's epsilon is large so that it does not blow up the rounding of gradients near zero.
+SECTIONS: dict[str, Any] = {
+    "model": {"path": "given in Python"},
+    "segmenter": {"name": "ngram", "n": 3},
+    "data": {"eval_rows": 0},
+    "rollout": {"batch_size": 8, "max_new_tokens": 11, "max_prompt_length": MAX_PROMPT_LENGTH},
+    "ppo": {"gamma": 0.97, "minibatches": 2, "epochs": 2},
+    "kl": {"coef": 0.2},
+    "optimizer": {
+        "learning_rate": LEARNING_RATE,
+        "critic_learning_rate": CRITIC_LEARNING_RATE,
+        "eps": EPS,
+        "weight_decay": 0.1,
+        "micro_batch_size": 3,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the trainer: weights before and after, sampled rows and metrics of each update."""
+
+    lm: Any
+    classifier: Any
+    rollouts: list[list[Row]]
+    metrics: list[dict[str, Any]]
+    policy: dict[str, torch.Tensor]
+    critic: dict[str, torch.Tensor]
+
+
+def run_of_trainer(sections: dict[str, Any], family: str = "llama", offset: float = 0.0) -> Run:
+    lm = with_eos_bias(tiny_causal_lm(family, BYTES_VOCAB, seed=1))
+    classifier = tiny_sequence_classifier(family, BYTES_VOCAB, seed=2)
+    classifier.config.score_offset = offset
+    before = copy.deepcopy(lm), copy.deepcopy(classifier)
+    tokenizer = byte_tokenizer(add_bos=True)
+    with TemporaryDirectory() as folder:
+        base = {k: v for k, v in SECTIONS.items() if "preset" not in sections or k != "ppo"}
+        values = merge(base, sections) | {"steps": UPDATES, "output_dir": folder}
+        config = config_from_dict(PPOConfig, values)
+        trainer = PPOTrainer(
+            config,
+            reward=vowels,
+            train_dataset=PROMPTS,
+            model=lm,
+            tokenizer=tokenizer,
+            critic=classifier,
+        )
+        generations = record_generations(trainer)
+        metrics = [trainer.step(PROMPTS) for _ in range(UPDATES)]
+    rollouts = []
+    for generation in generations:
+        prompts = [p for p in PROMPTS for _ in range(config.rollout.responses_per_prompt)]
+        rows = []
+        for prompt, ids, length in zip(prompts, *generation, strict=True):
+            response = ids[:length]
+            text = tokenizer.decode([i for i in response if i > 2])
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            rows.append(Row(shortened(prompt_ids), response, vowels([prompt], [text])[0]))
+        rollouts.append(rows)
+    policy = dict(trainer.policy.model.model.named_parameters())
+    critic = {} if trainer.critic is None else weights_of_critic(trainer.critic.model)
+    return Run(*before, rollouts, metrics, policy, critic)
+
+
+def with_eos_bias(model: Any) -> Any:
+    """Responses that end at different lengths."""
+    head = model.get_output_embeddings()
+    biased = torch.nn.Linear(head.in_features, head.out_features)
+    biased.weight = head.weight
+    with torch.no_grad():
+        biased.bias.zero_()
+        biased.bias[EOS] = 3.5
+    model.set_output_embeddings(biased)
+    return model
+
+
+def record_generations(trainer: PPOTrainer) -> list[Any]:
+    """`(response ids, lengths)` of each update to come."""
+    found: list[Any] = []
+    worker: Any = trainer.worker
+
+    def recording(*arguments: Any) -> Any:
+        rollout = worker(*arguments)
+        generation = rollout.generation
+        found.append((generation.response_ids.tolist(), generation.response_mask.sum(1).tolist()))
+        return rollout
+
+    trainer.worker = recording  # pyright: ignore[reportAttributeAccessIssue]
+    return found
+
+
+def shortened(ids: list[int]) -> list[int]:
+    """BOS and the last tokens."""
+    return ids if len(ids) <= MAX_PROMPT_LENGTH else [ids[0], *ids[1 - MAX_PROMPT_LENGTH :]]
+
+
+def weights_of_critic(critic: Any) -> dict[str, torch.Tensor]:
+    trunk = {f"trunk.{name}": p for name, p in critic.trunk.named_parameters()}
+    return trunk | {"head.weight": critic.head.weight}
+
+
+def disagreements(run: Run, s: Plain) -> list[str]:
+    """What differs between the trainer and the plain PPO."""
+    plain = PlainPPO(run.lm, run.classifier, s)
+    found = []
+    for update, rows in enumerate(run.rollouts):
+        wanted = plain.update(rows) | {"step": update + 1}
+        metrics = {k: v for k, v in run.metrics[update].items() if not k.endswith(TIMES)}
+        assert set(metrics) == set(wanted)
+        found += [
+            f"update {update + 1}: {name} is {value}, plain {wanted[name]}"
+            for name, value in metrics.items()
+            if value != pytest.approx(wanted[name], rel=2e-5, abs=2e-5)
+        ]
+    classifier = plain.classifier
+    trunk = getattr(classifier, classifier.base_model_prefix)
+    critic = {f"trunk.{name}": p for name, p in trunk.named_parameters()}
+    critic["head.weight"] = classifier.score.weight
+    for module, weights, wanted in [
+        ("policy", run.policy, dict(plain.lm.named_parameters())),
+        ("critic", run.critic, critic if run.critic else {}),
+    ]:
+        assert set(weights) == set(wanted)
+        found += [
+            f"{module}: {name} differs by {error:.2e}"
+            for name, weight in weights.items()
+            if (error := float((weight.detach().double() - wanted[name].detach()).abs().max()))
+            > 1e-5
+        ]
+    return found
+
+
+REFERENCE = Plain(
+    last_token_alone=True,
+    score_clip=2.5,
+    gamma=1.0,
+    reward="mean",
+    discount="per_macro",
+    whiten=False,
+    epochs=1,
+)
+GROUPS = {"rollout": {"responses_per_prompt": 2, "batch_size": 8}}
+CASES: dict[str, tuple[Plain, dict[str, Any]]] = {
+    "token": (Plain(n=1), {"segmenter": "token"}),
+    "ngram": (Plain(), {}),
+    "reference": (
+        REFERENCE,
+        {"preset": "reference", "rollout": {"temperature": 0.8}, "ppo": {"minibatches": 2}},
+    ),
+    "kl in the loss": (Plain(kl_in_loss=True), {"kl": {"where": "loss"}}),
+    "rloo": (
+        Plain(estimator="rloo", copies=2),
+        {"ppo": {"estimator": "rloo"}, **GROUPS},
+    ),
+    "grpo": (
+        Plain(estimator="grpo", copies=2, kl_in_loss=True),
+        {"ppo": {"estimator": "grpo"}, **GROUPS},
+    ),
+    "copies with a critic": (Plain(copies=2), GROUPS),
+    "score_offset": (Plain(offset=0.7), {}),
+    "temperature and top_k": (
+        Plain(temperature=0.7),
+        {"rollout": {"temperature": 0.7, "top_k": 40}},
+    ),
+    "value_loss macro": (Plain(value_loss="macro"), {"macro": {"value_loss": "macro"}}),
+    "ratio macro_product": (
+        Plain(ratio="macro_product"),
+        {"macro": {"ratio": "macro_product"}},
+    ),
+    "bootstrap_truncated": (Plain(bootstrap=True), {"ppo": {"bootstrap_truncated": True}}),
+    "cosine": (
+        Plain(schedule=(1.0, 0.5 * (1 + math.cos(math.pi / 2)))),
+        {"optimizer": {"schedule": "cosine"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_trainer_is_a_plain_ppo(case: str) -> None:
+    plain, sections = CASES[case]
+    run = run_of_trainer(sections, offset=plain.offset)
+    lengths = {len(row.response) for rows in run.rollouts for row in rows}
+    assert len(lengths) > 3
+    assert abs(run.metrics[1]["kl_mean"]) > 0.01
+    assert disagreements(run, plain) == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma"])
+def test_families_with_tied_embeddings(family: str) -> None:
+    assert disagreements(run_of_trainer({}, family), Plain()) == []
+
+
+@cache
+def run_with_everything() -> Run:
+    return run_of_trainer(CASES["bootstrap_truncated"][1])
+
+
+MISTAKES: list[dict[str, Any]] = [
+    {"shift_values": 1},
+    {"shift_values": -1},
+    {"shift_logprobs": 1},
+    {"temperature": 1.01},
+    {"n": 4},
+    {"last_token_alone": True},
+    {"gamma": 1.0},
+    {"lam": 0.9},
+    {"reward": "mean"},
+    {"discount": "per_macro"},
+    {"whiten": False},
+    {"bootstrap": False},
+    {"kl_coef": 0.19},
+    {"kl_in_loss": True},
+    {"ratio": "macro_product"},
+    {"value_loss": "macro"},
+    {"epochs": 1},
+    {"minibatches": 1},
+    {"clip": 0.3},
+    {"value_clip": 0.3},
+    {"offset": 0.1},
+    {"max_grad_norm": 2.0},
+    {"betas": (0.9, 0.999)},
+    {"weight_decay": 0.0},
+    {"schedule": (1.0, 1.0)},
+    {"micro_batch_denominators": True},
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=str)
+def test_a_mistake_would_be_found(mistake: dict[str, Any]) -> None:
+    assert disagreements(run_with_everything(), replace(Plain(bootstrap=True), **mistake))

@@ -307,3 +307,22 @@ def test_a_faulty_segmenter_is_named(tmp_path: Path) -> None:
 def test_a_finished_model_object_needs_no_path(tmp_path: Path) -> None:
     row = tiny_trainer(tmp_path, lm=tiny_causal_lm("gpt2", BYTES_VOCAB, seed=4)).step(PROMPTS)
     assert row["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("linear", [0, 0.5, 1, 0.5]), ("cosine", [0, 0.5, 1, 0.5]), ("constant", [0, 0.5, 1, 1])],
+)
+def test_every_schedule_warms_up(schedule: str, factors: list[float], tmp_path: Path) -> None:
+    settings = {"schedule": schedule, "warmup_steps": 2, "learning_rate": 1e-3}
+    trainer = tiny_trainer(tmp_path, steps=4, optimizer=settings)
+    rates = [trainer.step(PROMPTS)["learning_rate"] for _ in factors]
+    assert rates == pytest.approx([1e-3 * factor for factor in factors])
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, kl={"where": "loss", "coef": 1e38})
+    with pytest.raises(FloatingPointError, match="gradient is (nan|inf)"):
+        for _ in range(5):  # at first policy and reference are the same
+            trainer.step(PROMPTS)
+    assert all(value.isfinite().all() for value in weights(trainer).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,7 +44,9 @@ class Learner:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.scheduler = get_scheduler(settings.schedule, optimizer, settings.warmup_steps, steps)
+        # what transformers calls constant has no warm-up
+        schedule = settings.schedule.replace("constant", "constant_with_warmup")
+        self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, steps)
         self.model, self.optimizer = distributed.prepare(module, optimizer)
 
     @property
@@ -56,7 +59,8 @@ class Learner:
 
         objective(rows, tokens, macro_actions) is the loss of some rows, divided by the counts of
         the whole step over all ranks, so that no split into micro-batches and ranks changes the
-        gradient.
+        gradient. Raises FloatingPointError, the weights untouched, where the gradient is not
+        finite.
         """
         tokens, macro_actions = self.distributed.all_reduce(minibatch.counts()).tolist()
         parts = torch.arange(len(minibatch)).split(self.settings.micro_batch_size)
@@ -67,7 +71,9 @@ class Learner:
                     loss = objective(minibatch.rows(part), tokens, macro_actions)
                 self.distributed.backward(loss)
         limit = self.settings.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the gradient is {norm}; training has diverged")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm

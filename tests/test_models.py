@@ -214,3 +214,13 @@ def test_model_paths_that_cannot_work_are_named(tmp_path: Path) -> None:
             loading.load_model_config(ModelSettings(path=path))
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith("model.path: ")
+
+
+def test_a_family_that_reads_padding_is_refused() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(UserError, match="RwkvForCausalLM changes its logits, or reads padding"):
+        loading._check_forward(AutoModelForCausalLM.from_config(config))
+    for family in FAMILIES:
+        loading._check_forward(tiny_causal_lm(family))

@@ -9,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import BYTES_VOCAB, FAMILIES, tiny_causal_lm, tiny_sequence_classifier
+from models_for_tests import (
+    BYTES_VOCAB,
+    FAMILIES,
+    byte_tokenizer,
+    tiny_causal_lm,
+    tiny_sequence_classifier,
+)
 from runs_for_tests import PROMPTS, tiny_trainer, vowels
 
+from marlhf import loading
+from marlhf.config import LoraSettings
 from marlhf.errors import UserError
 from marlhf.ppo import PPOTrainer
 from marlhf.rewards import RewardError
 
 GOLDEN = Path(__file__).parent / "data" / "golden_ppo.json"
-ONE_STEP = {"ppo": {"epochs": 1, "minibatches": 1}, "optimizer": {"micro_batch_size": 3}}
+ONE_STEP: dict[str, Any] = {
+    "ppo": {"epochs": 1, "minibatches": 1},
+    "optimizer": {"micro_batch_size": 3},
+}
 TIMES = ("_seconds", "tokens_per_second", "peak_memory_gb")
 
 
@@ -167,8 +178,6 @@ def test_critic_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
 
 
 def test_lora_trains_adapters_and_heads_alone(tmp_path: Path) -> None:
-    from marlhf.config import LoraSettings
-
     trainer = tiny_trainer(tmp_path, model={"lora": LoraSettings(r=4)})
     before = weights(trainer)
     first, second = trainer.step(PROMPTS), trainer.step(PROMPTS)
@@ -191,8 +200,6 @@ def test_lora_trains_adapters_and_heads_alone(tmp_path: Path) -> None:
 
 
 def test_the_critic_can_start_as_the_reward_model(tmp_path: Path) -> None:
-    from models_for_tests import byte_tokenizer
-
     classifier = tiny_sequence_classifier("llama", BYTES_VOCAB, seed=3)
     classifier.config.score_offset = 0.5
     classifier.save_pretrained(tmp_path / "reward")
@@ -213,7 +220,7 @@ def test_a_critic_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_directory_holds_what_it_should(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, log={"tensorboard": True, "eval_every": 1})
-    trainer.eval_prompts = trainer.stream.prompts[:3]
+    trainer.eval_prompts = list(trainer.stream.prompts[:3])
     trainer.train()
     written = rows(tmp_path)
     assert [row["step"] for row in written] == [0, 1, 2]
@@ -247,7 +254,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
 
 def test_held_out_prompts_are_sampled_with_the_same_noise_every_time(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
-    trainer.eval_prompts = trainer.stream.prompts
+    trainer.eval_prompts = list(trainer.stream.prompts)
     first = trainer.evaluate()
     assert trainer.evaluate() == first
     trainer.step(PROMPTS)
@@ -321,8 +328,30 @@ def test_every_schedule_warms_up(schedule: str, factors: list[float], tmp_path: 
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, kl={"where": "loss", "coef": 1e38})
-    with pytest.raises(FloatingPointError, match="gradient is (nan|inf)"):
-        for _ in range(5):  # at first policy and reference are the same
-            trainer.step(PROMPTS)
+    trainer = tiny_trainer(tmp_path, kl={"where": "loss", "coef": 1e38}, **ONE_STEP)
+    with pytest.raises(FloatingPointError, match=r"gradient is (nan|inf)"):
+        trainer.train()
     assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
+def test_models_given_as_objects_are_trained_as_loaded_ones_are(tmp_path: Path) -> None:
+    dropout: dict[str, Any] = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
+    lm = tiny_causal_lm("gpt2", BYTES_VOCAB, **dropout).to(torch.bfloat16)
+    trainer = tiny_trainer(tmp_path, lm=lm, **ONE_STEP)
+    assert {p.dtype for p in trainer.policy.parameters} == {torch.float32}
+    assert trainer.step(PROMPTS)["ratio_max"] == pytest.approx(1, abs=1e-4)
+    critic = tiny_sequence_classifier("llama", 64)
+    with pytest.raises(UserError, match=r"critic: .* vocabulary of 64 tokens, the policy 260"):
+        loading.build_models(trainer.config, trainer.tokenizer, None, lm, critic)
+    adapted = loading.add_adapter(tiny_causal_lm("llama", BYTES_VOCAB), LoraSettings(), "mine")
+    with pytest.raises(UserError, match="model: given a PEFT model"):
+        loading.build_models(trainer.config, trainer.tokenizer, None, adapted)
+
+
+def test_gradient_checkpointing_is_for_the_critic_too(tmp_path: Path) -> None:
+    critic = tiny_sequence_classifier("llama", BYTES_VOCAB)
+    config = tiny_trainer(tmp_path, model={"gradient_checkpointing": True}).config
+    lm = tiny_causal_lm("llama", BYTES_VOCAB)
+    for model in loading.build_models(config, byte_tokenizer(), None, lm, critic):
+        assert model is not None
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

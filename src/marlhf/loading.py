@@ -24,7 +24,7 @@ from transformers import (
 
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.errors import UserError
-from marlhf.models import Critic, Policy, head_of, trunk_of
+from marlhf.models import Critic, Policy, head_of, trunk_forward, trunk_of
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -72,9 +72,7 @@ def load_model_config(settings: ModelSettings, key: str = "model.path") -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: cannot load {settings.path!r}: {_first_line(error)}") from None
     for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
+        _zero_dropout(part)
     return config
 
 
@@ -111,8 +109,22 @@ def load_causal_lm(settings: ModelSettings, config: Any | None = None) -> PreTra
         ) from None
     if "gguf_file" in source:
         model = _without_quantization(model)
-    _check_head(model)
     return model
+
+
+def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
+    """A model given as an object, in place, as loading would have made it: without dropout, and
+    with fp32 weights unless they stay frozen under adapters. Raises UserError."""
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            f"{argument}: given a PEFT model; must be a plain one, with its adapter in model.lora"
+        )
+    for part in (model.config, model.config.get_text_config(), *model.modules()):
+        _zero_dropout(part)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model if lora is not None else model.float()
 
 
 def build_models(
@@ -139,7 +151,11 @@ def build_models(
         )
     source = None if critic is not None else _critic_source(config, vocabulary, reward_path)
 
-    lm = model if model is not None else load_causal_lm(settings, lm_config)
+    if model is None:
+        lm = load_causal_lm(settings, lm_config)
+    else:
+        lm = as_loaded(model, settings.lora, "model")
+    _check_forward(lm)
     if settings.gradient_checkpointing:
         enable_checkpointing(lm)
     if settings.lora is not None:
@@ -149,7 +165,12 @@ def build_models(
         return policy, None
     if source is not None:
         critic = load_classifier(source, "critic.path")
+    elif critic is not None:
+        _check_vocabulary("critic", critic.config, vocabulary)
+        critic = as_loaded(critic, settings.lora, "critic")
     if critic is not None:
+        if settings.gradient_checkpointing:
+            enable_checkpointing(critic)
         return policy, critic_from_classifier(critic, settings.lora)
     if settings.lora is not None:
         return policy, critic_on_shared_base(lm, settings.lora)
@@ -170,15 +191,20 @@ def _critic_source(
         return None
     source = replace(config.model, path=path, revision=None)
     key = "critic.path" if settings.path else "reward.models"
-    own = load_model_config(source, key).get_text_config().vocab_size
-    if own == vocabulary:
-        return source
+    own_config = load_model_config(source, key)
     if settings.path is None and settings.init == "auto":
-        return None
-    raise UserError(
-        f"{key}: the critic {path!r} has a vocabulary of {own} tokens, the policy {vocabulary}; "
-        "they must be the same"
-    )
+        return source if own_config.get_text_config().vocab_size == vocabulary else None
+    _check_vocabulary(f"{key}: {path!r}", own_config, vocabulary)
+    return source
+
+
+def _check_vocabulary(critic: str, config: Any, vocabulary: int) -> None:
+    own = config.get_text_config().vocab_size
+    if own != vocabulary:
+        raise UserError(
+            f"{critic}: the critic has a vocabulary of {own} tokens, the policy {vocabulary}; "
+            "they must be the same"
+        )
 
 
 def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
@@ -293,6 +319,12 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(found)
 
 
+def _zero_dropout(owner: Any) -> None:
+    for name, value in list(vars(owner).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(owner, name, 0.0)
+
+
 def _zero_head(hidden_size: int) -> nn.Linear:
     head = nn.Linear(hidden_size, 1, bias=False)
     nn.init.zeros_(head.weight)
@@ -319,15 +351,19 @@ def _without_quantization(model: Any) -> Any:
 
 
 @torch.no_grad()
-def _check_head(model: Any) -> None:
-    """Trunk then head must give the model's own logits; a family that does more is refused."""
-    ids = torch.arange(1, 5)[None] % model.config.get_text_config().vocab_size
-    hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    ours, own = head_of(model)(hidden), model(input_ids=ids, use_cache=False).logits
-    if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4):
+def _check_forward(model: Any) -> None:
+    """Trunk then head on a left-padded row must give the model's own logits without padding; a
+    family that does more to its logits, or that reads padding, is refused."""
+    if model.dtype != torch.float32:
+        return  # too coarse to tell
+    ids = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    own = model(input_ids=ids, use_cache=False).logits
+    padded, mask = (nn.functional.pad(x, (2, 0)) for x in (ids, torch.ones_like(ids)))
+    ours = head_of(model)(trunk_forward(trunk_of(model), padded, mask)[:, 2:])
+    if not torch.allclose(ours, own, rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"model.path: {type(model).__name__} changes its logits in a way that is not "
-            "supported; please report it"
+            f"model.path: {type(model).__name__} changes its logits, or reads padding, in a way "
+            "that is not supported; please report it"
         )
 
 

@@ -48,7 +48,7 @@ class Policy(nn.Module):
         T = response_mask.shape[1]
         with use_adapter(self.model, self.adapter):
             causal_lm = _causal_lm(self.model)
-            hidden = _trunk_forward(trunk_of(causal_lm), input_ids, attention_mask)
+            hidden = trunk_forward(trunk_of(causal_lm), input_ids, attention_mask)
             before = hidden[:, -T - 1 : -1][response_mask]
             targets = input_ids[:, -T:][response_mask]
             size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
@@ -96,7 +96,7 @@ class Critic(nn.Module):
         """
         T = response_mask.shape[1]
         with use_adapter(self._owner[0], self.adapter):
-            hidden = _trunk_forward(self.trunk, input_ids, attention_mask)[:, -T - 1 :]
+            hidden = trunk_forward(self.trunk, input_ids, attention_mask)[:, -T - 1 :]
         with torch.autocast(hidden.device.type, enabled=False):
             states = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float() - self.offset
         last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
@@ -158,7 +158,7 @@ def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _trunk_forward(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def trunk_forward(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states [B,P+T,H]; positions count from the first real token under left padding."""
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     output = trunk(

@@ -81,15 +81,6 @@ def test_one_macro_action_is_the_bandit() -> None:
             assert float(batch.advantages_BT[row, t]) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_the_last_token_can_be_a_macro_action_of_its_own() -> None:
-    tokens = token_rewards()
-    starts = torch.arange(6).expand_as(tokens.response_mask) % 4 == 0
-    starts = starts & tokens.response_mask
-    macro = MacroSettings(last_token_alone=True)
-    batch = macro_batch(starts, tokens, macro, PPOSettings())
-    assert batch.lengths_BM.tolist() == [[4, 1, 1], [1, 0, 0], [3, 1, 0], [0, 0, 0]]
-
-
 @pytest.mark.parametrize(("whiten", "weighted"), [("macro", False), ("token", True)])
 def test_whitening_counts_macro_actions_or_their_tokens(whiten: str, weighted: bool) -> None:
     tokens = token_rewards()

@@ -16,7 +16,7 @@ from models_for_tests import (
     tiny_causal_lm,
     tiny_sequence_classifier,
 )
-from runs_for_tests import PROMPTS, tiny_trainer, vowels
+from runs_for_tests import PROMPTS, tiny_config, tiny_trainer, vowels
 
 from marlhf import loading
 from marlhf.config import LoraSettings
@@ -355,3 +355,21 @@ def test_gradient_checkpointing_is_for_the_critic_too(tmp_path: Path) -> None:
     for model in loading.build_models(config, byte_tokenizer(), None, lm, critic):
         assert model is not None
         assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_the_last_token_can_be_a_macro_action_of_its_own(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, macro={"last_token_alone": True}, log={"eval_every": 1})
+    trainer.eval_prompts = list(trainer.stream.prompts[:2])
+    trainer.train()
+    samples = rows(tmp_path, "samples.jsonl")
+    assert {s["held_out"] for s in samples} == {True, False}
+    for sample in samples:
+        *before, last = sample["macro_lengths"]
+        assert last == 1
+        assert before == [min(3, sum(before) - i) for i in range(0, sum(before), 3)]
+
+
+def test_a_batch_that_cannot_be_cut_into_minibatches_is_refused_early(tmp_path: Path) -> None:
+    rollout = {"batch_size": 3, "responses_per_prompt": 2}
+    with pytest.raises(ValueError, match=r"ppo\.minibatches: given 2, must divide"):
+        tiny_config(tmp_path, rollout=rollout)

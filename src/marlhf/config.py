@@ -306,22 +306,16 @@ class PPOConfig:
 
     @model_validator(mode="after")
     def _cross_checks(self) -> PPOConfig:
-        rows = self.rollout.batch_size * self.rollout.responses_per_prompt
-        if rows % self.ppo.minibatches:
+        if self.rollout.batch_size % self.ppo.minibatches:
             raise ValueError(
-                f"ppo.minibatches: given {self.ppo.minibatches}, must divide the {rows} responses "
-                "of an update (rollout.batch_size * rollout.responses_per_prompt)"
+                f"ppo.minibatches: given {self.ppo.minibatches}, must divide "
+                f"rollout.batch_size={self.rollout.batch_size}, the prompts of an update"
             )
         grouped = self.ppo.estimator in ("rloo", "grpo")
         if grouped and self.rollout.responses_per_prompt < 2:
             raise ValueError(
                 f"rollout.responses_per_prompt: given {self.rollout.responses_per_prompt}, must be "
                 f"at least 2 for ppo.estimator={self.ppo.estimator}"
-            )
-        if grouped and self.rollout.batch_size % self.ppo.minibatches:
-            raise ValueError(
-                f"ppo.minibatches: given {self.ppo.minibatches}, must divide "
-                f"rollout.batch_size={self.rollout.batch_size} so that no group is split"
             )
         if self.rollout.min_new_tokens > self.rollout.max_new_tokens:
             raise ValueError(

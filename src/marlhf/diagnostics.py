@@ -72,7 +72,7 @@ def samples(
     batch   adds the advantage of each macro action (there is none in an evaluation)
     """
     responses, kl = rollout.responses, rollout.log_ratio[:limit].sum(1).tolist()
-    ids = batch.segment_ids if batch else segment_ids(starts, responses.response_mask)
+    ids = segment_ids(starts, responses.response_mask)
     for i in range(len(kl)):
         row_ids = ids[i, : responses.lengths[i]]
         begins = torch.nn.functional.pad(row_ids, (1, 0), value=-1).diff() > 0

@@ -18,7 +18,6 @@ from marlhf.config import MacroSettings, PPOSettings
 from marlhf.macro import (
     discounts,
     expand,
-    isolate_last_token,
     macro_lengths,
     macro_mask,
     reduce,
@@ -79,8 +78,6 @@ def macro_batch(
     all_reduce   sums over ranks, for whitening
     """
     mask = tokens.response_mask
-    if macro.last_token_alone:
-        starts = isolate_last_token(starts, mask)
     ids = segment_ids(starts, mask)
     mask_BM = macro_mask(ids)
     rewards_BM = macro_rewards(tokens, ids, macro, ppo.gamma)

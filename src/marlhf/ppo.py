@@ -26,7 +26,7 @@ from marlhf.errors import UserError
 from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
 from marlhf.learner import Learner
 from marlhf.losses import kl_loss, policy_loss, value_loss
-from marlhf.macro import macro_mask, reduce
+from marlhf.macro import isolate_last_token, macro_mask, reduce
 from marlhf.metrics import Metrics, Timer
 from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rollout import Rollout, RolloutWorker, logprob_temperature
@@ -153,12 +153,14 @@ class PPOTrainer:
         mine = list(enumerate(self.eval_prompts))[rank::world]
         for start in range(0, len(mine), size):
             row_ids, prompts = zip(*mine[start : start + size], strict=True)
-            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), with_values=False)
+            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), held_out=True)
             metrics.mean("eval_score_mean", rollout.scores)
             metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1))
             metrics.mean("eval_response_length_mean", rollout.generation.lengths)
-            written = self.config.log.samples if start == 0 else 0
-            for sample in diagnostics.samples(rollout, self._segment(rollout), written):
+            if start > 0:
+                continue
+            starts = self._segment(rollout)
+            for sample in diagnostics.samples(rollout, starts, self.config.log.samples):
                 self.run.write_sample({"step": self.step_count, "held_out": True, **sample})
         return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 
@@ -185,8 +187,11 @@ class PPOTrainer:
         return mine, list(range(first * copies, first * copies + len(mine)))
 
     def _segment(self, rollout: Rollout) -> Tensor:
-        starts = self.segmenter(rollout.responses)
-        return validate(starts, rollout.responses, segmenter_name(self.segmenter))
+        responses = rollout.responses
+        starts = self.segmenter(responses)
+        starts = validate(starts, responses, segmenter_name(self.segmenter))
+        alone = self.config.macro.last_token_alone
+        return isolate_last_token(starts, responses.response_mask) if alone else starts
 
     def _macro_batch(self, starts: Tensor, rollout: Rollout) -> MacroBatch:
         config, mask = self.config, rollout.generation.response_mask

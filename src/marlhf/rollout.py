@@ -92,11 +92,13 @@ class RolloutWorker:
         row_ids: Sequence[int],
         step: int,
         timer: Timer,
-        with_values: bool = True,
+        held_out: bool = False,
     ) -> Rollout:
         """One response to each prompt (repeat a prompt for several).
 
         row_ids, step and the seed fix the noise of each row, whatever batch it is sampled in.
+        held_out leaves out what only an update needs: values, and scores compared over ranks, of
+        which some may have fewer held-out rows.
         """
         settings, seed = self.config.rollout, self.config.seed
         texts = [render(p, self.tokenizer, self.config.data) for p in prompts]
@@ -116,7 +118,7 @@ class RolloutWorker:
             logprobs, entropy = self._score(self.policy, sequences, with_entropy=True)
             ref_logprobs, _ = self._score(self.reference, sequences)
             values = last_values = None
-            if self.critic is not None and with_values:
+            if self.critic is not None and not held_out:
                 values, last_values = self._score(self.critic, sequences)
             responses = ResponseBatch(
                 token_ids=generation.response_ids,
@@ -134,9 +136,9 @@ class RolloutWorker:
             dense = torch.zeros(generation.response_mask.shape)
             if any(rewards.spans):
                 dense = place_spans(rewards.spans, responses.offsets, dense.shape)
-            task_rewards = score_to_rewards(
-                scores, generation, self.config.reward, self.distributed.all_reduce
-            ) + dense.to(self.distributed.device)
+            all_reduce = (lambda x: x) if held_out else self.distributed.all_reduce
+            task_rewards = score_to_rewards(scores, generation, self.config.reward, all_reduce)
+            task_rewards = task_rewards + dense.to(self.distributed.device)
         return Rollout(
             prompts=list(prompts),
             prompt_texts=texts,

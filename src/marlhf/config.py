@@ -21,11 +21,14 @@ _STRICT = ConfigDict(
     extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
 )
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+# torch counts in 64 bits at most, and nobody means a billion of anything
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -127,7 +130,7 @@ class RolloutSettings:
     """Sample from the k most likely tokens; 0: from all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens with this probability."""
-    stop_strings: list[str] = Field(default_factory=list)
+    stop_strings: list[Text] = Field(default_factory=list)
     """Also stop at these; their tokens stay in the response, which counts as finished."""
     micro_batch_size: Count | None = None
     """Rows in one scoring pass; default: the training micro-batch size times 2."""
@@ -222,7 +225,7 @@ class OptimizerSettings:
     """Rows in one forward and backward pass on a rank; gradients accumulate over the minibatch."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient norm of policy and critic, each by itself."""
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(
         default_factory=lambda: [0.9, 0.95]
     )
     """Adam's decay rates."""
@@ -263,7 +266,7 @@ class PPOConfig:
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
     steps: Count = 100
     """PPO updates."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from marlhf.errors import UserError
+from marlhf.errors import UserError, one_line, requirement
 
 Config = TypeVar("Config")
 
@@ -50,6 +50,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """YAML text -> plain data; a syntax error becomes one UserError line."""
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -63,13 +65,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config file {str(path)!r} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {str(path)!r} cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config file {str(path)!r} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
     values = parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold `key: value` lines, holds a {type(values).__name__}")
+        holds = "a list" if isinstance(values, list) else repr(values)
+        raise UserError(f"{path}: must hold `key: value` lines, holds {one_line(holds, 60)}")
     return values
 
 
@@ -86,12 +91,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(
-    values: dict[str, Any], assignment: str, defaults: Mapping[str, Any] | None = None
+    values: dict[str, Any], assignment: str, names: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Apply one `key.sub=value`; the value is read as YAML.
 
-    A name may be opened up: after `segmenter: ngram` (written, or by default), `segmenter.n=3`
-    makes it `{name: ngram, n: 3}`.
+    names: the keys that hold a name or a mapping, with their defaults. Such a name may be opened
+    up: after `segmenter: ngram` (written, or by default), `segmenter.n=3` makes it
+    `{name: ngram, n: 3}`.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not all(key.split(".")):
@@ -101,8 +107,9 @@ def override(
     result = dict(values)
     node = result
     for depth, part in enumerate(parents, 1):
-        child = node.get(part, (defaults or {}).get(".".join(parents[:depth])))
-        child = {"name": child} if isinstance(child, str) else child
+        parent = ".".join(parents[:depth])
+        child = node.get(part, (names or {}).get(parent))
+        child = {"name": child} if isinstance(child, str) and parent in (names or {}) else child
         if child is not None and not isinstance(child, dict):
             raise UserError(f"override {assignment!r}: {part!r} is {child!r} and has no sub-keys")
         node[part] = dict(child or {})
@@ -116,17 +123,30 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
 
     Raises UserError with one line that names the key, what was given and what is possible.
     """
-    values = read_yaml(path)
-    names = {f.key: json.loads(f.default) for f in config_fields(cls) if f.default[:1] == '"'}
+    return config_from_dict(cls, apply_overrides(cls, read_yaml(path), overrides))
+
+
+def apply_overrides(cls: Any, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain data for a configuration class with `key.sub=value` on top, a later one
+    wins. Raises UserError."""
+    names = {
+        f.key: json.loads(f.default)
+        for f in config_fields(cls)
+        if f.default.startswith('"') and "mapping" in f.type
+    }
     for assignment in overrides:
         values = override(values, assignment, names)
-    return config_from_dict(cls, values)
+    return values
 
 
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """Plain data -> configuration; raises UserError."""
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(values, default=str))
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a key that is a date; an alias loop
+        raise UserError(f"config: holds what a configuration cannot: {error}") from None
+    try:
+        return TypeAdapter(cls).validate_json(text)
     except ValidationError as error:
         raise UserError(_explain(cls, error)) from None
 
@@ -153,6 +173,8 @@ def _explain(cls: Any, error: ValidationError) -> str:
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{key}: unknown key; {hint}Possible: {', '.join(siblings)}"
     if finding["type"] == "missing":
+        required = (f.key for f in fields.values() if f.default == "required")
+        key = next((k for k in required if k.startswith(f"{key}.")), key)
         return f"{key}: missing; it must be given ({fields[key].description})"
     if finding["type"] == "value_error":
         message = str(finding.get("ctx", {})["error"])
@@ -160,15 +182,12 @@ def _explain(cls: Any, error: ValidationError) -> str:
     given = finding["input"]
     shown = json.dumps(given) if not isinstance(given, str) else repr(given)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    message = finding["msg"].removeprefix("Input should be ")
-    if key in fields and finding["type"] != "literal_error":
-        alternatives = {
-            f["msg"].removeprefix("Input should be ")
-            for f in findings
-            if [str(p) for p in f["loc"]][: len(location)] == location
-        }
-        message = " or ".join(sorted(alternatives))
-    return f"{key}: given {shown}; must be {message}"
+    alternatives = {
+        requirement(f)
+        for f in findings
+        if [str(part) for part in f["loc"]][: len(location)] == location and f["input"] == given
+    }
+    return f"{key}: given {shown}, must be {' or '.join(sorted(alternatives))}"
 
 
 def _siblings(fields: Mapping[str, ConfigField], parent: Sequence[str]) -> list[str]:
@@ -234,13 +253,17 @@ def _type_name(hint: Any, field: Any = None) -> str:
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
+    """Bounds of a number or of a list's length; those of the machine's integers are not shown."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     found = []
     for item in metadata:
         for constraint in (item, *getattr(item, "metadata", ())):
+            bounds = {name: getattr(constraint, name, None) for name in signs}
             found += [
-                f" {sign}{getattr(constraint, name):g}"
-                for name, sign in signs.items()
-                if isinstance(getattr(constraint, name, None), int | float)
+                f" {signs[name]}{bound:g}"
+                for name, bound in bounds.items()
+                if isinstance(bound, int | float) and abs(bound) < 2**31
             ]
+            if isinstance(length := getattr(constraint, "max_length", None), int):
+                found.append(f", {length} of them")
     return "".join(found)

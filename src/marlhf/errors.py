@@ -1,4 +1,9 @@
-"""The error that is the user's to mend."""
+"""The error that is the user's to mend, and how it is worded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -6,3 +11,41 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with status 2.
     """
+
+
+def one_line(text: object, length: int = 300) -> str:
+    """A text, or what an exception says, on one line of at most `length` characters."""
+    words = " ".join(str(text).split())
+    words = words or (type(text).__name__ if isinstance(text, BaseException) else "")
+    return words if len(words) <= length else words[: length - 3] + "..."
+
+
+_REQUIREMENTS = {
+    "bool_type": "true or false",
+    "dataclass_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "none_required": "null",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "tuple_type": "a list",
+}
+
+
+def requirement(finding: Mapping[str, Any]) -> str:
+    """What a value must be, by one of pydantic's findings, in the words of somebody who writes
+    YAML."""
+    template = _REQUIREMENTS.get(finding["type"])
+    if template is None:
+        return finding["msg"].removeprefix("Input should be ")
+    return template.format(**finding.get("ctx", {}))

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from marlhf.config import PPOConfig
-from marlhf.config_loading import config_from_dict, override, read_yaml
+from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
 from marlhf.display import BeforeAfter, before_after_panel, plot_reward_kl
 from marlhf.errors import UserError
 
@@ -48,8 +48,7 @@ def quickstart_config(options: argparse.Namespace) -> PPOConfig:
         assignments.append(f"steps={options.steps}")
     if options.segmenter is not None:
         assignments.append(f"segmenter={options.segmenter}")
-    for assignment in [*assignments, *options.overrides]:
-        values = override(values, assignment)
+    values = apply_overrides(PPOConfig, values, [*assignments, *options.overrides])
     return config_from_dict(PPOConfig, values)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from marlhf.errors import UserError
+from marlhf.errors import UserError, requirement
 
 Spec = str | dict[str, Any]
 
@@ -133,8 +133,8 @@ def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
         try:
             checked[name] = adapter.validate_python(tuple(value) if as_tuple else value)
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Input should be ")
-            raise UserError(f"{name}: given {value!r}; must be {message}") from None
+            needs = sorted({requirement(finding) for finding in error.errors()})
+            raise UserError(f"{name}: given {value!r}, must be {' or '.join(needs)}") from None
     return checked
 
 

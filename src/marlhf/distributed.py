@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,8 @@ class Distributed:
         connected = self._accelerator.distributed_type != DistributedType.NO
         assert self.world_size == world, f"{self.world_size} of {world} ranks are connected"
         assert connected == (world > 1), "the ranks are not connected"
+        if connected:  # threads of the connection that outlive the interpreter abort the process
+            atexit.register(self._accelerator.end_training)
 
     @property
     def rank(self) -> int:

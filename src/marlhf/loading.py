@@ -1,18 +1,20 @@
 """Model files -> policy, reference, critic and tokenizer, and back.
 
 A path is a hub name, a directory of safetensors, or a directory with one GGUF file. Everything that
-can be wrong with it short of the weights (`check_model`) is found before any weight is read.
+can be wrong short of the weights' numbers is found before any weight is read.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,9 +25,16 @@ from transformers import (
 )
 
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
-from marlhf.errors import UserError
+from marlhf.errors import UserError, one_line
 from marlhf.models import Critic, Policy, head_of, trunk_forward, trunk_of
 
+_OWN_LORA_KEYS = {
+    "r": "must be given as model.lora.r",
+    "lora_alpha": "must be given as model.lora.alpha",
+    "target_modules": "must be given as model.lora.target_modules",
+    "task_type": "is chosen by the library",
+    "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
+}
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -63,30 +72,29 @@ def model_source(path: str, key: str) -> dict[str, Any]:
 
 
 def load_model_config(settings: ModelSettings, key: str = "model.path") -> Any:
-    """The model's configuration, with every dropout set to zero. Raises UserError."""
-    source = model_source(settings.path, key)
-    try:
-        config = AutoConfig.from_pretrained(
-            **source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: cannot load {settings.path!r}: {_first_line(error)}") from None
+    """The model's configuration, with every dropout set to zero; its weights are there and their
+    files whole. Raises UserError."""
+    config = _from_pretrained(AutoConfig, settings, key)
+    _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):
         _zero_dropout(part)
     return config
 
 
+def load_classifier_config(settings: ModelSettings, key: str) -> Any:
+    """The configuration of a model with one label. Raises UserError."""
+    config = load_model_config(settings, key)
+    if config.num_labels != 1:
+        raise UserError(
+            f"{key}: {settings.path!r} has {config.num_labels} labels, must have 1 (a sequence "
+            "classifier trained as a reward model)"
+        )
+    return config
+
+
 def load_tokenizer(settings: ModelSettings, key: str = "model.path") -> Any:
     """The model's tokenizer. Raises UserError."""
-    source = model_source(settings.path, key)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            **source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}: cannot load the tokenizer of {settings.path!r}: {_first_line(error)}"
-        ) from None
+    tokenizer = _from_pretrained(AutoTokenizer, settings, key, what="the tokenizer of ")
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
     return tokenizer
@@ -94,22 +102,74 @@ def load_tokenizer(settings: ModelSettings, key: str = "model.path") -> Any:
 
 def load_causal_lm(settings: ModelSettings, config: Any | None = None) -> PreTrainedModel:
     """A causal LM with fp32 weights, whatever the checkpoint's dtype. Raises UserError."""
-    source = model_source(settings.path, "model.path")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source,
-            config=config if config is not None else load_model_config(settings),
-            dtype=torch.float32,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path: cannot load {settings.path!r}: {_first_line(error)}"
-        ) from None
-    if "gguf_file" in source:
+    config = config if config is not None else load_model_config(settings)
+    model = _load_weights(AutoModelForCausalLM, settings, config, "model.path")
+    if "gguf_file" in model_source(settings.path, "model.path"):
         model = _without_quantization(model)
     return model
+
+
+def load_classifier(settings: ModelSettings, key: str) -> PreTrainedModel:
+    """A one-label sequence classifier (a reward model) with fp32 weights. Raises UserError."""
+    config = load_classifier_config(settings, key)
+    return _load_weights(AutoModelForSequenceClassification, settings, config, key)
+
+
+def _from_pretrained(
+    auto: Any, settings: ModelSettings, key: str, what: str = "", **arguments: Any
+) -> Any:
+    """`auto.from_pretrained` on a model path; whatever it raises becomes one UserError line."""
+    source = model_source(settings.path, key)
+    if settings.revision is not None and Path(settings.path).expanduser().exists():
+        raise UserError(
+            f"model.revision: given {settings.revision!r}, but {settings.path!r} is local and has "
+            "no revisions"
+        )
+    try:
+        return auto.from_pretrained(
+            **source,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **arguments,
+        )
+    except Exception as error:  # of transformers, safetensors, the hub, or a model's own code
+        raise UserError(f"{key}: cannot load {what}{settings.path!r}: {one_line(error)}") from error
+
+
+def _load_weights(auto: Any, settings: ModelSettings, config: Any, key: str) -> Any:
+    """A model with fp32 weights, all of which were in its files. Raises UserError."""
+    model, report = _from_pretrained(
+        auto,
+        settings,
+        key,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report: a random weight is none of them
+    )
+    missing = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{key}: the weights in {settings.path!r} do not make a {type(model).__name__} as its "
+            f"config.json describes it: {len(missing)} are missing or of another shape, "
+            f"{missing[0]} among them"
+        )
+    return model
+
+
+def _check_files(folder: Path, key: str) -> None:
+    """A local model has weights, and no safetensors file is cut short. Raises UserError."""
+    if not folder.is_dir():
+        return
+    if not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.iterdir()):
+        raise UserError(f"{key}: directory {str(folder)!r} has a config.json but no weights")
+    file = folder
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt"):
+                pass
+    except Exception as error:  # safetensors has an exception of its own
+        raise UserError(f"{key}: cannot read {str(file)!r}: {one_line(error)}") from error
 
 
 def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
@@ -133,17 +193,19 @@ def build_models(
     reward_path: str | None = None,
     model: Any = None,
     critic: Any = None,
+    lm_config: Any = None,
 ) -> tuple[Policy, Critic | None]:
     """The policy, and the critic where the estimator has one.
 
     reward_path   the reward model that `critic.init` may start from
     model         a causal LM to use instead of loading `config.model.path`
     critic        a sequence classifier to use as the critic
+    lm_config     the policy's, from `load_model_config`, where the caller has it already
 
-    Vocabularies are compared before any weight is read. Raises UserError.
+    Vocabularies and LoRA targets are compared before any weight is read. Raises UserError.
     """
     settings = config.model
-    lm_config = model.config if model is not None else load_model_config(settings)
+    lm_config = model.config if model is not None else lm_config or load_model_config(settings)
     vocabulary = lm_config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise UserError(
@@ -152,6 +214,7 @@ def build_models(
     source = None if critic is not None else _critic_source(config, vocabulary, reward_path)
 
     if model is None:
+        _check_architecture(lm_config, settings)
         lm = load_causal_lm(settings, lm_config)
     else:
         lm = as_loaded(model, settings.lora, "model")
@@ -177,6 +240,21 @@ def build_models(
     return policy, critic_from_policy(lm)
 
 
+def _check_architecture(lm_config: Any, settings: ModelSettings) -> None:
+    """A causal LM of this configuration exists, and takes the adapters. Raises UserError."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                lm_config, trust_remote_code=settings.trust_remote_code
+            )
+    except Exception as error:
+        raise UserError(
+            f"model.path: {settings.path!r} is no causal language model: {one_line(error)}"
+        ) from error
+    if settings.lora is not None:
+        add_adapter(model, settings.lora, "policy")
+
+
 def _critic_source(
     config: PPOConfig, vocabulary: int, reward_path: str | None
 ) -> ModelSettings | None:
@@ -191,7 +269,7 @@ def _critic_source(
         return None
     source = replace(config.model, path=path, revision=None)
     key = "critic.path" if settings.path else "reward.models"
-    own_config = load_model_config(source, key)
+    own_config = load_classifier_config(source, key)
     if settings.path is None and settings.init == "auto":
         return source if own_config.get_text_config().vocab_size == vocabulary else None
     _check_vocabulary(f"{key}: {path!r}", own_config, vocabulary)
@@ -209,43 +287,41 @@ def _check_vocabulary(critic: str, config: Any, vocabulary: int) -> None:
 
 def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
     """Freeze a model and add a LoRA adapter; a PEFT model gets one more. Raises UserError."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     try:
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
-            target_modules=lora.target_modules,
-            task_type=task,
-            **{"lora_dropout": 0.0, **lora.extra},
-        )
+        config = _lora_config(lora, task)
         if hasattr(model, "peft_config"):
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, adapter_name=name)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.lora: {_first_line(error)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # peft raises whatever its checks come to
+        raise UserError(f"model.lora: {one_line(error)}") from error
     for parameter_name, parameter in model.named_parameters():
         if any(f".{adapter}." in parameter_name for adapter in model.peft_config):
             parameter.requires_grad_(True)
     return model
 
 
-def load_classifier(settings: ModelSettings, key: str) -> PreTrainedModel:
-    """A one-label sequence classifier (a reward model) with fp32 weights. Raises UserError."""
-    config = load_model_config(settings, key)
-    if config.num_labels != 1:
-        raise UserError(f"{key}: {settings.path!r} has {config.num_labels} labels, must have 1")
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            **model_source(settings.path, key),
-            config=config,
-            dtype=torch.float32,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: cannot load {settings.path!r}: {_first_line(error)}") from None
+def _lora_config(lora: LoraSettings, task: str) -> Any:
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)} - _OWN_LORA_KEYS.keys()
+    for key in lora.extra.keys() - known:
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        fault = _OWN_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
+        raise UserError(f"model.lora.extra.{key}: {fault}")
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+        task_type=task,
+        **lora.extra,
+    )
 
 
 def critic_from_classifier(model: Any, lora: LoraSettings | None = None) -> Critic:
@@ -365,8 +441,3 @@ def _check_forward(model: Any) -> None:
             f"model.path: {type(model).__name__} changes its logits, or reads padding, in a way "
             "that is not supported; please report it"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

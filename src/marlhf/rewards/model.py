@@ -43,13 +43,13 @@ class RewardModel:
             raise UserError(f"batch_size: given {self.batch_size}, must be at least 1")
         from marlhf import loading
 
-        config = loading.load_model_config(self._settings, "path")
-        if config.num_labels != 1:
-            raise UserError(
-                f"path: {self.path!r} has {config.num_labels} labels, must have 1 (a sequence "
-                "classifier trained as a reward model)"
-            )
+        config = loading.load_classifier_config(self._settings, "path")
         tokenizer = loading.load_tokenizer(self._settings, "path")
+        vocabulary = config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary:
+            raise UserError(
+                f"path: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
+            )
         limit = _model_limit(config, tokenizer)
         length = limit if self.max_length is None else self.max_length
         if length is not None and not 1 <= length <= (limit or length):

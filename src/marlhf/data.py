@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from marlhf.config import DataSettings
+from marlhf.config import DataSettings, RolloutSettings
+from marlhf.errors import UserError, one_line
 from marlhf.tables import Row, read_rows
-from marlhf.types import UserError
 
 Messages = list[dict[str, Any]]
 
@@ -103,21 +103,41 @@ def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None)
         )
     except Exception as error:  # a template can raise anything
         raise UserError(
-            f"the chat template refuses the prompt {_excerpt(prompt.text)}: {_one_line(str(error))}"
+            f"model.chat_template: the chat template refuses the prompt {_excerpt(prompt.text)}: "
+            f"{one_line(error)}"
         ) from error
 
 
 def check_prompts(
-    prompts: Iterable[Prompt], tokenizer: Any, settings: DataSettings | None = None
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    settings: DataSettings | None = None,
+    rollout: RolloutSettings | None = None,
+    positions: int | None = None,
 ) -> None:
     """Render one prompt of each sequence of roles, so that a missing or unfitting chat template is
-    found before training. Raises UserError."""
+    found before training; a model of so many `positions` must have room for every prompt and its
+    response. Raises UserError."""
     seen = set()
     for prompt in prompts:
         roles = prompt.messages and tuple(m["role"] for m in prompt.messages)
         if roles not in seen:
             seen.add(roles)
             encode([render(prompt, tokenizer, settings)], tokenizer, 2, special=roles is None)
+    if rollout is None or positions is None:
+        return
+    limit, new = rollout.max_prompt_length, rollout.max_new_tokens
+    if limit + new <= positions:
+        return
+    texts = [render(prompt, tokenizer, settings) for prompt in prompts]
+    ids, _ = encode(texts, tokenizer, limit, [prompt.messages is None for prompt in prompts])
+    longest = max(map(len, ids), default=0)
+    if longest + new > positions:
+        raise UserError(
+            f"rollout.max_new_tokens: given {new}, and the longest prompt has {longest} tokens "
+            f"(rollout.max_prompt_length={limit}); together they must not exceed the {positions} "
+            "positions of the model"
+        )
 
 
 def encode(
@@ -387,9 +407,4 @@ def _shortened(ids: list[int], max_length: int, bos: int | None) -> list[int]:
 
 
 def _excerpt(value: Any) -> str:
-    text = _one_line(repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return one_line(repr(value), 60)

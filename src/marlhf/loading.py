@@ -387,6 +387,11 @@ def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def position_limit(model_config: Any) -> int | None:
+    """Tokens that fit in the model, None where it knows no limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a response: those of the model's generation config and the tokenizer's."""
     found: set[int] = set()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from marlhf.advantages import AllReduceSum
-from marlhf.errors import UserError
 
 
 class Metrics:
@@ -125,10 +124,8 @@ class WandB:
     """Weights & Biases."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError("log.wandb: needs: pip install 'marlhf[wandb]'") from None
+        import wandb  # pyright: ignore[reportMissingImports]
+
         self._run: Any = wandb.init(project="marlhf", dir=str(folder), config=dict(config))
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -70,13 +70,14 @@ class PPOTrainer:
         train, self.eval_prompts = self._load_prompts(train_dataset, eval_dataset)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
-        self._check([*train, *self.eval_prompts])
+        lm_config = model.config if model is not None else loading.load_model_config(config.model)
+        self._check([*train, *self.eval_prompts], loading.position_limit(lm_config))
         is_main = self.distributed.is_main
-        self.run = RunDirectory(config.output_dir, config.overwrite, is_main)
+        self.run = RunDirectory(config.output_dir, config.overwrite, config.log, is_main)
 
         torch.manual_seed(config.seed)
         policy, value_model = loading.build_models(
-            config, self.tokenizer, self._reward_model_path(), model, critic
+            config, self.tokenizer, self._reward_model_path(), model, critic, lm_config
         )
         self.reference = loading.reference_of(policy).to(self.distributed.device)
         rate = config.optimizer.learning_rate
@@ -90,7 +91,7 @@ class PPOTrainer:
             self.policy.model,
             self.reference,
             self.critic and self.critic.model,
-            self.reward.to(self.distributed.device),
+            self.reward.load().to(self.distributed.device),
             self.tokenizer,
             self.distributed,
         )
@@ -99,7 +100,7 @@ class PPOTrainer:
     def train(self) -> None:
         """Run all updates, evaluating on the way, and save the policy in `final/`."""
         config = self.config
-        self.run.open(config, config.log, config.steps)
+        self.run.open(config, config.steps)
         try:
             if self._evaluation_is_due():
                 self.run.write({"step": 0} | self.evaluate())
@@ -307,9 +308,10 @@ class PPOTrainer:
             return loaded, loaded_held_out if held_out is None else as_prompts(held_out, data)
         return as_prompts(train, data), as_prompts(held_out or [], data)
 
-    def _check(self, prompts: list[Prompt]) -> None:
-        """What the data must have for the tokenizer and for the rewards. Raises UserError."""
-        check_prompts(prompts, self.tokenizer, self.config.data)
+    def _check(self, prompts: list[Prompt], positions: int | None) -> None:
+        """What the data must have for the model and for the rewards. Raises UserError."""
+        data, rollout = self.config.data, self.config.rollout
+        check_prompts(prompts, self.tokenizer, data, rollout, positions)
         for prompt in prompts[:1]:
             messages = ["messages"] if prompt.messages is not None else []
             self.reward.check_columns([*prompt.columns, *messages])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from marlhf.types import UserError
+from marlhf.errors import UserError, one_line
 
 Row = dict[str, Any]
 
@@ -83,7 +83,7 @@ def _read_file(file: Path, key: str) -> list[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {file} is not UTF-8 text: {error.reason}") from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"{key}: {file} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{key}: {file} cannot be read: {one_line(error)}") from None
 
 
 def _read_jsonl(file: Path, key: str) -> list[Row]:
@@ -180,7 +180,7 @@ def _read_saved(folder: Path, split: str, key: str, split_key: str, limit: int |
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise UserError(f"{key}: {str(folder)!r} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{key}: {str(folder)!r} cannot be read: {one_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         _check_split(split, [str(s) for s in saved], split_key, str(folder))
         return _first_rows(saved[split], limit)
@@ -213,7 +213,7 @@ def _read_hub(path: str, name: str | None, split: str, key: str, limit: int | No
                 f"{key}: given {path!r}, which is no file or folder here; the Hugging Face hub "
                 "cannot be reached, and its cache here has no such dataset"
             ) from error
-        raise UserError(f"{key}: cannot load {path!r}: {_first_line(error)}") from error
+        raise UserError(f"{key}: cannot load {path!r}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -234,8 +234,3 @@ def _first_rows(dataset: Any, limit: int | None) -> list[Row]:
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     return dataset.to_list()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "grpo": {"ppo": {"estimator": "grpo"}, "rollout": {"responses_per_prompt": 2}},
     "reinforce": {"ppo": {"estimator": "reinforce"}},
+    "lora": {"model": {"lora": {"r": 4}}},
 }
 
 

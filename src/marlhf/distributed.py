@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from marlhf.types import UserError
 
@@ -81,9 +82,18 @@ class Distributed:
         return [item for part in gathered for item in part]
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Model and optimiser, wrapped for training over ranks."""
+        """Model and optimiser, wrapped for training over ranks.
+
+        Only the gradients that the optimiser reads cross ranks. DDP would wait for all others too,
+        such as those of the critic's adapter in a base that the policy shares, and never finish.
+        """
         if self.world_size == 1:
             return model.to(self.device), optimizer
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        named = model.named_parameters(remove_duplicate=False)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [name for name, parameter in named if parameter not in held]
+        )
         return self._accelerator.prepare(model, optimizer)
 
     @contextmanager

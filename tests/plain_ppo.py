@@ -227,12 +227,12 @@ class Adam:
 class PlainPPO:
     """Policy, reference and critic in float64; `update` returns what the trainer reports."""
 
-    def __init__(self, lm: Any, classifier: Any, s: Plain) -> None:
-        self.lm, self.ref = copy.deepcopy(lm).double(), copy.deepcopy(lm).double()
+    def __init__(self, lm: Any, classifier: Any, s: Plain, ref: Any = None) -> None:
+        self.lm, self.ref = copy.deepcopy(lm).double(), copy.deepcopy(ref or lm).double()
         self.classifier = copy.deepcopy(classifier).double()
         self.s, self.updates = s, 0
-        self.of_policy = Adam(list(self.lm.parameters()), LEARNING_RATE, s)
-        self.of_critic = Adam(list(self.classifier.parameters()), CRITIC_LEARNING_RATE, s)
+        self.of_policy = Adam(list(trained(self.lm).values()), LEARNING_RATE, s)
+        self.of_critic = Adam(list(trained(self.classifier).values()), CRITIC_LEARNING_RATE, s)
 
     def update(self, rows: list[Row]) -> dict[str, float | None]:
         s, factor = self.s, self.s.schedule[self.updates]
@@ -286,6 +286,10 @@ class PlainPPO:
             metrics["grad_norm_value"] = mean(value_norms)
             metrics["explained_variance"] = explained_variance(G, V)
         return metrics
+
+
+def trained(module: Any) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def divided(terms: dict[int, list[Any]], rows: list[Row], s: Plain) -> Any:

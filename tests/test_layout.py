@@ -13,6 +13,7 @@ SOURCE = REPOSITORY / "src"
 # A module imports only modules above it. A package comes after its modules, as it may import them.
 ORDER = [
     "marlhf.errors",
+    "marlhf.quiet",
     "marlhf.tokenization",
     "marlhf.types",
     "marlhf.registry",

@@ -261,7 +261,7 @@ def test_import_paths_of_functions_and_instances(tmp_path, monkeypatch):
     assert list(evaluate("my_rewards.scaled").by_name) == ["scaled"]
     with pytest.raises(UserError, match="given scael; its parameters are scale"):
         build_rewards({"name": "my_rewards.scaled", "scael": 3.0})
-    with pytest.raises(UserError, match="is a int, must be callable"):
+    with pytest.raises(UserError, match="is 3, must be callable"):
         build_rewards("my_rewards.number")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -51,17 +50,15 @@ def _one_line(error: Exception) -> str | None:
     from marlhf.errors import UserError
 
     if isinstance(error, UserError) or type(error).__name__ == "RewardError":
-        return " ".join(str(error).split("\n"))
+        return " ".join(str(error).split())
     return None
 
 
 def _run(job: str, words: list[str]) -> None:
     from marlhf.errors import UserError
+    from marlhf.quiet import hide_loading_bars, quiet_libraries
 
-    # fewer lines of other libraries' notices between the user and the message
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     if job not in JOBS:
         raise UserError(f"no job is called {job!r}; possible: {', '.join(JOBS)}")
     if job == "quickstart":
@@ -80,6 +77,7 @@ def _run(job: str, words: list[str]) -> None:
     config = load_config(PPOConfig, words[0], words[1:])
     from marlhf.ppo import PPOTrainer
 
+    hide_loading_bars()
     PPOTrainer(config).train()
 
 

@@ -49,7 +49,7 @@ class LoraSettings:
 class ModelSettings:
     """The policy."""
 
-    path: str
+    path: Text
     """A hub name, a directory of safetensors, or a directory with a GGUF file."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -68,12 +68,12 @@ class ModelSettings:
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class CriticSettings:
-    """The value function. Ignored by estimators that have none."""
+    """The value function."""
 
     init: Literal["auto", "policy", "reward"] = "auto"
     """Start from the policy or from the reward model (the paper); `auto`: the reward model where
     one with the policy's vocabulary is given."""
-    path: str | None = None
+    path: Text | None = None
     """Start from this sequence-classification model instead."""
     warmup_steps: Natural = 0
     """Updates at the start that train the critic alone."""
@@ -262,7 +262,7 @@ class PPOConfig:
     """The prompts."""
     preset: Literal["reference"] | None = None
     """`reference`: the formulas of the paper's released code; other keys still override it."""
-    output_dir: str = "runs/ppo"
+    output_dir: Text = "runs/ppo"
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
@@ -273,7 +273,7 @@ class PPOConfig:
     segmenter: Spec = "ngram"
     """What a macro action is: a name, an import path, or a mapping with `name` and arguments."""
     critic: CriticSettings = Field(default_factory=CriticSettings)
-    """The value function."""
+    """The value function; estimators other than `gae` have none and use nothing of this."""
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     """Sampling."""
     reward: RewardSettings = Field(default_factory=RewardSettings)
@@ -319,6 +319,10 @@ class PPOConfig:
             raise ValueError(
                 f"rollout.responses_per_prompt: given {self.rollout.responses_per_prompt}, must be "
                 f"at least 2 for ppo.estimator={self.ppo.estimator}"
+            )
+        if self.critic.path is not None and self.critic.init != "auto":
+            raise ValueError(
+                f"critic.init: given {self.critic.init!r} beside critic.path; give only one of them"
             )
         if self.rollout.min_new_tokens > self.rollout.max_new_tokens:
             raise ValueError(

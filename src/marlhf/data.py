@@ -236,8 +236,9 @@ def _prompts(data: Any, settings: DataSettings, where: str, first_row: int) -> l
     elif hasattr(data, "to_list"):  # a datasets.Dataset, row by row much slower
         data = data.to_list()
     items = list(data)
-    names = _names([item for item in items if isinstance(item, Mapping)])
-    if names:
+    mappings = [item for item in items if isinstance(item, Mapping)]
+    names = _names(mappings)
+    if mappings:
         _check_names(names, settings, where)
     return [
         _prompt(item, names, settings, f"{where}: row {row}")
@@ -251,7 +252,7 @@ def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> None:
     """Every column that the settings name is there."""
-    present = ", ".join(map(str, names))
+    present = ", ".join(map(str, names)) or "none"
     template, column = settings.prompt_template, settings.prompt_column
     if template is None:
         if column not in names:

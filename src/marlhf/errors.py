@@ -48,4 +48,6 @@ def requirement(finding: Mapping[str, Any]) -> str:
     template = _REQUIREMENTS.get(finding["type"])
     if template is None:
         return finding["msg"].removeprefix("Input should be ")
-    return template.format(**finding.get("ctx", {}))
+    bounds = finding.get("ctx", {}).items()
+    whole = {n: int(x) if isinstance(x, float) and x.is_integer() else x for n, x in bounds}
+    return template.format(**whole)

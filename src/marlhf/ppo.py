@@ -31,7 +31,7 @@ from marlhf.metrics import Metrics, Timer
 from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rollout import Rollout, RolloutWorker, logprob_temperature
 from marlhf.run_directory import RunDirectory
-from marlhf.segmenters import build_segmenter, segmenter_metrics, segmenter_name, validate
+from marlhf.segmenters import build_segmenter, segment, segmenter_metrics
 
 EVAL_STEP = -1  # held-out responses are always sampled with the same noise
 
@@ -75,6 +75,7 @@ class PPOTrainer:
         is_main = self.distributed.is_main
         self.run = RunDirectory(config.output_dir, config.overwrite, config.log, is_main)
 
+        self.reward.load()
         torch.manual_seed(config.seed)
         policy, value_model = loading.build_models(
             config, self.tokenizer, self._reward_model_path(), model, critic, lm_config
@@ -91,7 +92,7 @@ class PPOTrainer:
             self.policy.model,
             self.reference,
             self.critic and self.critic.model,
-            self.reward.load().to(self.distributed.device),
+            self.reward.to(self.distributed.device),
             self.tokenizer,
             self.distributed,
         )
@@ -189,8 +190,7 @@ class PPOTrainer:
 
     def _segment(self, rollout: Rollout) -> Tensor:
         responses = rollout.responses
-        starts = self.segmenter(responses)
-        starts = validate(starts, responses, segmenter_name(self.segmenter))
+        starts = segment(self.segmenter, responses)
         alone = self.config.macro.last_token_alone
         return isolate_last_token(starts, responses.response_mask) if alone else starts
 

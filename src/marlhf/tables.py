@@ -82,7 +82,7 @@ def _read_file(file: Path, key: str) -> list[Row]:
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {file} is not UTF-8 text: {error.reason}") from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"{key}: {file} cannot be read: {one_line(error)}") from None
 
 

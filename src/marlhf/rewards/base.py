@@ -131,7 +131,10 @@ class CombinedReward:
         """Load every model now rather than at first use. Raises UserError."""
         for reward in self.rewards:
             if callable(load := getattr(reward.function, "load", None)):
-                load()
+                try:
+                    load()
+                except UserError as error:
+                    raise UserError(f"reward {reward.name}: {error}") from error
         return self
 
     def to(self, device: Any) -> CombinedReward:
@@ -244,15 +247,13 @@ def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
         found = construct(found, arguments, f"reward {name}")
     elif arguments:
         found = _bind(found, arguments, name)
-    if not callable(found):
-        raise UserError(f"reward {name}: is a {type(found).__name__}, must be callable")
     return short, found
 
 
 def _is_model_path(name: str) -> bool:
     """Whether a name means a model's directory or hub name; raises UserError for a lost path."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         # a folder that happens to be called `length` does not hide the reward of that name
         return (folder / "config.json").is_file() or name not in REWARDS.names()
     if name.startswith((".", "/", "~")):

@@ -75,7 +75,7 @@ class RewardModel:
         if "model" not in self._state:
             from marlhf import loading
 
-            model: Any = loading.load_classifier(self._settings, f"reward {self.path}")
+            model: Any = loading.load_classifier(self._settings, "path")
             model.requires_grad_(False).eval()
             self._state["model"] = model.to(self._state["device"])
         return self

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from marlhf.errors import UserError, one_line
 from marlhf.rewards.base import require
-from marlhf.types import UserError
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,8 @@ class EmbeddingSimilarity:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.source)
                 model: Any = AutoModel.from_pretrained(self.source, dtype=torch.float32)
-            except (OSError, ValueError) as error:
-                line = str(error).splitlines()[0]
-                raise UserError(f"path: cannot load {self.source!r}: {line}") from error
+            except Exception as error:
+                raise UserError(f"path: cannot load {self.source!r}: {one_line(error)}") from error
             device = self._state.get("device", "cpu")
             self._state.update(tokenizer=tokenizer, model=model.eval().to(device))
         return self

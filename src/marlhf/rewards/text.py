@@ -120,7 +120,7 @@ class Keyword:
     def __post_init__(self) -> None:
         words = self.words
         if isinstance(words, str) or not words or not all(isinstance(w, str) for w in words):
-            raise UserError(f"words: given {words!r}, must be a list of words")
+            raise UserError(f"words: given {list(words)!r}, must be a list of words")
         if not all(word.strip() for word in words):
             raise UserError("words: one of them is empty")
         if self.mode not in ("fraction", "any", "count"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError
+from marlhf.errors import UserError, one_line
 from marlhf.registry import Registry, Spec, construct, split_spec
 from marlhf.types import ResponseBatch
 
@@ -73,6 +73,20 @@ def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) 
     return ((positions - last_start) % max_length == 0) & response_mask
 
 
+def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
+    """A segmenter's `starts`, validated; every fault of its own is a UserError that names it."""
+    name = segmenter_name(segmenter)
+    try:
+        starts = segmenter(batch)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"segmenter {name}: raised {type(error).__name__}: {one_line(error)}"
+        ) from error
+    return validate(starts, batch, name)
+
+
 def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
     """`starts` unchanged, or a UserError that names the segmenter and its fault."""
     mask = batch.response_mask
@@ -112,13 +126,13 @@ class Union(Segmenter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.of, str) or len(self.of) == 0:
-            raise UserError(f"of: given {self.of!r}, must be a list of segmenters")
+            raise UserError(f"of: given {list(self.of)!r}, must be a list of segmenters")
         object.__setattr__(self, "of", tuple(build_segmenter(s) for s in self.of))
 
     def starts(self, batch: ResponseBatch) -> Tensor:
         found = torch.zeros_like(batch.response_mask)
         for segmenter in self.of:
-            found = found | validate(segmenter(batch), batch, segmenter_name(segmenter))
+            found = found | segment(segmenter, batch)
         return found
 
     def metrics(self) -> dict[str, float]:

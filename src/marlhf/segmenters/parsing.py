@@ -269,8 +269,8 @@ def _check_installed(parser: Any, pipeline: str) -> None:
                 f"parser: given {parser!r}, must be 'spacy', 'benepar' or the import "
                 "path of a function from text to nltk.Tree"
             )
-        import_path(parser, "parser")
-    elif not callable(parser):
+        parser = import_path(parser, "parser")
+    if not isinstance(parser, str) and not callable(parser):
         raise UserError(f"parser: given {parser!r}, must be a name or a callable")
 
 

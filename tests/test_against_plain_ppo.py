@@ -166,7 +166,11 @@ def disagreements(run: Run, s: Plain) -> list[str]:
     found = []
     for update, rows in enumerate(run.rollouts):
         wanted = plain.update(rows) | {"step": update + 1}
-        metrics = {k: v for k, v in run.metrics[update].items() if not k.endswith(TIMES)}
+        metrics = {
+            k: v
+            for k, v in run.metrics[update].items()
+            if not k.endswith(TIMES) and not (v is None and k not in wanted)
+        }
         assert set(metrics) == set(wanted)
         found += [
             f"update {update + 1}: {name} is {value}, plain {wanted[name]}"

@@ -168,7 +168,9 @@ def test_every_option_runs_and_matters(sections: dict[str, Any], tmp_path: Path)
 def test_critic_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, critic={"warmup_steps": 1})
     before = weights(trainer)
-    trainer.step(PROMPTS)
+    row = trainer.step(PROMPTS)
+    assert row["policy_loss"] is row["ratio_max"] is None
+    assert row["value_loss"] is not None
     between = weights(trainer)
     changed = {name.split(".")[0] for name in before if (before[name] != between[name]).any()}
     assert changed == {"critic"}

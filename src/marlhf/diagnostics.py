@@ -17,6 +17,19 @@ from marlhf.macro import segment_ids
 from marlhf.metrics import Metrics, Timer, peak_memory_gb
 from marlhf.rollout import Rollout
 
+# Always in a row; null where nothing was trained: no critic, or a policy that waits for its critic.
+_OF_THE_UPDATE = (
+    "policy_loss",
+    "value_loss",
+    "clip_fraction",
+    "value_clip_fraction",
+    "approx_kl",
+    "ratio_max",
+    "explained_variance",
+    "grad_norm_policy",
+    "grad_norm_value",
+)
+
 
 def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metrics) -> None:
     """Everything known before the update, which does not change it."""
@@ -53,6 +66,8 @@ def row(
         values["explained_variance"] = explained_variance(
             batch.returns_BM, batch.values_BM, batch.mask_BM, all_reduce
         )
+    for name in _OF_THE_UPDATE:
+        values.setdefault(name, None)
     values["learning_rate"] = learning_rate
     tokens = float(all_reduce(torch.tensor(float(batch.lengths_BM.sum()))))
     seconds = timer.total()

@@ -1,4 +1,4 @@
-"""Policy, reference and critic: loading, log-probabilities, values.
+"""Policy, reference and critic: log-probabilities and values.
 
 A policy is a causal LM whose forward gives log-probabilities of response tokens; a critic is a
 trunk with a scalar head whose forward gives values. With LoRA both, and the reference, share one

@@ -76,6 +76,10 @@ def run_of_trainer(sections: dict[str, Any], family: str = "llama", offset: floa
     with TemporaryDirectory() as folder:
         base = {k: v for k, v in SECTIONS.items() if "preset" not in sections or k != "ppo"}
         values = merge(base, sections) | {"steps": UPDATES, "output_dir": folder}
+        if values.get("ppo", {}).get("estimator", "gae") != "gae":  # no critic to use these
+            values["ppo"] = {k: v for k, v in values["ppo"].items() if k != "gamma"}
+            optimizer = values["optimizer"].items()
+            values["optimizer"] = {k: v for k, v in optimizer if k != "critic_learning_rate"}
         config = config_from_dict(PPOConfig, values)
         trainer = PPOTrainer(
             config,

@@ -69,6 +69,17 @@ def test_a_key_given_twice_is_an_error_wherever_it_is():
             parse_yaml(text, "here")
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["ppo.gamma=0.9", "critic.warmup_steps=2", "macro.value=last", "ppo.value_clip_range=null"],
+)
+def test_keys_of_the_critic_are_refused_where_there_is_none(override):
+    loaded(override)
+    with pytest.raises(UserError, match=r"ppo\.estimator=reinforce has no critic") as caught:
+        loaded("ppo.estimator=reinforce", override)
+    assert str(caught.value).startswith(override.split("=")[0])
+
+
 def test_an_integer_serves_as_a_float():
     config = loaded("ppo.gamma=1", "kl.coef=0", "optimizer.betas=[0, 0.5]")
     assert config.ppo.gamma == 1

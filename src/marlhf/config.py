@@ -253,6 +253,23 @@ class LogSettings:
     """Show a progress bar."""
 
 
+# Without a critic every macro action of a response has the same advantage, and these have no say.
+_OF_THE_CRITIC = (
+    "critic.init",
+    "critic.path",
+    "critic.warmup_steps",
+    "macro.value",
+    "macro.reward",
+    "macro.discount",
+    "macro.value_loss",
+    "ppo.gamma",
+    "ppo.lam",
+    "ppo.bootstrap_truncated",
+    "ppo.value_clip_range",
+    "optimizer.critic_learning_rate",
+)
+
+
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class PPOConfig:
     """Everything a `marlhf ppo` run needs."""
@@ -321,6 +338,15 @@ class PPOConfig:
                 f"rollout.responses_per_prompt: given {self.rollout.responses_per_prompt}, must be "
                 f"at least 2 for ppo.estimator={self.ppo.estimator}"
             )
+        for key in _OF_THE_CRITIC if self.ppo.estimator != "gae" else ():
+            section_name, name = key.split(".")
+            section = getattr(self, section_name)
+            given = getattr(section, name)
+            if given != getattr(type(section)(), name):
+                raise ValueError(
+                    f"{key}: given {given!r}, but ppo.estimator={self.ppo.estimator} has no critic "
+                    "and does not use it; leave it out"
+                )
         if self.critic.path is not None and self.critic.init != "auto":
             raise ValueError(
                 f"critic.init: given {self.critic.init!r} beside critic.path; give only one of them"

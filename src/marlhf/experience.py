@@ -23,6 +23,7 @@ from marlhf.macro import (
     reduce,
     segment_ids,
 )
+from marlhf.types import kept_columns
 
 
 @dataclass(frozen=True)
@@ -146,17 +147,13 @@ class Experience:
 
     def rows(self, index: Tensor) -> Experience:
         """Some rows, without the columns that are padding in all of them."""
-        mask = self.response_mask[index]
-        P = self.input_ids.shape[1] - mask.shape[1]
-        attention = self.attention_mask[index]
-        first = int(attention[:, :P].any(0).long().argmax())
-        T = max(1, int(mask.sum(1).max()))
-        columns = {"input_ids": slice(first, P + T), "attention_mask": slice(first, P + T)}
+        whole, response = kept_columns(self.attention_mask[index], self.response_mask[index])
+        columns = {"input_ids": whole, "attention_mask": whole}
         picked: dict[str, Any] = {}
         for field in fields(self):
             x = getattr(self, field.name)
             picked[field.name] = (
-                None if x is None else x[index][:, columns.get(field.name, slice(T))]
+                None if x is None else x[index][:, columns.get(field.name, response)]
             )
         return Experience(**picked)
 

@@ -33,7 +33,7 @@ from marlhf.metrics import Timer
 from marlhf.models import Policy, forward, use_adapter
 from marlhf.rewards import CombinedReward, RewardResult, place_spans
 from marlhf.segmenters.ngram import row_seed
-from marlhf.types import Generation, ResponseBatch, Sequences
+from marlhf.types import Generation, ResponseBatch, Sequences, kept_columns
 
 
 @dataclass(frozen=True)
@@ -306,10 +306,8 @@ def take(sequences: Sequences, rows: Tensor) -> Sequences:
     s = sequences
     rows = rows.to(s.input_ids.device)
     ids, attention, mask = s.input_ids[rows], s.attention_mask[rows], s.response_mask[rows]
-    P = ids.shape[1] - mask.shape[1]
-    first = int(attention[:, :P].any(0).long().argmax())
-    T = max(1, int(mask.sum(1).max()))
-    return Sequences(ids[:, first : P + T], attention[:, first : P + T], mask[:, :T])
+    whole, response = kept_columns(attention, mask)
+    return Sequences(ids[:, whole], attention[:, whole], mask[:, response])
 
 
 def _widen(x: Tensor | None, T: int) -> Tensor | None:

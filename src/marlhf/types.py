@@ -127,3 +127,14 @@ class Sequences:
             torch.cat([g.prompt_mask, g.response_mask], 1),
             g.response_mask,
         )
+
+
+def kept_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
+    """Columns that are not padding in every row: of `[B,P+T]` tensors, and of `[B,T]` ones.
+
+    At least one response column stays.
+    """
+    P = attention_mask.shape[1] - response_mask.shape[1]
+    first = int(attention_mask[:, :P].any(0).long().argmax())
+    T = max(1, int(response_mask.sum(1).max()))
+    return slice(first, P + T), slice(T)

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-USAGE = """\
-usage: marlhf JOB CONFIG.yaml [key.sub=value ...]
-       marlhf quickstart [--steps N] [--segmenter NAME] [--model PATH] [--seed N] [--output DIR]
+# job -> its configuration, what runs it, and a line of help
+JOBS = {
+    "ppo": ("marlhf.config.PPOConfig", "marlhf.ppo.run", "train a policy by macro-action PPO"),
+}
+# command -> what is called with the words after it, and a line of help
+COMMANDS = {
+    "quickstart": (
+        "marlhf.quickstart.main",
+        "watch a small model learn to write cheerfully; needs no config",
+    ),
+}
 
-jobs:
-  ppo         train a policy by macro-action PPO
-  quickstart  watch a small model learn to write cheerfully; needs no config
 
-`marlhf JOB --help` lists every key of the job's config with its type, default and meaning.
-Over several processes: accelerate launch [--config_file F] -m marlhf JOB CONFIG.yaml ...
-"""
-
-JOBS = ("ppo", "quickstart")
+def usage() -> str:
+    """What `marlhf --help` prints."""
+    jobs = [f"  {name:<11} {summary}" for name, (_, _, summary) in JOBS.items()]
+    commands = [f"  {name:<11} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [
+        "usage: marlhf JOB CONFIG.yaml [key.sub=value ...]",
+        "       marlhf COMMAND [options]",
+        "",
+        "jobs:",
+        *jobs,
+        "",
+        "commands:",
+        *commands,
+        "",
+        "`marlhf JOB --help` lists every key of the job's config with its type, default and "
+        "meaning,",
+        "`marlhf COMMAND --help` the options. Over several processes:",
+        "  accelerate launch [--config_file F] -m marlhf JOB CONFIG.yaml ...",
+    ]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a job; exits with status 2 and one line for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(usage())
         sys.exit(0 if words else 2)
     if words[0] == "--version":
         from marlhf import __version__
@@ -37,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(words[0], words[1:])
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `marlhf ppo --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         line = _one_line(error)
         if line is None:
@@ -61,26 +86,29 @@ def _run(job: str, words: list[str]) -> None:
     from marlhf.quiet import hide_loading_bars, quiet_libraries
 
     quiet_libraries()
-    if job not in JOBS:
-        raise UserError(f"no job is called {job!r}; possible: {', '.join(JOBS)}")
-    if job == "quickstart":
-        from marlhf.quickstart import main as quickstart
-
-        quickstart(words)
+    if job in COMMANDS:
+        _imported(COMMANDS[job][0])(words)
         return
-    from marlhf.config import PPOConfig
+    if job not in JOBS:
+        raise UserError(f"no job is called {job!r}; possible: {', '.join([*JOBS, *COMMANDS])}")
     from marlhf.config_loading import load_config
 
+    config_path, run_path, _ = JOBS[job]
+    config_class = _imported(config_path)
     if any(word in ("-h", "--help") for word in words):
-        print(job_help(job, PPOConfig))
+        print(job_help(job, config_class))
         return
     if not words or "=" in words[0]:
         raise UserError(f"usage: marlhf {job} CONFIG.yaml [key.sub=value ...]")
-    config = load_config(PPOConfig, words[0], words[1:])
-    from marlhf.ppo import PPOTrainer
-
+    config = load_config(config_class, words[0], words[1:])
+    run = _imported(run_path)
     hide_loading_bars()
-    PPOTrainer(config).train()
+    run(config)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def job_help(job: str, cls: Any) -> str:

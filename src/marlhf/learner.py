@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from marlhf.batching import micro_batches
 from marlhf.config import OptimizerSettings
 from marlhf.distributed import Distributed
 from marlhf.experience import Experience
@@ -63,7 +64,7 @@ class Learner:
         finite.
         """
         tokens, macro_actions = self.distributed.all_reduce(minibatch.counts()).tolist()
-        parts = torch.arange(len(minibatch)).split(self.settings.micro_batch_size)
+        parts = micro_batches(minibatch.attention_mask, self.settings.micro_batch_size)
         self.model.train()
         for i, part in enumerate(parts):
             with self.distributed.accumulate(self.model, last=i == len(parts) - 1):

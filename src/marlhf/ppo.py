@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from marlhf import diagnostics, loading
+from marlhf.batching import minibatches
 from marlhf.config import PPOConfig
 from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, load_rows
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
 from marlhf.learner import Learner
-from marlhf.losses import kl_loss, policy_loss, value_loss
-from marlhf.macro import isolate_last_token, macro_mask, reduce
+from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
+from marlhf.objectives import policy_objective, value_objective
 from marlhf.rewards import RewardModel, build_rewards
-from marlhf.rollout import Rollout, RolloutWorker, logprob_temperature
+from marlhf.rollout import Rollout, RolloutWorker
 from marlhf.run_directory import RunDirectory
 from marlhf.segmenters import build_segmenter, segment, segmenter_metrics
 
@@ -195,10 +196,9 @@ class PPOTrainer:
 
     def _macro_batch(self, starts: Tensor, rollout: Rollout) -> MacroBatch:
         config, mask = self.config, rollout.generation.response_mask
-        in_reward = kl_place(config) == "reward"
         tokens = TokenRewards(
             response_mask=mask,
-            kl_rewards=-config.kl.coef * rollout.log_ratio * in_reward,
+            kl_rewards=-config.kl_reward_coef * rollout.log_ratio,
             task_rewards=rollout.task_rewards,
             values=rollout.values,
             last_values=rollout.last_values,
@@ -230,73 +230,22 @@ class PPOTrainer:
         )
 
     def _update(self, experience: Experience, metrics: Metrics) -> None:
-        """Several passes over the rollout; in each, an optimiser step a minibatch.
-
-        Prompts come shuffled, so minibatch i is every n-th group: the same rows whatever the
-        number of ranks, and never part of a group.
-        """
-        ppo, group = self.config.ppo, self.config.rollout.responses_per_prompt
-        of_row = torch.arange(len(experience)) // group % ppo.minibatches
-        train_policy = self.step_count >= self.config.critic.warmup_steps or self.critic is None
-        for _ in range(ppo.epochs):
-            for i in range(ppo.minibatches):
-                minibatch = experience.rows((of_row == i).nonzero().squeeze(1))
+        """Several passes over the rollout; in each, an optimiser step a minibatch."""
+        config = self.config
+        group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
+        train_policy = self.critic is None or self.step_count >= config.critic.warmup_steps
+        for _ in range(config.ppo.epochs):
+            for rows in minibatches(len(experience), group, count):
+                minibatch = experience.rows(rows)
                 if train_policy:
-                    norm = self.policy.optimise(minibatch, partial(self._policy_objective, metrics))
-                    metrics.add("grad_norm_policy", norm)
+                    objective = partial(policy_objective, self.policy.model, config, metrics)
+                    metrics.add("grad_norm_policy", self.policy.optimise(minibatch, objective))
                 if self.critic is not None:
-                    norm = self.critic.optimise(minibatch, partial(self._value_objective, metrics))
-                    metrics.add("grad_norm_value", norm)
+                    objective = partial(value_objective, self.critic.model, config, metrics)
+                    metrics.add("grad_norm_value", self.critic.optimise(minibatch, objective))
         self.policy.scheduler.step()
         if self.critic is not None:
             self.critic.scheduler.step()
-
-    def _policy_objective(
-        self, metrics: Metrics, rows: Experience, tokens: float, _macro_actions: float
-    ) -> Tensor:
-        config, mask = self.config, rows.response_mask
-        logprobs, _ = self.policy.model(
-            rows.input_ids, rows.attention_mask, mask, logprob_temperature(config)
-        )
-        loss, stats = policy_loss(
-            logprobs,
-            rows.logprobs,
-            rows.advantages,
-            mask,
-            config.ppo.clip_range,
-            config.macro.ratio,
-            rows.segment_ids,
-            tokens,
-        )
-        if kl_place(config) == "loss":
-            loss = loss + config.kl.coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
-        metrics.add("policy_loss", loss.detach() * tokens, mask.sum())
-        ratios = macro_mask(rows.segment_ids) if config.macro.ratio == "macro_product" else mask
-        metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())
-        metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
-        metrics.maximum("ratio_max", stats["ratio_max"])
-        return loss
-
-    def _value_objective(
-        self, metrics: Metrics, rows: Experience, tokens: float, macro_actions: float
-    ) -> Tensor:
-        assert self.critic is not None
-        assert rows.values is not None
-        assert rows.returns is not None
-        macro = self.config.macro
-        values, old, returns = rows.values, rows.values, rows.returns
-        values, _ = self.critic.model(rows.input_ids, rows.attention_mask, rows.response_mask)
-        mask, count = rows.response_mask, tokens
-        if macro.value_loss == "macro":
-            ids = rows.segment_ids
-            values, old = reduce(values, ids, macro.value), reduce(old, ids, macro.value)
-            returns, mask, count = reduce(returns, ids, "first"), macro_mask(ids), macro_actions
-        clip = self.config.ppo.value_clip_range
-        loss, stats = value_loss(values, old, returns, mask, clip, count)
-        here = mask.sum()
-        metrics.add("value_loss", loss.detach() * count, here)
-        metrics.add("value_clip_fraction", stats["value_clip_fraction"] * here, here)
-        return loss
 
     # -- set-up ----------------------------------------------------------------------------------
 
@@ -331,8 +280,6 @@ class PPOTrainer:
         )
 
 
-def kl_place(config: PPOConfig) -> str:
-    """Whether the leash sits in the reward or in the loss."""
-    if config.kl.where != "auto":
-        return config.kl.where
-    return "loss" if config.ppo.estimator == "grpo" else "reward"
+def run(config: PPOConfig) -> None:
+    """The job `marlhf ppo`."""
+    PPOTrainer(config).train()

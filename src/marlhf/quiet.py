@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
+from typing import Any
 
 _ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
@@ -38,8 +40,11 @@ def hide_loading_bars() -> None:
     """No bars while weights are read and written; those of downloads stay."""
     import huggingface_hub.utils
     import transformers.utils.logging
+    from transformers import modeling_gguf_pytorch_utils
 
     downloads_hidden = huggingface_hub.utils.are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
+    gguf: Any = modeling_gguf_pytorch_utils  # its bar knows no setting
+    gguf.tqdm = partial(gguf.tqdm, disable=True)
     if not downloads_hidden:
         huggingface_hub.utils.enable_progress_bars()

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from marlhf.advantages import AllReduceSum, whiten
+from marlhf.batching import micro_batches, minibatches
 from marlhf.config import PPOConfig, RewardSettings, RolloutSettings
 from marlhf.data import Prompt, encode, render
 from marlhf.distributed import Distributed
@@ -156,24 +157,32 @@ class RolloutWorker:
     @torch.no_grad()
     def _score(self, module: nn.Module, sequences: Sequences, **arguments: Any) -> list[Any]:
         """Run a policy or critic over micro-batches; [B,T] or [B] results, put together again."""
-        config = self.config
-        size = config.rollout.micro_batch_size or 2 * config.optimizer.micro_batch_size
         model = self.distributed.unwrap(module)
         if isinstance(model, Policy):
-            arguments["temperature"] = logprob_temperature(config)
+            arguments["temperature"] = self.config.policy_temperature
         T = sequences.response_mask.shape[1]
+        passes = self._passes(sequences.attention_mask)
         parts = []
-        for rows in torch.arange(len(sequences.input_ids)).split(size):
+        for rows in passes:
             with self.distributed.autocast():
                 outputs = forward(model, take(sequences, rows), **arguments)
             parts.append([_widen(x, T) for x in outputs])
-        return [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
+        in_order = torch.cat(passes).argsort().to(sequences.input_ids.device)
+        return [None if x[0] is None else torch.cat(x)[in_order] for x in zip(*parts, strict=True)]
 
-
-def logprob_temperature(config: PPOConfig) -> float:
-    """What divides the logits in every log-probability."""
-    one = config.ppo.logprob_temperature == "one"
-    return 1.0 if one else config.rollout.temperature
+    def _passes(self, attention_mask: Tensor) -> list[Tensor]:
+        """The rows of each scoring pass: those of the training passes to come."""
+        config = self.config
+        size = config.rollout.micro_batch_size or config.optimizer.micro_batch_size
+        parts = minibatches(
+            len(attention_mask), config.rollout.responses_per_prompt, config.ppo.minibatches
+        )
+        return [
+            rows[chosen]
+            for rows in parts
+            if len(rows)
+            for chosen in micro_batches(attention_mask[rows.to(attention_mask.device)], size)
+        ]
 
 
 @torch.no_grad()

@@ -1,8 +1,4 @@
-"""The configuration of every job, as typed dataclasses.
-
-The docstring under a field is its line in `marlhf JOB --help`. `config_loading` reads them from
-YAML.
-"""
+"""The configuration of `marlhf ppo`."""
 
 from __future__ import annotations
 
@@ -11,63 +7,30 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from marlhf.config.sections import (
+    STRICT,
+    Count,
+    DataSettings,
+    Fraction,
+    LogSettings,
+    ModelSettings,
+    Natural,
+    NonNegative,
+    OptimizerSettings,
+    Positive,
+    RewardSettings,
+    RolloutSettings,
+    Text,
+)
 from marlhf.config_loading import merge, read_yaml
 from marlhf.registry import Spec
 
-_STRICT = ConfigDict(
-    extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-)
 
-# torch counts in 64 bits at most, and nobody means a billion of anything
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-Natural = Annotated[int, Field(ge=0, lt=2**31)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class LoraSettings:
-    """Train low-rank adapters on a frozen base (any key of `peft.LoraConfig` under `extra`)."""
-
-    r: Count = 16
-    """Rank of the update."""
-    alpha: Positive = 32.0
-    """Scale of the update is alpha / r."""
-    target_modules: str | list[str] = "all-linear"
-    """Modules that get an adapter: names, a regex, or `all-linear`."""
-    extra: dict[str, Any] = Field(default_factory=dict)
-    """Further keys for `peft.LoraConfig`, passed through."""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class ModelSettings:
-    """The policy."""
-
-    path: Text
-    """A hub name, a directory of safetensors, or a directory with a GGUF file."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
-    """Run code that comes with a hub model."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the matrix products; trainable weights are fp32 in either case."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    lora: LoraSettings | None = None
-    """Train adapters instead of all weights; policy and critic then share one frozen base, and
-    the reference is that base with the adapters off."""
-    chat_template: str | None = None
-    """A Jinja chat template, for a tokenizer that has none."""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class CriticSettings:
     """The value function."""
 
@@ -80,79 +43,7 @@ class CriticSettings:
     """Updates at the start that train the critic alone."""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class DataSettings:
-    """Prompts: JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder, or a hub name."""
-
-    path: str | None = None
-    """File, folder or hub name. Must be given, unless Python code passes `train_dataset`."""
-    name: str | None = None
-    """Configuration of a hub dataset."""
-    split: str = "train"
-    """Split to train on."""
-    prompt_column: str = "prompt"
-    """Column with the prompt: text, or a list of chat messages."""
-    prompt_template: str | None = None
-    """Build the prompt from the row's columns, such as "Summarize:\\n{document}"."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Rename columns: {new name: name in the file}."""
-    apply_chat_template: bool = False
-    """Wrap plain-text prompts as one user message in the model's chat template."""
-    limit: Count | None = None
-    """Use the first rows only."""
-    shuffle: bool = True
-    """Draw prompts in a new order, fixed by the seed, every pass over the data."""
-    eval_path: str | None = None
-    """Held-out prompts from another file, folder or hub name."""
-    eval_split: str | None = None
-    """Held-out prompts from another split of `path`."""
-    eval_rows: Natural = 64
-    """Held-out prompts: this many of `eval_path` or `eval_split`, or else taken off the end of the
-    data before training; 0 for none."""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class RolloutSettings:
-    """Sampling responses."""
-
-    batch_size: Count = 64
-    """Prompts an update, over all ranks."""
-    responses_per_prompt: Count = 1
-    """Responses sampled for each prompt; at least 2 for `rloo` and `grpo`."""
-    max_prompt_length: Count = 512
-    """Longer prompts lose tokens on their left, and are counted in `prompt_truncated_fraction`."""
-    max_new_tokens: Count = 128
-    """Length limit of a response, in tokens."""
-    min_new_tokens: Natural = 0
-    """No EOS before this many tokens."""
-    temperature: Positive = 1.0
-    """Divides the logits, in sampling and in every log-probability alike."""
-    top_k: Natural = 0
-    """Sample from the k most likely tokens; 0: from all."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens with this probability."""
-    stop_strings: list[Text] = Field(default_factory=list)
-    """Also stop at these; their tokens stay in the response, which counts as finished."""
-    micro_batch_size: Count | None = None
-    """Rows in one scoring pass; default: the training micro-batch size times 2."""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class RewardSettings:
-    """Where scores come from, and what is done to them."""
-
-    models: Spec | list[Spec] = "sentiment"
-    """A reward-model path, a reward's name, an import path, a mapping with `name`, arguments and
-    `weight`, or a list of these, added up."""
-    clip: Positive | None = None
-    """Clip scores to [-clip, clip]."""
-    whiten: bool = False
-    """Divide scores by their standard deviation over the batch, after subtracting the mean."""
-    missing_eos_penalty: NonNegative = 0.0
-    """Taken off the score of a response cut at the length limit."""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class MacroSettings:
     """From tokens to macro actions, and back."""
 
@@ -175,7 +66,7 @@ class MacroSettings:
     """Make the last token a macro action of its own, as the released code does."""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class PPOSettings:
     """Advantages and the policy update."""
 
@@ -199,7 +90,7 @@ class PPOSettings:
     """Temperature of log-probabilities: that of sampling, or 1 (the released code)."""
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class KLSettings:
     """The leash to the reference policy."""
 
@@ -208,49 +99,6 @@ class KLSettings:
     where: Literal["auto", "reward", "loss"] = "auto"
     """`reward`: -coef * log(pi/ref) on each token (k1); `loss`: coef times the k3 estimate;
     `auto`: `loss` for grpo, `reward` otherwise."""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class OptimizerSettings:
-    """AdamW for policy and critic."""
-
-    learning_rate: NonNegative = 1e-6
-    """Of the policy."""
-    critic_learning_rate: NonNegative | None = None
-    """Of the critic; default: the policy's."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay to 0 over the run, or none."""
-    warmup_steps: Natural = 0
-    """Updates over which the learning rate rises from 0."""
-    micro_batch_size: Count = 8
-    """Rows in one forward and backward pass on a rank; gradients accumulate over the minibatch."""
-    max_grad_norm: Positive | None = 1.0
-    """Clip the gradient norm of policy and critic, each by itself."""
-    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.9, 0.95]
-    )
-    """Adam's decay rates."""
-    eps: Positive = 1e-5
-    """Adam's epsilon."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
-
-
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
-class LogSettings:
-    """What a run writes besides metrics.jsonl."""
-
-    samples: Natural = 4
-    """Responses an update written to samples.jsonl."""
-    eval_every: Natural = 10
-    """Evaluate on held-out prompts every this many updates, and before the first and after the
-    last; 0: never."""
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
-    wandb: bool = False
-    """Log to Weights & Biases (install `marlhf[wandb]`)."""
-    progress: bool = True
-    """Show a progress bar."""
 
 
 # Without a critic every macro action of a response has the same advantage, and these have no say.
@@ -270,7 +118,7 @@ _OF_THE_CRITIC = (
 )
 
 
-@dataclass(config=_STRICT, frozen=True, kw_only=True)
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class PPOConfig:
     """Everything a `marlhf ppo` run needs."""
 
@@ -313,7 +161,7 @@ class PPOConfig:
         values = dict(given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
         if not isinstance(values, Mapping) or not isinstance(values.get("preset"), str):
             return given
-        path = Path(__file__).parent / "presets" / f"{values['preset']}.yaml"
+        path = Path(__file__).parent.parent / "presets" / f"{values['preset']}.yaml"
         if not path.is_file():
             return given  # the field's own check names what is possible
         preset = read_yaml(path)
@@ -357,3 +205,25 @@ class PPOConfig:
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
         return self
+
+    @property
+    def policy_temperature(self) -> float:
+        """What divides the logits in every log-probability."""
+        one = self.ppo.logprob_temperature == "one"
+        return 1.0 if one else self.rollout.temperature
+
+    @property
+    def kl_reward_coef(self) -> float:
+        """Weight of the KL penalty in the rewards; 0 where the leash is in the loss."""
+        return 0.0 if self._kl_in_loss else self.kl.coef
+
+    @property
+    def kl_loss_coef(self) -> float:
+        """Weight of the KL penalty in the policy's loss; 0 where the leash is in the rewards."""
+        return self.kl.coef if self._kl_in_loss else 0.0
+
+    @property
+    def _kl_in_loss(self) -> bool:
+        if self.kl.where == "auto":
+            return self.ppo.estimator == "grpo"
+        return self.kl.where == "loss"

@@ -1,0 +1,33 @@
+"""The configuration of every job, as typed dataclasses; `config_loading` reads them from YAML."""
+
+from marlhf.config.ppo import (
+    CriticSettings,
+    KLSettings,
+    MacroSettings,
+    PPOConfig,
+    PPOSettings,
+)
+from marlhf.config.sections import (
+    DataSettings,
+    LogSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RewardSettings,
+    RolloutSettings,
+)
+
+__all__ = [
+    "CriticSettings",
+    "DataSettings",
+    "KLSettings",
+    "LogSettings",
+    "LoraSettings",
+    "MacroSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PPOConfig",
+    "PPOSettings",
+    "RewardSettings",
+    "RolloutSettings",
+]

@@ -1,0 +1,175 @@
+"""Sections that several jobs share.
+
+The docstring under a field is its line in `marlhf JOB --help`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from marlhf.registry import Spec
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+# torch counts in 64 bits at most, and nobody means a billion of anything
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class LoraSettings:
+    """Train low-rank adapters on a frozen base (any key of `peft.LoraConfig` under `extra`)."""
+
+    r: Count = 16
+    """Rank of the update."""
+    alpha: Positive = 32.0
+    """Scale of the update is alpha / r."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: names, a regex, or `all-linear`."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further keys for `peft.LoraConfig`, passed through."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ModelSettings:
+    """The policy."""
+
+    path: Text
+    """A hub name, a directory of safetensors, or a directory with a GGUF file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the matrix products; trainable weights are fp32 in either case."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of all weights; policy and critic then share one frozen base, and
+    the reference is that base with the adapters off."""
+    chat_template: str | None = None
+    """A Jinja chat template, for a tokenizer that has none."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class DataSettings:
+    """Prompts: JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder, or a hub name."""
+
+    path: str | None = None
+    """File, folder or hub name. Must be given, unless Python code passes `train_dataset`."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Split to train on."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages."""
+    prompt_template: str | None = None
+    """Build the prompt from the row's columns, such as "Summarize:\\n{document}"."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Rename columns: {new name: name in the file}."""
+    apply_chat_template: bool = False
+    """Wrap plain-text prompts as one user message in the model's chat template."""
+    limit: Count | None = None
+    """Use the first rows only."""
+    shuffle: bool = True
+    """Draw prompts in a new order, fixed by the seed, every pass over the data."""
+    eval_path: str | None = None
+    """Held-out prompts from another file, folder or hub name."""
+    eval_split: str | None = None
+    """Held-out prompts from another split of `path`."""
+    eval_rows: Natural = 64
+    """Held-out prompts: this many of `eval_path` or `eval_split`, or else taken off the end of the
+    data before training; 0 for none."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RolloutSettings:
+    """Sampling responses."""
+
+    batch_size: Count = 64
+    """Prompts an update, over all ranks."""
+    responses_per_prompt: Count = 1
+    """Responses sampled for each prompt; at least 2 for `rloo` and `grpo`."""
+    max_prompt_length: Count = 512
+    """Longer prompts lose tokens on their left, and are counted in `prompt_truncated_fraction`."""
+    max_new_tokens: Count = 128
+    """Length limit of a response, in tokens."""
+    min_new_tokens: Natural = 0
+    """No EOS before this many tokens."""
+    temperature: Positive = 1.0
+    """Divides the logits, in sampling and in every log-probability alike."""
+    top_k: Natural = 0
+    """Sample from the k most likely tokens; 0: from all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    stop_strings: list[Text] = Field(default_factory=list)
+    """Also stop at these; their tokens stay in the response, which counts as finished."""
+    micro_batch_size: Count | None = None
+    """Rows in one scoring pass; default: those of a training pass, so that old and new
+    log-probabilities come from batches of the same shape (in bf16 other shapes round otherwise)."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RewardSettings:
+    """Where scores come from, and what is done to them."""
+
+    models: Spec | list[Spec] = "sentiment"
+    """A reward-model path, a reward's name, an import path, a mapping with `name`, arguments and
+    `weight`, or a list of these, added up."""
+    clip: Positive | None = None
+    """Clip scores to [-clip, clip]."""
+    whiten: bool = False
+    """Divide scores by their standard deviation over the batch, after subtracting the mean."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Taken off the score of a response cut at the length limit."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW for policy and critic."""
+
+    learning_rate: NonNegative = 1e-6
+    """Of the policy."""
+    critic_learning_rate: NonNegative | None = None
+    """Of the critic; default: the policy's."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to 0 over the run, or none."""
+    warmup_steps: Natural = 0
+    """Updates over which the learning rate rises from 0."""
+    micro_batch_size: Count = 8
+    """Rows in one forward and backward pass on a rank; gradients accumulate over the minibatch."""
+    max_grad_norm: Positive | None = 1.0
+    """Clip the gradient norm of policy and critic, each by itself."""
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.9, 0.95]
+    )
+    """Adam's decay rates."""
+    eps: Positive = 1e-5
+    """Adam's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class LogSettings:
+    """What a run writes besides metrics.jsonl."""
+
+    samples: Natural = 4
+    """Responses an update written to samples.jsonl."""
+    eval_every: Natural = 10
+    """Evaluate on held-out prompts every this many updates, and before the first and after the
+    last; 0: never."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: bool = False
+    """Log to Weights & Biases (install `marlhf[wandb]`)."""
+    progress: bool = True
+    """Show a progress bar."""

@@ -1,0 +1,73 @@
+"""What the optimisers minimise: the losses of policy and critic on some rows of a rollout.
+
+`Learner` calls an objective with rows, and with the response tokens and macro actions of the whole
+optimiser step over all ranks, by which losses are divided.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from marlhf.config import PPOConfig
+from marlhf.experience import Experience
+from marlhf.losses import kl_loss, policy_loss, value_loss
+from marlhf.macro import macro_mask, reduce
+from marlhf.metrics import Metrics
+
+
+def policy_objective(
+    policy: nn.Module,
+    config: PPOConfig,
+    metrics: Metrics,
+    rows: Experience,
+    tokens: float,
+    _macro_actions: float,
+) -> Tensor:
+    """The clipped PPO loss, and the KL penalty where it is part of the loss."""
+    mask = rows.response_mask
+    logprobs, _ = policy(
+        rows.input_ids, rows.attention_mask, mask, temperature=config.policy_temperature
+    )
+    loss, stats = policy_loss(
+        logprobs,
+        rows.logprobs,
+        rows.advantages,
+        mask,
+        config.ppo.clip_range,
+        config.macro.ratio,
+        rows.segment_ids,
+        tokens,
+    )
+    if config.kl_loss_coef > 0:
+        loss = loss + config.kl_loss_coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
+    metrics.add("policy_loss", loss.detach() * tokens, mask.sum())
+    ratios = macro_mask(rows.segment_ids) if config.macro.ratio == "macro_product" else mask
+    metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())
+    metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
+    metrics.maximum("ratio_max", stats["ratio_max"])
+    return loss
+
+
+def value_objective(
+    critic: nn.Module,
+    config: PPOConfig,
+    metrics: Metrics,
+    rows: Experience,
+    tokens: float,
+    macro_actions: float,
+) -> Tensor:
+    """The clipped regression of values on returns, by tokens or by macro actions."""
+    assert rows.values is not None
+    assert rows.returns is not None
+    old, returns = rows.values, rows.returns
+    values, _ = critic(rows.input_ids, rows.attention_mask, rows.response_mask)
+    mask, count = rows.response_mask, tokens
+    if config.macro.value_loss == "macro":
+        ids, how = rows.segment_ids, config.macro.value
+        values, old = reduce(values, ids, how), reduce(old, ids, how)
+        returns, mask, count = reduce(returns, ids, "first"), macro_mask(ids), macro_actions
+    loss, stats = value_loss(values, old, returns, mask, config.ppo.value_clip_range, count)
+    here = mask.sum()
+    metrics.add("value_loss", loss.detach() * count, here)
+    metrics.add("value_clip_fraction", stats["value_clip_fraction"] * here, here)
+    return loss

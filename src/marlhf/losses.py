@@ -107,7 +107,7 @@ def value_loss(
     squared = (values - returns) ** 2
     stats = {"value_clip_fraction": values.new_zeros(())}
     if clip_range is not None:
-        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        near = values.clamp(old_values - clip_range, old_values + clip_range)
         squared_near = (near - returns) ** 2
         with torch.no_grad():
             stats["value_clip_fraction"] = _mean((squared_near > squared).to(values.dtype), mask_BT)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class Plain:
     bootstrap: bool = False
     kl_coef: float = 0.2
     kl_in_loss: bool = False
+    kl_target: float | None = None
+    kl_horizon: float = 10_000
+    target_kl: float | None = None  # ends the policy's steps of an update
     ratio: str = "token"
     value_loss: str = "token"
     epochs: int = 2
@@ -204,11 +207,13 @@ class Adam:
         self.v = [torch.zeros_like(p) for p in parameters]
         self.steps = 0
 
-    def step(self, loss: torch.Tensor, factor: float) -> float:
-        """One step; returns the norm before clipping."""
+    def step(self, loss: torch.Tensor, factor: float, taken: bool = True) -> float:
+        """One step, if it is taken; returns the norm before clipping."""
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         some = [torch.zeros(()) if g is None else g for g in gradients]
         norm = math.sqrt(sum(float((g**2).sum()) for g in some))
+        if not taken:
+            return norm
         scale = min(1.0, self.s.max_grad_norm / (norm + 1e-6))
         rate, (beta1, beta2) = self.learning_rate * factor, self.s.betas
         self.steps += 1
@@ -230,12 +235,12 @@ class PlainPPO:
     def __init__(self, lm: Any, classifier: Any, s: Plain, ref: Any = None) -> None:
         self.lm, self.ref = copy.deepcopy(lm).double(), copy.deepcopy(ref or lm).double()
         self.classifier = copy.deepcopy(classifier).double()
-        self.s, self.updates = s, 0
+        self.s, self.updates, self.kl_coef = s, 0, s.kl_coef
         self.of_policy = Adam(list(trained(self.lm).values()), LEARNING_RATE, s)
         self.of_critic = Adam(list(trained(self.classifier).values()), CRITIC_LEARNING_RATE, s)
 
     def update(self, rows: list[Row]) -> dict[str, float | None]:
-        s, factor = self.s, self.s.schedule[self.updates]
+        s, factor = replace(self.s, kl_coef=self.kl_coef), self.s.schedule[self.updates]
         self.updates += 1
         with torch.no_grad():
             distributions = [log_softmaxes(self.lm, row, s) for row in rows]
@@ -247,22 +252,34 @@ class PlainPPO:
         metrics = rollout_metrics(rows, old, ref, segments, s)
         metrics["entropy"] = mean(float(-(d.exp() * d).sum()) for row in distributions for d in row)
         metrics["learning_rate"] = LEARNING_RATE * factor
+        if s.kl_target is not None:
+            metrics["kl_coef"] = s.kl_coef
+            too_far = metrics["kl_mean"] / s.kl_target - 1
+            too_far = 0.2 if too_far > 0.2 else -0.2 if too_far < -0.2 else too_far
+            self.kl_coef = s.kl_coef + s.kl_coef * too_far * len(rows) / s.kl_horizon
 
         policy, value, kls, norms, value_norms = [], [], [], [], []
+        steps, counted, stopped = 0, 0, False
         for _ in range(s.epochs):
             for i in range(s.minibatches):
                 picked = [r for r in range(len(rows)) if r // s.copies % s.minibatches == i]
-                tokens = sum(len(rows[r].response) for r in picked)
-                new = {r: logprobs_of(self.lm, rows[r], s) for r in picked}
-                of_row = {r: policy_terms(new[r], old[r], A[r], segments[r], s) for r in picked}
-                loss = divided({r: [x[0] for x in of_row[r]] for r in picked}, rows, s)
-                policy += [x for r in picked for x in of_row[r]]
-                if s.kl_in_loss:
-                    for r in picked:
-                        for a, b in zip(new[r], ref[r], strict=True):
-                            kls.append(torch.exp(b - a) - 1 - (b - a))
-                            loss = loss + s.kl_coef * kls[-1] / tokens
-                norms.append(self.of_policy.step(loss, factor))
+                if not stopped:
+                    tokens = sum(len(rows[r].response) for r in picked)
+                    counted += tokens
+                    new = {r: logprobs_of(self.lm, rows[r], s) for r in picked}
+                    of_row = {r: policy_terms(new[r], old[r], A[r], segments[r], s) for r in picked}
+                    loss = divided({r: [x[0] for x in of_row[r]] for r in picked}, rows, s)
+                    policy += [x for r in picked for x in of_row[r]]
+                    if s.kl_in_loss:
+                        for r in picked:
+                            for a, b in zip(new[r], ref[r], strict=True):
+                                kls.append(torch.exp(b - a) - 1 - (b - a))
+                                loss = loss + s.kl_coef * kls[-1] / tokens
+                    stopped = approx_kl(x for r in picked for x in of_row[r]) > (
+                        s.target_kl or math.inf
+                    )
+                    norms.append(self.of_policy.step(loss, factor, taken=not stopped))
+                    steps += not stopped
                 if s.estimator != "gae":
                     continue
                 terms = {}
@@ -272,13 +289,14 @@ class PlainPPO:
                 every = [x for r in picked for x in terms[r]]
                 value += every
                 value_norms.append(self.of_critic.step(mean(x[0] for x in every), factor))
-        tokens = s.epochs * sum(len(row.response) for row in rows)
         metrics["policy_loss"] = (
             sum(float(x[0]) for x in policy) + s.kl_coef * sum(float(x) for x in kls)
-        ) / tokens
+        ) / counted
         metrics["clip_fraction"] = mean(x[2] for x in policy)
         metrics["ratio_max"] = max(x[1] for x in policy)
-        metrics["approx_kl"] = mean(x[1] - 1 - math.log(x[1]) for x in policy)
+        metrics["approx_kl"] = approx_kl(policy)
+        if s.target_kl is not None:
+            metrics["policy_steps"] = steps
         metrics["grad_norm_policy"] = mean(norms)
         if s.estimator == "gae":
             metrics["value_loss"] = mean(float(x[0]) for x in value)
@@ -286,6 +304,10 @@ class PlainPPO:
             metrics["grad_norm_value"] = mean(value_norms)
             metrics["explained_variance"] = explained_variance(G, V)
         return metrics
+
+
+def approx_kl(terms: Any) -> float:
+    return mean(x[1] - 1 - math.log(x[1]) for x in terms)
 
 
 def trained(module: Any) -> dict[str, torch.Tensor]:

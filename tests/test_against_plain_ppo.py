@@ -33,6 +33,7 @@ from marlhf.config_loading import config_from_dict, merge
 from marlhf.ppo import PPOTrainer
 
 UPDATES = 2
+TARGET_KL = 0.01
 TIMES = ("_seconds", "tokens_per_second", "peak_memory_gb")
 
 # Adam's epsilon is large so that it does not blow up the rounding of gradients near zero.
@@ -230,6 +231,15 @@ CASES: dict[str, tuple[Plain, dict[str, Any]]] = {
         {"macro": {"ratio": "macro_product"}},
     ),
     "bootstrap_truncated": (Plain(bootstrap=True), {"ppo": {"bootstrap_truncated": True}}),
+    "kl target, in the rewards": (
+        Plain(kl_target=0.5, kl_horizon=16),
+        {"kl": {"target": 0.5, "horizon": 16}},
+    ),
+    "kl target, in the loss": (
+        Plain(kl_target=6.0, kl_horizon=8, kl_in_loss=True),
+        {"kl": {"target": 6.0, "horizon": 8, "where": "loss"}},
+    ),
+    "target_kl": (Plain(target_kl=TARGET_KL), {"ppo": {"target_kl": TARGET_KL}}),
     "lora": (Plain(), {"model": {"lora": {"r": 4}}}),
     "cosine": (
         Plain(schedule=(1.0, 0.5 * (1 + math.cos(math.pi / 2)))),
@@ -245,6 +255,8 @@ def test_the_trainer_is_a_plain_ppo(case: str) -> None:
     lengths = {len(row.response) for rows in run.rollouts for row in rows}
     assert len(lengths) > 3
     assert abs(run.metrics[1]["kl_mean"]) > 0.01
+    if plain.target_kl is not None:
+        assert {0 < row["policy_steps"] < 4 for row in run.metrics} == {True}
     assert disagreements(run, plain) == []
 
 
@@ -291,3 +303,18 @@ MISTAKES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)
 def test_a_mistake_would_be_found(mistake: dict[str, Any]) -> None:
     assert disagreements(run_with_everything(), replace(Plain(bootstrap=True), **mistake))
+
+
+@pytest.mark.parametrize(
+    ("case", "mistake"),
+    [
+        ("kl target, in the rewards", {"kl_horizon": 32}),
+        ("kl target, in the rewards", {"kl_target": 1e9, "kl_horizon": 1e9}),
+        ("target_kl", {"target_kl": 1e9}),
+        ("target_kl", {"target_kl": TARGET_KL / 10}),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_options_would_be_found(case: str, mistake: dict[str, Any]) -> None:
+    plain, sections = CASES[case]
+    assert disagreements(run_of_trainer(sections), replace(plain, **mistake))

@@ -115,6 +115,8 @@ reward.clip=0 -> reward.clip: given 0, must be above 0
 reward.missing_eos_penalty=-1 -> reward.missing_eos_penalty: given -1, must be at least 0
 kl=0.1 -> kl: given 0.1, must be a mapping of keys
 kl.coef=-1 -> kl.coef: given -1, must be at least 0
+kl.target=0 -> kl.target: given 0, must be above 0
+kl.horizon=0 -> kl.horizon: given 0, must be at least 1
 kl.where=nowhere -> kl.where: given 'nowhere', must be 'auto', 'reward' or 'loss'
 macro.value=mean -> macro.value: given 'mean', must be 'equal', 'position', 'last' or 'first'
 macro.discount=0.9 -> macro.discount: given 0.9, must be 'per_token' or 'per_macro'
@@ -125,6 +127,7 @@ ppo.gamma=1.5 -> ppo.gamma: given 1.5, must be at most 1
 ppo.lam=-0.1 -> ppo.lam: given -0.1, must be at least 0
 ppo.clip_range=0 -> ppo.clip_range: given 0, must be above 0
 ppo.value_clip_range=x -> ppo.value_clip_range: given 'x', must be a number
+ppo.target_kl=0 -> ppo.target_kl: given 0, must be above 0
 ppo.epochs=0 -> ppo.epochs: given 0, must be at least 1
 ppo.minibatches=3 -> ppo.minibatches: given 3, must divide rollout.batch_size=4
 optimizer.learning_rate=1e-5x -> optimizer.learning_rate: given '1e-5x', must be a number

@@ -32,6 +32,7 @@ ORDER = [
     "marlhf.macro",
     "marlhf.advantages",
     "marlhf.losses",
+    "marlhf.kl_control",
     "marlhf.experience",
     "marlhf.batching",
     "marlhf.models",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from marlhf.config import RewardSettings, RolloutSettings
 from marlhf.models import Policy
-from marlhf.rollout import generate, left_pad, score_to_rewards, take
+from marlhf.rollout import generate, left_pad, score_to_rewards
 from marlhf.types import Generation, Sequences
 
 EOS, PAD = 1, 2
@@ -190,7 +190,7 @@ def test_taking_rows_cuts_columns_that_are_all_padding() -> None:
             generation.finished,
         )
     )
-    cut = take(sequences, torch.tensor([1, 2]))
+    cut = sequences.rows(torch.tensor([1, 2]))
     assert cut.response_mask.tolist() == [[True, False], [True, True]]
     assert cut.attention_mask.tolist() == [[True, True, False], [True, True, True]]
     assert cut.input_ids.shape == (2, 3)

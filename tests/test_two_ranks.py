@@ -28,6 +28,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "grpo": {"ppo": {"estimator": "grpo"}, "rollout": {"responses_per_prompt": 2}},
     "reinforce": {"ppo": {"estimator": "reinforce"}},
+    "kl target and target_kl": {
+        "kl": {"target": 0.5, "horizon": 8},
+        "ppo": {"epochs": 4, "target_kl": 0.01},
+        "optimizer": {"micro_batch_size": 2, "learning_rate": 0.02},
+    },
     "lora": {"model": {"lora": {"r": 4}}},
 }
 

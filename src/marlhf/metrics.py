@@ -39,6 +39,13 @@ class Metrics:
         """Keep the largest value."""
         self._maxima[name] = max(float(value), self._maxima.get(name, -math.inf))
 
+    def include(self, others: Metrics) -> None:
+        """Add all that others have counted."""
+        for name, (total, count) in others._sums.items():
+            self.add(name, total, count)
+        for name, value in others._maxima.items():
+            self.maximum(name, value)
+
     def reduce(self, all_reduce: AllReduceSum, gather: Any) -> dict[str, Any]:
         """Name -> mean over all ranks (None where nothing was counted)."""
         names = sorted({*gather(list(self._sums))})  # a rank without rows has counted nothing

@@ -18,12 +18,13 @@ from marlhf.metrics import Metrics
 def policy_objective(
     policy: nn.Module,
     config: PPOConfig,
+    kl_coef: float,
     metrics: Metrics,
     rows: Experience,
     tokens: float,
     _macro_actions: float,
 ) -> Tensor:
-    """The clipped PPO loss, and the KL penalty where it is part of the loss."""
+    """The clipped PPO loss, and `kl_coef` times the KL penalty where it is part of the loss."""
     mask = rows.response_mask
     logprobs, _ = policy(
         rows.input_ids, rows.attention_mask, mask, temperature=config.policy_temperature
@@ -38,8 +39,8 @@ def policy_objective(
         rows.segment_ids,
         tokens,
     )
-    if config.kl_loss_coef > 0:
-        loss = loss + config.kl_loss_coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
+    if kl_coef > 0:
+        loss = loss + kl_coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
     metrics.add("policy_loss", loss.detach() * tokens, mask.sum())
     ratios = macro_mask(rows.segment_ids) if config.macro.ratio == "macro_product" else mask
     metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())

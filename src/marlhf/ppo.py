@@ -25,6 +25,7 @@ from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, load_ro
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
+from marlhf.kl_control import KLCoefficient
 from marlhf.learner import Learner
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
@@ -96,6 +97,7 @@ class PPOTrainer:
             self.tokenizer,
             self.distributed,
         )
+        self.kl = KLCoefficient(config.kl, config.kl_in_loss)
         self.step_count = 0
 
     def train(self) -> None:
@@ -137,12 +139,15 @@ class PPOTrainer:
         self.step_count += 1
 
         # 5. report
-        diagnostics.measure(rollout, batch, config.kl.coef, metrics)
+        diagnostics.measure(rollout, batch, self.kl.coef, metrics)
+        if config.kl.target is not None:
+            metrics.add("kl_coef", self.kl.coef)
         for name, value in segmenter_metrics(self.segmenter).items():
             metrics.add(name, value)
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
             self.run.write_sample({"step": self.step_count, "held_out": False, **sample})
         reduced = metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
+        self.kl.update(reduced["kl_mean"], len(prompts) * config.rollout.responses_per_prompt)
         return diagnostics.row(
             self.step_count, reduced, batch, learning_rate, timer, self.distributed.all_reduce
         )
@@ -198,7 +203,7 @@ class PPOTrainer:
         config, mask = self.config, rollout.generation.response_mask
         tokens = TokenRewards(
             response_mask=mask,
-            kl_rewards=-config.kl_reward_coef * rollout.log_ratio,
+            kl_rewards=-self.kl.in_rewards_coef * rollout.log_ratio,
             task_rewards=rollout.task_rewards,
             values=rollout.values,
             last_values=rollout.last_values,
@@ -233,19 +238,38 @@ class PPOTrainer:
         """Several passes over the rollout; in each, an optimiser step a minibatch."""
         config = self.config
         group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
+        if config.ppo.target_kl is not None:
+            metrics.add("policy_steps", 0.0, 1.0)  # below, steps go into the sum alone
         train_policy = self.critic is None or self.step_count >= config.critic.warmup_steps
         for _ in range(config.ppo.epochs):
             for rows in minibatches(len(experience), group, count):
                 minibatch = experience.rows(rows)
                 if train_policy:
-                    objective = partial(policy_objective, self.policy.model, config, metrics)
-                    metrics.add("grad_norm_policy", self.policy.optimise(minibatch, objective))
+                    train_policy = self._step_policy(minibatch, metrics)
                 if self.critic is not None:
                     objective = partial(value_objective, self.critic.model, config, metrics)
-                    metrics.add("grad_norm_value", self.critic.optimise(minibatch, objective))
+                    metrics.add("grad_norm_value", self.critic.optimise((minibatch, objective)))
         self.policy.scheduler.step()
         if self.critic is not None:
             self.critic.scheduler.step()
+
+    def _step_policy(self, minibatch: Experience, metrics: Metrics) -> bool:
+        """One optimiser step of the policy. False: it was not taken, because the minibatch shows
+        the policy already beyond `ppo.target_kl`; in the metrics the minibatch counts."""
+        here, target = Metrics(), self.config.ppo.target_kl
+        objective = partial(
+            policy_objective, self.policy.model, self.config, self.kl.in_loss_coef, here
+        )
+        metrics.add("grad_norm_policy", self.policy.accumulate((minibatch, objective)))
+        metrics.include(here)
+        if target is not None:
+            kl = here.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
+            if kl["approx_kl"] > target:
+                self.policy.discard()
+                return False
+            metrics.add("policy_steps", 1.0, 0.0)
+        self.policy.step()
+        return True
 
     # -- set-up ----------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from marlhf.metrics import Timer
 from marlhf.models import Policy, forward, use_adapter
 from marlhf.rewards import CombinedReward, RewardResult, place_spans
 from marlhf.segmenters.ngram import row_seed
-from marlhf.types import Generation, ResponseBatch, Sequences, kept_columns
+from marlhf.types import Generation, ResponseBatch, Sequences
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class RolloutWorker:
         parts = []
         for rows in passes:
             with self.distributed.autocast():
-                outputs = forward(model, take(sequences, rows), **arguments)
+                outputs = forward(model, sequences.rows(rows), **arguments)
             parts.append([_widen(x, T) for x in outputs])
         in_order = torch.cat(passes).argsort().to(sequences.input_ids.device)
         return [None if x[0] is None else torch.cat(x)[in_order] for x in zip(*parts, strict=True)]
@@ -308,15 +308,6 @@ def score_to_rewards(
     positions = torch.arange(generation.response_ids.shape[1], device=scores.device)
     is_last = positions == generation.lengths[:, None] - 1
     return torch.where(is_last, scores[:, None], torch.zeros_like(scores)[:, None])
-
-
-def take(sequences: Sequences, rows: Tensor) -> Sequences:
-    """Some rows, without the columns that are padding in all of them."""
-    s = sequences
-    rows = rows.to(s.input_ids.device)
-    ids, attention, mask = s.input_ids[rows], s.attention_mask[rows], s.response_mask[rows]
-    whole, response = kept_columns(attention, mask)
-    return Sequences(ids[:, whole], attention[:, whole], mask[:, response])
 
 
 def _widen(x: Tensor | None, T: int) -> Tensor | None:

@@ -88,6 +88,9 @@ class PPOSettings:
     """Values are clipped to this distance from the old ones; null: not at all."""
     logprob_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature of log-probabilities: that of sampling, or 1 (the released code)."""
+    target_kl: Positive | None = None
+    """Take no further policy step in an update once `approx_kl`, the new policy's KL from the one
+    that sampled, is above this (nats) at the start of a step; the critic goes on."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -99,6 +102,11 @@ class KLSettings:
     where: Literal["auto", "reward", "loss"] = "auto"
     """`reward`: -coef * log(pi/ref) on each token (k1); `loss`: coef times the k3 estimate;
     `auto`: `loss` for grpo, `reward` otherwise."""
+    target: Positive | None = None
+    """Steer the coefficient, which starts at `coef`, so that `kl_mean` (nats a response) stays
+    here."""
+    horizon: Count = 10_000
+    """Responses over which the coefficient may change by 20%; for `target`."""
 
 
 # Without a critic every macro action of a response has the same advantage, and these have no say.
@@ -195,6 +203,7 @@ class PPOConfig:
                     f"{key}: given {given!r}, but ppo.estimator={self.ppo.estimator} has no critic "
                     "and does not use it; leave it out"
                 )
+        self._check_kl()
         if self.critic.path is not None and self.critic.init != "auto":
             raise ValueError(
                 f"critic.init: given {self.critic.init!r} beside critic.path; give only one of them"
@@ -206,6 +215,26 @@ class PPOConfig:
             )
         return self
 
+    def _check_kl(self) -> None:
+        kl, responses = self.kl, self.rollout.batch_size * self.rollout.responses_per_prompt
+        if kl.target is None and kl.horizon != KLSettings.horizon:
+            raise ValueError(
+                f"kl.horizon: given {kl.horizon}, but without kl.target the coefficient is fixed"
+            )
+        if kl.target is not None and kl.coef == 0:
+            raise ValueError("kl.coef: given 0 beside kl.target; it is where the steering starts")
+        if kl.target is not None and kl.horizon < responses:
+            raise ValueError(
+                f"kl.horizon: given {kl.horizon}, must be at least the {responses} responses of "
+                "an update"
+            )
+        if self.ppo.target_kl is not None and self.ppo.epochs * self.ppo.minibatches == 1:
+            raise ValueError(
+                f"ppo.target_kl: given {self.ppo.target_kl:g}, but an update has one policy step "
+                "alone, which starts at the policy that sampled; raise ppo.epochs or "
+                "ppo.minibatches"
+            )
+
     @property
     def policy_temperature(self) -> float:
         """What divides the logits in every log-probability."""
@@ -213,17 +242,8 @@ class PPOConfig:
         return 1.0 if one else self.rollout.temperature
 
     @property
-    def kl_reward_coef(self) -> float:
-        """Weight of the KL penalty in the rewards; 0 where the leash is in the loss."""
-        return 0.0 if self._kl_in_loss else self.kl.coef
-
-    @property
-    def kl_loss_coef(self) -> float:
-        """Weight of the KL penalty in the policy's loss; 0 where the leash is in the rewards."""
-        return self.kl.coef if self._kl_in_loss else 0.0
-
-    @property
-    def _kl_in_loss(self) -> bool:
+    def kl_in_loss(self) -> bool:
+        """Whether the KL penalty is part of the policy's loss, and not of the rewards."""
         if self.kl.where == "auto":
             return self.ppo.estimator == "grpo"
         return self.kl.where == "loss"

@@ -21,6 +21,7 @@ ORDER = [
     "marlhf.config.sections",
     "marlhf.config.ppo",
     "marlhf.config",
+    "marlhf.checkpoint",
     "marlhf.distributed",
     "marlhf.segmenters.base",
     "marlhf.segmenters.ngram",

@@ -329,13 +329,6 @@ def test_every_schedule_warms_up(schedule: str, factors: list[float], tmp_path: 
     assert rates == pytest.approx([1e-3 * factor for factor in factors])
 
 
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, kl={"where": "loss", "coef": 1e38}, **ONE_STEP)
-    with pytest.raises(FloatingPointError, match=r"gradient is (nan|inf)"):
-        trainer.train()
-    assert all(value.isfinite().all() for value in weights(trainer).values())
-
-
 def test_models_given_as_objects_are_trained_as_loaded_ones_are(tmp_path: Path) -> None:
     dropout: dict[str, Any] = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
     lm = tiny_causal_lm("gpt2", BYTES_VOCAB, **dropout).to(torch.bfloat16)

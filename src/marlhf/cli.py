@@ -74,8 +74,8 @@ def _one_line(error: Exception) -> str | None:
     """The message for the user, or None for what is our fault and deserves a traceback."""
     from marlhf.errors import UserError
 
-    # a reward that failed, a gradient that is not finite
-    its_own = type(error).__name__ in ("RewardError", "FloatingPointError")
+    # a reward that failed, gradients that are not finite
+    its_own = type(error).__name__ in ("RewardError", "DivergedError")
     if isinstance(error, UserError) or its_own:
         return " ".join(str(error).split())
     return None

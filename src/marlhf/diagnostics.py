@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from marlhf.advantages import AllReduceSum
 from marlhf.display import macro_pieces
 from marlhf.experience import MacroBatch, explained_variance
+from marlhf.learner import DivergedError
 from marlhf.losses import k1, k3
 from marlhf.macro import segment_ids
 from marlhf.metrics import Metrics, Timer, peak_memory_gb
@@ -48,6 +50,22 @@ def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metric
     for name, values in rollout.rewards.by_name.items():
         given = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
         metrics.mean(f"reward_{name}_mean", given)
+
+
+def count_step(name: str, norm: float, metrics: Metrics) -> bool:
+    """Count the gradient norm of an optimiser step, or, where it is NaN, that the step is skipped;
+    returns whether it is not."""
+    if math.isfinite(norm):
+        metrics.add(name, norm)
+        return True
+    metrics.add("skipped_steps", 1.0, 0.0)
+    return False
+
+
+def keep_batch(error: DivergedError, path: Path) -> DivergedError:
+    """Save the batch of an error as dicts of tensors; the error, with their place added."""
+    torch.save([{k: v for k, v in vars(b).items() if v is not None} for b in error.batches], path)
+    return DivergedError(f"{error}; its batch is in {path}, for torch.load", error.batches)
 
 
 def row(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from marlhf.config import KLSettings
 
 _LARGEST_ERROR = 0.2
@@ -37,7 +39,7 @@ class KLCoefficient:
         section 2.2, with the gain given as a horizon, as in their code.
         """
         target, horizon = self.settings.target, self.settings.horizon
-        if target is not None:
+        if target is not None and math.isfinite(kl):
             error = min(max(kl / target - 1, -_LARGEST_ERROR), _LARGEST_ERROR)
             self.coef *= 1 + error * responses / horizon
 

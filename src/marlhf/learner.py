@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -38,6 +40,14 @@ class Rows(Protocol):
 Term = tuple[Rows, Objective]
 
 
+class DivergedError(FloatingPointError):
+    """Too many losses or gradients in a row were not finite; `batches` are those of the last."""
+
+    def __init__(self, message: str, batches: list[Rows]) -> None:
+        super().__init__(message)
+        self.batches = batches
+
+
 class Learner:
     """Policy or critic with its AdamW.
 
@@ -57,6 +67,10 @@ class Learner:
         self.settings = settings
         self.distributed = distributed
         self.parameters = trainable_parameters(module, adapter)
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self._names = [names[parameter] for parameter in self.parameters]
+        self._is_finite = True
+        self._skipped_in_a_row = 0
         optimizer = torch.optim.AdamW(
             self.parameters,
             lr=learning_rate,
@@ -89,7 +103,8 @@ class Learner:
                 divided by the counts of the whole minibatch over all ranks, so that no split into
                 micro-batches and ranks changes the gradient
 
-        Raises FloatingPointError where the gradient is not finite.
+        Where the loss or the gradient is not finite on any rank, all ranks get NaN, and `step` will
+        leave the weights as they are; `max_skipped_steps` of these in a row raise DivergedError.
         """
         passes = [
             (minibatch, part, objective, counts)
@@ -98,22 +113,74 @@ class Learner:
             for part in micro_batches(minibatch.attention_mask, self.settings.micro_batch_size)
         ]
         self.model.train()
+        total = torch.zeros((), device=self.distributed.device)
         for i, (minibatch, part, objective, counts) in enumerate(passes):
             with self.distributed.accumulate(self.model, last=i == len(passes) - 1):
                 with self.distributed.autocast():
                     loss = objective(minibatch.rows(part), *counts)
                 self.distributed.backward(loss)
+            total += loss.detach()
         limit = self.settings.max_grad_norm or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the norm of the gradient is {norm}; training has diverged")
-        return norm
+        self._is_finite = self._all_finite(float(total), norm)
+        if self._is_finite:
+            self._skipped_in_a_row = 0
+            return norm
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.settings.max_skipped_steps:
+            raise DivergedError(
+                f"training has diverged: the loss or its gradient was not finite in "
+                f"{self._skipped_in_a_row} optimiser steps in a row (optimizer.max_skipped_steps); "
+                f"the last loss is {float(total)}",
+                [minibatch for minibatch, _ in terms],
+            )
+        return math.nan
 
     def step(self) -> None:
-        """Move the weights along the gradient, and forget it."""
-        self.optimizer.step()
+        """Move the weights along the gradient, where it is finite, and forget it."""
+        if self._is_finite:
+            self.optimizer.step()
         self.discard()
 
     def discard(self) -> None:
         """Forget the gradient."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _all_finite(self, loss: float, norm: float) -> bool:
+        """Whether these are finite on every rank: all must take the step, or none."""
+        fault = 0.0 if math.isfinite(loss) and math.isfinite(norm) else 1.0
+        return float(self.distributed.all_reduce(torch.tensor(fault))) == 0.0
+
+    def save(self, folder: Path) -> None:
+        """Write the trained weights, the optimiser and the schedule; called on every rank."""
+        if not self.distributed.is_main:
+            return
+        folder.mkdir()
+        weights = zip(self._names, self.parameters, strict=True)
+        save_file(
+            {name: weight.detach().contiguous() for name, weight in weights},
+            folder / "weights.safetensors",
+        )
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.scheduler.last_epoch,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+        torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote, on every rank, whatever their number then and now.
+
+        The learning rate is that of this run's schedule, which may have more steps.
+        """
+        weights = load_file(folder / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in zip(self._names, self.parameters, strict=True):
+                parameter.copy_(weights[name])
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        updates = state["updates"]  # `step` goes on to these, and sets this run's rate for them
+        position = {"last_epoch": updates - 1, "_step_count": updates + 1}
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **position})
+        self.scheduler.step()

@@ -26,7 +26,7 @@ from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
 from marlhf.kl_control import KLCoefficient
-from marlhf.learner import Learner
+from marlhf.learner import DivergedError, Learner
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
 from marlhf.objectives import policy_objective, value_objective
@@ -135,7 +135,11 @@ class PPOTrainer:
         with timer("train"):
             # 4. step policy and critic
             learning_rate = self.policy.learning_rate
-            self._update(self._experience(rollout, batch), metrics)
+            try:
+                self._update(self._experience(rollout, batch), metrics)
+            except DivergedError as error:
+                name = f"diverged-step-{self.step_count + 1}-rank-{self.distributed.rank}.pt"
+                raise diagnostics.keep_batch(error, self.run.path / name) from None
         self.step_count += 1
 
         # 5. report
@@ -238,8 +242,9 @@ class PPOTrainer:
         """Several passes over the rollout; in each, an optimiser step a minibatch."""
         config = self.config
         group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
+        metrics.add("skipped_steps", 0.0, 1.0)  # below, steps go into sums alone
         if config.ppo.target_kl is not None:
-            metrics.add("policy_steps", 0.0, 1.0)  # below, steps go into the sum alone
+            metrics.add("policy_steps", 0.0, 1.0)
         train_policy = self.critic is None or self.step_count >= config.critic.warmup_steps
         for _ in range(config.ppo.epochs):
             for rows in minibatches(len(experience), group, count):
@@ -248,7 +253,8 @@ class PPOTrainer:
                     train_policy = self._step_policy(minibatch, metrics)
                 if self.critic is not None:
                     objective = partial(value_objective, self.critic.model, config, metrics)
-                    metrics.add("grad_norm_value", self.critic.optimise((minibatch, objective)))
+                    norm = self.critic.optimise((minibatch, objective))
+                    diagnostics.count_step("grad_norm_value", norm, metrics)
         self.policy.scheduler.step()
         if self.critic is not None:
             self.critic.scheduler.step()
@@ -260,14 +266,15 @@ class PPOTrainer:
         objective = partial(
             policy_objective, self.policy.model, self.config, self.kl.in_loss_coef, here
         )
-        metrics.add("grad_norm_policy", self.policy.accumulate((minibatch, objective)))
+        norm = self.policy.accumulate((minibatch, objective))
+        taken = diagnostics.count_step("grad_norm_policy", norm, metrics)
         metrics.include(here)
         if target is not None:
             kl = here.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
             if kl["approx_kl"] > target:
                 self.policy.discard()
                 return False
-            metrics.add("policy_steps", 1.0, 0.0)
+            metrics.add("policy_steps", float(taken), 0.0)
         self.policy.step()
         return True
 

@@ -156,6 +156,9 @@ class OptimizerSettings:
     """Adam's epsilon."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
+    max_skipped_steps: Count = 5
+    """Optimiser steps whose loss or gradient is not finite are skipped; stop after this many in a
+    row, the last batch saved in output_dir."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

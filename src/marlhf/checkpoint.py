@@ -1,0 +1,217 @@
+"""Checkpoints as files: a folder `step-N` is whole, or it is not there.
+
+A checkpoint is written in `step-N.partial`; `commit` adds a manifest with the size and SHA-256 of
+every file, brings all of it to the disk and renames the folder. Whatever kills the process between
+two instructions, the checkpoints that were there before are still whole. Nothing here knows what
+the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marlhf.errors import UserError, one_line
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, and what `commit` was told about it."""
+
+    path: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The updates that it holds."""
+        return int(self.facts["step"])
+
+
+class DamagedError(Exception):
+    """A folder is no whole checkpoint; the message says why."""
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty folder under `root` to write the checkpoint of a step into, for `commit`.
+
+    What earlier attempts left unfinished is deleted. Raises OSError.
+    """
+    for leftover in root.glob("step-*.partial"):
+        shutil.rmtree(leftover)
+    partial = root / f"step-{step}.partial"
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, facts: Mapping[str, Any]) -> Checkpoint:
+    """Turn a folder that is completely written into a checkpoint, at once and for good.
+
+    facts   plain data to keep in the manifest; `step` is added from the folder's name
+    An older checkpoint of the same step is replaced. Raises OSError.
+    """
+    final = partial.with_suffix("")
+    facts = {"step": _step_of(final), **facts}
+    files = {
+        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(partial.rglob("*"))
+        if file.is_file() and file != partial / MANIFEST
+    }
+    contents = {"facts": facts, "files": files}
+    text = json.dumps({**contents, "sha256": _digest(contents)}, indent=1)
+    (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    remove(final)
+    os.rename(partial, final)
+    sync(final.parent)
+    return Checkpoint(final, facts)
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, after comparing every byte with the manifest.
+
+    Raises DamagedError.
+    """
+    checkpoint, files = _manifest(folder)
+    for name, wanted in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedError(f"{name} is missing")
+        if file.stat().st_size != wanted["bytes"]:
+            raise DamagedError(
+                f"{name} has {file.stat().st_size} bytes instead of {wanted['bytes']}"
+            )
+        if _sha256(file) != wanted["sha256"]:
+            raise DamagedError(f"{name} is not what was written: its SHA-256 differs")
+    return checkpoint
+
+
+def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint under `root`; None where none was ever completed.
+
+    report(line) is called for every damaged one that is passed over. Raises UserError where there
+    are checkpoints and all are damaged: nobody wants their run to begin again unasked.
+    """
+    folders = steps(root)
+    for folder in folders:
+        found = _read_or_fault(folder)
+        if isinstance(found, Checkpoint):
+            return found
+        report(f"checkpoint {folder} is damaged and passed over: {found}")
+    if folders:
+        raise UserError(
+            f"resume: all checkpoints in {root} are damaged; delete the folder to begin again"
+        )
+    return None
+
+
+def _read_or_fault(folder: Path) -> Checkpoint | str:
+    try:
+        return read(folder)
+    except (DamagedError, OSError) as error:
+        return one_line(error)
+
+
+def steps(root: Path) -> list[Path]:
+    """The folders of completed checkpoints, the newest first; damaged ones count."""
+    found = [p for p in root.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def cut_back(root: Path, step: int) -> None:
+    """Delete the checkpoints after a step: a run that goes on from there writes them anew.
+
+    Raises OSError.
+    """
+    for folder in steps(root):
+        if _step_of(folder) > step:
+            remove(folder)
+
+
+def prune(root: Path, keep: int, keep_best: bool) -> None:
+    """Delete all but the last `keep` checkpoints and the best: the one with the highest fact
+    `score`, the newest of equals. Raises OSError."""
+    folders = steps(root)
+    kept = set(folders[:keep])
+    if keep_best and (best := _best(folders)) is not None:
+        kept.add(best)
+    for folder in folders:
+        if folder not in kept:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, if it is there. Raises OSError.
+
+    It gets another name first: one that is half deleted should not be taken for damaged.
+    """
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.old.partial")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk, so that it outlives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _best(folders: list[Path]) -> Path | None:
+    scores = [(_score(folder), _step_of(folder), folder) for folder in folders]
+    known = [(score, step, folder) for score, step, folder in scores if score is not None]
+    return max(known)[2] if known else None
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        return _manifest(folder)[0].facts.get("score")
+    except (DamagedError, OSError):
+        return None
+
+
+def _manifest(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """What the manifest says. Raises DamagedError."""
+    try:
+        contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = contents.pop("sha256")
+        facts, files = contents["facts"], contents["files"]
+    except FileNotFoundError:
+        raise DamagedError(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise DamagedError(f"{MANIFEST} cannot be read") from None
+    if _digest(contents) != digest:
+        raise DamagedError(f"{MANIFEST} is not what was written: its SHA-256 differs")
+    return Checkpoint(folder, facts), files
+
+
+def _step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None, f"{folder.name} must be called step-N"
+    return int(match[1])
+
+
+def _digest(contents: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

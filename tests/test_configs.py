@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
-from marlhf.config import PPOConfig
+from marlhf.config import EvaluateConfig, PPOConfig
 from marlhf.config_loading import load_config
 from marlhf.data import as_prompts
 from marlhf.rewards import build_rewards
 from marlhf.segmenters import build_segmenter
 
 FOLDER = Path(__file__).parents[1] / "configs"
-JOBS = {"ppo": PPOConfig}  # a file is named after its job: ppo_summaries.yaml
+JOBS = {
+    "evaluate": EvaluateConfig,
+    "ppo": PPOConfig,
+}  # a file is named after its job: ppo_summaries.yaml
 
 
 def job_files() -> list[Path]:
     files = sorted(FOLDER.glob("*.yaml"))
-    return [f for f in files if "model" in yaml.safe_load(f.read_text(encoding="utf-8"))]
+    return [f for f in files if f.stem.partition("_")[0] in JOBS]
 
 
 @pytest.mark.parametrize("path", job_files(), ids=lambda p: p.name)
@@ -28,6 +30,8 @@ def test_a_shipped_configuration_is_read_and_its_parts_are_built(path):
     if isinstance(config, PPOConfig):
         build_segmenter(config.segmenter)
         build_rewards(config.reward.models)
+    elif isinstance(config, EvaluateConfig):
+        build_rewards(config.rewards)
 
 
 def test_the_summaries_configuration_fits_its_data():

@@ -19,6 +19,7 @@ ORDER = [
     "marlhf.registry",
     "marlhf.config_loading",
     "marlhf.config.sections",
+    "marlhf.config.evaluate",
     "marlhf.config.ppo",
     "marlhf.config",
     "marlhf.checkpoint",
@@ -53,6 +54,16 @@ ORDER = [
     "marlhf.display",
     "marlhf.diagnostics",
     "marlhf.ppo",
+    "marlhf.evaluation.statistics",
+    "marlhf.evaluation.records",
+    "marlhf.evaluation.policies",
+    "marlhf.evaluation.bench",
+    "marlhf.evaluation.sampling",
+    "marlhf.evaluation.scoring",
+    "marlhf.evaluation.summary",
+    "marlhf.evaluation.tables",
+    "marlhf.evaluation",
+    "marlhf.evaluate",
     "marlhf.quickstart",
     "marlhf.cli",
     "marlhf.__main__",
@@ -143,7 +154,14 @@ def test_no_file_is_long():
 
 @pytest.mark.parametrize(
     "words",
-    [None, ["--help"], ["--version"], ["ppo", "--help"], ["quickstart", "--help"]],
+    [
+        None,
+        ["--help"],
+        ["--version"],
+        ["ppo", "--help"],
+        ["evaluate", "--help"],
+        ["quickstart", "--help"],
+    ],
     ids=lambda words: " ".join(words or ["import"]),
 )
 def test_start_up_loads_nothing_heavy(words):

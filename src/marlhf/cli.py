@@ -12,6 +12,11 @@ from typing import Any
 # job -> its configuration, what runs it, and a line of help
 JOBS = {
     "ppo": ("marlhf.config.PPOConfig", "marlhf.ppo.run", "train a policy by macro-action PPO"),
+    "evaluate": (
+        "marlhf.config.EvaluateConfig",
+        "marlhf.evaluate.run",
+        "scores, win rates and pass@k of trained policies",
+    ),
 }
 # command -> what is called with the words after it, and a line of help
 COMMANDS = {

@@ -100,13 +100,22 @@ def load_tokenizer(settings: ModelSettings, key: str = "model.path") -> Any:
     return tokenizer
 
 
-def load_causal_lm(settings: ModelSettings, config: Any | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    settings: ModelSettings, config: Any | None = None, key: str = "model.path"
+) -> PreTrainedModel:
     """A causal LM with fp32 weights, whatever the checkpoint's dtype. Raises UserError."""
-    config = config if config is not None else load_model_config(settings)
-    model = _load_weights(AutoModelForCausalLM, settings, config, "model.path")
-    if "gguf_file" in model_source(settings.path, "model.path"):
+    config = config if config is not None else load_model_config(settings, key)
+    model = _load_weights(AutoModelForCausalLM, settings, config, key)
+    if "gguf_file" in model_source(settings.path, key):
         model = _without_quantization(model)
     return model
+
+
+def load_policy(settings: ModelSettings, config: Any, key: str) -> Policy:
+    """A policy to sample from, not to train. Raises UserError."""
+    model = load_causal_lm(settings, config, key).requires_grad_(False).eval()
+    _check_forward(model, key)
+    return Policy(model)
 
 
 def load_classifier(settings: ModelSettings, key: str) -> PreTrainedModel:
@@ -207,14 +216,11 @@ def build_models(
     settings = config.model
     lm_config = model.config if model is not None else lm_config or load_model_config(settings)
     vocabulary = lm_config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"model.path: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
-        )
+    check_tokenizer(tokenizer, lm_config)
     source = None if critic is not None else _critic_source(config, vocabulary, reward_path)
 
     if model is None:
-        _check_architecture(lm_config, settings)
+        check_architecture(lm_config, settings)
         lm = load_causal_lm(settings, lm_config)
     else:
         lm = as_loaded(model, settings.lora, "model")
@@ -240,7 +246,14 @@ def build_models(
     return policy, critic_from_policy(lm)
 
 
-def _check_architecture(lm_config: Any, settings: ModelSettings) -> None:
+def check_tokenizer(tokenizer: Any, lm_config: Any, key: str = "model.path") -> None:
+    """The model knows every token of the tokenizer. Raises UserError."""
+    vocabulary = lm_config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"{key}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}")
+
+
+def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "model.path") -> None:
     """A causal LM of this configuration exists, and takes the adapters. Raises UserError."""
     try:
         with torch.device("meta"):
@@ -249,7 +262,7 @@ def _check_architecture(lm_config: Any, settings: ModelSettings) -> None:
             )
     except Exception as error:
         raise UserError(
-            f"model.path: {settings.path!r} is no causal language model: {one_line(error)}"
+            f"{key}: {settings.path!r} is no causal language model: {one_line(error)}"
         ) from error
     if settings.lora is not None:
         add_adapter(model, settings.lora, "policy")
@@ -432,7 +445,7 @@ def _without_quantization(model: Any) -> Any:
 
 
 @torch.no_grad()
-def _check_forward(model: Any) -> None:
+def _check_forward(model: Any, key: str = "model.path") -> None:
     """Trunk then head on a left-padded row must give the model's own logits without padding; a
     family that does more to its logits, or that reads padding, is refused."""
     if model.dtype != torch.float32:
@@ -443,6 +456,6 @@ def _check_forward(model: Any) -> None:
     ours = head_of(model)(trunk_forward(trunk_of(model), padded, mask)[:, 2:])
     if not torch.allclose(ours, own, rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"model.path: {type(model).__name__} changes its logits, or reads padding, in a way "
+            f"{key}: {type(model).__name__} changes its logits, or reads padding, in a way "
             "that is not supported; please report it"
         )

@@ -132,7 +132,7 @@ class RolloutWorker:
                 tokenizer=self.tokenizer,
             )
             plain = [p.text for p in prompts]
-            rewards = self.reward(plain, responses.texts, _columns(prompts))
+            rewards = self.reward(plain, responses.texts, reward_columns(prompts))
             scores = torch.tensor(rewards.scores, dtype=torch.float32)
             dense = torch.zeros(generation.response_mask.shape)
             if any(rewards.spans):
@@ -317,7 +317,7 @@ def _widen(x: Tensor | None, T: int) -> Tensor | None:
     return torch.nn.functional.pad(x, (0, T - x.shape[1]))
 
 
-def _columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+def reward_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """The rows' other columns as lists, and `messages` where rows are conversations."""
     names: Iterator[str] = iter(dict.fromkeys(n for p in prompts for n in p.columns))
     columns = {name: [p.columns.get(name) for p in prompts] for name in names}

@@ -1,5 +1,12 @@
 """The configuration of every job, as typed dataclasses; `config_loading` reads them from YAML."""
 
+from marlhf.config.evaluate import (
+    EvaluateConfig,
+    JudgeSettings,
+    LoadingSettings,
+    PassSettings,
+    RaterSettings,
+)
 from marlhf.config.ppo import (
     CriticSettings,
     KLSettings,
@@ -20,7 +27,10 @@ from marlhf.config.sections import (
 __all__ = [
     "CriticSettings",
     "DataSettings",
+    "EvaluateConfig",
+    "JudgeSettings",
     "KLSettings",
+    "LoadingSettings",
     "LogSettings",
     "LoraSettings",
     "MacroSettings",
@@ -28,6 +38,8 @@ __all__ = [
     "OptimizerSettings",
     "PPOConfig",
     "PPOSettings",
+    "PassSettings",
+    "RaterSettings",
     "RewardSettings",
     "RolloutSettings",
 ]

@@ -1,0 +1,189 @@
+"""The job `marlhf evaluate`.
+
+  1. check everything that needs no weights                       evaluation/policies
+  2. sample responses, one policy in memory at a time             evaluation/sampling
+  3. score them: rewards, ROUGE, KL to the reference              evaluation/scoring
+  4. means, intervals, win rates, pass@k, best-of-n               evaluation/summary
+
+Every response, measure and judgement is on disk as soon as it exists; a second run of the same
+configuration does only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from marlhf.config import EvaluateConfig
+from marlhf.config_loading import config_to_dict
+from marlhf.data import Prompt, load_rows
+from marlhf.distributed import Distributed
+from marlhf.errors import UserError
+from marlhf.evaluation.bench import MEASURE_KEY, SAMPLE_KEY, Bench
+from marlhf.evaluation.policies import check_same_tokens, labelled, source
+from marlhf.evaluation.records import Records
+from marlhf.evaluation.sampling import fingerprints, measure_kl, pending_samples, sample_policy
+from marlhf.evaluation.scoring import Measure, apply_measure, build_measures
+from marlhf.evaluation.summary import summarise
+from marlhf.evaluation.tables import markdown, show
+from marlhf.rewards import CombinedReward
+
+SAMPLES, MEASURES = "samples.jsonl", "measures.jsonl"
+_OWN_FILES = (SAMPLES, MEASURES, "results.json", "results.md", "config.yaml")
+
+
+def run(config: EvaluateConfig) -> None:
+    """The job `marlhf evaluate`."""
+    evaluate(config)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
+    """Evaluate; returns what results.json holds (None on ranks other than the main one).
+
+    Raises UserError for what cannot work, before any weight is loaded where that is possible.
+    """
+    for key in ("judge", "raters"):
+        if getattr(config, key) is not None:
+            raise UserError(f"{key}: is not available yet")
+    # 1. check
+    distributed = Distributed(config.model.precision)
+    measures = build_measures(config)
+    _check_names(config, measures)
+    prompts = _prompts(config)
+    reward = CombinedReward(tuple(measure.reward for measure in measures))
+    messages = ["messages"] if any(p.messages is not None for p in prompts) else []
+    reward.check_columns([*prompts[0].columns, *messages])
+    sources = [
+        source(label, path, _key(config, label), config, prompts)
+        for label, path in labelled(config.policies).items()
+    ]
+    reference = None
+    if config.reference is not None:
+        reference = source("reference", config.reference, "reference", config, prompts)
+        check_same_tokens(reference, sources)
+    folder = _claim(config, distributed)
+    bench = Bench(
+        config,
+        prompts,
+        sources,
+        Records(folder / SAMPLES, SAMPLE_KEY, distributed),
+        Records(folder / MEASURES, MEASURE_KEY, distributed),
+        distributed,
+        _Track(distributed.is_main),
+    )
+    prints = {each.label: fingerprints(bench, each) for each in sources}
+    for each in sources:
+        pending_samples(bench, each, prints[each.label])
+    _write_config(config, folder, distributed)
+
+    # 2. sample
+    for each in sources:
+        sample_policy(bench, each, prints[each.label])
+    # 3. score
+    for measure in measures:
+        apply_measure(bench, measure)
+    if reference is not None:
+        measure_kl(bench, reference)
+    if not distributed.is_main:
+        return None
+    # 4. summarise
+    results = summarise(bench, measures)
+    _write_results(results, folder)
+    show(results, _console())
+    return results
+
+
+def _key(config: EvaluateConfig, label: str) -> str:
+    return f"policies.{label}" if isinstance(config.policies, dict) else "policies"
+
+
+def _check_names(config: EvaluateConfig, measures: Sequence[Measure]) -> None:
+    """Labels and rewards that the configuration names exist. Raises UserError."""
+    labels = list(labelled(config.policies))
+    if config.baseline is not None and config.baseline not in labels:
+        raise UserError(
+            f"baseline: given {config.baseline!r}, must be one of the policies: {', '.join(labels)}"
+        )
+    if len(labels) < 2:
+        for key in ("baseline", "judge", "raters"):
+            if getattr(config, key) is not None:
+                raise UserError(f"{key}: needs two policies to compare, given one")
+    wanted = config.pass_at.reward if config.pass_at is not None else None
+    names = [m.name.removeprefix("reward_") for m in measures if m.weight is not None]
+    if wanted is not None and wanted not in names:
+        raise UserError(
+            f"pass_at.reward: given {wanted!r}, must be one of the rewards: {', '.join(names)}"
+        )
+
+
+def _prompts(config: EvaluateConfig) -> list[Prompt]:
+    rows, held_out = load_rows(config.data)
+    return held_out if config.data.eval_rows else rows
+
+
+def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:
+    """The output folder, without the files of an earlier evaluation if they may go."""
+    folder = Path(config.output_dir).expanduser()
+    fault: list[str] = []
+    if distributed.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "metrics.jsonl").exists():
+                fault = [f"output_dir: {config.output_dir!r} holds a training run; choose another"]
+            for name in _OWN_FILES if config.overwrite and not fault else ():
+                (folder / name).unlink(missing_ok=True)
+        except FileExistsError:
+            fault = [f"output_dir: given {config.output_dir!r}, which is a file"]
+        except OSError as error:
+            fault = [f"output_dir: cannot write {config.output_dir!r}: {error.strerror}"]
+    fault = distributed.gather_objects(fault)
+    if fault:
+        raise UserError(fault[0])
+    return folder
+
+
+def _write_config(config: EvaluateConfig, folder: Path, distributed: Distributed) -> None:
+    if distributed.is_main:
+        text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _write_results(results: dict[str, Any], folder: Path) -> None:
+    """Whole or not at all: a reader never meets half a file."""
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    for name, content in (("results.json", text), ("results.md", markdown(results))):
+        partial = folder / f".{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(folder / name)
+
+
+class _Track:
+    """A bar on stderr for a list of batches; a line where there is no terminal."""
+
+    def __init__(self, is_main: bool) -> None:
+        self._console = Console(stderr=True)
+        self._is_main = is_main
+
+    def __call__(self, batches: Sequence[Any], what: str) -> Iterator[Any]:
+        if not self._is_main:
+            return iter(batches)
+        if not self._console.is_terminal:
+            print(f"{what}: {len(batches)} batches", file=sys.stderr, flush=True)
+            return iter(batches)
+        return iter(track(batches, what, console=self._console, transient=True))
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for a table."""
+    console = Console()
+    return (
+        console if console.is_terminal else Console(width=max(shutil.get_terminal_size()[0], 200))
+    )

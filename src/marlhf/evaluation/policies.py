@@ -1,0 +1,98 @@
+"""Which models are evaluated: labels, paths, and what is known of each before its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marlhf import loading
+from marlhf.config import EvaluateConfig, ModelSettings
+from marlhf.data import Prompt, check_prompts, encode, render
+from marlhf.errors import UserError
+from marlhf.evaluation.records import identity
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is not loaded yet.
+
+    label       what results call it
+    key         what messages call it
+    prompt_ids  token ids of every prompt
+    identity    changes when the model's files do
+    """
+
+    label: str
+    key: str
+    settings: ModelSettings
+    lm_config: Any
+    tokenizer: Any
+    prompt_ids: list[list[int]]
+    identity: list[Any]
+
+    def load(self) -> Any:
+        """The weights. Raises UserError."""
+        return loading.load_policy(self.settings, self.lm_config, self.key)
+
+
+def labelled(policies: str | Sequence[str] | dict[str, str]) -> dict[str, str]:
+    """`{label: path}`; without labels they are the names of the runs' folders. Raises UserError."""
+    if isinstance(policies, dict):
+        return policies
+    paths = [policies] if isinstance(policies, str) else list(policies)
+    found: dict[str, str] = {}
+    for path in paths:
+        parts = [part for part in Path(path).expanduser().parts if part not in ("final", "/")]
+        label = parts[-1] if parts else path
+        if label in found:
+            raise UserError(
+                f"policies: {found[label]!r} and {path!r} would both be called {label!r}; give a "
+                "mapping {label: path}"
+            )
+        found[label] = path
+    return found
+
+
+def model_folder(path: str) -> str:
+    """A run's folder means the policy in its `final/`."""
+    folder = Path(path).expanduser()
+    final = folder / "final"
+    return str(final) if final.is_dir() and not (folder / "config.json").is_file() else path
+
+
+def source(
+    label: str, path: str, key: str, config: EvaluateConfig, prompts: Sequence[Prompt]
+) -> Source:
+    """All about a model short of its weights, checked with the prompts. Raises UserError."""
+    own = config.model
+    settings = ModelSettings(
+        path=model_folder(path),
+        precision=own.precision,
+        trust_remote_code=own.trust_remote_code,
+        chat_template=own.chat_template,
+    )
+    lm_config = loading.load_model_config(settings, key)
+    tokenizer = loading.load_tokenizer(settings, key)
+    loading.check_tokenizer(tokenizer, lm_config, key)
+    loading.check_architecture(lm_config, settings, key)
+    positions = loading.position_limit(lm_config)
+    check_prompts(prompts, tokenizer, config.data, config.rollout, positions)
+    texts = [render(prompt, tokenizer, config.data) for prompt in prompts]
+    special = [prompt.messages is None for prompt in prompts]
+    ids, _ = encode(texts, tokenizer, config.rollout.max_prompt_length, special)
+    return Source(label, key, settings, lm_config, tokenizer, ids, identity(settings.path))
+
+
+def check_same_tokens(reference: Source, policies: Sequence[Source]) -> None:
+    """KL compares token by token. Raises UserError where the tokens differ."""
+    vocabulary = reference.tokenizer.get_vocab()
+    sizes = reference.lm_config.get_text_config().vocab_size
+    for policy in policies:
+        same_size = policy.lm_config.get_text_config().vocab_size == sizes
+        if not same_size or policy.tokenizer.get_vocab() != vocabulary:
+            raise UserError(
+                f"reference: {reference.settings.path!r} has other tokens than {policy.key} "
+                f"({policy.settings.path!r}); KL needs the same"
+            )

@@ -1,0 +1,150 @@
+"""Responses of each policy, and their log-probabilities under it and under the reference."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+import torch
+
+from marlhf.batching import micro_batches
+from marlhf.errors import UserError
+from marlhf.evaluation.bench import Bench
+from marlhf.evaluation.policies import Source
+from marlhf.evaluation.records import Key, Line, fingerprint
+from marlhf.models import Policy, forward
+from marlhf.rewards.model import right_pad
+from marlhf.rollout import generate, left_pad
+from marlhf.segmenters.ngram import row_seed
+from marlhf.types import Generation, Sequences
+
+# Settings that change no response: how many at once, and what is in the key.
+_FREE = ("batch_size", "micro_batch_size", "responses_per_prompt", "temperature")
+
+
+def fingerprints(bench: Bench, source: Source) -> list[str]:
+    """For each row, of all that decides what is sampled there and is not in the key."""
+    config = bench.config
+    settings = {k: v for k, v in asdict(config.rollout).items() if k not in _FREE}
+    common = [source.identity, settings, config.seed, config.model.precision]
+    return bench.as_main_sees([fingerprint(common, ids) for ids in source.prompt_ids])
+
+
+def pending_samples(bench: Bench, source: Source, prints: Sequence[str]) -> list[Key]:
+    """Responses still to be sampled.
+
+    Raises UserError where there are some, but made by other settings, another model or other data.
+    """
+    lines, keys = bench.samples.lines, bench.response_keys([source])
+    stale = sum(key in lines and lines[key]["fingerprint"] != prints[key[2]] for key in keys)
+    if stale:
+        raise UserError(
+            f"output_dir: {bench.config.output_dir!r} holds {stale} responses of {source.label!r} "
+            "that were sampled by another model, from other data, or with other settings (seed, "
+            "model.precision, rollout); choose another, or set overwrite=true to sample anew"
+        )
+    return [key for key in keys if key not in lines]
+
+
+def sample_policy(bench: Bench, source: Source, prints: Sequence[str]) -> None:
+    """Sample what is missing. The policy is in memory no longer than that takes."""
+    pending = pending_samples(bench, source, prints)
+    if pending:
+        what = f"responses of {source.label}"
+        bench.work_off(bench.samples, pending, what, _sampler(bench, source, prints))
+        free_memory()
+
+
+def _sampler(
+    bench: Bench, source: Source, prints: Sequence[str]
+) -> Callable[[list[Key]], list[Line]]:
+    """The policy, loaded, as what makes records of keys."""
+    policy = source.load().to(bench.distributed.device)
+
+    def sample(keys: list[Key]) -> list[Line]:
+        lines = _sampled(bench, policy, source, keys)
+        for line, (_, _, row, _) in zip(lines, keys, strict=True):
+            line |= {"prompt": bench.prompts[row].text, "fingerprint": prints[row]}
+        return lines
+
+    return sample
+
+
+def _sampled(bench: Bench, policy: Policy, source: Source, keys: Sequence[Key]) -> list[Line]:
+    """Records of responses sampled at one temperature.
+
+    Noise depends on seed, row and sample alone: policies and temperatures are compared on the same
+    draws, and sample 0 has those of a training run's own held-out evaluation.
+    """
+    settings = replace(bench.config.rollout, temperature=keys[0][1])
+    ids = [source.prompt_ids[row] for _, _, row, _ in keys]
+    seeds = [row_seed(bench.config.seed, -1 - sample, row) for _, _, row, sample in keys]
+    with bench.distributed.autocast():
+        generation = generate(policy, source.tokenizer, ids, seeds, settings)
+    logprobs = sequence_logprobs(bench, policy, generation, settings.temperature)
+    lengths, finished = generation.lengths.tolist(), generation.finished.tolist()
+    lines = []
+    for i in range(len(keys)):
+        tokens = generation.response_ids[i, : lengths[i]].tolist()
+        response = source.tokenizer.decode(tokens, skip_special_tokens=True)
+        lines.append({"response": response, "tokens": tokens, "finished": finished[i]})
+        lines[-1]["logprob"] = logprobs[i]
+    return lines
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    bench: Bench, policy: Policy, generation: Generation, temperature: float
+) -> list[float]:
+    """[B] log pi(response | prompt) at `temperature`, nats, by a forward pass."""
+    sequences = Sequences.of(generation)
+    found = [0.0] * len(sequences.input_ids)
+    size = bench.config.rollout.micro_batch_size or len(found)
+    for rows in micro_batches(sequences.attention_mask, size):
+        with bench.distributed.autocast():
+            logprobs, _ = forward(policy, sequences.rows(rows), temperature=temperature)
+        for row, value in zip(rows.tolist(), logprobs.double().sum(1).tolist(), strict=True):
+            found[row] = value
+    return found
+
+
+def measure_kl(bench: Bench, reference: Source) -> None:
+    """log(policy / reference) of every response at its temperature, nats: the k1 estimate."""
+    samples, identity = bench.samples.lines, bench.as_main_sees(reference.identity)
+    prints = {
+        key: fingerprint(identity, samples[key]["fingerprint"], samples[key]["tokens"])
+        for key in bench.response_keys()
+    }
+    prompt_ids = {source.label: source.prompt_ids for source in bench.sources}
+
+    def prepare():
+        policy = reference.load().to(bench.distributed.device)
+
+        def values_of(keys: list[Key]) -> list[float | None]:
+            rows = [prompt_ids[label][row] for label, _, row, _ in keys]
+            generation = _generation(bench, rows, [samples[key] for key in keys])
+            logprobs = sequence_logprobs(bench, policy, generation, keys[0][1])
+            return [samples[key]["logprob"] - x for key, x in zip(keys, logprobs, strict=True)]
+
+        return values_of
+
+    bench.measure("kl", prints, prepare)
+    free_memory()
+
+
+def _generation(bench: Bench, prompts: list[list[int]], lines: Sequence[Line]) -> Generation:
+    """Recorded responses as a batch."""
+    tensors = (
+        *left_pad(prompts, 0),
+        *right_pad([line["tokens"] for line in lines]),
+        torch.tensor([line["finished"] for line in lines]),
+    )
+    return Generation(*(x.to(bench.distributed.device) for x in tensors))
+
+
+def free_memory() -> None:
+    """Give back what a model held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,82 @@
+"""Rewards of the sampled responses: any that ppo takes, and ROUGE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from marlhf.config import EvaluateConfig
+from marlhf.evaluation.bench import Bench
+from marlhf.evaluation.records import Key, fingerprint, identity
+from marlhf.rewards import CombinedReward, NamedReward, RewardModel, build_rewards
+from marlhf.rollout import reward_columns
+
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A reward under the name that it has in the results.
+
+    weight     in `score`; None for what is no part of it
+    identity   changes when the reward does, as far as its configuration and files tell
+    """
+
+    name: str
+    reward: NamedReward
+    weight: float | None
+    identity: list[Any]
+
+
+def build_measures(config: EvaluateConfig) -> list[Measure]:
+    """The configured rewards, then ROUGE. Raises UserError."""
+    specs = config.rewards if isinstance(config.rewards, list) else [config.rewards]
+    rewards = build_rewards(specs).rewards if specs else ()
+    found = [
+        Measure(f"reward_{reward.name}", reward, reward.weight, [spec, *_files(reward)])
+        for spec, reward in zip(specs, rewards, strict=True)
+    ]
+    column = config.rouge_column
+    for name, metric in ROUGE.items() if column is not None else ():
+        (reward,) = build_rewards({"name": "rouge", "metric": metric, "column": column}).rewards
+        found.append(Measure(name, reward, None, [column]))
+    return found
+
+
+def _files(reward: NamedReward) -> list[Any]:
+    return [identity(reward.function.path)] if isinstance(reward.function, RewardModel) else []
+
+
+def apply_measure(bench: Bench, measure: Measure) -> None:
+    """Score every response. Raises RewardError and UserError."""
+    prompts, samples = bench.prompts, bench.samples.lines
+    rows = [fingerprint(prompt.text, prompt.columns, prompt.messages) for prompt in prompts]
+    about = bench.as_main_sees(measure.identity)
+    prints = {
+        key: fingerprint(about, samples[key]["response"], rows[key[2]])
+        for key in bench.response_keys()
+    }
+
+    def prepare():
+        reward = CombinedReward((measure.reward,)).load().to(bench.distributed.device)
+
+        def values_of(keys: list[Key]) -> list[float | None]:
+            chosen = [prompts[row] for _, _, row, _ in keys]
+            texts = [samples[key]["response"] for key in keys]
+            result = reward([p.text for p in chosen], texts, reward_columns(chosen))
+            return result.by_name[measure.reward.name]
+
+        return values_of
+
+    bench.measure(measure.name, prints, prepare)
+
+
+def total_score(values: Mapping[str, float | None], measures: Sequence[Measure]) -> float | None:
+    """The weighted sum of a response's rewards; None where none is applicable."""
+    given = [
+        (measure.weight, value)
+        for measure in measures
+        if measure.weight is not None and (value := values[measure.name]) is not None
+    ]
+    return sum(weight * value for weight, value in given) if given else None

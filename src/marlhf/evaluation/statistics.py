@@ -1,0 +1,128 @@
+"""Numbers from samples: bootstrap intervals, pass@k, best-of-n, win rates, distinct n-grams.
+
+Pure functions in float64. The unit of resampling is the prompt: responses to one prompt are not
+independent of each other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_DRAWS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts and its 95% interval, None where fewer than two prompts leave it open."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    prompts: int
+
+
+def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate | None:
+    """Mean and 95% percentile interval (Efron 1979) of one value a prompt; None without any.
+
+    For a paired comparison give the differences: then both policies' values of a prompt are drawn
+    together. The same seed and count draw the same prompts.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if not len(x):
+        return None
+    mean = float(x.mean())
+    if len(x) == 1:
+        return Estimate(mean, None, None, 1)
+    generator = np.random.default_rng(seed & 0xFFFFFFFFFFFFFFFF)
+    means = np.empty(resamples)
+    chunk = max(1, _DRAWS_AT_ONCE // len(x))
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        means[start : start + size] = x[generator.integers(0, len(x), (size, len(x)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(mean, float(low), float(high), len(x))
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """1 - C(n-c, k) / C(n, k): the chance that one of k of the n samples is among the c that
+    passed (Chen et al. 2021). Unbiased, unlike 1 - (1 - c/n)^k."""
+    assert 1 <= k <= samples
+    assert 0 <= passed <= samples
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def best_of_n(scores: Sequence[float], n: int, values: Sequence[float] | None = None) -> float:
+    """The expected value of the best by `scores` of n samples, drawn without replacement from all.
+
+    values   what is averaged, by default the scores themselves: score by one reward, report another
+
+    Unbiased for the best of n fresh samples. The i-th smallest of N scores is the best of n with
+    probability C(i-1, n-1) / C(N, n); equal scores share theirs, as a coin would choose.
+    """
+    x = np.asarray(scores, dtype=np.float64)
+    y = x if values is None else np.asarray(values, dtype=np.float64)
+    assert 1 <= n <= len(x)
+    total = math.comb(len(x), n)
+    weights = np.array([math.comb(i, n - 1) / total for i in range(len(x))])
+    order = np.argsort(x, kind="stable")
+    _, first, counts = np.unique(x[order], return_index=True, return_counts=True)
+    shared = np.repeat(np.add.reduceat(weights, first) / counts, counts)
+    return float(shared @ y[order])
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n-1)/n: an upper bound, in nats, of the KL of best-of-n to plain sampling
+    (Beirami et al. 2024), to set the curve beside a trained policy's KL."""
+    return math.log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Wins of a policy over a baseline.
+
+    rate             a tie counts one half
+    wins, ties, losses   judged pairs
+    """
+
+    rate: Estimate | None
+    wins: int
+    ties: int
+    losses: int
+
+
+def win_rate(outcomes: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0) -> WinRate:
+    """From outcomes 0 to 1 (above one half won, one half tied) of each prompt's pairs."""
+    flat = [x for pairs in outcomes for x in pairs]
+    return WinRate(
+        bootstrap([float(np.mean(pairs)) for pairs in outcomes if len(pairs)], resamples, seed),
+        wins=sum(x > 0.5 for x in flat),
+        ties=sum(x == 0.5 for x in flat),
+        losses=sum(x < 0.5 for x in flat),
+    )
+
+
+def outcome(ours: float, theirs: float) -> float:
+    """1 for a win, one half for a tie, 0 for a loss."""
+    return 0.5 if ours == theirs else float(ours > theirs)
+
+
+def distinct(texts: Sequence[str], n: int) -> float | None:
+    """Distinct n-grams of all texts as a share of all their n-grams (Li et al. 2016); None where
+    there is no n-gram. It falls with the amount of text: compare equal amounts only.
+
+    A word is a run of letters and digits, lower-cased, or one other mark.
+    """
+    grams = [gram for text in texts for gram in _grams(text, n)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words: list[Any] = _WORD.findall(text.lower())
+    return list(zip(*(words[i:] for i in range(n)), strict=False))

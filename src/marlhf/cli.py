@@ -20,6 +20,10 @@ JOBS = {
 }
 # command -> what is called with the words after it, and a line of help
 COMMANDS = {
+    "segment": (
+        "marlhf.segment_command.main",
+        "look at the macro actions of a text, a file or a dataset",
+    ),
     "quickstart": (
         "marlhf.quickstart.main",
         "watch a small model learn to write cheerfully; needs no config",

@@ -56,27 +56,32 @@ def macro_pieces(
     return [text[a:b] for a, b in pairwise([0, *cuts[1:], len(text)])]
 
 
-def colour_macro_actions(pieces: Sequence[str], console: Console | None = None) -> Text:
+def colour_macro_actions(
+    pieces: Sequence[str], console: Console | None = None, line_break: str = "⏎"
+) -> Text:
     """The pieces as one line, each in the next colour of a palette safe for colour blindness.
 
     Where `console` (default: standard output) shows no colour, as in a pipe or with NO_COLOR set,
-    `|` stands between macro actions. A line break is shown as ⏎, and any other control character,
-    which might command the terminal, as �.
+    `|` stands between macro actions. For a line break stands `line_break`, and for any other
+    control character, which might command the terminal, �.
     """
-    shown = [_visible(piece) for piece in pieces if piece]
-    if not _has_colour(console or Console()):
+    shown = [visible(piece, line_break) for piece in pieces if piece]
+    if not has_colour(console or Console()):
         return Text("|".join(shown))
     styled = ((piece, _STYLES[i % len(_STYLES)]) for i, piece in enumerate(shown))
     return Text.assemble(*styled)
 
 
-def _has_colour(console: Console) -> bool:
+def has_colour(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
-def _visible(text: str) -> str:
-    text = text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "  ")
-    return "".join("�" if unicodedata.category(c) == "Cc" else c for c in text)
+def visible(text: str, line_break: str = "⏎") -> str:
+    """Text without control characters, but for those in `line_break`."""
+    text = text.replace("\r\n", "\n").replace("\t", "  ")
+    return "".join(
+        line_break if c == "\n" else "�" if unicodedata.category(c) == "Cc" else c for c in text
+    )
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def before_after_panel(
                     missing or null is shown as a dash
     """
     console = console or Console()
-    coloured = _has_colour(console)
+    coloured = has_colour(console)
     rows = (
         ("score, mean", "eval_score_mean"),
         ("KL to the start, nats a response", "eval_kl_mean"),
@@ -130,7 +135,7 @@ def before_after_panel(
             ("before", sample.before, sample.score_before),
             ("after", sample.after, sample.score_after),
         ):
-            prompt = Text(_visible(sample.prompt), style="bold")
+            prompt = Text(visible(sample.prompt), style="bold")
             border = "" if coloured else "|"
             line = Text.assemble(prompt, border, colour_macro_actions(pieces, console))
             answers.add_row(label, _shown(_number(score)), line, end_section=label == "after")

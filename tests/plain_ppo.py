@@ -36,6 +36,8 @@ class Plain:
     kl_in_loss: bool = False
     kl_target: float | None = None
     kl_horizon: float = 10_000
+    texts: tuple[tuple[list[int], int], ...] = ()  # to model in every step, from a place on
+    ptx_coef: float = 0.0
     target_kl: float | None = None  # ends the policy's steps of an update
     ratio: str = "token"
     value_loss: str = "token"
@@ -86,6 +88,12 @@ def values_of(classifier: Any, row: Row, s: Plain) -> list[torch.Tensor]:
     first = len(row.prompt) - 1 + s.shift_values
     places = [min(first + t, len(hidden) - 1) for t in range(len(row.response) + 1)]
     return [(classifier.score.weight[0] * hidden[i]).sum() - s.offset for i in places]
+
+
+def text_terms(lm: Any, ids: list[int], first: int) -> list[torch.Tensor]:
+    """-log p of each token of a text from `first` on."""
+    logits = lm(input_ids=torch.tensor([ids])).logits[0]
+    return [logits[t - 1].exp().sum().log() - logits[t - 1, ids[t]] for t in range(first, len(ids))]
 
 
 def macro_actions_of(row: Row, s: Plain) -> list[list[int]]:
@@ -259,7 +267,7 @@ class PlainPPO:
             self.kl_coef = s.kl_coef + s.kl_coef * too_far * len(rows) / s.kl_horizon
 
         policy, value, kls, norms, value_norms = [], [], [], [], []
-        steps, counted, stopped = 0, 0, False
+        steps, counted, stopped, modelled = 0, 0, False, []
         for _ in range(s.epochs):
             for i in range(s.minibatches):
                 picked = [r for r in range(len(rows)) if r // s.copies % s.minibatches == i]
@@ -275,6 +283,10 @@ class PlainPPO:
                             for a, b in zip(new[r], ref[r], strict=True):
                                 kls.append(torch.exp(b - a) - 1 - (b - a))
                                 loss = loss + s.kl_coef * kls[-1] / tokens
+                    if s.texts:
+                        errors = [x for ids, i in s.texts for x in text_terms(self.lm, ids, i)]
+                        modelled += errors
+                        loss = loss + s.ptx_coef * mean(errors)
                     stopped = approx_kl(x for r in picked for x in of_row[r]) > (
                         s.target_kl or math.inf
                     )
@@ -295,6 +307,9 @@ class PlainPPO:
         metrics["clip_fraction"] = mean(x[2] for x in policy)
         metrics["ratio_max"] = max(x[1] for x in policy)
         metrics["approx_kl"] = approx_kl(policy)
+        if modelled:
+            metrics["ptx_loss"] = float(mean(modelled))
+        metrics["skipped_steps"] = 0
         if s.target_kl is not None:
             metrics["policy_steps"] = steps
         metrics["grad_norm_policy"] = mean(norms)

@@ -19,6 +19,7 @@ from marlhf.config import (
     OptimizerSettings,
     PPOConfig,
     PPOSettings,
+    PTXSettings,
     RewardSettings,
     RolloutSettings,
 )
@@ -43,11 +44,14 @@ def tiny_config(folder: Path, **sections: Any) -> PPOConfig:
         "macro": MacroSettings(),
         "ppo": PPOSettings(gamma=0.97, minibatches=2, epochs=2),
         "optimizer": OptimizerSettings(learning_rate=1e-3, micro_batch_size=2),
+        "ptx": PTXSettings(path="not given"),
         "log": LogSettings(progress=False, tensorboard=False, eval_every=0, samples=2),
         "model": ModelSettings(path="given in Python"),
     }
     if sections.get("ppo", {}).get("estimator", "gae") != "gae":
         defaults["ppo"] = replace(defaults["ppo"], gamma=1.0)  # there is no critic to use it
+    if "ptx" not in sections:
+        del defaults["ptx"]
     top = {"steps": 2, "segmenter": {"name": "ngram", "n": 3}, "overwrite": True}
     for name, value in sections.items():
         if name in defaults:

@@ -6,9 +6,11 @@ Of the trainer it takes the sampled token ids alone; every metric and every weig
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -34,6 +36,28 @@ from marlhf.ppo import PPOTrainer
 
 UPDATES = 2
 TARGET_KL = 0.01
+TEXT_ROWS = [
+    {"prompt": "ab", "text": " c"},
+    {"prompt": "what follows is", "text": " long"},
+    {"prompt": "?", "text": "longer than its limit"},
+]
+
+
+def byte_ids(text: str) -> list[int]:
+    return byte_tokenizer()(text)["input_ids"]
+
+
+BOS = 0
+TEXTS = (
+    ([BOS, *byte_ids(" c"), EOS], 1),
+    ([BOS, *byte_ids(" long"), EOS], 1),
+    ([BOS, *byte_ids("longer than i")], 1),  # cut to 14 tokens
+)
+COMPLETIONS = (
+    ([BOS, *byte_ids("ab c"), EOS], 3),
+    ([BOS, *byte_ids("ows is long"[-10:]), EOS], 6),  # the prompt is cut on its left
+    (byte_ids("?longer than"), 1),  # one token of it is left
+)
 TIMES = ("_seconds", "tokens_per_second", "peak_memory_gb")
 
 # Adam's epsilon is large so that it does not blow up the rounding of gradients near zero.
@@ -81,6 +105,10 @@ def run_of_trainer(sections: dict[str, Any], family: str = "llama", offset: floa
             values["ppo"] = {k: v for k, v in values["ppo"].items() if k != "gamma"}
             optimizer = values["optimizer"].items()
             values["optimizer"] = {k: v for k, v in optimizer if k != "critic_learning_rate"}
+        if "ptx" in values:
+            texts = Path(folder, "texts.jsonl")
+            texts.write_text("".join(json.dumps(row) + "\n" for row in TEXT_ROWS))
+            values["ptx"] |= {"path": str(texts), "batch_size": len(TEXT_ROWS)}
         config = config_from_dict(PPOConfig, values)
         trainer = PPOTrainer(
             config,
@@ -239,6 +267,14 @@ CASES: dict[str, tuple[Plain, dict[str, Any]]] = {
         Plain(kl_target=6.0, kl_horizon=8, kl_in_loss=True),
         {"kl": {"target": 6.0, "horizon": 8, "where": "loss"}},
     ),
+    "ptx": (Plain(texts=TEXTS, ptx_coef=0.7), {"ptx": {"coef": 0.7, "max_length": 14}}),
+    "ptx and target_kl, with a prompt": (
+        Plain(texts=COMPLETIONS, ptx_coef=2.0, target_kl=TARGET_KL),
+        {
+            "ptx": {"coef": 2.0, "prompt_column": "prompt", "max_length": 12},
+            "ppo": {"target_kl": TARGET_KL},
+        },
+    ),
     "target_kl": (Plain(target_kl=TARGET_KL), {"ppo": {"target_kl": TARGET_KL}}),
     "lora": (Plain(), {"model": {"lora": {"r": 4}}}),
     "cosine": (
@@ -311,6 +347,9 @@ def test_a_mistake_would_be_found(mistake: dict[str, Any]) -> None:
         ("kl target, in the rewards", {"kl_horizon": 32}),
         ("kl target, in the rewards", {"kl_target": 1e9, "kl_horizon": 1e9}),
         ("target_kl", {"target_kl": 1e9}),
+        ("ptx", {"ptx_coef": 0.8}),
+        ("ptx", {"texts": tuple((ids, 2) for ids, _ in TEXTS)}),
+        ("ptx", {"texts": tuple((ids[:-1], 1) for ids, _ in TEXTS)}),
         ("target_kl", {"target_kl": TARGET_KL / 10}),
     ],
     ids=str,

@@ -130,6 +130,12 @@ ppo.value_clip_range=x -> ppo.value_clip_range: given 'x', must be a number
 ppo.target_kl=0 -> ppo.target_kl: given 0, must be above 0
 ppo.epochs=0 -> ppo.epochs: given 0, must be at least 1
 ppo.minibatches=3 -> ppo.minibatches: given 3, must divide rollout.batch_size=4
+ptx.coef=1 -> ptx.path: missing; it must be given
+ptx.path=no.jsonl -> ptx.path: given 'no.jsonl', which does not exist
+ptx.path=data.jsonl -> ptx.text_column: no column is called 'text'; the data has prompt, summary
+ptx={path: data.jsonl, text_column: prompt} -> ptx.max_length: given 512, must not exceed
+ptx={path: data.jsonl, coef: 0} -> ptx.coef: given 0, must be above 0
+ptx={path: data.jsonl, max_length: 1} -> ptx.max_length: given 1, must be at least 2
 optimizer.learning_rate=1e-5x -> optimizer.learning_rate: given '1e-5x', must be a number
 optimizer.learning_rate=-1 -> optimizer.learning_rate: given -1, must be at least 0
 optimizer.schedule=poly -> optimizer.schedule: given 'poly', must be 'linear', 'cosine'

@@ -49,6 +49,7 @@ ORDER = [
     "marlhf.metrics",
     "marlhf.run_directory",
     "marlhf.rollout",
+    "marlhf.ptx",
     "marlhf.objectives",
     "marlhf.learner",
     "marlhf.display",

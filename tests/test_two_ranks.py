@@ -28,7 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "grpo": {"ppo": {"estimator": "grpo"}, "rollout": {"responses_per_prompt": 2}},
     "reinforce": {"ppo": {"estimator": "reinforce"}},
-    "kl target and target_kl": {
+    "kl target, target_kl and ptx": {
+        "ptx": {"batch_size": 6, "coef": 0.5, "max_length": 32},
         "kl": {"target": 0.5, "horizon": 8},
         "ppo": {"epochs": 4, "target_kl": 0.01},
         "optimizer": {"micro_batch_size": 2, "learning_rate": 0.02},
@@ -39,6 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 def launch(folder: Path, ranks: int, sections: dict[str, Any]) -> list[dict[str, Any]]:
     folder.mkdir()
+    if "ptx" in sections:
+        texts = folder / "texts.jsonl"
+        texts.write_text("".join(f'{{"text": "text {"more " * i}"}}\n' for i in range(9)))
+        sections = {**sections, "ptx": {**sections["ptx"], "path": str(texts)}}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), str(SCRIPT)]
     done = subprocess.run(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from marlhf.errors import UserError, one_line
 from marlhf.tables import Row, read_rows
 
 Messages = list[dict[str, Any]]
+Item = TypeVar("Item")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -170,14 +171,14 @@ def encode(
     )
 
 
-class PromptStream:
-    """The order of prompts: a new permutation every pass, fixed by seed and pass.
+class PromptStream(Generic[Item]):
+    """The order of prompts, or of other rows: a new permutation every pass, fixed by seed and pass.
 
     A batch is a pure function of (seed, step, size), so that a resumed run needs no state. It may
     cross the end of a pass; within a pass every prompt comes once.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, prompts: Sequence[Item], seed: int = 0, shuffle: bool = True) -> None:
         if not prompts:
             raise UserError("data: there are no prompts to train on")
         self.prompts = prompts
@@ -185,7 +186,7 @@ class PromptStream:
         self.shuffle = shuffle
         self._orders: dict[int, np.ndarray] = {}
 
-    def batch(self, step: int, size: int) -> list[Prompt]:
+    def batch(self, step: int, size: int) -> list[Item]:
         """Prompts `step * size` to `(step + 1) * size` of the endless stream; steps from 0."""
         count = len(self.prompts)
         places = (divmod(i, count) for i in range(step * size, (step + 1) * size))

@@ -13,6 +13,7 @@ from marlhf.experience import Experience
 from marlhf.losses import kl_loss, policy_loss, value_loss
 from marlhf.macro import macro_mask, reduce
 from marlhf.metrics import Metrics
+from marlhf.ptx import TextRows
 
 
 def policy_objective(
@@ -47,6 +48,16 @@ def policy_objective(
     metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
     metrics.maximum("ratio_max", stats["ratio_max"])
     return loss
+
+
+def text_objective(
+    policy: nn.Module, coef: float, metrics: Metrics, rows: TextRows, tokens: float
+) -> Tensor:
+    """`coef` times the cross-entropy of texts, nats a token."""
+    logprobs, _ = policy(rows.input_ids, rows.attention_mask, rows.loss_mask)
+    total = -logprobs.sum()
+    metrics.add("ptx_loss", total.detach(), rows.loss_mask.sum())
+    return coef * total / max(tokens, 1.0)
 
 
 def value_objective(

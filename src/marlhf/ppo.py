@@ -26,10 +26,11 @@ from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
 from marlhf.kl_control import KLCoefficient
-from marlhf.learner import DivergedError, Learner
+from marlhf.learner import DivergedError, Learner, Term
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
-from marlhf.objectives import policy_objective, value_objective
+from marlhf.objectives import policy_objective, text_objective, value_objective
+from marlhf.ptx import TextStream
 from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rollout import Rollout, RolloutWorker
 from marlhf.run_directory import RunDirectory
@@ -73,7 +74,11 @@ class PPOTrainer:
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
         lm_config = model.config if model is not None else loading.load_model_config(config.model)
-        self._check([*train, *self.eval_prompts], loading.position_limit(lm_config))
+        positions = loading.position_limit(lm_config)
+        self._check([*train, *self.eval_prompts], positions)
+        self.texts = config.ptx and TextStream(
+            config.ptx, config.seed, self.tokenizer, self.distributed, positions
+        )
         is_main = self.distributed.is_main
         self.run = RunDirectory(config.output_dir, config.overwrite, config.log, is_main)
 
@@ -242,31 +247,38 @@ class PPOTrainer:
         """Several passes over the rollout; in each, an optimiser step a minibatch."""
         config = self.config
         group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
+        parts = minibatches(len(experience), group, count) * config.ppo.epochs
         metrics.add("skipped_steps", 0.0, 1.0)  # below, steps go into sums alone
         if config.ppo.target_kl is not None:
             metrics.add("policy_steps", 0.0, 1.0)
+        if self.texts is not None:
+            metrics.add("ptx_loss", 0.0, 0.0)  # null where the policy waits for its critic
         train_policy = self.critic is None or self.step_count >= config.critic.warmup_steps
-        for _ in range(config.ppo.epochs):
-            for rows in minibatches(len(experience), group, count):
-                minibatch = experience.rows(rows)
-                if train_policy:
-                    train_policy = self._step_policy(minibatch, metrics)
-                if self.critic is not None:
-                    objective = partial(value_objective, self.critic.model, config, metrics)
-                    norm = self.critic.optimise((minibatch, objective))
-                    diagnostics.count_step("grad_norm_value", norm, metrics)
+        for number, rows in enumerate(parts, self.step_count * len(parts)):
+            minibatch = experience.rows(rows)
+            if train_policy:
+                train_policy = self._step_policy(minibatch, number, metrics)
+            if self.critic is not None:
+                objective = partial(value_objective, self.critic.model, config, metrics)
+                norm = self.critic.optimise((minibatch, objective))
+                diagnostics.count_step("grad_norm_value", norm, metrics)
         self.policy.scheduler.step()
         if self.critic is not None:
             self.critic.scheduler.step()
 
-    def _step_policy(self, minibatch: Experience, metrics: Metrics) -> bool:
-        """One optimiser step of the policy. False: it was not taken, because the minibatch shows
-        the policy already beyond `ppo.target_kl`; in the metrics the minibatch counts."""
+    def _step_policy(self, minibatch: Experience, number: int, metrics: Metrics) -> bool:
+        """The optimiser step `number` of the policy. False: it was not taken, because the minibatch
+        shows the policy already beyond `ppo.target_kl`; in the metrics the minibatch counts."""
         here, target = Metrics(), self.config.ppo.target_kl
         objective = partial(
             policy_objective, self.policy.model, self.config, self.kl.in_loss_coef, here
         )
-        norm = self.policy.accumulate((minibatch, objective))
+        terms: list[Term] = [(minibatch, objective)]
+        if self.texts is not None:
+            coef = self.texts.settings.coef
+            objective = partial(text_objective, self.policy.model, coef, metrics)
+            terms.append((self.texts.batch(number), objective))
+        norm = self.policy.accumulate(*terms)
         taken = diagnostics.count_step("grad_norm_policy", norm, metrics)
         metrics.include(here)
         if target is not None:

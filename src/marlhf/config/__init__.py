@@ -13,6 +13,7 @@ from marlhf.config.ppo import (
     MacroSettings,
     PPOConfig,
     PPOSettings,
+    PTXSettings,
 )
 from marlhf.config.sections import (
     DataSettings,
@@ -38,6 +39,7 @@ __all__ = [
     "OptimizerSettings",
     "PPOConfig",
     "PPOSettings",
+    "PTXSettings",
     "PassSettings",
     "RaterSettings",
     "RewardSettings",

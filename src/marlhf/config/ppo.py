@@ -109,6 +109,30 @@ class KLSettings:
     """Responses over which the coefficient may change by 20%; for `target`."""
 
 
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class PTXSettings:
+    """Mix language modelling of other texts into every policy step (InstructGPT's PPO-ptx)."""
+
+    path: Text
+    """The texts: a file, a folder or a hub name, as `data.path`."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Split to read."""
+    limit: Count | None = None
+    """Use the first rows only."""
+    text_column: Text = "text"
+    """Column with the text to model."""
+    prompt_column: Text | None = None
+    """Column with a prompt that the text completes, which is not modelled itself."""
+    max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
+    """Tokens in a row. A longer text is cut at the end, a prompt before it on the left."""
+    batch_size: Count = 8
+    """Rows in a policy step, over all ranks."""
+    coef: Positive = 1.0
+    """Weight of their loss (nats a token) beside the policy's loss."""
+
+
 # Without a critic every macro action of a response has the same advantage, and these have no say.
 _OF_THE_CRITIC = (
     "critic.init",
@@ -158,6 +182,8 @@ class PPOConfig:
     """Macro actions."""
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     """The update."""
+    ptx: PTXSettings | None = None
+    """Language modelling of other texts beside PPO."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     """AdamW."""
     log: LogSettings = Field(default_factory=LogSettings)

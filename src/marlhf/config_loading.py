@@ -216,11 +216,18 @@ def config_fields(cls: Any, prefix: str = "") -> Iterator[ConfigField]:
         else:
             value = field.get_default(call_default_factory=True)
             default = json.dumps(value)
-        description = " ".join((field.description or "").split())
+        description = " ".join(_description(cls, name).split())
         shown = "section" if nested else _type_name(hints[name], field)
         yield ConfigField(key, shown, default, description)
         if nested:
             yield from config_fields(nested, f"{key}.")
+
+
+def _description(cls: Any, name: str) -> str:
+    """The docstring under a field; pydantic forgets those of fields that a class inherits."""
+    declared = (vars(owner).get("__pydantic_fields__", {}) for owner in cls.__mro__)
+    found = (fields[name].description for fields in declared if name in fields)
+    return next((text for text in found if text), "")
 
 
 def _nested(hint: Any) -> Any:

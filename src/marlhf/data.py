@@ -63,11 +63,14 @@ def load_records(settings: DataSettings) -> tuple[list[Row], list[Row]]:
 def load_rows(settings: DataSettings) -> tuple[list[Prompt], list[Prompt]]:
     """`(prompts to train on, held-out prompts)`. Raises UserError."""
     rows, held_out = load_records(settings)
+    train, eval_ = source_labels(settings, len(rows))
+    return prompts_of(rows, settings, *train), prompts_of(held_out, settings, *eval_)
+
+
+def source_labels(settings: DataSettings, rows: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    """What messages call the data and the held-out data, and the number of each one's first row."""
     taken_off = settings.eval_path is None and settings.eval_split is None
-    return (
-        as_prompts(rows, settings),
-        _prompts(held_out, settings, "held-out data", len(rows) if taken_off else 0),
-    )
+    return ("data", 0), ("held-out data", rows if taken_off else 0)
 
 
 def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> list[Prompt]:
@@ -76,7 +79,7 @@ def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> lis
 
     settings: columns and templates; only the keys about a row matter. Raises UserError.
     """
-    return _prompts(data, settings or DataSettings(), "data", 0)
+    return prompts_of(data, settings or DataSettings(), "data", 0)
 
 
 def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None) -> str:
@@ -89,22 +92,31 @@ def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None)
         messages = [{"role": "user", "content": prompt.text}]
     if messages is None:
         return prompt.text
+    return apply_template(messages, tokenizer, for_answer=True)
+
+
+def apply_template(messages: Messages, tokenizer: Any, for_answer: bool = False) -> str:
+    """A conversation in the tokenizer's chat template. Raises UserError.
+
+    for_answer   leave it open for the assistant: a turn of its own, or the end of its last one
+    """
     if not tokenizer.chat_template:
         raise UserError(
             "model.chat_template: must be given, because the prompts are conversations and the "
             "model's tokenizer has no chat template"
         )
-    continues = messages[-1]["role"] == "assistant"
+    continues = for_answer and messages[-1]["role"] == "assistant"
     try:
         return tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            add_generation_prompt=not continues,
+            add_generation_prompt=for_answer and not continues,
             continue_final_message=continues,
         )
     except Exception as error:  # a template can raise anything
+        text = "\n\n".join(message["content"] for message in messages)
         raise UserError(
-            f"model.chat_template: the chat template refuses the prompt {_excerpt(prompt.text)}: "
+            f"model.chat_template: the chat template refuses the prompt {_excerpt(text)}: "
             f"{one_line(error)}"
         ) from error
 
@@ -166,7 +178,7 @@ def encode(
             ids[row] = row_ids
     encoded = [_finished(row, text, tokenizer) for row, text in zip(ids, texts, strict=True)]
     return (
-        [_shortened(row, max_length, tokenizer.bos_token_id) for row in encoded],
+        [shortened(row, max_length, tokenizer.bos_token_id) for row in encoded],
         [len(row) > max_length for row in encoded],
     )
 
@@ -225,7 +237,7 @@ def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
     ]
 
 
-def _prompts(data: Any, settings: DataSettings, where: str, first_row: int) -> list[Prompt]:
+def prompts_of(data: Any, settings: DataSettings, where: str, first_row: int) -> list[Prompt]:
     """Anything that `as_prompts` takes -> prompts; messages count rows from `first_row`."""
     if isinstance(data, str | Mapping):
         hint = "; choose one of its splits" if isinstance(data, Mapping) else ""
@@ -286,7 +298,7 @@ def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str)
     elif isinstance(item, Mapping):
         columns = {name: item.get(name) for name in names}
         if settings.prompt_template is not None:
-            text = _filled(settings.prompt_template, columns, where)
+            text = fill_template(settings.prompt_template, columns, where)
             prompt = _from_value(text, columns, where)
         else:
             value = columns.pop(settings.prompt_column)
@@ -300,6 +312,12 @@ def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str)
 
 def _from_value(value: Any, columns: dict[str, Any], where: str) -> Prompt:
     """A prompt from a text or a list of messages."""
+    return Prompt(*text_or_messages(value, where), columns)
+
+
+def text_or_messages(value: Any, where: str, what: str = "prompt") -> tuple[str, Messages | None]:
+    """`(text, conversation or None)` of a text or a list of messages; the text of a conversation is
+    its messages with empty lines between them. Raises UserError, in which `what` is the value."""
     if isinstance(value, dict) and {"role", "content"} <= value.keys():
         # how `datasets` gives back a column of the feature type Sequence({...})
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
@@ -309,10 +327,10 @@ def _from_value(value: Any, columns: dict[str, Any], where: str) -> Prompt:
         value = "\n\n".join(m["content"] for m in messages)
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise UserError(f"{where}: the prompt is {kind}, must be text or a list of messages")
+        raise UserError(f"{where}: the {what} is {kind}, must be text or a list of messages")
     if not value.strip():
-        raise UserError(f"{where}: the prompt is empty")
-    return Prompt(value, messages, columns)
+        raise UserError(f"{where}: the {what} is empty")
+    return value, messages
 
 
 def _message(message: Any, position: int, where: str) -> dict[str, Any]:
@@ -354,14 +372,17 @@ def template_parts(template: str, names: Sequence[str]) -> list[tuple[str, str |
     return [*found, (template[position:], None)]
 
 
-def _filled(template: str, columns: Mapping[str, Any], where: str) -> str:
-    """The template with its columns filled in; empty where every column in it is."""
+def fill_template(
+    template: str, columns: Mapping[str, Any], where: str, what: str = "prompt"
+) -> str:
+    """The template with its columns filled in; empty where every column in it is. Raises
+    UserError."""
     text, filled = "", False
     for literal, name in template_parts(template, list(columns)):
         value = "" if name is None else columns[name]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             kind = "null" if value is None else type(value).__name__
-            raise UserError(f"{where}: column {name!r} of the prompt is {kind}, must be text")
+            raise UserError(f"{where}: column {name!r} of the {what} is {kind}, must be text")
         text += literal + str(value)
         filled = filled or bool(str(value).strip())
     return text if filled else ""
@@ -400,7 +421,8 @@ def _finished(ids: list[int], text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _shortened(ids: list[int], max_length: int, bos: int | None) -> list[int]:
+def shortened(ids: list[int], max_length: int, bos: int | None) -> list[int]:
+    """The last `max_length` ids, with BOS before them where they started with BOS."""
     if len(ids) <= max_length:
         return ids
     if bos is not None and ids[0] == bos and max_length > 1:

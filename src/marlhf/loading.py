@@ -215,21 +215,12 @@ def build_models(
     """
     settings = config.model
     lm_config = model.config if model is not None else lm_config or load_model_config(settings)
-    vocabulary = lm_config.get_text_config().vocab_size
     check_tokenizer(tokenizer, lm_config)
+    vocabulary = lm_config.get_text_config().vocab_size
     source = None if critic is not None else _critic_source(config, vocabulary, reward_path)
 
-    if model is None:
-        check_architecture(lm_config, settings)
-        lm = load_causal_lm(settings, lm_config)
-    else:
-        lm = as_loaded(model, settings.lora, "model")
-    _check_forward(lm)
-    if settings.gradient_checkpointing:
-        enable_checkpointing(lm)
-    if settings.lora is not None:
-        lm = add_adapter(lm, settings.lora, "policy")
-    policy = Policy(lm, "policy" if settings.lora is not None else None)
+    policy = build_policy(settings, tokenizer, lm_config, model)
+    lm: Any = policy.model
     if config.ppo.estimator != "gae":
         return policy, None
     if source is not None:
@@ -244,6 +235,27 @@ def build_models(
     if settings.lora is not None:
         return policy, critic_on_shared_base(lm, settings.lora)
     return policy, critic_from_policy(lm)
+
+
+def build_policy(
+    settings: ModelSettings, tokenizer: Any, lm_config: Any, model: Any = None
+) -> Policy:
+    """The causal LM to train, with its adapter if it has one; `model` instead of loading one.
+
+    Raises UserError, where possible before any weight is read.
+    """
+    check_tokenizer(tokenizer, lm_config)
+    if model is None:
+        check_architecture(lm_config, settings)
+        lm = load_causal_lm(settings, lm_config)
+    else:
+        lm = as_loaded(model, settings.lora, "model")
+    _check_forward(lm)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(lm)
+    if settings.lora is not None:
+        lm = add_adapter(lm, settings.lora, "policy")
+    return Policy(lm, "policy" if settings.lora is not None else None)
 
 
 def check_tokenizer(tokenizer: Any, lm_config: Any, key: str = "model.path") -> None:
@@ -411,6 +423,25 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     for ids in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return sorted(found)
+
+
+@torch.no_grad()
+def check_packing(policy: Policy) -> None:
+    """Two examples in one row must give the hidden states of each alone. Raises UserError for a
+    family that does not keep them apart."""
+    model: Any = policy.model
+    lm = model.get_base_model() if policy.adapter else model
+    ids = torch.arange(1, 8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    parts = ids[:, :3], ids[:, 3:]
+    positions = [torch.arange(part.shape[1], device=lm.device)[None] for part in parts]
+    trunk = trunk_of(lm)
+    apart = [trunk_forward(trunk, i, None, p) for i, p in zip(parts, positions, strict=True)]
+    together = trunk_forward(trunk, ids, None, torch.cat(positions, 1))
+    if not torch.allclose(together, torch.cat(apart, 1), rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"packing: given true, but {type(lm).__name__} does not keep examples in one row "
+            "apart; must be false"
+        )
 
 
 def _zero_dropout(owner: Any) -> None:

@@ -126,6 +126,39 @@ def kl_loss(
     return k3(difference).sum() / _denominator(mask_BT, denominator)
 
 
+def sft_loss(
+    logprobs_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None
+) -> Tensor:
+    """Cross-entropy of the tokens under the mask, nats a token."""
+    kept = torch.where(mask_BT, logprobs_BT, torch.zeros_like(logprobs_BT))
+    return -kept.sum() / _denominator(mask_BT, denominator)
+
+
+def pairwise_loss(
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    margin_B: Tensor | None = None,
+    centring: float = 0.0,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """Bradley-Terry: -log sigmoid(chosen - rejected - margin), nats a pair.
+
+    chosen_B, rejected_B   scores of the two texts of each pair
+    margin_B    by how much the chosen one should win (Touvron et al. 2023, arXiv 2307.09288)
+    centring    weight of (chosen + rejected)^2, which keeps scores around 0 (Eisenstein et al.
+                2023, arXiv 2312.09244)
+    denominator pairs to divide by
+    """
+    assert chosen_B.shape == rejected_B.shape
+    difference = chosen_B - rejected_B
+    if margin_B is not None:
+        difference = difference - margin_B
+    losses = -torch.nn.functional.logsigmoid(difference)
+    if centring:
+        losses = losses + centring * (chosen_B + rejected_B) ** 2
+    return losses.sum() / (len(chosen_B) if denominator is None else denominator)
+
+
 def k1(log_ratio: Tensor) -> Tensor:
     """log(p/q) of samples from p: unbiased for KL(p || q), can be negative.
 

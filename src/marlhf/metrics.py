@@ -144,8 +144,20 @@ class WandB:
         self._run.finish()
 
 
+# metrics on the progress bar, and what it calls them
+_SHOWN = {
+    "score_mean": "score",
+    "kl_mean": "kl",
+    "loss": "loss",
+    "eval_score_mean": "held-out score",
+    "eval_loss": "held-out loss",
+    "eval_accuracy": "held-out accuracy",
+}
+
+
 class ProgressBar:
-    """Updates done, score, KL and time left, on stderr; plain lines where there is no terminal."""
+    """Updates done, score or loss, and time left, on stderr; plain lines where there is no
+    terminal."""
 
     def __init__(self, steps: int) -> None:
         from rich.console import Console
@@ -177,12 +189,12 @@ class ProgressBar:
         self._began = time.perf_counter()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Show a row; held-out rows are shown as `held-out`."""
-        if "score_mean" in row:
-            status = f"score {_short(row['score_mean'])}  kl {_short(row.get('kl_mean'))}"
+        """Show the score or the loss of a row, or what it says of held-out data."""
+        status = "  ".join(
+            f"{label} {_short(row[name])}" for name, label in _SHOWN.items() if name in row
+        )
+        if "score_mean" in row or "loss" in row:
             self._progress.update(self._task, completed=row["step"], status=status)
-        else:
-            status = f"held-out score {_short(row.get('eval_score_mean'))}"
         if not self._console.is_terminal:
             elapsed = time.perf_counter() - self._began
             step = row["step"]

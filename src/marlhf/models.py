@@ -35,20 +35,23 @@ class Policy(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         response_mask: Tensor,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(logprobs [B,T], entropy [B,T] or None)` in fp32 and nats, 0 outside the mask.
 
         input_ids, attention_mask [B,P+T] as in `Sequences`; logits are divided by `temperature`.
+        position_ids [B,P+T] instead of an attention mask: rows without padding on their left. Where
+        positions start again at 0 another example starts, which attends to itself alone.
         Logits exist for response positions only, and for a chunk of those at a time.
         """
         T = response_mask.shape[1]
         with use_adapter(self.model, self.adapter):
             causal_lm = _causal_lm(self.model)
-            hidden = trunk_forward(trunk_of(causal_lm), input_ids, attention_mask)
+            hidden = trunk_forward(trunk_of(causal_lm), input_ids, attention_mask, position_ids)
             before = hidden[:, -T - 1 : -1][response_mask]
             targets = input_ids[:, -T:][response_mask]
             size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
@@ -158,12 +161,24 @@ def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def trunk_forward(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states [B,P+T,H]; positions count from the first real token under left padding."""
-    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+def trunk_forward(
+    trunk: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Hidden states [B,P+T,H]; positions count from the first real token under left padding.
+
+    Given positions and no mask, transformers itself keeps examples apart in a row: whatever the
+    attention, its mask never crosses a place where the positions do not count on by 1.
+    """
+    assert (attention_mask is None) != (position_ids is None)
+    if attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        attention_mask = attention_mask.long()
     output = trunk(
         input_ids=input_ids,
-        attention_mask=attention_mask.long(),
+        attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=False,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from marlhf.config import LogSettings
+from marlhf.config import MetricsSettings
 from marlhf.config_loading import config_to_dict
 from marlhf.errors import UserError
 from marlhf.metrics import JsonLines, ProgressBar, TensorBoard, WandB
@@ -27,7 +27,7 @@ class RunDirectory:
     """
 
     def __init__(
-        self, folder: str | Path, overwrite: bool, log: LogSettings, is_main: bool
+        self, folder: str | Path, overwrite: bool, log: MetricsSettings, is_main: bool
     ) -> None:
         self.path = Path(folder).expanduser()
         self._log = log

@@ -16,16 +16,20 @@ from marlhf.config.ppo import (
     PTXSettings,
 )
 from marlhf.config.sections import (
+    AdamWSettings,
     DataSettings,
     LogSettings,
     LoraSettings,
+    MetricsSettings,
     ModelSettings,
     OptimizerSettings,
     RewardSettings,
     RolloutSettings,
 )
+from marlhf.config.sft import SFTConfig, SFTDataSettings, SFTOptimizerSettings
 
 __all__ = [
+    "AdamWSettings",
     "CriticSettings",
     "DataSettings",
     "EvaluateConfig",
@@ -35,6 +39,7 @@ __all__ = [
     "LogSettings",
     "LoraSettings",
     "MacroSettings",
+    "MetricsSettings",
     "ModelSettings",
     "OptimizerSettings",
     "PPOConfig",
@@ -44,4 +49,7 @@ __all__ = [
     "RaterSettings",
     "RewardSettings",
     "RolloutSettings",
+    "SFTConfig",
+    "SFTDataSettings",
+    "SFTOptimizerSettings",
 ]

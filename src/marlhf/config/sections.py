@@ -133,21 +133,20 @@ class RewardSettings:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class OptimizerSettings:
-    """AdamW for policy and critic."""
+class AdamWSettings:
+    """AdamW."""
 
     learning_rate: NonNegative = 1e-6
-    """Of the policy."""
-    critic_learning_rate: NonNegative | None = None
-    """Of the critic; default: the policy's."""
+    """Of the policy, or of the model that the job trains."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to 0 over the run, or none."""
     warmup_steps: Natural = 0
     """Updates over which the learning rate rises from 0."""
     micro_batch_size: Count = 8
-    """Rows in one forward and backward pass on a rank; gradients accumulate over the minibatch."""
+    """Rows in one forward and backward pass on a rank; gradients accumulate over the batch of an
+    optimiser step."""
     max_grad_norm: Positive | None = 1.0
-    """Clip the gradient norm of policy and critic, each by itself."""
+    """Clip the gradient norm, that of policy and critic each by itself."""
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(
         default_factory=lambda: [0.9, 0.95]
     )
@@ -162,13 +161,19 @@ class OptimizerSettings:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class LogSettings:
+class OptimizerSettings(AdamWSettings):
+    """AdamW for policy and critic."""
+
+    critic_learning_rate: NonNegative | None = None
+    """Of the critic; default: the policy's."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class MetricsSettings:
     """What a run writes besides metrics.jsonl."""
 
-    samples: Natural = 4
-    """Responses an update written to samples.jsonl."""
     eval_every: Natural = 10
-    """Evaluate on held-out prompts every this many updates, and before the first and after the
+    """Evaluate on held-out rows every this many updates, and before the first and after the
     last; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
@@ -176,3 +181,11 @@ class LogSettings:
     """Log to Weights & Biases (install `marlhf[wandb]`)."""
     progress: bool = True
     """Show a progress bar."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class LogSettings(MetricsSettings):
+    """What a run writes besides metrics.jsonl."""
+
+    samples: Natural = 4
+    """Responses an update written to samples.jsonl."""

@@ -147,7 +147,7 @@ def reward_texts(
         if turns is None:
             texts.append(prompt + completion)
             continue
-        turns = _with_completion(turns, completion)
+        turns = with_completion(turns, completion)
         if through_template:
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
         else:
@@ -155,7 +155,7 @@ def reward_texts(
     return texts, templated
 
 
-def _with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:
+def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:
     """The conversation with the completion as the assistant's turn, or as the end of that turn."""
     turns = list(messages)
     if turns[-1]["role"] == "assistant":

@@ -1,0 +1,148 @@
+"""Supervised fine-tuning.
+
+1. rows -> examples, and with `packing` several examples a row     demonstrations
+2. the model and its log-probabilities of the trained tokens       loading, models
+3. train                                                           hf_trainer, losses
+4. save a plain `from_pretrained` directory                        loading
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlhf import loading
+from marlhf.config import SFTConfig
+from marlhf.demonstrations import Example, Examples, load_examples, pack
+from marlhf.distributed import Distributed
+from marlhf.errors import UserError
+from marlhf.hf_trainer import Batch, RunTrainer, Task, shares
+from marlhf.losses import sft_loss
+from marlhf.run_directory import RunDirectory
+
+_NOT_TRAINED = -100  # what the Trainer leaves out of its count
+
+
+def run(config: SFTConfig) -> None:
+    """The job `marlhf sft`. Raises UserError for what cannot work, where possible before any weight
+    is loaded."""
+    distributed = Distributed(config.model.precision)
+    tokenizer = loading.load_tokenizer(config.model)
+    examples, held_out = load_examples(config, tokenizer)
+    rows, held_out_rows = _rows(examples, config), _rows(held_out, config)
+    lm_config = loading.load_model_config(config.model)
+    _check_length([*rows, *held_out_rows], loading.position_limit(lm_config))
+    run = RunDirectory(config.output_dir, config.overwrite, config.log, distributed.is_main)
+
+    torch.manual_seed(config.seed)
+    policy = loading.build_policy(config.model, tokenizer, lm_config)
+    if config.packing:
+        loading.check_packing(policy)
+
+    micro_batch_size = config.optimizer.micro_batch_size
+    task = Task(
+        module=policy,
+        rows=rows,
+        held_out=held_out_rows,
+        collate=collate,
+        loss=loss,
+        evaluate=lambda model: held_out_loss(model, held_out_rows, micro_batch_size, distributed),
+        selects="eval_loss",
+        counts="tokens",
+        summary=_summary(examples, held_out),
+    )
+    trainer = RunTrainer(task, config, run, distributed)
+    with trainer.running():
+        if distributed.is_main:
+            loading.save_policy(policy, tokenizer, run.path / "final")
+
+
+class Row:
+    """Examples side by side in one row of a batch."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        self._length = sum(map(len, examples))
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def _rows(examples: Examples, config: SFTConfig) -> list[Row]:
+    if config.packing:
+        return [Row(group) for group in pack(examples.rows, config.max_length)]
+    return [Row([example]) for example in examples.rows]
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """A batch of rows padded on their right.
+
+    input_ids, position_ids [B,L]   positions count from 0 in each example, and on over the padding
+    response_mask [B,L-1]           for each token but the first: is it trained on?
+    labels [B,L-1]                  the same for the Trainer: the token, or -100
+    """
+    length = max(map(len, rows))
+    shape = (len(rows), length)
+    ids = torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    trained = torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        end = 0
+        for example in row.examples:
+            start, end = end, end + len(example)
+            ids[i, start:end] = torch.tensor(example.ids)
+            trained[i, start:end] = torch.tensor(example.trained)
+            positions[i, start:] = torch.arange(length - start)
+    mask = trained[:, 1:]
+    return {
+        "input_ids": ids,
+        "attention_mask": None,
+        "position_ids": positions,
+        "response_mask": mask,
+        "labels": ids[:, 1:].masked_fill(~mask, _NOT_TRAINED),
+    }
+
+
+def loss(outputs: tuple[Tensor, None], labels: Tensor, count: Tensor) -> Tensor:
+    """A batch's share of the mean over all trained tokens of the optimiser step."""
+    return sft_loss(outputs[0], labels != _NOT_TRAINED, count)
+
+
+def held_out_loss(
+    module: nn.Module, rows: Sequence[Row], size: int, distributed: Distributed
+) -> dict[str, Any]:
+    """Mean cross-entropy of all trained tokens, and its exponential."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for part, counted in shares(rows, size, distributed):
+        batch = {k: v if v is None else v.to(distributed.device) for k, v in collate(part).items()}
+        labels: Any = batch.pop("labels")
+        logprobs, _ = module(**batch)
+        mask = (labels != _NOT_TRAINED)[:counted]
+        total += torch.stack([sft_loss(logprobs[:counted], mask, 1.0), mask.sum()]).double().cpu()
+    nats, tokens = distributed.all_reduce(total).tolist()
+    mean = nats / tokens
+    return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
+
+
+def _check_length(rows: Sequence[Row], positions: int | None) -> None:
+    longest = max((len(e) for row in rows for e in row.examples), default=0)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"max_length: there are examples of {longest} tokens, and the model has {positions} "
+            f"positions; must be at most {positions}"
+        )
+
+
+def _summary(examples: Examples, held_out: Examples) -> dict[str, Any]:
+    """What became of the data."""
+    return {
+        "train_examples": len(examples.rows),
+        "train_tokens": sum(map(len, examples.rows)),
+        "truncated_fraction": examples.truncated / (len(examples.rows) + examples.left_out),
+        "rows_left_out": examples.left_out,
+        "eval_examples": len(held_out.rows),
+    }

@@ -206,8 +206,8 @@ def test_a_broken_config_file(name, refused):
 
 
 COMMANDS = """
-sft -> no job is called 'sft'; possible: ppo, quickstart
-Ppo ;; config.yaml -> no job is called 'Ppo'; possible: ppo, quickstart
+tune -> no job is called 'tune'; possible: & ppo, & quickstart
+Ppo ;; config.yaml -> no job is called 'Ppo'; possible: & ppo, & quickstart
 --verson -> no job is called '--verson'
 ppo -> usage: marlhf ppo CONFIG.yaml [key.sub=value ...]
 ppo ;; steps=3 -> usage: marlhf ppo CONFIG.yaml

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from models_for_tests import CHATML, byte_tokenizer
 
-from marlhf.config import EvaluateConfig, PPOConfig
+from marlhf.config import EvaluateConfig, PPOConfig, SFTConfig
 from marlhf.config_loading import load_config
 from marlhf.data import as_prompts
+from marlhf.demonstrations import as_examples
 from marlhf.rewards import build_rewards
 from marlhf.segmenters import build_segmenter
 
@@ -16,6 +18,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 JOBS = {
     "evaluate": EvaluateConfig,
     "ppo": PPOConfig,
+    "sft": SFTConfig,
 }  # a file is named after its job: ppo_summaries.yaml
 
 
@@ -40,3 +43,13 @@ def test_the_summaries_configuration_fits_its_data():
     assert prompt.messages is not None
     assert prompt.text.endswith("\n\nA long text.")
     build_rewards(config.reward.models).check_columns(prompt.columns)
+
+
+def test_the_summaries_configuration_of_sft_fits_its_data():
+    config = load_config(SFTConfig, FOLDER / "sft_summaries.yaml")
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    rows = [{"document": "A long text.", "summary": "text"}]
+    (example,) = as_examples(rows, config, tokenizer).rows
+    trained = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
+    assert tokenizer.decode(trained) == "text</s>"
+    assert "\n\nA long text.</s>" in tokenizer.decode(example.ids)

@@ -142,7 +142,7 @@ def _check_columns(rows: Sequence[Row], data: SFTDataSettings, where: str) -> li
         key = "completion_template"
         wanted = [name for _, name in template_parts(data.completion_template, names) if name]
     for name in wanted:
-        if name not in names:
+        if rows and name not in names:
             raise UserError(
                 f"data.{key}: no column is called {name!r}; the {where} has {', '.join(names)}"
             )
@@ -240,10 +240,10 @@ def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
 def continuation_ids(text: str, tokenizer: Any) -> list[int]:
     """Token ids of a text that continues another: without the space that SentencePiece tokenizers
     put before a text, and without special tokens."""
-    anchor = _bare_ids("\n", tokenizer)
-    anchored = _bare_ids("\n" + text, tokenizer)
-    if anchored[: len(anchor)] == anchor:
-        return anchored[len(anchor) :]
+    for anchor in ("\n", "a"):  # one of them does not join with what follows
+        before, both = _bare_ids(anchor, tokenizer), _bare_ids(anchor + text, tokenizer)
+        if both[: len(before)] == before:
+            return both[len(before) :]
     return _bare_ids(text, tokenizer)
 
 

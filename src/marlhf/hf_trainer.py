@@ -118,12 +118,16 @@ class RunTrainer(Trainer):
         self.metrics.counted = float(num_items_in_batch)
         return self.task.loss(outputs, labels, num_items_in_batch)
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Ours. The Trainer's own would set the precision of every later job in this process."""
+        return self.distributed.autocast()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Held-out metrics over all rows of all ranks; the Trainer's own is a mean of batches."""
         model: Any = self.model_wrapped
         was_training = model.training
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.distributed.autocast():
             metrics = self.task.evaluate(model)
         model.train(was_training)
         self.log(dict(metrics))
@@ -150,26 +154,30 @@ def shares(
         yield part or ordered[:1], len(part)
 
 
+def micro_batch_size(config: JobConfig, distributed: Distributed) -> int:
+    """Rows in one pass of training on a rank. Raises UserError where the batch cannot be split."""
+    size, ranks = config.optimizer.micro_batch_size, distributed.world_size
+    each, rest = divmod(config.batch_size, ranks)
+    if rest or each % min(size, each):
+        raise UserError(
+            f"batch_size: given {config.batch_size}, must be a multiple of {size * ranks} "
+            f"({ranks} ranks x optimizer.micro_batch_size={size})"
+        )
+    return min(size, each)
+
+
 def _arguments(
     config: JobConfig, steps: int, run: RunDirectory, distributed: Distributed
 ) -> TrainingArguments:
-    """Our settings in the Trainer's words. Raises UserError."""
+    """Our settings in the Trainer's words."""
     optimizer = config.optimizer
-    each, rest = divmod(config.batch_size, distributed.world_size)
-    micro = min(optimizer.micro_batch_size, each)
-    if rest or each % micro:
-        unit = optimizer.micro_batch_size * distributed.world_size
-        raise UserError(
-            f"batch_size: given {config.batch_size}, must be a multiple of {unit} "
-            f"({distributed.world_size} ranks x "
-            f"optimizer.micro_batch_size={optimizer.micro_batch_size})"
-        )
+    micro = micro_batch_size(config, distributed)
     on_cpu = distributed.device.type == "cpu"
     return TrainingArguments(
         output_dir=str(run.path),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=each // micro,
+        gradient_accumulation_steps=config.batch_size // (micro * distributed.world_size),
         train_sampling_strategy="sequential",  # the dataset is in the order of training
         average_tokens_across_devices=True,
         learning_rate=optimizer.learning_rate,
@@ -177,7 +185,6 @@ def _arguments(
         lr_scheduler_type=optimizer.schedule.replace("constant", "constant_with_warmup"),
         warmup_steps=optimizer.warmup_steps,
         max_grad_norm=optimizer.max_grad_norm or 0.0,
-        bf16=config.model.precision == "bf16",
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and distributed.world_size > 1 else None,
         ddp_find_unused_parameters=False,

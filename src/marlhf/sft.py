@@ -20,7 +20,7 @@ from marlhf.config import SFTConfig
 from marlhf.demonstrations import Example, Examples, load_examples, pack
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
-from marlhf.hf_trainer import Batch, RunTrainer, Task, shares
+from marlhf.hf_trainer import Batch, RunTrainer, Task, micro_batch_size, shares
 from marlhf.losses import sft_loss
 from marlhf.run_directory import RunDirectory
 
@@ -31,6 +31,7 @@ def run(config: SFTConfig) -> None:
     """The job `marlhf sft`. Raises UserError for what cannot work, where possible before any weight
     is loaded."""
     distributed = Distributed(config.model.precision)
+    micro_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
     examples, held_out = load_examples(config, tokenizer)
     rows, held_out_rows = _rows(examples, config), _rows(held_out, config)
@@ -43,14 +44,14 @@ def run(config: SFTConfig) -> None:
     if config.packing:
         loading.check_packing(policy)
 
-    micro_batch_size = config.optimizer.micro_batch_size
+    size = config.optimizer.micro_batch_size
     task = Task(
         module=policy,
         rows=rows,
         held_out=held_out_rows,
         collate=collate,
         loss=loss,
-        evaluate=lambda model: held_out_loss(model, held_out_rows, micro_batch_size, distributed),
+        evaluate=lambda model: held_out_loss(model, held_out_rows, size, distributed),
         selects="eval_loss",
         counts="tokens",
         summary=_summary(examples, held_out),

@@ -4,6 +4,7 @@
   2. sample responses, one policy in memory at a time             evaluation/sampling
   3. score them: rewards, ROUGE, KL to the reference              evaluation/scoring
   4. means, intervals, win rates, pass@k, best-of-n               evaluation/summary
+  5. ask a judge, score people's ratings                          evaluation/preferences
 
 Every response, measure and judgement is on disk as soon as it exists; a second run of the same
 configuration does only what is missing.
@@ -28,7 +29,10 @@ from marlhf.data import Prompt, load_rows
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.evaluation.bench import MEASURE_KEY, SAMPLE_KEY, Bench
+from marlhf.evaluation.endpoint import api_key
 from marlhf.evaluation.policies import check_same_tokens, labelled, source
+from marlhf.evaluation.preferences import judge_pairs, rate_pairs
+from marlhf.evaluation.raters import read_ratings
 from marlhf.evaluation.records import Records
 from marlhf.evaluation.sampling import fingerprints, measure_kl, pending_samples, sample_policy
 from marlhf.evaluation.scoring import Measure, apply_measure, build_measures
@@ -50,9 +54,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
     Raises UserError for what cannot work, before any weight is loaded where that is possible.
     """
-    for key in ("judge", "raters"):
-        if getattr(config, key) is not None:
-            raise UserError(f"{key}: is not available yet")
     # 1. check
     distributed = Distributed(config.model.precision)
     measures = build_measures(config)
@@ -97,7 +98,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     # 4. summarise
     results = summarise(bench, measures)
     _write_results(results, folder)
-    show(results, _console())
+    # 5. ask; whatever becomes of the judge, all that is known is shown
+    try:
+        if config.raters is not None:
+            rate_pairs(bench, results, folder)
+        if config.judge is not None:
+            judge_pairs(bench, results, folder)
+    finally:
+        _write_results(results, folder)
+        show(results, _console())
     return results
 
 
@@ -106,7 +115,7 @@ def _key(config: EvaluateConfig, label: str) -> str:
 
 
 def _check_names(config: EvaluateConfig, measures: Sequence[Measure]) -> None:
-    """Labels and rewards that the configuration names exist. Raises UserError."""
+    """Labels, rewards, keys and files that the configuration names exist. Raises UserError."""
     labels = list(labelled(config.policies))
     if config.baseline is not None and config.baseline not in labels:
         raise UserError(
@@ -116,6 +125,10 @@ def _check_names(config: EvaluateConfig, measures: Sequence[Measure]) -> None:
         for key in ("baseline", "judge", "raters"):
             if getattr(config, key) is not None:
                 raise UserError(f"{key}: needs two policies to compare, given one")
+    if config.judge is not None:
+        api_key(config.judge)
+    for path in config.raters.ratings if config.raters is not None else ():
+        read_ratings(path)
     wanted = config.pass_at.reward if config.pass_at is not None else None
     names = [m.name.removeprefix("reward_") for m in measures if m.weight is not None]
     if wanted is not None and wanted not in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -152,12 +152,3 @@ def _best(
 def _estimate(bench: Bench, values: Sequence[float]) -> dict[str, Any] | None:
     found = bootstrap(values, bench.config.resamples, bench.config.seed)
     return asdict(found) if found is not None else None
-
-
-def comparison_at(results: Mapping[str, Any], policy: str, temperature: float) -> dict[str, Any]:
-    """The entry of `comparisons` that is about a policy at a temperature."""
-    return next(
-        entry
-        for entry in results["comparisons"]
-        if (entry["policy"], entry["temperature"]) == (policy, temperature)
-    )

@@ -103,7 +103,7 @@ def _judge_lines(results: Mapping[str, Any]) -> list[str]:
     if judge is None:
         return []
     return [
-        f"- judge: {judge['model']}, task {judge['task']}; {judge['requests']} requests now, "
+        f"- judge: {judge['model']}, task {judge['task']}; {judge['answers']} answers, "
         f"{judge['tokens_in']} tokens read, {judge['tokens_out']} written"
         + ("" if judge["cost"] is None else f", cost {judge['cost']:.4f}")
     ]
@@ -133,7 +133,7 @@ def _cell(estimate: Mapping[str, Any] | None, form: str = ".3f") -> str:
 
 def _out(won: Mapping[str, Any]) -> str:
     """Pairs that the win rate leaves out."""
-    return "; ".join(f"{won[key]} {key}" for key in ("invalid", "failed") if won.get(key))
+    return "; ".join(f"{won[key]} {key}" for key in ("invalid", "unanswered") if won.get(key))
 
 
 def _number(value: float | None) -> str:

@@ -67,4 +67,4 @@ def results_of(folder: Path, **changes: Any) -> dict[str, Any]:
 def lines_of(folder: Path, name: str) -> list[dict[str, Any]]:
     """Records of `out/NAME.jsonl`."""
     text = (folder / "out" / f"{name}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]

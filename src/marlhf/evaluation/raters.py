@@ -52,7 +52,7 @@ def _blinded(pairs: Sequence[Pair], seed: int) -> tuple[list[dict[str, str]], li
     rows, key = [], []
     shown = [pair for pair in pairs if not pair.identical]
     for pair in generator.sample(shown, len(shown)):
-        name = _pair_id(pair, seed)
+        name = _pair_id(pair)
         ours_first = generator.random() < 0.5
         sides = (pair.ours, pair.theirs) if ours_first else (pair.theirs, pair.ours)
         rows.append(dict(zip(COLUMNS, (name, pair.prompt, *sides, ""), strict=True)))
@@ -61,8 +61,8 @@ def _blinded(pairs: Sequence[Pair], seed: int) -> tuple[list[dict[str, str]], li
     return rows, key
 
 
-def _pair_id(pair: Pair, seed: int) -> str:
-    return fingerprint(seed, pair.policy, pair.row, pair.prompt, pair.ours, pair.theirs)
+def _pair_id(pair: Pair) -> str:
+    return fingerprint(pair.policy, pair.row, pair.prompt, pair.ours, pair.theirs)
 
 
 def _text(rows: Sequence[dict[str, str]], form: str) -> str:
@@ -76,7 +76,9 @@ def _text(rows: Sequence[dict[str, str]], form: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """A spreadsheet runs a cell that begins like a formula; a blank before it prevents that."""
+    """A spreadsheet runs a cell that begins like a formula; a blank before it prevents that.
+    Not every reader of CSV takes a null character."""
+    text = text.replace("\0", "\ufffd")
     return " " + text if text[:1] in ("=", "+", "-", "@") else text
 
 
@@ -115,7 +117,7 @@ def read_ratings(path: str) -> dict[str, str]:
 
 def _rows(text: str, suffix: str) -> list[Any]:
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     header = text.partition("\n")[0]
     # spreadsheets write semicolons where the comma is the decimal point
     delimiter = ";" if ";" in header and "," not in header else ","
@@ -134,7 +136,7 @@ def score(
     Raters of one pair are averaged; identical responses are ties. `agreement` is the share of
     equal ratings among all twos of raters of one pair. Raises UserError for an unknown id.
     """
-    lines = (folder / KEY_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (folder / KEY_FILE).read_text(encoding="utf-8").split("\n")[:-1]
     key = {line["id"]: line for line in map(json.loads, lines)}
     for path, given in ratings.items():
         unknown = sorted(given.keys() - key.keys())
@@ -145,7 +147,7 @@ def score(
             )
     outcomes, unanswered, equal, twos = [], 0, 0, 0
     for pair in pairs:
-        name = _pair_id(pair, seed)
+        name = _pair_id(pair)
         if pair.identical:
             outcomes.append([0.5])
             continue

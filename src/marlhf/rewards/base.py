@@ -45,6 +45,7 @@ REWARDS = Registry(
         "keyword": "marlhf.rewards.text.Keyword",
         "rouge": "marlhf.rewards.reference.Rouge",
         "embedding_similarity": "marlhf.rewards.reference.EmbeddingSimilarity",
+        "code": "marlhf.rewards.code.Code",
     },
 )
 

@@ -1,0 +1,313 @@
+"""A reward for programs: run them, and see which of the dataset's tests they pass."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any, Literal
+
+from marlhf.errors import UserError, one_line
+from marlhf.rewards.sandbox import Calls, Check, Job, Limits, Outcome, Sandbox, Script
+
+PASSED, NONE_PASSED, RUNTIME_ERROR, NO_PROGRAM = 1.0, -0.3, -0.6, -1.0
+
+_FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)$", re.MULTILINE)
+_PYTHON = ("python", "python3", "py", "py3")
+# of a decimal number that a program prints, as in APPS's own evaluation
+_RELATIVE, _ABSOLUTE = 1e-5, 1e-8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row's test: the job that runs a program, and the share of its tests that passed, 0 to 1,
+    of the outcome of a job that ran."""
+
+    job: Callable[[str], Job]
+    share: Callable[[Outcome], float]
+
+
+@dataclass(frozen=True)
+class Code:
+    """The reward of a program, by the tests in the row's columns; None where a row has no tests.
+
+        1.3 x share of tests passed - 0.3   if it runs
+        -0.6   on a runtime error in any test: an exception, an exit status other than 0, no
+               function of the wanted name, a limit of the sandbox, a timeout included
+        -1.0   if it does not compile, or if there is no program
+
+    As in PPOCoder (Shojaee et al., 2023, arXiv 2301.13816) and RLTF (Liu et al., 2023, arXiv
+    2307.04349). A timeout counts as a runtime error because APPS's own evaluation makes no
+    difference between them. A program is not run further after its first one.
+
+    The program is the completion's last Markdown block of Python, else its last block, else all of
+    the completion (see `extract_code`).
+
+    format="apps": `tests_column` holds JSON text, or a mapping, with `inputs`, `outputs` and
+    perhaps `fn_name`: without it each input is a stdin and each output what must be printed (see
+    `same_output`); with it each input is a list of arguments to that function. None where empty.
+
+    format="humaneval": `check_column` holds code that defines `check(candidate)`, which either
+    passes or fails; `entry_point_column` the function's name; `prefix_column` the code before the
+    completion (where there is no such column: the prompt), which is put before the program if it
+    compiles and defines the function.
+
+    workers: programs at a time; default: the machine's CPUs. The limits are those of
+    `marlhf.rewards.sandbox.Limits`, whose module also says what `allow_weak_sandbox` gives up.
+    """
+
+    format: Literal["apps", "humaneval"] = "apps"
+    tests_column: str = "input_output"
+    check_column: str = "test"
+    entry_point_column: str = "entry_point"
+    prefix_column: str = "prompt"
+    workers: int | None = None
+    wall_seconds: float = Limits.wall_seconds
+    cpu_seconds: int = Limits.cpu_seconds
+    memory_mb: int = Limits.memory_mb
+    allow_weak_sandbox: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in ("apps", "humaneval"):
+            raise UserError(f"format: given {self.format!r}, must be apps or humaneval")
+        least = {"workers": 1, "cpu_seconds": 1, "memory_mb": 64}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise UserError(f"{name}: given {value}, must be at least {bound}")
+        if not (math.isfinite(self.wall_seconds) and self.wall_seconds > 0):
+            raise UserError(f"wall_seconds: given {self.wall_seconds}, must be above 0")
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """Columns that the data must have."""
+        if self.format == "apps":
+            return (self.tests_column,)
+        return (self.check_column, self.entry_point_column)
+
+    @cached_property
+    def sandbox(self) -> Sandbox:
+        """Where programs run; started at first use. Raises UserError where there can be none."""
+        limits = Limits(
+            wall_seconds=self.wall_seconds,
+            cpu_seconds=self.cpu_seconds,
+            memory_mb=self.memory_mb,
+        )
+        return Sandbox(limits, self.workers, self.allow_weak_sandbox)
+
+    def load(self) -> Code:
+        """Start the sandbox now. Raises UserError."""
+        _ = self.sandbox
+        return self
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float | None]:
+        """Raises ValueError for tests that are not in the format."""
+        problems: dict[int, Problem] = {}
+        jobs: dict[int, Job] = {}
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            problem = self._problem(prompt, {name: column[row] for name, column in columns.items()})
+            if problem is not None:
+                problems[row] = problem
+                program = extract_code(completion, prompt)
+                if has_code(program):
+                    jobs[row] = problem.job(program)
+        outcomes = dict(zip(jobs, self.sandbox.run(list(jobs.values())), strict=True))
+        return [
+            None
+            if row not in problems
+            else reward(outcomes[row], problems[row].share)
+            if row in outcomes
+            else NO_PROGRAM
+            for row in range(len(completions))
+        ]
+
+    def _problem(self, prompt: str, row: Mapping[str, Any]) -> Problem | None:
+        if self.format == "apps":
+            return apps_problem(row[self.tests_column], self.tests_column)
+        test, function = row[self.check_column], row[self.entry_point_column]
+        if not test or not function:
+            return None
+        prefix = row.get(self.prefix_column)
+        return humaneval_problem(prompt if prefix is None else prefix, test, function)
+
+
+def reward(outcome: Outcome, share: Callable[[Outcome], float]) -> float:
+    """A program's reward by what became of it; `share` gives the share of tests that passed."""
+    if outcome.status == "syntax":
+        return NO_PROGRAM
+    if outcome.status in ("ok", "failed"):
+        return NONE_PASSED + (PASSED - NONE_PASSED) * share(outcome)
+    return RUNTIME_ERROR
+
+
+def extract_code(completion: str, prompt: str = "") -> str:
+    """The program in a completion.
+
+    The last fenced block (``` or ~~~) that says it is Python, else the last one, else the whole
+    text. A block without an end goes on to the end of the text, and one that a prompt's last line
+    opens is the completion's first. A fence that is indented takes as much off its lines.
+    """
+    last_line = prompt.rstrip("\n").rpartition("\n")[2]
+    if _FENCE.fullmatch(last_line):
+        completion = f"{last_line.strip()}\n{completion}"
+    blocks: list[tuple[bool, str]] = []
+    opening: re.Match[str] | None = None
+    for fence in _FENCE.finditer(completion):
+        if opening is None:
+            opening = fence
+        elif fence["marks"].startswith(opening["marks"]) and not fence["info"].strip():
+            blocks.append(_block(opening, completion[opening.end() + 1 : fence.start()]))
+            opening = None
+    if opening is not None:
+        blocks.append(_block(opening, completion[opening.end() + 1 :]))
+    python = [text for is_python, text in blocks if is_python]
+    texts = python or [text for _, text in blocks] or [completion]
+    return texts[-1]
+
+
+def _block(opening: re.Match[str], text: str) -> tuple[bool, str]:
+    """Whether a block says that it is Python, and its text."""
+    indent = re.compile(rf"^ {{0,{len(opening['indent'])}}}", re.MULTILINE)
+    language = (opening["info"].split() or [""])[0].strip("{}.").lower()
+    return language in _PYTHON, indent.sub("", text) if opening["indent"] else text
+
+
+def has_code(program: str) -> bool:
+    """Whether there is anything to run: comments and blank lines are not."""
+    return any(line.strip() and not line.strip().startswith("#") for line in program.splitlines())
+
+
+def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
+    """A problem of APPS (Hendrycks et al., 2021); None where it has no tests.
+
+    Raises ValueError for tests in another format.
+    """
+    if isinstance(tests, str):
+        try:
+            tests = json.loads(tests, parse_int=_integer) if tests.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"column {column!r} is not JSON: {one_line(error, 100)}") from error
+    if not tests:
+        return None
+    if not isinstance(tests, Mapping) or not {"inputs", "outputs"} <= tests.keys():
+        raise ValueError(f"column {column!r} must have the keys inputs and outputs")
+    inputs, outputs, function = tests["inputs"], tests["outputs"], tests.get("fn_name")
+    lists = isinstance(inputs, list) and isinstance(outputs, list)
+    if not lists or len(inputs) != len(outputs):
+        raise ValueError(f"column {column!r}: inputs and outputs must be lists of one length")
+    if not inputs:
+        return None
+    if function is None:
+        stdins = tuple(_lines(x, column) for x in inputs)
+        expected = [_lines(x, column) for x in outputs]
+        return Problem(
+            lambda source: Script(source, stdins),
+            lambda outcome: _share(same_output, outcome.outputs, expected),
+        )
+    if not all(isinstance(x, list) for x in inputs):
+        raise ValueError(f"column {column!r}: inputs for fn_name must be lists of arguments")
+    arguments = tuple(tuple(_integer_keys(x) for x in each) for each in inputs)
+    return Problem(
+        lambda source: Calls(source, function, arguments),
+        lambda outcome: _share(same_value, outcome.outputs, outputs),
+    )
+
+
+def humaneval_problem(prefix: str, test: str, function: str) -> Problem:
+    """A problem of HumanEval (Chen et al., 2021). The test's own helpers come from the prefix."""
+    helpers = prefix if function in _functions(prefix) else ""
+
+    def job(program: str) -> Job:
+        # a completion that goes on where the prefix ends, or a whole function of its own
+        whole = f"{helpers}\n{program}" if function in _functions(program) else helpers + program
+        return Check(whole, function, test, helpers)
+
+    return Problem(job, lambda outcome: float(outcome.status == "ok"))
+
+
+def same_output(actual: str, expected: str) -> bool:
+    """Whether a program printed what it should: the same words in the same order.
+
+    White space between them does not count; where the word that is expected is a number with a
+    decimal point, a number near it will do (relative 1e-5, absolute 1e-8).
+    """
+    pairs = zip_longest(actual.split(), expected.split())
+    return all(a == e or _near(a, e) for a, e in pairs)
+
+
+def same_value(actual: Any, expected: Any) -> bool:
+    """Whether a function returned what it should; in APPS the value may be wrapped in a list.
+
+    JSON knows neither tuples nor keys that are not text, so these are compared as lists and text.
+    """
+    actual, expected = _as_json(actual), _as_json(expected)
+    return _equal(actual, expected) or (
+        isinstance(expected, list) and len(expected) == 1 and _equal(actual, expected[0])
+    )
+
+
+def _equal(actual: Any, expected: Any) -> bool:
+    try:
+        return bool(actual == expected)
+    except RecursionError:
+        return False
+
+
+def _share(same: Callable[..., bool], actual: Sequence[Any], expected: Sequence[Any]) -> float:
+    return sum(map(same, actual, expected)) / len(expected)
+
+
+def _near(actual: str | None, expected: str | None) -> bool:
+    if actual is None or expected is None or "." not in expected:
+        return False
+    try:
+        a, e = float(actual), float(expected)
+    except ValueError:
+        return False
+    return math.isclose(a, e, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
+
+
+def _lines(value: Any, column: str) -> str:
+    """A test's input or output: text, or in some rows a list of its lines."""
+    if isinstance(value, list):
+        return "\n".join(map(str, value))
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r}: {one_line(repr(value), 40)} must be text")
+    return value
+
+
+def _integer(digits: str) -> int:
+    """Like `int`, without the limit on the number of digits, which some problems exceed."""
+    return int(digits) if len(digits) < 1000 else int(Decimal(digits))
+
+
+def _integer_keys(value: Any) -> Any:
+    """JSON made text of a dictionary's whole-number keys."""
+    if isinstance(value, dict) and all(re.fullmatch("-?[0-9]+", key) for key in value):
+        return {int(key): item for key, item in value.items()}
+    return value
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_json(x) for x in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(x) for key, x in value.items()}
+    return value
+
+
+def _functions(source: str) -> set[str]:
+    """Names of a source's top-level functions; none where it does not parse."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}

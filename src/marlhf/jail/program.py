@@ -86,7 +86,7 @@ def decode(value: Any) -> Any:
         try:
             ((kind, content),) = value.items()
             return _DECODERS[kind](content)
-        except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"not an encoded value: {error}") from None
     return value
 
@@ -104,7 +104,7 @@ def serve_calls(source: str, function: str, in_fd: int, out_fd: int, err_fd: int
 
     The function is the program's own, or a method of its class `Solution`. Does not return.
     """
-    requests, replies = open(in_fd, encoding="utf-8"), open(out_fd, "w", encoding="utf-8")
+    requests, replies = os.fdopen(in_fd, encoding="utf-8"), os.fdopen(out_fd, "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDWR)
     _use_streams(null, null, err_fd)
     code = _compile(source, "program.py")
@@ -121,15 +121,13 @@ def serve_calls(source: str, function: str, in_fd: int, out_fd: int, err_fd: int
     _finish(serve)
 
 
-def run_check(
-    test: str, helpers: str, function: str, in_fd: int, out_fd: int, err_fd: int
-) -> None:
+def run_check(test: str, helpers: str, function: str, in_fd: int, out_fd: int, err_fd: int) -> None:
     """Run `check(candidate)` of a test in HumanEval's format on a program in another jail.
 
     helpers: the code that the problem gives, for tests that use its other functions. Does not
     return; exits with 0, FAILED, PROGRAM_GONE, or TESTS_BROKEN where the test itself cannot run.
     """
-    replies, requests = open(in_fd, encoding="utf-8"), open(out_fd, "w", encoding="utf-8")
+    replies, requests = os.fdopen(in_fd, encoding="utf-8"), os.fdopen(out_fd, "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDWR)
     _use_streams(null, null, err_fd)
     code = [_compile(text, name) for text, name in ((helpers, "prompt.py"), (test, "test.py"))]
@@ -166,9 +164,9 @@ def _use_streams(in_fd: int, out_fd: int, err_fd: int) -> None:
     """Make these files stdin, stdout and stderr, and say that the jail is ready."""
     for target, fd in enumerate((in_fd, out_fd, err_fd)):
         os.dup2(fd, target)
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8")
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8")
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="replace")
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8")
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", errors="replace")
     os.write(2, READY)
 
 

@@ -48,7 +48,7 @@ _COMMON = (
 )
 
 
-class Fault(RuntimeError):
+class FaultError(RuntimeError):
     """The sandbox, not the program, does not work."""
 
 
@@ -133,6 +133,8 @@ def _prepare(strong: bool) -> None:
     for name in _COMMON:
         importlib.import_module(name)
     os.environ.clear()
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)  # the limit on CPU time bounds long numbers as well
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # rather a program than the trainer
     if strong:
@@ -185,7 +187,7 @@ def _handle(control: socket.socket, limits: Limits, strong: bool) -> None:
         kinds = {"script": _script, "calls": _calls, "check": _check}
         try:
             send(control, kinds[job["kind"]](cell, job, control))
-        except (Fault, OSError) as error:
+        except (FaultError, OSError) as error:
             send(control, {"fault": str(error)})
             os._exit(1)
         os._exit(0)
@@ -240,7 +242,7 @@ def _check(cell: _Cell, job: dict[str, Any], control: socket.socket) -> dict[str
         status, detail = cell.judge(jail, "")
         status = "error" if status == "ok" else status
     elif tester.status == program.TESTS_BROKEN or not tester.errors.startswith(_RUNS):
-        raise Fault(f"the test cannot be run: {_last_line(tester.errors)}")
+        raise FaultError(f"the test cannot be run: {_last_line(tester.errors)}")
     else:
         status = "ok" if tester.status == 0 else "failed"
         detail = _last_line(tester.errors)
@@ -344,8 +346,8 @@ class _Cell:
                 left = deadline - time.monotonic()
                 watched = jails[0].stderr in selector.get_map()
                 for key, _ in selector.select(max(0, min(left, 0.05 if watched else 0.001))):
-                    if key.fileobj is feed_end:
-                        rest = _write(selector, key.fileobj, rest)
+                    if feed_end is not None and key.fileobj is feed_end:
+                        rest = _write(selector, feed_end, rest)
                     elif not _read(key.fd, kept.get(key.fd, output), key.fd in kept):
                         selector.unregister(key.fd)
                 if len(output) > self.limits.output_mb << 20:
@@ -364,7 +366,7 @@ class _Cell:
     def judge(self, jail: Jail, reason: str) -> tuple[str, str]:
         """`(status, detail)` of a program that has ended."""
         if not jail.errors.startswith(program.READY) and not reason:
-            raise Fault(jail.errors.decode("utf-8", "replace") or f"exit status {jail.status}")
+            raise FaultError(jail.errors.decode("utf-8", "replace") or f"exit status {jail.status}")
         if reason:
             return reason, _LIMITS[reason].format(self.limits)
         if not jail.errors.startswith(_RUNS):

@@ -152,25 +152,31 @@ def extract_code(completion: str, prompt: str = "") -> str:
     """The program in a completion.
 
     The last fenced block (``` or ~~~) that says it is Python, else the last one, else the whole
-    text. A block without an end goes on to the end of the text, and one that a prompt's last line
-    opens is the completion's first. A fence that is indented takes as much off its lines.
+    text. A block without an end goes on to the end of the text, and one that the prompt leaves open
+    is the completion's first. A fence that is indented takes as much off its lines.
     """
-    last_line = prompt.rstrip("\n").rpartition("\n")[2]
-    if _FENCE.fullmatch(last_line):
-        completion = f"{last_line.strip()}\n{completion}"
-    blocks: list[tuple[bool, str]] = []
-    opening: re.Match[str] | None = None
-    for fence in _FENCE.finditer(completion):
-        if opening is None:
-            opening = fence
-        elif fence["marks"].startswith(opening["marks"]) and not fence["info"].strip():
-            blocks.append(_block(opening, completion[opening.end() + 1 : fence.start()]))
-            opening = None
+    _, opened = _blocks(prompt)
+    if opened is not None:
+        completion = f"{opened[0].strip()}\n{completion}"
+    blocks, opening = _blocks(completion)
     if opening is not None:
         blocks.append(_block(opening, completion[opening.end() + 1 :]))
     python = [text for is_python, text in blocks if is_python]
     texts = python or [text for _, text in blocks] or [completion]
     return texts[-1]
+
+
+def _blocks(text: str) -> tuple[list[tuple[bool, str]], re.Match[str] | None]:
+    """The fenced blocks of a text, and the fence that opens one without an end."""
+    blocks: list[tuple[bool, str]] = []
+    opening: re.Match[str] | None = None
+    for fence in _FENCE.finditer(text):
+        if opening is None:
+            opening = fence
+        elif fence["marks"].startswith(opening["marks"]) and not fence["info"].strip():
+            blocks.append(_block(opening, text[opening.end() + 1 : fence.start()]))
+            opening = None
+    return blocks, opening
 
 
 def _block(opening: re.Match[str], text: str) -> tuple[bool, str]:
@@ -224,10 +230,12 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
 def humaneval_problem(prefix: str, test: str, function: str) -> Problem:
     """A problem of HumanEval (Chen et al., 2021). The test's own helpers come from the prefix."""
     helpers = prefix if function in _functions(prefix) else ""
+    # no parser reads a program outside the sandbox
+    own = re.compile(rf"^(async\s+)?def\s+{re.escape(function)}\b", re.MULTILINE)
 
     def job(program: str) -> Job:
         # a completion that goes on where the prefix ends, or a whole function of its own
-        whole = f"{helpers}\n{program}" if function in _functions(program) else helpers + program
+        whole = f"{helpers}\n{program}" if own.search(program) else helpers + program
         return Check(whole, function, test, helpers)
 
     return Problem(job, lambda outcome: float(outcome.status == "ok"))

@@ -55,9 +55,7 @@ from marlhf.jail.server import Limits, receive, send
 
 Status = Literal["ok", "failed", "syntax", "error", "timeout", "output"]
 
-_SERVER = (
-    "import sys; sys.path[0] = sys.argv.pop(1); from marlhf.jail.server import main; main()"
-)
+_SERVER = "import sys; sys.path[0] = sys.argv.pop(1); from marlhf.jail.server import main; main()"
 _SOURCE_FOLDER = str(Path(__file__).parents[2])
 _GRACE_SECONDS = 60.0  # beyond a job's own limits, before its server is taken for dead
 

@@ -277,7 +277,7 @@ def test_scratch_is_small(sandbox):
     bomb = (
         "import io, zipfile\n"
         "data = io.BytesIO()\n"
-        "with zipfile.ZipFile(data, 'w', 8) as z: z.writestr('x', bytes(10**8))\n"
+        "with zipfile.ZipFile(data, 'w', 8) as z: z.writestr('x', bytes(10**7))\n"
         "zipfile.ZipFile(data).extractall()\n"
     )
     assert run(sandbox, bomb).status == "error"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from marlhf.errors import UserError
-from marlhf.jail.program import Opaque, decode, encode
+from marlhf.jail.program import decode, encode
 from marlhf.rewards import sandbox as sandbox_module
 from marlhf.rewards.sandbox import Calls, Check, Limits, Outcome, Sandbox, Script
 
@@ -322,12 +322,20 @@ def test_limits_cannot_be_raised(sandbox):
     assert denied(run(sandbox, source), "ValueError")
 
 
-def test_a_call_answers_with_values_alone(sandbox):
-    source = "def f(x): return (x, {1, 2}, {3: b'4'}, 10**20, 1j, float('inf'), iter([]))"
-    (value,) = sandbox.run([Calls(source, "f", ((None,),))])[0].outputs
-    assert value[:6] == (None, {1, 2}, {3: b"4"}, 10**20, 1j, float("inf"))
-    assert isinstance(value[6], Opaque)
-    assert value[6] != value[6]
+def test_a_call_answers_in_the_types_of_json(sandbox):
+    source = "def f(x): return (x, {3: (4,)}, 10**20, float('inf'), {1, 2}, iter([]))"
+    (value,) = sandbox.run([Calls(source, "f", (([1],),))])[0].outputs
+    assert value[:4] == [[1], {"3": [4]}, 10**20, float("inf")]
+    assert all(x != x for x in value[4:])  # noqa: PLR0124
+
+
+def test_an_answer_made_to_take_long_to_read(sandbox):
+    """Every element of the set has the hash 0."""
+    source = "def f(): return [i * (2**61 - 1) for i in range(25_000)]"
+    slow = source + "\nimport json; _d = json.dumps\njson.dumps = lambda x: _d({'set': x})"
+    started = time.monotonic()
+    assert len(sandbox.run([Calls(slow, "f", ((),))])[0].outputs) == 1
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(

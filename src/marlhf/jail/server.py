@@ -221,7 +221,8 @@ def _calls(cell: _Cell, job: dict[str, Any], _: socket.socket) -> dict[str, Any]
         jail = cell.start(run, in_read, out_write)
         output, reason = cell.watch([jail], requests.encode(), in_write, out_read)
     status, detail = cell.judge(jail, reason)
-    return {"status": status, "outputs": output.splitlines(), "detail": detail}
+    answers = output.splitlines() if status == "ok" else []
+    return {"status": status, "outputs": answers, "detail": detail}
 
 
 def _check(cell: _Cell, job: dict[str, Any], control: socket.socket) -> dict[str, Any]:
@@ -234,23 +235,20 @@ def _check(cell: _Cell, job: dict[str, Any], control: socket.socket) -> dict[str
         check = functools.partial(program.run_check, tests["test"], tests["helpers"], function)
         tester = cell.start(check, reply_read, call_write)
         _, reason = cell.watch([tester, jail])
-    if jail.errors.startswith(program.READY) and not jail.errors.startswith(_RUNS):
-        status, detail = cell.judge(jail, "")
-    elif reason:
+    if reason:
         status, detail = cell.judge(tester, reason)
-    elif tester.status == program.PROGRAM_GONE or tester.status not in _TESTER_ENDS:
-        status, detail = cell.judge(jail, "")
-        status = "error" if status == "ok" else status
     elif tester.status == program.TESTS_BROKEN or not tester.errors.startswith(_RUNS):
         raise FaultError(f"the test cannot be run: {_last_line(tester.errors)}")
-    else:
+    elif tester.status in (0, program.FAILED):
         status = "ok" if tester.status == 0 else "failed"
         detail = _last_line(tester.errors)
+    else:  # the program did not live to answer
+        status, detail = cell.judge(jail, "")
+        status = "error" if status == "ok" else status
     return {"status": status, "outputs": [], "detail": detail}
 
 
 _RUNS = program.READY + program.COMPILED
-_TESTER_ENDS = (0, program.FAILED, program.TESTS_BROKEN)
 
 
 @dataclass(frozen=True)

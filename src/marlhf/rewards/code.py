@@ -58,7 +58,7 @@ class Code:
     completion (where there is no such column: the prompt), which is put before the program if it
     compiles and defines the function.
 
-    workers: programs at a time; default: the machine's CPUs. The limits are those of
+    workers: programs at a time; default: the machine's CPUs, at most 16. The limits are those of
     `marlhf.rewards.sandbox.Limits`, whose module also says what `allow_weak_sandbox` gives up.
     """
 
@@ -254,9 +254,8 @@ def same_output(actual: str, expected: str) -> bool:
 def same_value(actual: Any, expected: Any) -> bool:
     """Whether a function returned what it should; in APPS the value may be wrapped in a list.
 
-    JSON knows neither tuples nor keys that are not text, so these are compared as lists and text.
+    Both are in JSON's types, as an `Outcome` has them.
     """
-    actual, expected = _as_json(actual), _as_json(expected)
     return _equal(actual, expected) or (
         isinstance(expected, list) and len(expected) == 1 and _equal(actual, expected[0])
     )
@@ -301,14 +300,6 @@ def _integer_keys(value: Any) -> Any:
     """JSON made text of a dictionary's whole-number keys."""
     if isinstance(value, dict) and all(re.fullmatch("-?[0-9]+", key) for key in value):
         return {int(key): item for key, item in value.items()}
-    return value
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_as_json(x) for x in value]
-    if isinstance(value, dict):
-        return {str(key): _as_json(x) for key, x in value.items()}
     return value
 
 

@@ -50,7 +50,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from marlhf.errors import UserError, one_line
-from marlhf.jail.program import decode, encode
+from marlhf.jail.program import Opaque, encode
 from marlhf.jail.server import Limits, receive, send
 
 Status = Literal["ok", "failed", "syntax", "error", "timeout", "output"]
@@ -71,7 +71,7 @@ class Script:
 @dataclass(frozen=True)
 class Calls:
     """A program whose `function` (or method of its class `Solution`) is called with each of
-    `arguments`, in one process. Arguments and results are plain data."""
+    `arguments`, plain data, in one process."""
 
     source: str
     function: str
@@ -101,8 +101,8 @@ class Outcome:
     status   "ok": ran to its end; "failed": its `check` did not hold; "syntax": does not compile;
              "error": an exception, an exit status other than 0, or killed; "timeout": by the wall
              or the CPU; "output": wrote too much
-    outputs  of each run or call that went well: text for `Script`, the value for `Calls`; a value
-             that is no plain data equals nothing
+    outputs  `Script`: what each run printed that went well. `Calls`: if "ok", each value as JSON
+             would have it (tuples are lists, keys are text), an `Opaque` where it has no such type
     detail   what went wrong, on a line
     """
 
@@ -114,6 +114,7 @@ class Outcome:
 class Sandbox:
     """Runs programs, `workers` at a time. The module's docstring says what it protects from.
 
+    workers: default: as many as CPUs, at most 16.
     allow_weak: make do with less where the system has no namespaces to give.
     Raises UserError where it may not, RuntimeError where a sandbox that worked does no longer.
     """
@@ -125,7 +126,7 @@ class Sandbox:
         allow_weak: bool = False,
     ) -> None:
         self.limits = limits or Limits()
-        self.workers = workers or os.cpu_count() or 1
+        self.workers = workers or min(os.cpu_count() or 1, 16)
         self.strong = True
         self._idle: queue.SimpleQueue[_Server] = queue.SimpleQueue()
         self._servers = [self._first_server(allow_weak)]
@@ -233,8 +234,8 @@ class _Server:
         outputs = answer["outputs"]
         if isinstance(job, Calls):
             try:
-                outputs = [decode(json.loads(line)) for line in outputs[: len(job.arguments)]]
-            except (ValueError, RecursionError):
+                outputs = [_as_json(json.loads(line)) for line in outputs[: len(job.arguments)]]
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
                 return Outcome("error", detail="its answers are no values")
             if answer["status"] == "ok" and len(outputs) < len(job.arguments):
                 return Outcome("error", tuple(outputs), "ended before it had answered every call")
@@ -274,3 +275,21 @@ def _messages(job: Job) -> list[dict[str, Any]]:
         {"kind": "check", "source": job.source, "function": job.function},
         {"test": job.test, "helpers": job.helpers},
     ]
+
+
+def _as_json(value: Any) -> Any:
+    """An encoded value in JSON's types.
+
+    It is not decoded: a program could choose keys of a set that all have one hash, and building it
+    would take this process very long.
+    """
+    if isinstance(value, list):
+        return [_as_json(x) for x in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tuple":
+        return [_as_json(x) for x in content]
+    if kind == "dict":
+        return {str(_as_json(k)): _as_json(x) for k, x in content}
+    return int(content, 16) if kind == "int" else Opaque()

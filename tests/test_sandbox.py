@@ -326,7 +326,7 @@ def test_a_call_answers_in_the_types_of_json(sandbox):
     source = "def f(x): return (x, {3: (4,)}, 10**20, float('inf'), {1, 2}, iter([]))"
     (value,) = sandbox.run([Calls(source, "f", (([1],),))])[0].outputs
     assert value[:4] == [[1], {"3": [4]}, 10**20, float("inf")]
-    assert all(x != x for x in value[4:])  # noqa: PLR0124
+    assert all(x != x for x in value[4:])
 
 
 def test_an_answer_made_to_take_long_to_read(sandbox):

@@ -56,6 +56,8 @@ ORDER = [
     "marlhf.demonstrations",
     "marlhf.metrics",
     "marlhf.run_directory",
+    "marlhf.run_state",
+    "marlhf.signals",
     "marlhf.rollout",
     "marlhf.ptx",
     "marlhf.objectives",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -70,11 +71,7 @@ def commit(partial: Path, facts: Mapping[str, Any]) -> Checkpoint:
     contents = {"facts": facts, "files": files}
     text = json.dumps({**contents, "sha256": _digest(contents)}, indent=1)
     (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    remove(final)
-    os.rename(partial, final)
-    sync(final.parent)
+    replace(partial, final)
     return Checkpoint(final, facts)
 
 
@@ -116,6 +113,20 @@ def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def given(folder: Path, root: Path) -> Checkpoint:
+    """The checkpoint in a folder that a user named. Raises UserError; it says what is in `root`."""
+    if not folder.is_dir() or not _NAME.fullmatch(folder.name):
+        names = ", ".join(path.name for path in steps(root)) or "none"
+        raise UserError(
+            f"resume: given {str(folder)!r}, must be auto or the folder of a checkpoint, step-N; "
+            f"in {root}: {names}"
+        )
+    found = _read_or_fault(folder)
+    if isinstance(found, str):
+        raise UserError(f"resume: checkpoint {folder} is damaged: {found}")
+    return found
+
+
 def _read_or_fault(folder: Path) -> Checkpoint | str:
     try:
         return read(folder)
@@ -151,13 +162,27 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
             remove(folder)
 
 
+def replace(partial: Path, final: Path) -> None:
+    """Bring a folder to the disk and give it its final name, in place of what has that name.
+
+    Raises OSError.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    remove(final)
+    os.rename(partial, final)
+    sync(final.parent)
+
+
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, if it is there. Raises OSError.
+    """Delete a folder, if it is there. Raises OSError.
 
     It gets another name first: one that is half deleted should not be taken for damaged.
     """
+    doomed = folder.with_name(f"{folder.name}.old.partial")
+    if doomed.exists():
+        shutil.rmtree(doomed)
     if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.old.partial")
         os.rename(folder, doomed)
         shutil.rmtree(doomed)
 
@@ -179,9 +204,10 @@ def _best(folders: list[Path]) -> Path | None:
 
 def _score(folder: Path) -> float | None:
     try:
-        return _manifest(folder)[0].facts.get("score")
+        score = _manifest(folder)[0].facts.get("score")
     except (DamagedError, OSError):
         return None
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _manifest(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:

@@ -84,8 +84,8 @@ def _one_line(error: Exception) -> str | None:
     """The message for the user, or None for what is our fault and deserves a traceback."""
     from marlhf.errors import UserError
 
-    # a reward that failed, gradients that are not finite
-    its_own = type(error).__name__ in ("RewardError", "DivergedError")
+    # a reward that failed, gradients that are not finite, either of these on another rank
+    its_own = type(error).__name__ in ("RewardError", "DivergedError", "PeerError")
     if isinstance(error, UserError) or its_own:
         return " ".join(str(error).split())
     return None

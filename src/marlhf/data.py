@@ -73,6 +73,16 @@ def source_labels(settings: DataSettings, rows: int) -> tuple[tuple[str, int], t
     return ("data", 0), ("held-out data", rows if taken_off else 0)
 
 
+def prompt_sets(
+    train: Any, held_out: Any, settings: DataSettings
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and held-out ones: those given in Python, others as configured."""
+    if train is not None:
+        return as_prompts(train, settings), as_prompts(held_out or [], settings)
+    train, configured = load_rows(settings)
+    return train, configured if held_out is None else as_prompts(held_out, settings)
+
+
 def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> list[Prompt]:
     """Prompts from Python: texts, lists of messages, rows (`{column: value}`) or Prompts; also a
     `datasets.Dataset`. Texts and messages are finished prompts: `prompt_template` is for rows.

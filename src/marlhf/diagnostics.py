@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,17 @@ def count_step(name: str, norm: float, metrics: Metrics) -> bool:
     return False
 
 
-def keep_batch(error: DivergedError, path: Path) -> DivergedError:
-    """Save the batch of an error as dicts of tensors; the error, with their place added."""
-    torch.save([{k: v for k, v in vars(b).items() if v is not None} for b in error.batches], path)
-    return DivergedError(f"{error}; its batch is in {path}, for torch.load", error.batches)
+@contextmanager
+def keeping_batch(path: Path) -> Iterator[None]:
+    """Around an update: where it diverges, its batch is saved as dicts of tensors, and the error
+    says so."""
+    try:
+        yield
+    except DivergedError as error:
+        batches = [{k: v for k, v in vars(b).items() if v is not None} for b in error.batches]
+        torch.save(batches, path)
+        message = f"{error}; its batch is in {path}, for torch.load"
+        raise DivergedError(message, error.batches) from None
 
 
 def row(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,13 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from marlhf.types import UserError
+from marlhf.errors import UserError, one_line
+
+Result = TypeVar("Result")
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; the message says which and how."""
 
 
 class Distributed:
@@ -80,6 +86,27 @@ class Distributed:
         gathered: list[list[Any]] = [[] for _ in range(self.world_size)]
         torch.distributed.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns here; where it fails on any rank, all ranks raise and none waits.
+
+        The rank that failed raises its own error, the others PeerError. `work` may be different on
+        every rank and must not wait for others.
+        """
+        if self.world_size == 1:
+            return work()
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        texts = self.gather_objects([None if failure is None else one_line(failure)])
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise PeerError(f"rank {rank} failed: {text}")
+        return cast("Result", result)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Model and optimiser, wrapped for training over ranks.

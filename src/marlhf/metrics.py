@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -92,28 +93,49 @@ def peak_memory_gb() -> float:
 
 
 class JsonLines:
-    """Appends one object a line, on disk as soon as it is written; NaN becomes null."""
+    """Appends one object a line, handed to the system as soon as it is written; NaN becomes null.
+
+    Every method raises OSError, such as for a full disk.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
-        self._file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = memoryview((json.dumps(_plain(row), ensure_ascii=False) + "\n").encode())
+        while line:
+            line = line[self._file.write(line) :]
+
+    def sync(self) -> None:
+        """Bring all rows to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
+    @staticmethod
+    def cut_back(path: Path, step: int) -> None:
+        """Cut a file off before its first row after `step`, or before a half-written row."""
+        if not path.exists():
+            return
+        kept = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n") or not _is_row_until(line, step):
+                    break
+                kept += len(line)
+        os.truncate(path, kept)
+
 
 class TensorBoard:
-    """Every metric as a scalar under its name."""
+    """Every metric as a scalar under its name; events from `first_step` on replace older ones."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write the numbers of a row at its `step`."""
@@ -122,9 +144,33 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, row["step"])
         self._writer.flush()
 
+    def sync(self) -> None:
+        """Events are flushed with every row."""
+
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+    @staticmethod
+    def cut_back(folder: Path, step: int) -> None:
+        """Cut every event file off before its first event after `step`, or before a half-written
+        one.
+
+        An event is a record of the TFRecord format: 8 bytes of length, little-endian, 4 of
+        checksum, the message, 4 of checksum.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+        for file in folder.glob("events.out.tfevents.*"):
+            kept = 0
+            with file.open("rb") as records:
+                while len(head := records.read(12)) == 12:
+                    length = int.from_bytes(head[:8], "little")
+                    body = records.read(length + 4)
+                    if len(body) < length + 4 or Event.FromString(body[:length]).step > step:
+                        break
+                    kept = records.tell()
+            os.truncate(file, kept)
 
 
 class WandB:
@@ -138,6 +184,9 @@ class WandB:
     def write(self, row: Mapping[str, Any]) -> None:
         """Log a row at its `step`."""
         self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def sync(self) -> None:
+        """Rows are sent as they come."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -159,7 +208,7 @@ class ProgressBar:
     """Updates done, score or loss, and time left, on stderr; plain lines where there is no
     terminal."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, done: int = 0) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -171,7 +220,7 @@ class ProgressBar:
         )
 
         self._console = Console(stderr=True)
-        self._steps = steps
+        self._steps, self._done = steps, done
         self._progress = Progress(
             TextColumn("update"),
             BarColumn(),
@@ -184,7 +233,7 @@ class ProgressBar:
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._progress.add_task("train", total=steps, status="")
+        self._task = self._progress.add_task("train", total=steps, completed=done, status="")
         self._progress.start()
         self._began = time.perf_counter()
 
@@ -197,9 +246,12 @@ class ProgressBar:
             self._progress.update(self._task, completed=row["step"], status=status)
         if not self._console.is_terminal:
             elapsed = time.perf_counter() - self._began
-            step = row["step"]
-            left = f"  {elapsed / step * (self._steps - step):.0f} s left" if step else ""
+            step, here = row["step"], row["step"] - self._done
+            left = f"  {elapsed / here * (self._steps - step):.0f} s left" if here else ""
             self._console.print(f"update {step}/{self._steps}  {status}{left}", highlight=False)
+
+    def sync(self) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """Take the bar off the screen."""
@@ -208,6 +260,13 @@ class ProgressBar:
 
 def _short(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _is_row_until(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -15,26 +15,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from marlhf import diagnostics, loading
 from marlhf.batching import minibatches
 from marlhf.config import PPOConfig
-from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, load_rows
+from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, prompt_sets
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
 from marlhf.kl_control import KLCoefficient
-from marlhf.learner import DivergedError, Learner, Term
+from marlhf.learner import Learner, Term
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
 from marlhf.objectives import policy_objective, text_objective, value_objective
 from marlhf.ptx import TextStream
 from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rollout import Rollout, RolloutWorker
-from marlhf.run_directory import RunDirectory
+from marlhf.run_directory import writing
+from marlhf.run_state import RunState, claim, seed_generators
 from marlhf.segmenters import build_segmenter, segment, segmenter_metrics
+from marlhf.signals import StopSignals, stop
 
 EVAL_STEP = -1  # held-out responses are always sampled with the same noise
 
@@ -70,7 +71,7 @@ class PPOTrainer:
         self.distributed = Distributed(config.model.precision)
         self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
         self.reward = build_rewards(reward if reward is not None else config.reward.models)
-        train, self.eval_prompts = self._load_prompts(train_dataset, eval_dataset)
+        train, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
         lm_config = model.config if model is not None else loading.load_model_config(config.model)
@@ -79,10 +80,9 @@ class PPOTrainer:
         self.texts = config.ptx and TextStream(
             config.ptx, config.seed, self.tokenizer, self.distributed, positions
         )
-        is_main = self.distributed.is_main
-        self.run = RunDirectory(config.output_dir, config.overwrite, config.log, is_main)
+        self.run, found = claim(config, self.distributed)
 
-        torch.manual_seed(config.seed)
+        seed_generators(config.seed)
         policy, value_model = loading.build_models(
             config, self.tokenizer, self._reward_model_path(), model, critic, lm_config
         )
@@ -103,23 +103,46 @@ class PPOTrainer:
             self.distributed,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
-        self.step_count = 0
+        self.state = RunState(self._parts(), config, self.distributed)
+        self.step_count = 0 if found is None else self.state.load(found)
+
+    def _parts(self) -> dict[str, Any]:
+        """Everything that an update changes, for the checkpoints: one line each."""
+        return {
+            "policy": self.policy,
+            "critic": self.critic,
+            "kl": self.kl,
+            "segmenter": self.segmenter,
+            **{f"reward {reward.name}": reward.function for reward in self.reward.rewards},
+        }
 
     def train(self) -> None:
-        """Run all updates, evaluating on the way, and save the policy in `final/`."""
-        config = self.config
-        self.run.open(config, config.steps)
+        """Run all updates, evaluating on the way, and save the policy in `final/`.
+
+        After SIGTERM or Ctrl-C the update at work is finished and saved before the process ends.
+        """
+        config, together = self.config, self.distributed.together
+        together(lambda: self.run.open(config, config.steps))
         try:
-            if self._evaluation_is_due():
-                self.run.write({"step": 0} | self.evaluate())
-            while self.step_count < config.steps:
-                row = self.step(self.stream.batch(self.step_count, config.rollout.batch_size))
-                try:
-                    if self._evaluation_is_due():
-                        row |= self.evaluate()
-                finally:
-                    self.run.write(row)
-            self.save(self.run.path / "final")
+            with StopSignals(self.distributed.gather_objects) as signals:
+                if self.step_count == 0 and self._evaluation_is_due():
+                    self._write({"step": 0} | self.evaluate())
+                while self.step_count < config.steps:
+                    row = self.step(self.stream.batch(self.step_count, config.rollout.batch_size))
+                    try:
+                        if self._evaluation_is_due():
+                            row |= self.evaluate()
+                    finally:
+                        self._write(row)
+                    stopped_by = signals.requested()
+                    if self.state.is_due(self.step_count, stopped_by is not None):
+                        together(self.run.sync)
+                        score = row.get("eval_score_mean")
+                        self.state.save(self.run.checkpoints, self.step_count, score)
+                    if stopped_by is not None:
+                        stop(stopped_by)
+            self.save(self.run.path / "final.partial")
+            together(lambda: self.run.publish(self.run.path / "final.partial"))
         finally:
             self.run.close()
 
@@ -134,17 +157,15 @@ class PPOTrainer:
         rollout = self.worker(rows, row_ids, self.step_count, timer)
         with timer("segment"):
             # 2. cut into macro actions
-            starts = self._segment(rollout)
+            starts = self.distributed.together(lambda: self._segment(rollout))
             # 3. rewards and values -> advantages
             batch = self._macro_batch(starts, rollout)
         with timer("train"):
             # 4. step policy and critic
             learning_rate = self.policy.learning_rate
-            try:
-                self._update(self._experience(rollout, batch), metrics)
-            except DivergedError as error:
-                name = f"diverged-step-{self.step_count + 1}-rank-{self.distributed.rank}.pt"
-                raise diagnostics.keep_batch(error, self.run.path / name) from None
+            name = f"diverged-step-{self.step_count + 1}-rank-{self.distributed.rank}.pt"
+            with diagnostics.keeping_batch(self.run.path / name):
+                self._update(rollout.experience(batch), metrics)
         self.step_count += 1
 
         # 5. report
@@ -164,6 +185,10 @@ class PPOTrainer:
     def evaluate(self) -> dict[str, Any]:
         """Scores of held-out prompts, each sampled with noise of its own that never changes."""
         metrics = Metrics()
+        self.distributed.together(lambda: self._evaluate_share(metrics))
+        return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
+
+    def _evaluate_share(self, metrics: Metrics) -> None:
         size = self.config.rollout.batch_size
         world, rank = self.distributed.world_size, self.distributed.rank
         mine = list(enumerate(self.eval_prompts))[rank::world]
@@ -178,14 +203,17 @@ class PPOTrainer:
             starts = self._segment(rollout)
             for sample in diagnostics.samples(rollout, starts, self.config.log.samples):
                 self.run.write_sample({"step": self.step_count, "held_out": True, **sample})
-        return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 
     def save(self, folder: Path | str) -> None:
         """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
-        if self.distributed.is_main:
-            policy = self.distributed.unwrap(self.policy.model)
-            loading.save_policy(policy, self.tokenizer, Path(folder))
-        self.distributed.barrier()
+
+        def write() -> None:
+            if self.distributed.is_main:
+                policy = self.distributed.unwrap(self.policy.model)
+                with writing(self.run.path):
+                    loading.save_policy(policy, self.tokenizer, Path(folder))
+
+        self.distributed.together(write)
 
     # -- one update ------------------------------------------------------------------------------
 
@@ -225,22 +253,6 @@ class PPOTrainer:
             config.ppo,
             config.rollout.responses_per_prompt,
             self.distributed.all_reduce,
-        )
-
-    def _experience(self, rollout: Rollout, batch: MacroBatch) -> Experience:
-        sequences = rollout.sequences
-        assert rollout.responses.logprobs is not None
-        assert rollout.responses.ref_logprobs is not None
-        return Experience(
-            input_ids=sequences.input_ids,
-            attention_mask=sequences.attention_mask,
-            response_mask=sequences.response_mask,
-            segment_ids=batch.segment_ids,
-            logprobs=rollout.responses.logprobs,
-            ref_logprobs=rollout.responses.ref_logprobs,
-            advantages=batch.advantages_BT,
-            values=rollout.values,
-            returns=batch.returns_BT,
         )
 
     def _update(self, experience: Experience, metrics: Metrics) -> None:
@@ -292,13 +304,6 @@ class PPOTrainer:
 
     # -- set-up ----------------------------------------------------------------------------------
 
-    def _load_prompts(self, train: Any, held_out: Any) -> tuple[list[Prompt], list[Prompt]]:
-        data = self.config.data
-        if train is None:
-            loaded, loaded_held_out = load_rows(data)
-            return loaded, loaded_held_out if held_out is None else as_prompts(held_out, data)
-        return as_prompts(train, data), as_prompts(held_out or [], data)
-
     def _check(self, prompts: list[Prompt], positions: int | None) -> None:
         """What the data must have for the model and for the rewards. Raises UserError."""
         data, rollout = self.config.data, self.config.rollout
@@ -321,6 +326,9 @@ class PPOTrainer:
         return bool(
             self.eval_prompts and every and (step % every == 0 or step == self.config.steps)
         )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.distributed.together(lambda: self.run.write(row))
 
 
 def run(config: PPOConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from marlhf.batching import micro_batches, minibatches
 from marlhf.config import PPOConfig, RewardSettings, RolloutSettings
 from marlhf.data import Prompt, encode, render
 from marlhf.distributed import Distributed
+from marlhf.experience import Experience, MacroBatch
 from marlhf.loading import eos_token_ids
 from marlhf.metrics import Timer
 from marlhf.models import Policy, forward, use_adapter
@@ -73,6 +75,23 @@ class Rollout:
     def sequences(self) -> Sequences:
         """Prompts and responses side by side."""
         return Sequences.of(self.generation)
+
+    def experience(self, batch: MacroBatch) -> Experience:
+        """What the update learns from, with the advantages of its macro actions."""
+        sequences = self.sequences
+        assert self.responses.logprobs is not None
+        assert self.responses.ref_logprobs is not None
+        return Experience(
+            input_ids=sequences.input_ids,
+            attention_mask=sequences.attention_mask,
+            response_mask=sequences.response_mask,
+            segment_ids=batch.segment_ids,
+            logprobs=self.responses.logprobs,
+            ref_logprobs=self.responses.ref_logprobs,
+            advantages=batch.advantages_BT,
+            values=self.values,
+            returns=batch.returns_BT,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +151,8 @@ class RolloutWorker:
                 tokenizer=self.tokenizer,
             )
             plain = [p.text for p in prompts]
-            rewards = self.reward(plain, responses.texts, reward_columns(prompts))
+            score = partial(self.reward, plain, responses.texts, reward_columns(prompts))
+            rewards = score() if held_out else self.distributed.together(score)
             scores = torch.tensor(rewards.scores, dtype=torch.float32)
             dense = torch.zeros(generation.response_mask.shape)
             if any(rewards.spans):

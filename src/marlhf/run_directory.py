@@ -1,47 +1,63 @@
-"""The folder a run writes: resolved config, metrics, samples, TensorBoard events."""
+"""The folder a run writes: resolved config, metrics, samples, TensorBoard events, checkpoints."""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
+from marlhf import checkpoint
+from marlhf.checkpoint import Checkpoint
 from marlhf.config import MetricsSettings
 from marlhf.config_loading import config_to_dict
-from marlhf.errors import UserError
+from marlhf.errors import UserError, one_line
 from marlhf.metrics import JsonLines, ProgressBar, TensorBoard, WandB
 
-_OWN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "final")
+_OWN_FILES = (
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
+    *("final", "final.partial"),
+)
 
 
 class RunDirectory:
     """Claims `folder` for one run; every write is a no-op on ranks other than the main one.
 
-    Raises UserError when the folder holds another run, unless `overwrite`: then `open` deletes that
-    run's own files and nothing else. Nothing is deleted before, as the new run may yet be refused.
+    resume      None refuses a folder that holds a run; `auto` goes on from its latest whole
+                checkpoint, or begins where there is none yet; a path goes on from that checkpoint
+    overwrite   begins again, deleting the old run's own files and nothing else
+
+    Raises UserError for what cannot be. Nothing is deleted or cut before `open`, as the new run may
+    yet be refused.
     """
 
     def __init__(
-        self, folder: str | Path, overwrite: bool, log: MetricsSettings, is_main: bool
+        self,
+        folder: str | Path,
+        overwrite: bool,
+        log: MetricsSettings,
+        is_main: bool,
+        resume: str | None = None,
     ) -> None:
         self.path = Path(folder).expanduser()
+        self.checkpoint: Checkpoint | None = None
         self._log = log
         self._is_main = is_main
         self._is_new = True
         self._sinks: list[Any] = []
-        self._samples: JsonLines | None = None
+        self._sample_sink: JsonLines | None = None
+        self._samples: list[Mapping[str, Any]] = []  # of the update at work
         if not is_main:
             return
-        if (self.path / "metrics.jsonl").exists() and not overwrite:
-            raise UserError(
-                f"output_dir: {str(folder)!r} already holds a run; choose another, or "
-                "set overwrite=true to delete it"
-            )
+        self.checkpoint = self._to_resume(overwrite, resume)
         if log.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("log.wandb: needs: pip install 'marlhf[wandb]'")
         try:
@@ -53,24 +69,64 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"output_dir: cannot write {str(folder)!r}: {error.strerror}") from None
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def _to_resume(self, overwrite: bool, resume: str | None) -> Checkpoint | None:
+        """The checkpoint to go on from, None to begin. Raises UserError."""
+        is_used = (self.path / "metrics.jsonl").exists() or checkpoint.steps(self.checkpoints) != []
+        if resume == "auto":
+            found = checkpoint.latest(self.checkpoints, notice)
+            if found is None and (self.path / "final").exists():
+                raise UserError(
+                    f"resume: {str(self.path)!r} holds a finished run without checkpoints; choose "
+                    "another output_dir, or set overwrite=true to delete it"
+                )
+            return found
+        if resume is not None:
+            found = checkpoint.given(Path(resume).expanduser(), self.checkpoints)
+            if is_used and found.path.parent.resolve() != self.checkpoints.resolve():
+                raise UserError(
+                    f"resume: {resume!r} is not of the run that output_dir {str(self.path)!r} "
+                    "already holds; choose another output_dir"
+                )
+            return found
+        if is_used and not overwrite:
+            raise UserError(
+                f"output_dir: {str(self.path)!r} already holds a run; choose another, or set "
+                "resume=auto to continue it, or overwrite=true to delete it"
+            )
+        return None
+
     def open(self, config: Any, steps: int) -> None:
-        """Write the resolved configuration and open the sinks; again, after `close`, appends."""
+        """Write the resolved configuration and open the sinks; again, after `close`, appends.
+
+        What there is from after the checkpoint that the run goes on from is cut off first.
+        """
         if not self._is_main or self._sinks:
             return
-        if self._is_new:
-            self._delete_old()
-        self._is_new = False
-        plain = config_to_dict(config)
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
-        self._samples = JsonLines(self.path / "samples.jsonl")
-        self._sinks.append(JsonLines(self.path / "metrics.jsonl"))
-        if self._log.tensorboard:
-            self._sinks.append(TensorBoard(self.path / "tensorboard"))
-        if self._log.wandb:
-            self._sinks.append(WandB(self.path, plain))
-        if self._log.progress:
-            self._sinks.append(ProgressBar(steps))
+        done = self.checkpoint.step if self.checkpoint is not None else 0
+        first_step = None
+        with writing(self.path):
+            if self._is_new and self.checkpoint is None:
+                self._delete_old()
+            elif self._is_new:
+                self._cut_back(done)
+                first_step = done + 1
+            self._is_new = False
+            plain = config_to_dict(config)
+            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+            (self.path / "config.yaml").write_text(text, encoding="utf-8")
+            self._sample_sink = JsonLines(self.path / "samples.jsonl")
+            self._sinks.append(JsonLines(self.path / "metrics.jsonl"))
+            if self._log.tensorboard:
+                self._sinks.append(TensorBoard(self.path / "tensorboard", first_step))
+            if self._log.wandb:
+                self._sinks.append(WandB(self.path, plain))
+            if self._log.progress:
+                self._sinks.append(ProgressBar(steps, done))
 
     def _delete_old(self) -> None:
         for name in _OWN_FILES:
@@ -80,20 +136,71 @@ class RunDirectory:
             else:
                 target.unlink(missing_ok=True)
 
+    def _cut_back(self, step: int) -> None:
+        checkpoint.cut_back(self.checkpoints, step)
+        JsonLines.cut_back(self.path / "metrics.jsonl", step)
+        JsonLines.cut_back(self.path / "samples.jsonl", step)
+        TensorBoard.cut_back(self.path / "tensorboard", step)
+
     def write(self, row: Mapping[str, Any]) -> None:
-        """Send one row of metrics to every sink."""
-        for sink in self._sinks:
-            sink.write(row)
+        """Send one row of metrics to every sink, after the samples that belong to it. Raises
+        UserError where it cannot be written."""
+        with writing(self.path):
+            if self._sample_sink is not None:
+                for sample in self._samples:
+                    self._sample_sink.write(sample)
+            self._samples = []
+            for sink in self._sinks:
+                sink.write(row)
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
-        """Append one response to samples.jsonl."""
-        if self._samples is not None:
-            self._samples.write(sample)
+        """Add a line to samples.jsonl, together with the next row of metrics."""
+        if self._sample_sink is not None:
+            self._samples.append(sample)
+
+    def sync(self) -> None:
+        """Bring all rows to the disk, where a checkpoint of them may follow."""
+        with writing(self.path):
+            for sink in (self._sample_sink, *self._sinks):
+                if sink is not None:
+                    sink.sync()
+
+    def publish(self, partial: Path) -> None:
+        """Give a folder `NAME.partial`, now that it is complete, the name NAME."""
+        if self._is_main:
+            with writing(self.path):
+                checkpoint.replace(partial, partial.with_suffix(""))
 
     def close(self) -> None:
         """Close what `open` opened."""
-        for sink in self._sinks:
-            sink.close()
-        if self._samples is not None:
-            self._samples.close()
-        self._sinks, self._samples = [], None
+        sinks = [sink for sink in (self._sample_sink, *self._sinks) if sink is not None]
+        self._sample_sink, self._sinks, self._samples = None, [], []
+        for sink in sinks:
+            with suppress(OSError):  # of a full disk, which `write` has reported
+                sink.close()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around writes under `folder`: what the system refuses becomes one line of a UserError.
+
+    torch and safetensors say of a full disk what they please, so the disk itself is asked.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not isinstance(error, OSError):
+            full = shutil.disk_usage(folder).free < 2**20
+        if not full and not isinstance(error, OSError):
+            raise
+        why = "the disk is full" if full else one_line(error)
+        raise UserError(
+            f"output_dir: cannot write in {str(folder)!r}: {why}; the run can go on from its last "
+            "checkpoint with resume=auto"
+        ) from error
+
+
+def notice(line: str) -> None:
+    """Tell the user something about the run, on stderr."""
+    print(f"marlhf: {line}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from marlhf.config.ppo import (
 )
 from marlhf.config.sections import (
     AdamWSettings,
+    CheckpointSettings,
     DataSettings,
     LogSettings,
     LoraSettings,
@@ -30,6 +31,7 @@ from marlhf.config.sft import SFTConfig, SFTDataSettings, SFTOptimizerSettings
 
 __all__ = [
     "AdamWSettings",
+    "CheckpointSettings",
     "CriticSettings",
     "DataSettings",
     "EvaluateConfig",

@@ -13,6 +13,7 @@ from pydantic_core import ArgsKwargs
 
 from marlhf.config.sections import (
     STRICT,
+    CheckpointSettings,
     Count,
     DataSettings,
     Fraction,
@@ -25,6 +26,7 @@ from marlhf.config.sections import (
     RewardSettings,
     RolloutSettings,
     Text,
+    check_resume,
 )
 from marlhf.config_loading import merge, read_yaml
 from marlhf.registry import Spec
@@ -164,6 +166,9 @@ class PPOConfig:
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
+    resume: Text | None = None
+    """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
+    a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
     steps: Count = 100
@@ -188,6 +193,8 @@ class PPOConfig:
     """AdamW."""
     log: LogSettings = Field(default_factory=LogSettings)
     """Outputs."""
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    """Checkpoints."""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,6 +216,7 @@ class PPOConfig:
 
     @model_validator(mode="after")
     def _cross_checks(self) -> PPOConfig:
+        check_resume(self.resume, self.overwrite)
         if self.rollout.batch_size % self.ppo.minibatches:
             raise ValueError(
                 f"ppo.minibatches: given {self.ppo.minibatches}, must divide "

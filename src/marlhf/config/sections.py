@@ -189,3 +189,26 @@ class LogSettings(MetricsSettings):
 
     samples: Natural = 4
     """Responses an update written to samples.jsonl."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class CheckpointSettings:
+    """What a run writes to go on from after it was stopped."""
+
+    every: Natural = 50
+    """Write a checkpoint every this many updates, after the last one, and when SIGTERM or Ctrl-C
+    stops the run; 0: never."""
+    keep: Count = 2
+    """Keep the last this many checkpoints."""
+    keep_best: bool = True
+    """Keep the one with the highest held-out score too; only checkpoints of a step that was
+    evaluated have one, so let `log.eval_every` divide `every`."""
+
+
+def check_resume(resume: str | None, overwrite: bool) -> None:
+    """`overwrite` begins again, `resume` goes on. Raises ValueError where both are given."""
+    if resume is not None and overwrite:
+        raise ValueError(
+            f"resume: given {resume!r} beside overwrite=true, which deletes what there is to "
+            "resume; give only one of them"
+        )

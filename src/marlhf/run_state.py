@@ -1,0 +1,205 @@
+"""What a checkpoint of a run holds, and how all ranks write and read it together.
+
+    step-N/policy, step-N/critic   a folder for each part that has `save(folder)` and `load(folder)`
+    step-N/rank-R.pt               on each rank: every part that has `state_dict()` and
+                                   `load_state_dict(state)`, and the random number generators
+    step-N/manifest.json           step, held-out score, configuration, number of ranks; checksums
+
+The position in the data and the noise of every response are functions of (seed, step, row).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from marlhf import checkpoint
+from marlhf.checkpoint import Checkpoint
+from marlhf.config import CheckpointSettings
+from marlhf.config_loading import config_to_dict
+from marlhf.distributed import Distributed
+from marlhf.errors import UserError, one_line
+from marlhf.run_directory import RunDirectory, notice, writing
+
+# Sections and keys that change no result, or (the sizes of passes) only its rounding. More steps
+# are a longer run: from the checkpoint on, learning rates follow the longer schedule.
+MAY_DIFFER = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "steps",
+    "log",
+    "checkpoint",
+    "model.gradient_checkpointing",
+    "rollout.micro_batch_size",
+    "optimizer.micro_batch_size",
+    "optimizer.max_skipped_steps",
+)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of python, numpy and torch, which plug-ins may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class RunState:
+    """Saves and loads the parts of a run; every method is called on all ranks.
+
+    parts   everything that an update changes, by name; those that keep no state are skipped
+    """
+
+    def __init__(self, parts: Mapping[str, Any], config: Any, distributed: Distributed) -> None:
+        self._folders = {n: p for n, p in parts.items() if hasattr(p, "save")}
+        self._dicts = {n: p for n, p in parts.items() if hasattr(p, "load_state_dict")}
+        self._dicts = {n: p for n, p in self._dicts.items() if n not in self._folders}
+        self._config = config
+        self._distributed = distributed
+
+    def is_due(self, step: int, stopping: bool) -> bool:
+        """Whether a checkpoint follows this update; `stopping` where it is the last for now."""
+        every = self._config.checkpoint.every
+        return bool(every and (stopping or step % every == 0 or step == self._config.steps))
+
+    def save(self, root: Path, step: int, score: float | None) -> None:
+        """Write `root/step-N` and delete what `config.checkpoint` does not keep. Raises UserError
+        where the disk refuses; the checkpoints before are whole then."""
+        settings: CheckpointSettings = self._config.checkpoint
+        partial = root / f"step-{step}.partial"
+        self._on_main(lambda: checkpoint.begin(root, step), root)
+        for name, part in self._folders.items():
+            self._on_all(lambda part=part, name=name: part.save(partial / name), root)
+        self._on_all(lambda: self._save_rank(partial), root)
+        facts = {
+            "score": score,
+            "world_size": self._distributed.world_size,
+            "config": config_to_dict(self._config),
+        }
+        self._on_main(lambda: checkpoint.commit(partial, facts), root)
+        self._on_main(lambda: checkpoint.prune(root, settings.keep, settings.keep_best), root)
+
+    def load(self, found: Checkpoint) -> int:
+        """Go on from a checkpoint; its step. Raises UserError."""
+        world = found.facts["world_size"]
+        file = found.path / f"rank-{self._distributed.rank % world}.pt"
+        try:
+            for name, part in self._folders.items():
+                part.load(found.path / name)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            for name, part in self._dicts.items():
+                part.load_state_dict(state["parts"][name])
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"resume: checkpoint {found.path} does not fit this run: {one_line(error)}"
+            ) from error
+        set_generators(state["generators"])
+        if self._distributed.is_main:
+            notice(f"resuming from {found.path}{self._what_differs(found)}")
+        return found.step
+
+    def _save_rank(self, partial: Path) -> None:
+        state = {
+            "parts": {name: part.state_dict() for name, part in self._dicts.items()},
+            "generators": generators(),
+        }
+        file = partial / f"rank-{self._distributed.rank}.pt"
+        torch.save(state, file)
+        try:
+            torch.load(file, weights_only=True)
+        except Exception as error:  # of the unpickler, about what it may not load
+            raise UserError(
+                "checkpoint: state_dict() of a reward or segmenter must hold tensors, numbers, "
+                f"texts, lists and dicts alone: {one_line(error)}"
+            ) from None
+
+    def _what_differs(self, found: Checkpoint) -> str:
+        """The end of the line that tells of a resume: what is not as it was."""
+        old, new = found.facts["config"], config_to_dict(self._config)
+        changes = [
+            f"{key} {a!r} -> {b!r}"
+            for key, a, b in differences(old, new)
+            if key not in ("output_dir", "overwrite", "resume")
+        ]
+        ranks, now = found.facts["world_size"], self._distributed.world_size
+        if ranks != now:
+            changes.append(f"ranks {ranks} -> {now}, which may change results by rounding")
+        return f" ({'; '.join(changes)})" if changes else ""
+
+    def _on_main(self, work: Any, root: Path) -> None:
+        self._on_all(work if self._distributed.is_main else lambda: None, root)
+
+    def _on_all(self, work: Any, root: Path) -> None:
+        def guarded() -> None:
+            with writing(root):
+                work()
+
+        self._distributed.together(guarded)
+
+
+def claim(config: Any, distributed: Distributed) -> tuple[RunDirectory, Checkpoint | None]:
+    """The folder of a run, and the checkpoint that it goes on from, the same on all ranks.
+
+    Raises UserError where the folder or the checkpoint is not for this run.
+    """
+    keys = (config.output_dir, config.overwrite, config.log)
+    run = distributed.together(lambda: RunDirectory(*keys, distributed.is_main, config.resume))
+    (found, *_) = distributed.gather_objects([run.checkpoint])
+    if found is not None:
+        check_config(config, found)
+    return run, found
+
+
+def check_config(config: Any, found: Checkpoint) -> None:
+    """That a run may go on from a checkpoint with this configuration. Raises UserError."""
+    old, new = found.facts["config"], config_to_dict(config)
+    faults = [
+        f"{key} ({a!r}, now {b!r})"
+        for key, a, b in differences(old, new)
+        if key not in MAY_DIFFER and key.split(".")[0] not in MAY_DIFFER
+    ]
+    if faults:
+        raise UserError(
+            f"resume: the configuration differs from that of checkpoint {found.path} in "
+            f"{', '.join(faults)}; on a resume only these may differ: {', '.join(MAY_DIFFER)}"
+        )
+    if config.steps < found.step:
+        raise UserError(
+            f"steps: given {config.steps}, but the checkpoint {found.path} to resume is already of "
+            f"update {found.step}"
+        )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys in which two configurations as plain data differ, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and "name" not in {*old, *new}:
+        for name in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(name), new.get(name), f"{prefix}{name}.")
+    elif old != new:
+        yield prefix[:-1], old, new
+
+
+def generators() -> dict[str, Any]:
+    """The state of every global random number generator, as plain data and tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_generators(state: Mapping[str, Any]) -> None:
+    """Go on with the random numbers after those of `generators`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -10,6 +10,7 @@ from typing import Any
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 from marlhf.config import (
+    CheckpointSettings,
     CriticSettings,
     DataSettings,
     KLSettings,
@@ -36,6 +37,7 @@ def vowels(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 def tiny_config(folder: Path, **sections: Any) -> PPOConfig:
     """A run of two updates of 8 responses of up to 11 tokens. Sections are given as dicts."""
     defaults: dict[str, Any] = {
+        "checkpoint": CheckpointSettings(every=0),
         "critic": CriticSettings(),
         "data": DataSettings(eval_rows=0),
         "rollout": RolloutSettings(batch_size=8, max_new_tokens=11, max_prompt_length=16),

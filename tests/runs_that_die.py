@@ -90,7 +90,7 @@ def die() -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What runs are compared by: the lines of both files without times, and TensorBoard's scalars."""
+    """What runs are compared by: lines of both files without times, and TensorBoard's scalars."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in metrics]
     return {

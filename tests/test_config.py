@@ -318,6 +318,7 @@ def values_of(kind: str) -> st.SearchStrategy[Any]:
 
 # these depend on each other, or on files
 CROSSED = {"preset", "ppo.minibatches", "ppo.estimator", "rollout.min_new_tokens", "critic.path"}
+CROSSED |= {f"data.{key}" for key in ("preset", "part", "part_seed", "min_good_rows")}
 FREE = [f for f in config_fields(PPOConfig) if f.type != "section" and f.key not in CROSSED]
 
 

@@ -178,7 +178,8 @@ def _explain(cls: Any, error: ValidationError) -> str:
         return f"{key}: missing; it must be given ({fields[key].description})"
     if finding["type"] == "value_error":
         message = str(finding.get("ctx", {})["error"])
-        return f"{key}: {message}" if key else message
+        named = not key or message.startswith(f"{key}.")
+        return message if named else f"{key}: {message}"
     given = finding["input"]
     shown = json.dumps(given) if not isinstance(given, str) else repr(given)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."

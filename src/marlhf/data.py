@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from marlhf.config import DataSettings, RolloutSettings
+from marlhf.data_presets import Stage, preset_records
 from marlhf.errors import UserError, one_line
 from marlhf.tables import Row, read_rows
 
@@ -34,8 +35,15 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-def load_records(settings: DataSettings) -> tuple[list[Row], list[Row]]:
-    """`(rows to train on, held-out rows)`, columns renamed. Raises UserError."""
+def load_records(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Row], list[Row]]:
+    """`(rows to train on, held-out rows)`, columns renamed.
+
+    stage: the job; with `data.preset` it decides on the shape of the rows, and on the part.
+
+    Raises UserError.
+    """
+    if settings.preset is not None:
+        return preset_records(settings, stage)
     if settings.path is None:
         raise UserError("data.path: missing; must be a file, a folder or a hub name")
     rows = read_rows(settings.path, settings.split, settings.name, settings.limit)
@@ -60,9 +68,9 @@ def load_records(settings: DataSettings) -> tuple[list[Row], list[Row]]:
     return rows[: len(rows) - count], rows[len(rows) - count :]
 
 
-def load_rows(settings: DataSettings) -> tuple[list[Prompt], list[Prompt]]:
+def load_rows(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Prompt], list[Prompt]]:
     """`(prompts to train on, held-out prompts)`. Raises UserError."""
-    rows, held_out = load_records(settings)
+    rows, held_out = load_records(settings, stage)
     train, eval_ = source_labels(settings, len(rows))
     return prompts_of(rows, settings, *train), prompts_of(held_out, settings, *eval_)
 

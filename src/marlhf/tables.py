@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val",
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 
 
+@dataclass(frozen=True)
+class Files:
+    """Which files of a dataset, and what of them.
+
+    folder    of a hub dataset; of a local folder too, where that has it
+    revision  branch, tag or commit of a hub dataset
+    columns   those to read; None: all
+    """
+
+    folder: str | None = None
+    revision: str | None = None
+    columns: Sequence[str] | None = None
+
+
 def read_rows(
     path: str,
     split: str = "train",
@@ -27,6 +42,7 @@ def read_rows(
     limit: int | None = None,
     key: str = "data.path",
     split_key: str = "data.split",
+    files: Files = Files(),
 ) -> list[Row]:
     """Rows of a local file or folder, or of a hub dataset, as `{column: value}`.
 
@@ -34,28 +50,47 @@ def read_rows(
     name        configuration of a hub dataset
     limit       the first rows only
     key, split_key   what messages call path and split
+    files       folder, revision and columns to read
 
     Raises UserError: nothing there, no such split, unreadable, or no rows.
     """
     if not path:
         raise UserError(f"{key}: is empty, must be a file, a folder or a hub name")
-    source = Path(path).expanduser()
+    source = _local(path, files)
     if name is not None and source.exists():
         raise UserError(
             f"data.name: given {name!r}, but {path!r} is local and has no configurations"
         )
     if source.is_file():
         _check_split(split, ["train"], split_key, path)
-        rows = _read_file(source, key)
+        rows = _read_file(source, key, files.columns)
     elif source.is_dir():
-        rows = _read_folder(source, split, key, split_key, limit)
+        rows = _read_folder(source, split, key, split_key, limit, files.columns)
     elif looks_local(path):
         raise UserError(f"{key}: given {path!r}, which does not exist")
     else:
-        rows = _read_hub(path, name, split, key, limit)
+        rows = _read_hub(path, name, split, key, limit, files)
     if not rows:
         raise UserError(f"{key}: {path!r} has no rows")
     return rows[:limit]
+
+
+def local_splits(path: str, files: Files = Files()) -> list[str] | None:
+    """The splits of a local file or folder; None for what is not local. Raises UserError."""
+    source = _local(path, files)
+    if not source.exists():
+        return None
+    if source.is_file():
+        return ["train"]
+    if (source / "dataset_dict.json").is_file():
+        return sorted(p.name for p in source.iterdir() if p.is_dir())
+    return ["train"] if (source / "state.json").is_file() else sorted(_by_split(source))
+
+
+def _local(path: str, files: Files) -> Path:
+    source = Path(path).expanduser()
+    inside = source / (files.folder or "")
+    return inside if inside.is_dir() else source
 
 
 def looks_local(path: str) -> bool:
@@ -70,14 +105,19 @@ def _check_split(split: str, possible: list[str], split_key: str, path: str) -> 
         )
 
 
-def _read_file(file: Path, key: str) -> list[Row]:
+def _read_file(file: Path, key: str, columns: Sequence[str] | None = None) -> list[Row]:
     reader = _READERS.get(file.suffix)
     if reader is None:
         raise UserError(
             f"{key}: given {str(file)!r}; a file must end in {', '.join(sorted(_READERS))}"
         )
     try:
-        return reader(file, key)
+        if reader is _read_parquet:
+            return _read_parquet(file, key, columns)
+        rows = reader(file, key)
+        if columns is None:
+            return rows
+        return [{name: row[name] for name in columns if name in row} for row in rows]
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -135,10 +175,12 @@ def _read_csv(file: Path, key: str) -> list[Row]:
     return csv.read_csv(file, parse_options=options).to_pylist()
 
 
-def _read_parquet(file: Path, key: str) -> list[Row]:
+def _read_parquet(file: Path, key: str, columns: Sequence[str] | None = None) -> list[Row]:
     from pyarrow import parquet
 
-    return parquet.ParquetFile(file).read().to_pylist()
+    table = parquet.ParquetFile(file)
+    present = [c for c in columns if c in table.schema_arrow.names] if columns else None
+    return table.read(columns=present).to_pylist()
 
 
 _READERS: dict[str, Callable[[Path, str], list[Row]]] = {
@@ -150,10 +192,27 @@ _READERS: dict[str, Callable[[Path, str], list[Row]]] = {
 
 
 def _read_folder(
-    folder: Path, split: str, key: str, split_key: str, limit: int | None
+    folder: Path,
+    split: str,
+    key: str,
+    split_key: str,
+    limit: int | None,
+    columns: Sequence[str] | None,
 ) -> list[Row]:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _read_saved(folder, split, key, split_key, limit)
+        return _first_rows(_load_saved(folder, split, key, split_key), limit, columns)
+    by_split = _by_split(folder, split)
+    if not by_split:
+        raise UserError(
+            f"{key}: folder {str(folder)!r} is no `save_to_disk` folder and has no file that ends "
+            f"in {', '.join(sorted(_READERS))}"
+        )
+    _check_split(split, list(by_split), split_key, str(folder))
+    return [row for file in by_split[split] for row in _read_file(file, key, columns)]
+
+
+def _by_split(folder: Path, split: str | None = None) -> dict[str, list[Path]]:
+    """The data files of a folder, by the split that their names say; `split` is one more name."""
     found = [p for p in sorted(folder.rglob("*")) if p.suffix in _READERS and p.is_file()]
     found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
     # one format only: a folder of Parquet files often has a JSON file that describes them
@@ -164,16 +223,10 @@ def _read_folder(
             words = re.split(r"[\W_]+", str(file.relative_to(folder).with_suffix("")))
             own = next((w for w in words if w == split or w in _SPLITS), "train")
             by_split.setdefault(own, []).append(file)
-    if not by_split:
-        raise UserError(
-            f"{key}: folder {str(folder)!r} is no `save_to_disk` folder and has no file that ends "
-            f"in {', '.join(sorted(_READERS))}"
-        )
-    _check_split(split, list(by_split), split_key, str(folder))
-    return [row for file in by_split[split] for row in _read_file(file, key)]
+    return by_split
 
 
-def _read_saved(folder: Path, split: str, key: str, split_key: str, limit: int | None) -> list[Row]:
+def _load_saved(folder: Path, split: str, key: str, split_key: str) -> Any:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     import datasets
 
@@ -183,16 +236,20 @@ def _read_saved(folder: Path, split: str, key: str, split_key: str, limit: int |
         raise UserError(f"{key}: {str(folder)!r} cannot be read: {one_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         _check_split(split, [str(s) for s in saved], split_key, str(folder))
-        return _first_rows(saved[split], limit)
+        return saved[split]
     _check_split(split, list({"train", str(saved.split or "train")}), split_key, str(folder))
-    return _first_rows(saved, limit)
+    return saved
 
 
-def _read_hub(path: str, name: str | None, split: str, key: str, limit: int | None) -> list[Row]:
+def _read_hub(
+    path: str, name: str | None, split: str, key: str, limit: int | None, files: Files
+) -> list[Row]:
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    where: dict[str, Any] = {"data_dir": files.folder, "revision": files.revision}
+    where = {key: value for key, value in where.items() if value is not None}
     reachable = True
     try:
         # asked first, because load_dataset tries for half a minute where there is no network
@@ -206,7 +263,8 @@ def _read_hub(path: str, name: str | None, split: str, key: str, limit: int | No
         reachable = False
     try:
         with contextlib.nullcontext() if reachable else _offline():
-            return _first_rows(datasets.load_dataset(path, name, split=split), limit)
+            found = datasets.load_dataset(path, name, split=split, **where)
+            return _first_rows(found, limit, files.columns)
     except Exception as error:
         if not reachable:
             raise UserError(
@@ -230,7 +288,9 @@ def _offline() -> Iterator[None]:
         config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _first_rows(dataset: Any, limit: int | None) -> list[Row]:
+def _first_rows(dataset: Any, limit: int | None, columns: Sequence[str] | None = None) -> list[Row]:
+    if columns is not None:  # what nobody reads can be most of the data
+        dataset = dataset.select_columns([c for c in columns if c in dataset.column_names])
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     return dataset.to_list()

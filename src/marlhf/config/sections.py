@@ -5,9 +5,10 @@ The docstring under a field is its line in `marlhf JOB --help`.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from marlhf.registry import Spec
@@ -59,12 +60,27 @@ class ModelSettings:
     """A Jinja chat template, for a tokenizer that has none."""
 
 
+_WITH_PRESET = ("part", "part_seed", "min_good_rows")
+_NOT_WITH_PRESET = ("name", "prompt_column", "prompt_template", "columns")
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class DataSettings:
     """Prompts: JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder, or a hub name."""
 
     path: str | None = None
-    """File, folder or hub name. Must be given, unless Python code passes `train_dataset`."""
+    """File, folder or hub name. Must be given, unless Python code passes `train_dataset` or
+    `preset` knows it; beside `preset`, a copy in the same schema."""
+    preset: Spec | None = None
+    """A dataset of the paper, or yours by import path, that knows its columns, prompts and parts:
+    openai/summarize_from_feedback, Dahoas/full-hh-rlhf, openai/webgpt_comparisons,
+    codeparrot/apps; a name, or a mapping with `name` and arguments (docs/datasets.md)."""
+    part: Literal["auto", "sft", "reward", "ppo", "all", "held_out"] = "auto"
+    """Documents of `preset` to use; `auto`: those of the job, for evaluation the held-out ones."""
+    part_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 1234
+    """Which documents are in which part of `preset`; the same in all jobs, or parts overlap."""
+    min_good_rows: Fraction = 0.95
+    """Go on where this share of `preset`'s rows fits its schema; the others are left out."""
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
@@ -87,7 +103,18 @@ class DataSettings:
     """Held-out prompts from another split of `path`."""
     eval_rows: Natural = 64
     """Held-out prompts: this many of `eval_path` or `eval_split`, or else taken off the end of the
-    data before training; 0 for none."""
+    data before training (with `preset`: of its held-out documents); 0 for none."""
+
+    @model_validator(mode="after")
+    def _preset_and_the_rest(self) -> DataSettings:
+        default = {f.name: f.default for f in fields(DataSettings)}
+        given = self.preset is not None
+        for key in _NOT_WITH_PRESET if given else _WITH_PRESET:
+            unset = {} if key == "columns" else default[key]
+            if getattr(self, key) != unset:
+                why = "preset makes the prompts itself" if given else "it belongs to data.preset"
+                raise ValueError(f"data.{key}: given {getattr(self, key)!r}, but {why}")
+        return self
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from presets_for_tests import (
     summary_row,
 )
 
-from marlhf.config import DataSettings, PPOConfig
+from marlhf.config import DataSettings, PPOConfig, SFTConfig
 from marlhf.config_loading import config_from_dict
 from marlhf.data import load_records, load_rows
 from marlhf.data_presets import Example, RowError, Source, build_preset, place
@@ -103,6 +103,8 @@ def test_jobs_get_their_own_part(tmp_path):
     everything = load(HH, path, "sft", part="all")[0]
     assert len(everything) == 200 - len(parts["held_out"]) < 200
     assert len(load(HH, path, "evaluate", part="all", eval_rows=9)[0]) == 200
+    assert len(load(HH, path, "evaluate", eval_rows=5)[0]) == 5
+    fails("data.part: .* has no part for 'held_out'", HH, path, "ppo", part="held_out")
 
 
 def test_all_rows_of_a_document_are_in_one_part(tmp_path):
@@ -268,6 +270,13 @@ def test_keys_that_do_not_go_together(values, fault):
         config_from_dict(PPOConfig, {"model": {"path": "m"}, "data": values})
 
 
+def test_keys_of_the_sft_job_that_do_not_go_with_a_preset():
+    for key in ("completion_column", "completion_template", "text_column"):
+        values = {"model": {"path": "m"}, "data": {"preset": HH, key: "x"}}
+        with pytest.raises(UserError, match=f"^data.{key}: given 'x', but preset"):
+            config_from_dict(SFTConfig, values)
+
+
 def test_names_and_arguments_are_checked(tmp_path):
     path = save_jsonl(tmp_path, HH, rows_of(HH))
     fails(
@@ -280,8 +289,7 @@ def test_names_and_arguments_are_checked(tmp_path):
     fails("data.preset openai/.*: config: given 'axes', must be 'comparisons' or 'axis'",
           {"name": TLDR, "config": "axes"}, path)  # fmt: skip
     fails(
-        "data.part: the dataset codeparrot/apps has no part for 'reward'; possible: sft, ppo, "
-        "all, held_out",
+        "data.part: the dataset codeparrot/apps has no part for 'reward'; possible: sft, ppo, all$",
         APPS,
         path,
         "reward",

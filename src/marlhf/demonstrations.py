@@ -56,7 +56,7 @@ def load_examples(config: SFTConfig, tokenizer: Any) -> tuple[Examples, Examples
     """`(examples to train on, held-out examples)`. Raises UserError."""
     if tokenizer.eos_token_id is None:
         raise UserError("model.path: the tokenizer has no EOS token, which must end a completion")
-    rows, held_out = load_records(config.data)
+    rows, held_out = load_records(config.data, "sft")
     train_label, held_out_label = source_labels(config.data, len(rows))
     return (
         as_examples(rows, config, tokenizer, *train_label),

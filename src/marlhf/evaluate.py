@@ -138,8 +138,8 @@ def _check_names(config: EvaluateConfig, measures: Sequence[Measure]) -> None:
 
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:
-    rows, held_out = load_rows(config.data)
-    return held_out if config.data.eval_rows else rows
+    rows, held_out = load_rows(config.data, "evaluate")
+    return held_out or rows
 
 
 def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:

@@ -61,7 +61,12 @@ class ModelSettings:
 
 
 _WITH_PRESET = ("part", "part_seed", "min_good_rows")
-_NOT_WITH_PRESET = ("name", "prompt_column", "prompt_template", "columns")
+# some of these belong to one job's section alone
+_NOT_WITH_PRESET = (
+    *("name", "prompt_column", "prompt_template", "columns", "completion_column"),
+    *("completion_template", "text_column", "chosen_column", "rejected_column", "full_texts"),
+    *("margin_column", "demonstrations_column"),
+)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -107,9 +112,9 @@ class DataSettings:
 
     @model_validator(mode="after")
     def _preset_and_the_rest(self) -> DataSettings:
-        default = {f.name: f.default for f in fields(DataSettings)}
+        default = {f.name: f.default for f in fields(self)}
         given = self.preset is not None
-        for key in _NOT_WITH_PRESET if given else _WITH_PRESET:
+        for key in default.keys() & {*(_NOT_WITH_PRESET if given else _WITH_PRESET)}:
             unset = {} if key == "columns" else default[key]
             if getattr(self, key) != unset:
                 why = "preset makes the prompts itself" if given else "it belongs to data.preset"

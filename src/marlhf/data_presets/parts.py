@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 def preset_records(settings: DataSettings, stage: Stage) -> tuple[list[Row], list[Row]]:
     """`(rows of the job's part, held-out rows)`, both in the shape that the job reads.
 
-    The job `evaluate`, and `data.part=held_out`, get the held-out rows as the first and none as
-    the second; all rows are all for `evaluate` alone. Raises UserError.
+    The job `evaluate` gets what it evaluates on as the first and none as the second: by default
+    the first `data.eval_rows` held-out rows (0: all of them). Raises UserError.
     """
     assert settings.preset is not None
     name, preset = build_preset(settings.preset)
@@ -36,14 +36,17 @@ def preset_records(settings: DataSettings, stage: Stage) -> tuple[list[Row], lis
     part = _part(settings, stage, name, source)
     reader = _Reader(settings, name, preset, source)
     examples = reader.training()
+
+    def held_out() -> list[Row]:
+        return _shaped(reader.held_out(examples), stage, name)[: settings.eval_rows or None]
+
     if part == "held_out":
-        return _shaped(reader.held_out(examples), stage, name)[: settings.limit], []
-    whole = part == "all" and stage == "evaluate"
+        return held_out()[: settings.limit], []
+    evaluates = stage == "evaluate"
+    whole = evaluates and part == "all"
     mine = [e for e in examples if whole or reader.is_in(e, part)]
     rows = _shaped(mine, stage, name)[: settings.limit]
-    if stage == "evaluate" or not settings.eval_rows:
-        return rows, []
-    return rows, _shaped(reader.held_out(examples), stage, name)[: settings.eval_rows]
+    return rows, held_out() if settings.eval_rows and not evaluates else []
 
 
 def place(document: str, seed: int, purpose: str = "part") -> float:
@@ -186,7 +189,7 @@ def _part(settings: DataSettings, stage: Stage, name: str, source: Source) -> st
     """The part that the job gets."""
     wanted = {"evaluate": "held_out"}.get(stage, stage)
     part = wanted if settings.part == "auto" else settings.part
-    possible = [*source.shares, "all", "held_out"]
+    possible = [*source.shares, "all", *(["held_out"] if stage == "evaluate" else [])]
     if part not in possible:
         raise UserError(
             f"data.part: the dataset {name} has no part for {part!r}; possible: "

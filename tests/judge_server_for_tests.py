@@ -19,7 +19,8 @@ def completion(text: Any, **usage: int) -> dict[str, Any]:
 
 @dataclass
 class Answer:
-    """What the server sends: a body (objects as JSON), late, cut off, or drop by drop."""
+    """What the server sends: a body (objects as JSON), late, cut off, or drop by drop; or it
+    hangs up."""
 
     body: Any = ""
     status: int = 200
@@ -27,6 +28,7 @@ class Answer:
     delay: float = 0.0
     cut: int = 0
     drops: float = 0.0
+    hangs_up: bool = False
 
 
 def says(text: Any, **usage: int) -> Answer:
@@ -71,6 +73,9 @@ def judge_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Ju
 
         def reply(self, answer: Answer) -> None:
             time.sleep(answer.delay)
+            if answer.hangs_up:
+                self.close_connection = True
+                return
             body = answer.body
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(answer.status)

@@ -68,6 +68,7 @@ FAULTS = {
     "too many": Answer({"error": "slow down"}, status=429, headers={"Retry-After": "0"}),
     "late": Answer(completion("late"), delay=1.0),
     "drop by drop": Answer(completion("late"), drops=0.05),
+    "no answer": Answer(hangs_up=True),
     "half an answer": Answer(completion("half"), cut=5),
     "truncated JSON": Answer(json.dumps(completion("half"))[:-9].encode()),
     "no JSON": Answer(b"<html>gateway</html>"),

@@ -22,6 +22,7 @@ from marlhf import loading
 from marlhf.cli import main
 from marlhf.config_loading import config_to_dict
 from marlhf.errors import UserError
+from marlhf.evaluation import sampling
 from marlhf.evaluation.records import Records
 
 
@@ -300,6 +301,25 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(folder, loads):
     loads.clear()
     assert results_of(folder, reference=str(folder / "a")) == expected
     assert loads == []
+
+
+def test_ctrl_c_loses_one_batch_at_most(folder, monkeypatch):
+    expected = results_of(folder)
+    shutil.rmtree(folder / "out")
+    batches, generate = [], sampling.generate
+
+    def interrupted(*arguments: Any) -> Any:
+        batches.append(len(arguments[2]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments)
+
+    monkeypatch.setattr(sampling, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        results_of(folder)
+    assert len(lines_of(folder, "samples")) == sum(batches[:2]) == 10
+    assert results_of(folder) == expected
+    assert sum(batches) == batches[2] + 2 * 2 * len(PROMPTS)
 
 
 def test_a_run_that_dies_in_a_reward_keeps_its_responses(folder, loads, monkeypatch):

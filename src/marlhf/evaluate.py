@@ -30,7 +30,7 @@ from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.evaluation.bench import MEASURE_KEY, SAMPLE_KEY, Bench
 from marlhf.evaluation.endpoint import api_key
-from marlhf.evaluation.policies import check_same_tokens, labelled, source
+from marlhf.evaluation.policies import Source, check_same_tokens, labelled, source
 from marlhf.evaluation.preferences import judge_pairs, rate_pairs
 from marlhf.evaluation.raters import read_ratings
 from marlhf.evaluation.records import Records
@@ -54,14 +54,38 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
     Raises UserError for what cannot work, before any weight is loaded where that is possible.
     """
-    # 1. check
     distributed = Distributed(config.model.precision)
+    # 1. check
     measures = build_measures(config)
     _check_names(config, measures)
+    bench, reference = _bench(config, measures, distributed)
+    prints = {each.label: fingerprints(bench, each) for each in bench.sources}
+    for each in bench.sources:
+        pending_samples(bench, each, prints[each.label])
+    _write_config(config, distributed)
+    # 2. sample
+    for each in bench.sources:
+        sample_policy(bench, each, prints[each.label])
+    # 3. score
+    for measure in measures:
+        apply_measure(bench, measure)
+    if reference is not None:
+        measure_kl(bench, reference)
+    # 4. summarise, 5. ask
+    return _results(bench, measures) if distributed.is_main else None
+
+
+def _bench(
+    config: EvaluateConfig, measures: Sequence[Measure], distributed: Distributed
+) -> tuple[Bench, Source | None]:
+    """Prompts, models short of their weights, and what an earlier run left; and the reference.
+
+    Raises UserError for whatever does not fit together.
+    """
     prompts = _prompts(config)
-    reward = CombinedReward(tuple(measure.reward for measure in measures))
+    rewards = CombinedReward(tuple(measure.reward for measure in measures))
     messages = ["messages"] if any(p.messages is not None for p in prompts) else []
-    reward.check_columns([*prompts[0].columns, *messages])
+    rewards.check_columns([*prompts[0].columns, *messages])
     sources = [
         source(label, path, _key(config, label), config, prompts)
         for label, path in labelled(config.policies).items()
@@ -71,34 +95,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         reference = source("reference", config.reference, "reference", config, prompts)
         check_same_tokens(reference, sources)
     folder = _claim(config, distributed)
-    bench = Bench(
-        config,
-        prompts,
-        sources,
-        Records(folder / SAMPLES, SAMPLE_KEY, distributed),
-        Records(folder / MEASURES, MEASURE_KEY, distributed),
-        distributed,
-        _Track(distributed.is_main),
-    )
-    prints = {each.label: fingerprints(bench, each) for each in sources}
-    for each in sources:
-        pending_samples(bench, each, prints[each.label])
-    _write_config(config, folder, distributed)
+    samples = Records(folder / SAMPLES, SAMPLE_KEY, distributed)
+    known = Records(folder / MEASURES, MEASURE_KEY, distributed)
+    track = _Track(distributed.is_main)
+    return Bench(config, prompts, sources, samples, known, distributed, track), reference
 
-    # 2. sample
-    for each in sources:
-        sample_policy(bench, each, prints[each.label])
-    # 3. score
-    for measure in measures:
-        apply_measure(bench, measure)
-    if reference is not None:
-        measure_kl(bench, reference)
-    if not distributed.is_main:
-        return None
-    # 4. summarise
+
+def _results(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
+    """Everything known, on disk and on the terminal, whatever becomes of the judge."""
+    config, folder = bench.config, _folder(bench.config)
     results = summarise(bench, measures)
     _write_results(results, folder)
-    # 5. ask; whatever becomes of the judge, all that is known is shown
     try:
         if config.raters is not None:
             rate_pairs(bench, results, folder)
@@ -108,6 +115,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         _write_results(results, folder)
         show(results, _console())
     return results
+
+
+def _folder(config: EvaluateConfig) -> Path:
+    return Path(config.output_dir).expanduser()
 
 
 def _key(config: EvaluateConfig, label: str) -> str:
@@ -144,7 +155,7 @@ def _prompts(config: EvaluateConfig) -> list[Prompt]:
 
 def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:
     """The output folder, without the files of an earlier evaluation if they may go."""
-    folder = Path(config.output_dir).expanduser()
+    folder = _folder(config)
     fault: list[str] = []
     if distributed.is_main:
         try:
@@ -163,10 +174,10 @@ def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:
     return folder
 
 
-def _write_config(config: EvaluateConfig, folder: Path, distributed: Distributed) -> None:
+def _write_config(config: EvaluateConfig, distributed: Distributed) -> None:
     if distributed.is_main:
         text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        (_folder(config) / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def _write_results(results: dict[str, Any], folder: Path) -> None:

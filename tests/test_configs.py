@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from models_for_tests import CHATML, byte_tokenizer
 
-from marlhf.config import EvaluateConfig, PPOConfig, SFTConfig
+from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from marlhf.config_loading import load_config
 from marlhf.data import as_prompts
 from marlhf.demonstrations import as_examples
@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 JOBS = {
     "evaluate": EvaluateConfig,
     "ppo": PPOConfig,
+    "reward": RewardConfig,
     "sft": SFTConfig,
 }  # a file is named after its job: ppo_summaries.yaml
 

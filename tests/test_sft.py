@@ -389,6 +389,6 @@ def test_every_rank_gets_as_many_passes_and_every_row_counts_once(rows):
     given = ["x" * (i + 1) for i in range(rows)]
     parts = [list(shares(given, 2, Rank(rank))) for rank in (0, 1)]
     assert len(parts[0]) == len(parts[1])
-    counted = [row for part in parts for some, count in part for row in some[:count]]
+    counted = [row for part in parts for _, some, count in part for row in some[:count]]
     assert sorted(counted) == sorted(given)
-    assert all(some for part in parts for some, _ in part)
+    assert all(some for part in parts for _, some, _ in part)

@@ -12,6 +12,11 @@ from typing import Any
 # job -> its configuration, what runs it, and a line of help
 JOBS = {
     "sft": ("marlhf.config.SFTConfig", "marlhf.sft.run", "fine-tune a model on demonstrations"),
+    "reward": (
+        "marlhf.config.RewardConfig",
+        "marlhf.reward_model.run",
+        "train a reward model on preference pairs",
+    ),
     "ppo": ("marlhf.config.PPOConfig", "marlhf.ppo.run", "train a policy by macro-action PPO"),
     "evaluate": (
         "marlhf.config.EvaluateConfig",

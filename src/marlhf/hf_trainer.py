@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from marlhf.config import AdamWSettings, SFTConfig
+from marlhf.config import AdamWSettings, RewardConfig, SFTConfig
 from marlhf.data import PromptStream
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.metrics import peak_memory_gb
 from marlhf.run_directory import RunDirectory
 
-JobConfig = SFTConfig
+JobConfig = SFTConfig | RewardConfig
 Batch = dict[str, Any]  # tensors, and None where there is none
 
 
@@ -139,19 +139,18 @@ class RunTrainer(Trainer):
 
 def shares(
     rows: Sequence[Any], size: int, distributed: Distributed
-) -> Iterator[tuple[Sequence[Any], int]]:
-    """`(rows of one forward pass on this rank, how many of them count)`.
+) -> Iterator[tuple[int, Sequence[Any], int]]:
+    """`(place of the first one, rows of one forward pass on this rank, how many of them count)`,
+    the shortest rows first.
 
     Every rank gets the same number of passes, as some engines need; where there are fewer rows than
     ranks want, a row comes again and does not count.
     """
     ordered = sorted(rows, key=len)
-    stride = size * distributed.world_size
-    for start in range(distributed.rank * size, len(ordered) + stride - 1, stride):
-        if start - distributed.rank * size >= len(ordered):
-            return
-        part = ordered[start : start + size]
-        yield part or ordered[:1], len(part)
+    for start in range(0, len(ordered), size * distributed.world_size):
+        first = start + distributed.rank * size
+        part = ordered[first : first + size]
+        yield first, part or ordered[:1], len(part)
 
 
 def micro_batch_size(config: JobConfig, distributed: Distributed) -> int:

@@ -24,7 +24,7 @@ from marlhf.metrics import JsonLines, ProgressBar, TensorBoard, WandB
 
 _OWN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
-    *("final", "final.partial"),
+    *("final", "final.partial", "reward_report.json"),
 )
 
 

@@ -118,7 +118,7 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """Mean cross-entropy of all trained tokens, and its exponential."""
     total = torch.zeros(2, dtype=torch.float64)
-    for part, counted in shares(rows, size, distributed):
+    for _, part, counted in shares(rows, size, distributed):
         batch = {k: v if v is None else v.to(distributed.device) for k, v in collate(part).items()}
         labels: Any = batch.pop("labels")
         logprobs, _ = module(**batch)

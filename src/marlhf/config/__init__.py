@@ -15,6 +15,7 @@ from marlhf.config.ppo import (
     PPOSettings,
     PTXSettings,
 )
+from marlhf.config.reward import PairDataSettings, RewardConfig, RewardOptimizerSettings
 from marlhf.config.sections import (
     AdamWSettings,
     CheckpointSettings,
@@ -47,8 +48,11 @@ __all__ = [
     "PPOConfig",
     "PPOSettings",
     "PTXSettings",
+    "PairDataSettings",
     "PassSettings",
     "RaterSettings",
+    "RewardConfig",
+    "RewardOptimizerSettings",
     "RewardSettings",
     "RolloutSettings",
     "SFTConfig",

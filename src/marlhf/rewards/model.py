@@ -124,7 +124,9 @@ def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (positions * attention_mask.long()).argmax(1)
     rows = torch.arange(len(input_ids), device=input_ids.device)
-    return head(hidden[rows, last])[:, 0].float()
+    with torch.autocast(hidden.device.type, enabled=False):  # bf16 would round the score
+        dtype = next(head.parameters()).dtype
+        return head(hidden[rows, last].to(dtype))[:, 0].float()
 
 
 def reward_texts(

@@ -1,0 +1,70 @@
+"""A reward model to train: a sequence classifier with one label, made from a causal LM."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from marlhf.config import ModelSettings
+from marlhf.errors import UserError, one_line
+from marlhf.loading import (
+    add_adapter,
+    check_architecture,
+    enable_checkpointing,
+    load_causal_lm,
+    load_classifier,
+)
+from marlhf.models import trunk_of
+
+
+def build_classifier(settings: ModelSettings, base_config: Any, tokenizer: Any) -> Any:
+    """A one-label sequence classifier to train: the reward model in `settings.path`, or the causal
+    LM there with a new scalar head, drawn small; PEFT around it with LoRA. Raises UserError."""
+    if any(name.endswith("Classification") for name in base_config.architectures or ()):
+        model: Any = load_classifier(settings, "model.path")
+    else:
+        check_architecture(base_config, settings)
+        model = _with_scalar_head(load_causal_lm(settings, base_config))
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(
+            f"model.path: {type(model).__name__} has no linear `score` head; must be decoder-only"
+        )
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    return add_adapter(model, settings.lora, "reward", "SEQ_CLS") if settings.lora else model
+
+
+def _with_scalar_head(lm: Any) -> Any:
+    """A sequence classifier around a causal LM's trunk."""
+    config = copy.deepcopy(lm.config)
+    config.num_labels, config.architectures = 1, None
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(f"model.path: {one_line(error)}") from error
+    setattr(model, model.base_model_prefix, trunk_of(lm))
+    hidden_size = config.get_text_config().hidden_size
+    model.score = nn.Linear(hidden_size, 1, bias=False)
+    # the scale of Stiennon et al. 2020 (arXiv 2009.01325)
+    nn.init.normal_(model.score.weight, std=(hidden_size + 1) ** -0.5)
+    return model
+
+
+def save_classifier(model: Any, tokenizer: Any, offset: float, folder: Path) -> None:
+    """Write a plain `from_pretrained` directory of a sequence classifier, whose scores less
+    `config.score_offset` are centred; adapters are merged in, and also kept alone."""
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder / "adapter")
+        model = copy.deepcopy(model).merge_and_unload()
+    model.config.score_offset = offset
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

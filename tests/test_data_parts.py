@@ -126,14 +126,14 @@ def test_all_rows_of_a_document_are_in_one_part(tmp_path):
     assert sum(map(len, posts.values())) == 60
 
 
-def test_prompts_and_demonstrations_come_once_and_comparisons_all(tmp_path):
+def test_prompts_come_once_and_demonstrations_and_comparisons_all(tmp_path):
     rows = [summary_row(i, post="The same post.") for i in (1, 3, 0, 1)]
     for row in rows:
         row["info"]["subreddit"] = "all"
     path = save_jsonl(tmp_path, TLDR, rows)
     everything = {"part": "all", "eval_path": "none"}
     assert len(load(TLDR, path, "reward", **everything)[0]) == 4
-    assert len(load(TLDR, path, "sft", **everything)[0]) == 3
+    assert len(load(TLDR, path, "sft", **everything)[0]) == 4
     (prompt,) = load(TLDR, path, "ppo", **everything)[0]
     assert prompt["reference"] == " Keep the kettle?", "of the third row, null in the others"
     assert prompt["id"] == "t3_1"

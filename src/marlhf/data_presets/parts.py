@@ -199,9 +199,13 @@ def _part(settings: DataSettings, stage: Stage, name: str, source: Source) -> st
 
 
 def _sft_rows(examples: Iterable[Example]) -> list[Row]:
-    """`{prompt, completion}` of every demonstration, each once."""
-    pairs = ((e.prompt, d) for e in examples for d in e.demonstrations if d.strip())
-    return [{"prompt": prompt, "completion": answer} for prompt, answer in dict.fromkeys(pairs)]
+    """`{prompt, completion}` of every demonstration that is there."""
+    return [
+        {"prompt": e.prompt, "completion": answer}
+        for e in examples
+        for answer in e.demonstrations
+        if answer.strip()
+    ]
 
 
 def _pairs(examples: Iterable[Example]) -> list[Row]:

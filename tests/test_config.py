@@ -284,9 +284,12 @@ def test_help_shows_types_bounds_and_defaults(line, help_text):
     assert f"\n  {line}\n" in help_text
 
 
+OPTIONAL_SECTIONS = ("model.lora.", "ptx.")  # null unless one of their keys is given
+
+
 def test_defaults_in_help_are_accepted_as_overrides():
     for field in config_fields(PPOConfig):
-        if field.default not in ("", "required") and not field.key.startswith("model.lora."):
+        if field.default not in ("", "required") and not field.key.startswith(OPTIONAL_SECTIONS):
             assert loaded(f"{field.key}={field.default}") == loaded()
 
 
@@ -318,7 +321,9 @@ def values_of(kind: str) -> st.SearchStrategy[Any]:
 
 # these depend on each other, or on files
 CROSSED = {"preset", "ppo.minibatches", "ppo.estimator", "rollout.min_new_tokens", "critic.path"}
+CROSSED |= {"kl.target", "kl.horizon"}
 CROSSED |= {f"data.{key}" for key in ("preset", "part", "part_seed", "min_good_rows")}
+CROSSED |= {f.key for f in config_fields(PPOConfig) if f.key.startswith("ptx.")}
 FREE = [f for f in config_fields(PPOConfig) if f.type != "section" and f.key not in CROSSED]
 
 

@@ -321,7 +321,7 @@ def values_of(kind: str) -> st.SearchStrategy[Any]:
 
 # these depend on each other, or on files
 CROSSED = {"preset", "ppo.minibatches", "ppo.estimator", "rollout.min_new_tokens", "critic.path"}
-CROSSED |= {"kl.target", "kl.horizon"}
+CROSSED |= {"kl.target", "kl.horizon", "ppo.target_kl"}
 CROSSED |= {f"data.{key}" for key in ("preset", "part", "part_seed", "min_good_rows")}
 CROSSED |= {f.key for f in config_fields(PPOConfig) if f.key.startswith("ptx.")}
 FREE = [f for f in config_fields(PPOConfig) if f.type != "section" and f.key not in CROSSED]

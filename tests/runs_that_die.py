@@ -35,6 +35,8 @@ SECTIONS: dict[str, Any] = {
 class DrawingReward:
     """A reward that draws from every global generator and has a state of its own."""
 
+    fails_at: int | None = None
+
     def __init__(self) -> None:
         self.calls = 0
 
@@ -45,6 +47,8 @@ class DrawingReward:
         import torch
 
         self.calls += 1
+        if self.calls == self.fails_at:
+            raise RuntimeError("the scorer is out of order")
         noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
         return [score + noise + self.calls for score in vowels(prompts, completions)]
 

@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 from models_for_tests import BYTES_VOCAB, tiny_causal_lm
+from runs_for_tests import tiny_config
 from runs_that_die import contents, die, in_child, train, trainer
 
 from marlhf import checkpoint, learner, metrics
+from marlhf.config_loading import config_to_dict
 from marlhf.errors import UserError
 from marlhf.learner import Learner
 from marlhf.metrics import JsonLines, TensorBoard
 from marlhf.ppo import PPOTrainer
 from marlhf.run_directory import RunDirectory
-from marlhf.run_state import RunState
+from marlhf.run_state import RunState, check_config
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(
         ({"seed": 1}, r"differs from that of checkpoint \S+ in seed \(0, now 1\); on a resume"),
         ({"rollout": {"temperature": 0.5}}, r"in rollout\.temperature \(1\.0, now 0\.5\)"),
         ({"ppo": {"epochs": 3}, "seed": 1}, r"in seed \(0, now 1\), ppo\.epochs \(1, now 3\)"),
-        ({"segmenter": {"name": "ngram", "n": 4}}, r"in segmenter \(\{'name': 'ngram', 'n': 3\}"),
+        ({"segmenter": {"name": "ngram", "n": 4}}, r"in segmenter\.n \(3, now 4\)"),
         ({"steps": 3}, r"steps: given 3, but the checkpoint \S+ to resume is already of update 7"),
         ({"resume": None}, r"already holds a run; .* set resume=auto .* or overwrite=true"),
         ({"resume": "nowhere/step-3"}, r"given 'nowhere/step-3', must be auto or .*step-7, step-6"),
@@ -241,6 +243,18 @@ def test_what_changes_no_result_may_differ(finished: Path, tmp_path: Path) -> No
         checkpoint={"keep": 5},
     )
     assert made.step_count == 7
+
+
+def test_keys_that_came_after_a_checkpoint_had_their_defaults_then(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    plain = config_to_dict(config)
+    del plain["rollout"]["top_k"], plain["data"]
+    old = checkpoint.Checkpoint(tmp_path / "step-1", {"step": 1, "config": plain})
+    with pytest.raises(UserError, match=r"in data\.eval_rows \(64, now 0\); on a resume"):
+        check_config(config, old)
+    plain["rollout"]["top_j"] = 3
+    with pytest.raises(UserError, match=r"not one of this version of marlhf: rollout\.top_j"):
+        check_config(config, old)
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:

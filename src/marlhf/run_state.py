@@ -11,6 +11,7 @@ The position in the data and the noise of every response are functions of (seed,
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from marlhf import checkpoint
 from marlhf.checkpoint import Checkpoint
 from marlhf.config import CheckpointSettings
-from marlhf.config_loading import config_to_dict
+from marlhf.config_loading import config_from_dict, config_to_dict
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError, one_line
 from marlhf.run_directory import RunDirectory, notice, writing
@@ -70,7 +71,16 @@ class RunState:
     def save(self, root: Path, step: int, score: float | None) -> None:
         """Write `root/step-N` and delete what `config.checkpoint` does not keep. Raises UserError
         where the disk refuses; the checkpoints before are whole then."""
+        try:
+            self._write(root, step, score)
+        except Exception:
+            if self._distributed.is_main:  # room on a full disk
+                shutil.rmtree(root / f"step-{step}.partial", ignore_errors=True)
+            raise
         settings: CheckpointSettings = self._config.checkpoint
+        self._on_main(lambda: checkpoint.prune(root, settings.keep, settings.keep_best), root)
+
+    def _write(self, root: Path, step: int, score: float | None) -> None:
         partial = root / f"step-{step}.partial"
         self._on_main(lambda: checkpoint.begin(root, step), root)
         for name, part in self._folders.items():
@@ -82,7 +92,6 @@ class RunState:
             "config": config_to_dict(self._config),
         }
         self._on_main(lambda: checkpoint.commit(partial, facts), root)
-        self._on_main(lambda: checkpoint.prune(root, settings.keep, settings.keep_best), root)
 
     def load(self, found: Checkpoint) -> int:
         """Go on from a checkpoint; its step. Raises UserError."""
@@ -120,10 +129,9 @@ class RunState:
 
     def _what_differs(self, found: Checkpoint) -> str:
         """The end of the line that tells of a resume: what is not as it was."""
-        old, new = found.facts["config"], config_to_dict(self._config)
         changes = [
             f"{key} {a!r} -> {b!r}"
-            for key, a, b in differences(old, new)
+            for key, a, b in differences(_config_of(found, self._config), self._config)
             if key not in ("output_dir", "overwrite", "resume")
         ]
         ranks, now = found.facts["world_size"], self._distributed.world_size
@@ -157,10 +165,9 @@ def claim(config: Any, distributed: Distributed) -> tuple[RunDirectory, Checkpoi
 
 def check_config(config: Any, found: Checkpoint) -> None:
     """That a run may go on from a checkpoint with this configuration. Raises UserError."""
-    old, new = found.facts["config"], config_to_dict(config)
     faults = [
         f"{key} ({a!r}, now {b!r})"
-        for key, a, b in differences(old, new)
+        for key, a, b in differences(_config_of(found, config), config)
         if key not in MAY_DIFFER and key.split(".")[0] not in MAY_DIFFER
     ]
     if faults:
@@ -175,11 +182,27 @@ def check_config(config: Any, found: Checkpoint) -> None:
         )
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys in which two configurations as plain data differ, with both values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and "name" not in {*old, *new}:
+def _config_of(found: Checkpoint, config: Any) -> Any:
+    """The configuration of a checkpoint; keys that came since have their defaults. Raises
+    UserError."""
+    try:
+        return config_from_dict(type(config), found.facts["config"])
+    except UserError as error:
+        raise UserError(
+            f"resume: the configuration of checkpoint {found.path} is not one of this version of "
+            f"marlhf: {error}"
+        ) from None
+
+
+def differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys in which two configurations of a class differ, with both values."""
+    return _differences(config_to_dict(old), config_to_dict(new), "")
+
+
+def _differences(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*old, *new]):
-            yield from differences(old.get(name), new.get(name), f"{prefix}{name}.")
+            yield from _differences(old.get(name), new.get(name), f"{prefix}{name}.")
     elif old != new:
         yield prefix[:-1], old, new
 

@@ -1,0 +1,145 @@
+"""Full disks, and ranks that fail or are killed: what is shown, and what is left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs_that_die import contents, in_child, train, trainer
+from safetensors import SafetensorError
+
+from marlhf import checkpoint, learner, metrics, run_state
+from marlhf.errors import UserError
+
+SCRIPT = Path(__file__).parent / "two_ranks_that_die.py"
+
+
+def full(owner: Any, name: str, call: int, error: Exception, monkeypatch: Any) -> None:
+    """From its `call`-th call on, a function finds the disk full."""
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= call:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+WRITES: dict[str, tuple[Any, str, int, Exception]] = {
+    "a row": (metrics.JsonLines, "write", 14, NO_SPACE),
+    "events": (metrics.TensorBoard, "write", 5, NO_SPACE),
+    "weights": (learner, "save_file", 3, SafetensorError("I/O error: No space (os error 28)")),
+    "optimiser": (learner.torch, "save", 4, RuntimeError("PytorchStreamWriter failed writing")),
+    "rank": (run_state.torch, "save", 6, NO_SPACE),
+    "manifest": (checkpoint, "sync", 12, NO_SPACE),
+    "name": (checkpoint.os, "rename", 2, NO_SPACE),
+    "deleting an old one": (run_state.shutil, "rmtree", 1, NO_SPACE),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that never stops writes."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder)
+    return contents(folder)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(
+    write: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        made = trainer(tmp_path / "run")
+        owner, name, call, error = WRITES[write]
+        full(owner, name, call, error, patched)
+        free = type("Usage", (), {"free": 0})
+        patched.setattr("shutil.disk_usage", lambda _: free)
+        with pytest.raises(UserError, match=r"the disk is full; .* resume=auto") as raised:
+            made.train()
+        assert "\n" not in str(raised.value)
+    found = checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail)
+    assert found is not None
+    train(tmp_path / "run")
+    assert contents(tmp_path / "run") == alone
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: Any) -> None:
+    full(learner, "save_file", 1, RuntimeError("a fault of ours"), monkeypatch)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        train(tmp_path)
+
+
+def launch(folder: Path, fault: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(folder), fault],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks that never stop write."""
+    folder = tmp_path_factory.mktemp("together")
+    assert launch(folder, "none").returncode == 0
+    return contents(folder)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two ranks of which one was killed."""
+    folders = {fault: tmp_path_factory.mktemp(fault) for fault in ("update", "checkpoint")}
+    assert all(launch(folder, fault).returncode != 0 for fault, folder in folders.items())
+    return folders
+
+
+@pytest.mark.parametrize(("fault", "step"), [("update", 4), ("checkpoint", 2)])
+def test_two_ranks_killed_and_resumed_are_as_if_never_killed(
+    fault: str, step: int, killed: dict[str, Path], together: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(killed[fault], tmp_path / "run")
+    done = launch(tmp_path / "run", "none")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming from {tmp_path / 'run' / 'checkpoints' / f'step-{step}'}" in done.stderr
+    assert contents(tmp_path / "run") == together
+
+
+def test_one_rank_goes_on_from_what_two_have_written(
+    killed: dict[str, Path],
+    together: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(killed["update"], tmp_path / "run")
+    assert in_child(lambda: train(tmp_path / "run")) == 0
+    assert "ranks 2 -> 1, which may change results by rounding" in capfd.readouterr().err
+    rows, wanted = contents(tmp_path / "run")["metrics"], together["metrics"]
+    assert rows[:5] == wanted[:5]
+    assert len(rows) == len(wanted)
+    for row, wanted_row in zip(rows, wanted, strict=True):
+        assert row == pytest.approx(wanted_row, rel=1e-3, abs=1e-4)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_both_with_its_error(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = launch(tmp_path, "reward")
+    assert done.returncode != 0
+    assert time.monotonic() - began < 60
+    assert "the scorer is out of order" in done.stderr
+    assert "PeerError: rank 1 failed: reward DrawingReward" in done.stderr
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]

@@ -1,0 +1,41 @@
+"""The run of `runs_that_die`, started once a rank: `python two_ranks_that_die.py FOLDER FAULT`.
+
+FAULT   none; `update`: rank 1 is killed in its fifth update; `checkpoint`: rank 0 is killed while
+        it writes the second checkpoint; `reward`: the reward fails on rank 1 in the third update
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs_that_die import die, trainer
+
+from marlhf import learner
+
+
+def main(folder: Path, fault: str) -> None:
+    torch.set_num_threads(1)
+    made = trainer(folder)
+    rank, real_worker, real_save = made.distributed.rank, made.worker, learner.save_file
+
+    def worker(*args: Any, **kwargs: Any) -> Any:
+        if fault == "update" and rank == 1 and made.step_count == 4 and not kwargs:
+            die()
+        return real_worker(*args, **kwargs)
+
+    def save_file(weights: Any, path: Path) -> None:
+        if fault == "checkpoint" and "step-4.partial" in str(path):
+            die()
+        real_save(weights, path)
+
+    if fault == "reward" and rank == 1:
+        reward: Any = made.reward.rewards[0].function
+        reward.fails_at = 4  # after the evaluation and two updates
+    made.worker = worker  # type: ignore[assignment]
+    learner.save_file = save_file
+    made.train()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

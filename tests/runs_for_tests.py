@@ -64,12 +64,18 @@ def tiny_config(folder: Path, **sections: Any) -> PPOConfig:
 
 
 def tiny_trainer(
-    folder: Path, family: str = "llama", lm: Any = None, score: Any = vowels, **sections: Any
+    folder: Path,
+    family: str = "llama",
+    lm: Any = None,
+    score: Any = vowels,
+    token_reward: Any = None,
+    **sections: Any,
 ) -> PPOTrainer:
     """A trainer on a tiny random model of a family."""
     return PPOTrainer(
         tiny_config(folder, **sections),
         reward=score,
+        token_reward=token_reward,
         train_dataset=PROMPTS,
         model=lm if lm is not None else tiny_causal_lm(family, BYTES_VOCAB),
         tokenizer=byte_tokenizer(add_bos=True),

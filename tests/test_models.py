@@ -17,6 +17,7 @@ from marlhf.types import Generation, Sequences
 
 LENGTHS = [(5, 4), (2, 6), (7, 1), (3, 0)]  # prompt and response tokens of each row
 TEMPERATURE = 1.3
+EVERY = ("entropy", "token_ranks", "hidden_states", "token_embeddings")
 
 
 def batch() -> Sequences:
@@ -38,9 +39,7 @@ def unpadded(sequences: Sequences, row: int) -> torch.Tensor:
 def test_logprobs_are_those_of_a_plain_forward_pass(family: str) -> None:
     model, sequences = tiny_causal_lm(family), batch()
     with torch.no_grad():
-        logprobs, entropy = forward(
-            Policy(model), sequences, temperature=TEMPERATURE, with_entropy=True
-        )
+        logprobs, extras = forward(Policy(model), sequences, temperature=TEMPERATURE, extras=EVERY)
     for row, (prompt, response) in enumerate(LENGTHS):
         ids = unpadded(sequences, row)
         with torch.no_grad():
@@ -50,9 +49,18 @@ def test_logprobs_are_those_of_a_plain_forward_pass(family: str) -> None:
         torch.testing.assert_close(logprobs[row, :response].double(), wanted, atol=1e-5, rtol=0)
         wanted_entropy = -(log_p.exp() * log_p).sum(-1)
         torch.testing.assert_close(
-            entropy[row, :response].double(), wanted_entropy, atol=1e-5, rtol=0
+            extras["entropy"][row, :response].double(), wanted_entropy, atol=1e-5, rtol=0
         )
         assert not logprobs[row, response:].any()
+        order = logits.argsort(-1, descending=True).tolist()
+        ranks = [order[t].index(token) for t, token in enumerate(ids[0, prompt:].tolist())]
+        assert extras["token_ranks"][row].tolist()[:response] == ranks
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states[-1][0, prompt - 1 :]
+            embeddings = model.get_input_embeddings()(ids[0, prompt:])
+        found = extras["hidden_states"][row, : response + 1]
+        torch.testing.assert_close(found, states, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(extras["token_embeddings"][row, :response], embeddings)
 
 
 def test_a_final_softcap_is_applied() -> None:

@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
         "ppo": {"epochs": 4, "target_kl": 0.01},
         "optimizer": {"micro_batch_size": 2, "learning_rate": 0.02},
     },
+    "token rewards": {
+        "reward": {"tokens": [{"name": "curiosity", "weight": 0.5, "learning_rate": 0.01}]},
+    },
     "lora": {"model": {"lora": {"r": 4}}},
 }
 

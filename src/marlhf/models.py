@@ -7,7 +7,7 @@ frozen base: each forward switches to its own adapter, the reference to none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,15 +38,21 @@ class Policy(nn.Module):
         attention_mask: Tensor | None,
         response_mask: Tensor,
         temperature: float = 1.0,
-        with_entropy: bool = False,
+        extras: Collection[str] = (),
         position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`(logprobs [B,T], entropy [B,T] or None)` in fp32 and nats, 0 outside the mask.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`(logprobs [B,T], extras)`, logprobs in fp32 and nats, 0 outside the mask.
 
         input_ids, attention_mask [B,P+T] as in `Sequences`; logits are divided by `temperature`.
         position_ids [B,P+T] instead of an attention mask: rows without padding on their left. Where
         positions start again at 0 another example starts, which attends to itself alone.
         Logits exist for response positions only, and for a chunk of those at a time.
+
+        extras   what else to return, by name:
+            entropy            [B,T] nats, 0 outside the mask
+            token_ranks        [B,T] int64, tokens that are likelier than the one there, 0 outside
+            hidden_states      [B,T+1,H] the last layer's, before each token and after the last
+            token_embeddings   [B,T,H] the response tokens as the first layer reads them
         """
         T = response_mask.shape[1]
         with use_adapter(self.model, self.adapter):
@@ -55,14 +61,19 @@ class Policy(nn.Module):
             before = hidden[:, -T - 1 : -1][response_mask]
             targets = input_ids[:, -T:][response_mask]
             size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
-            logprobs, entropy = _chunked_logprobs(
-                before, targets, head_of(causal_lm), temperature, with_entropy, size
+            logprobs, of_logits = _chunked_logprobs(
+                before, targets, head_of(causal_lm), temperature, extras, size
             )
-        empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=logprobs.device)
-        logprobs_BT = empty.masked_scatter(response_mask, logprobs)
-        if entropy is None:
-            return logprobs_BT, None
-        return logprobs_BT, empty.masked_scatter(response_mask, entropy)
+            found = {}
+            if "hidden_states" in extras:
+                found["hidden_states"] = hidden[:, -T - 1 :]
+            if "token_embeddings" in extras:
+                found["token_embeddings"] = causal_lm.get_input_embeddings()(input_ids[:, -T:])
+
+        def placed(x: Tensor) -> Tensor:
+            return x.new_zeros(response_mask.shape).masked_scatter(response_mask, x)
+
+        return placed(logprobs), {**found, **{name: placed(x) for name, x in of_logits.items()}}
 
 
 class Critic(nn.Module):
@@ -190,30 +201,36 @@ def _chunked_logprobs(
     targets: Tensor,
     head: Callable[[Tensor], Tensor],
     temperature: float,
-    with_entropy: bool,
+    extras: Collection[str],
     size: int,
-) -> tuple[Tensor, Tensor | None]:
-    """`hidden [N,H], targets [N] -> logprobs [N], entropy [N]`, logits of `size` tokens at a time.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`hidden [N,H], targets [N] -> logprobs [N]`, and the extras that are read off the logits, [N]
+    too; logits of `size` tokens at a time.
 
     In training the logits of a chunk are computed again in the backward pass.
     """
 
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    names = [name for name in ("entropy", "token_ranks") if name in extras]
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = head(hidden).float() / temperature
         normaliser = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-        if not with_entropy:
-            return logprobs, logprobs
-        return logprobs, normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+        own = logits.gather(-1, targets[:, None])
+        found = [own.squeeze(-1) - normaliser]
+        if "entropy" in names:
+            found.append(normaliser - (torch.softmax(logits, -1) * logits).sum(-1))
+        if "token_ranks" in names:
+            found.append((logits > own).sum(-1))
+        return tuple(found)
 
     if len(targets) == 0:
         nothing = hidden.sum(-1).float()  # an empty tensor that still hangs on the graph
-        return nothing, nothing if with_entropy else None
+        return nothing, dict.fromkeys(names, nothing)
     parts = []
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
         if torch.is_grad_enabled():
             parts.append(checkpoint(chunk, h, t, use_reentrant=False))
         else:
             parts.append(chunk(h, t))
-    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logprobs, entropy if with_entropy else None
+    logprobs, *others = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, dict(zip(names, others, strict=True))

@@ -30,8 +30,8 @@ from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
 from marlhf.objectives import policy_objective, text_objective, value_objective
 from marlhf.ptx import TextStream
-from marlhf.rewards import RewardModel, build_rewards
-from marlhf.rollout import Rollout, RolloutWorker
+from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
+from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards
 from marlhf.run_directory import writing
 from marlhf.run_state import RunState, claim, seed_generators
 from marlhf.segmenters import build_segmenter, segment, segmenter_metrics
@@ -45,6 +45,7 @@ class PPOTrainer:
 
     config          a PPOConfig
     reward          instead of config.reward.models: a callable, name, path, or a list of these
+    token_reward    instead of config.reward.tokens: a TokenReward, a name, or a list of these
     segmenter       instead of config.segmenter: a callable `ResponseBatch -> starts`, or a name
     train_dataset   instead of config.data: a list of prompts or rows, or a `datasets.Dataset`
     eval_dataset    held-out prompts, likewise
@@ -60,6 +61,7 @@ class PPOTrainer:
         config: PPOConfig,
         *,
         reward: Any = None,
+        token_reward: Any = None,
         segmenter: Any = None,
         train_dataset: Iterable[Any] | None = None,
         eval_dataset: Iterable[Any] | None = None,
@@ -71,6 +73,9 @@ class PPOTrainer:
         self.distributed = Distributed(config.model.precision)
         self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
         self.reward = build_rewards(reward if reward is not None else config.reward.models)
+        self.token_reward = build_token_rewards(
+            token_reward if token_reward is not None else config.reward.tokens
+        ).to(self.distributed.device)
         train, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
@@ -101,6 +106,7 @@ class PPOTrainer:
             self.reward.load().to(self.distributed.device),
             self.tokenizer,
             self.distributed,
+            self.token_reward.requires,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
         self.state = RunState(self._parts(), config, self.distributed)
@@ -114,6 +120,7 @@ class PPOTrainer:
             "kl": self.kl,
             "segmenter": self.segmenter,
             **{f"reward {reward.name}": reward.function for reward in self.reward.rewards},
+            **{f"token reward {named.name}": named.reward for named in self.token_reward.rewards},
         }
 
     def train(self) -> None:
@@ -155,6 +162,8 @@ class PPOTrainer:
         # 1. sample and score
         rows, row_ids = self._share(as_prompts(prompts, config.data))
         rollout = self.worker(rows, row_ids, self.step_count, timer)
+        with timer("score"):
+            rollout = add_token_rewards(rollout, self.token_reward, self.distributed, metrics)
         with timer("segment"):
             # 2. cut into macro actions
             starts = self.distributed.together(lambda: self._segment(rollout))

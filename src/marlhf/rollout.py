@@ -7,7 +7,7 @@ passes of our own over the finished sequences, never from sampling.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,9 +32,9 @@ from marlhf.data import Prompt, encode, render
 from marlhf.distributed import Distributed
 from marlhf.experience import Experience, MacroBatch
 from marlhf.loading import eos_token_ids
-from marlhf.metrics import Timer
+from marlhf.metrics import Metrics, Timer
 from marlhf.models import Policy, forward, use_adapter
-from marlhf.rewards import CombinedReward, RewardResult, place_spans
+from marlhf.rewards import CombinedReward, CombinedTokenReward, RewardResult, place_spans
 from marlhf.segmenters.ngram import row_seed
 from marlhf.types import Generation, ResponseBatch, Sequences
 
@@ -50,6 +50,7 @@ class Rollout:
     scores          [B] float32, weighted sum of all rewards of a response, as given
     task_rewards    [B,T] processed scores on the last tokens, and rewards inside responses
     truncated       [B] bool: the prompt lost tokens on its left
+    extras          what token rewards require of the policy's scoring pass, see `models.Policy`
     """
 
     prompts: list[Prompt]
@@ -63,6 +64,7 @@ class Rollout:
     scores: Tensor
     task_rewards: Tensor
     truncated: Tensor
+    extras: dict[str, Tensor]
 
     @property
     def log_ratio(self) -> Tensor:
@@ -105,6 +107,7 @@ class RolloutWorker:
     reward: CombinedReward
     tokenizer: Any
     distributed: Distributed
+    extras: frozenset[str] = frozenset()
 
     def __call__(
         self,
@@ -135,16 +138,16 @@ class RolloutWorker:
                 generation = generate(policy, self.tokenizer, encoded, seeds, settings)
         with timer("score"):
             sequences = Sequences.of(generation)
-            logprobs, entropy = self._score(self.policy, sequences, with_entropy=True)
-            ref_logprobs, _ = self._score(self.reference, sequences)
-            values = last_values = None
+            wanted = {"entropy"} if held_out else {"entropy", *self.extras}
+            scored = self._score(self.policy, sequences, extras=wanted)
+            valued: dict[str, Tensor] = {}
             if self.critic is not None and not held_out:
-                values, last_values = self._score(self.critic, sequences)
+                valued = self._score(self.critic, sequences)
             responses = ResponseBatch(
                 token_ids=generation.response_ids,
                 response_mask=generation.response_mask,
-                logprobs=logprobs,
-                ref_logprobs=ref_logprobs,
+                logprobs=scored.pop("logprobs"),
+                ref_logprobs=self._score(self.reference, sequences)["logprobs"],
                 row_ids=torch.tensor(row_ids),
                 step=step,
                 seed=seed,
@@ -165,18 +168,21 @@ class RolloutWorker:
             prompt_texts=texts,
             generation=generation,
             responses=responses,
-            entropy=entropy,
-            values=values,
-            last_values=last_values,
+            entropy=scored.pop("entropy"),
+            values=valued.get("values"),
+            last_values=valued.get("last_values"),
             rewards=rewards,
             scores=scores + dense.sum(1),
             task_rewards=task_rewards,
             truncated=torch.tensor(truncated),
+            extras=scored,
         )
 
     @torch.no_grad()
-    def _score(self, module: nn.Module, sequences: Sequences, **arguments: Any) -> list[Any]:
-        """Run a policy or critic over micro-batches; [B,T] or [B] results, put together again."""
+    def _score(
+        self, module: nn.Module, sequences: Sequences, **arguments: Any
+    ) -> dict[str, Tensor]:
+        """Run a policy or critic over micro-batches; its results by name, put together again."""
         model = self.distributed.unwrap(module)
         if isinstance(model, Policy):
             arguments["temperature"] = self.config.policy_temperature
@@ -185,10 +191,17 @@ class RolloutWorker:
         parts = []
         for rows in passes:
             with self.distributed.autocast():
-                outputs = forward(model, sequences.rows(rows), **arguments)
-            parts.append([_widen(x, T) for x in outputs])
+                part = sequences.rows(rows)
+                first, second = forward(model, part, **arguments)
+            found = (
+                {"logprobs": first, **second}
+                if isinstance(model, Policy)
+                else {"values": first, "last_values": second}
+            )
+            missing = T - part.response_mask.shape[1]
+            parts.append({name: _widen(x, missing) for name, x in found.items()})
         in_order = torch.cat(passes).argsort().to(sequences.input_ids.device)
-        return [None if x[0] is None else torch.cat(x)[in_order] for x in zip(*parts, strict=True)]
+        return {name: torch.cat([part[name] for part in parts])[in_order] for name in parts[0]}
 
     def _passes(self, attention_mask: Tensor) -> list[Tensor]:
         """The rows of each scoring pass: those of the training passes to come."""
@@ -203,6 +216,22 @@ class RolloutWorker:
             if len(rows)
             for chosen in micro_batches(attention_mask[rows.to(attention_mask.device)], size)
         ]
+
+
+def add_token_rewards(
+    rollout: Rollout, reward: CombinedTokenReward, distributed: Distributed, metrics: Metrics
+) -> Rollout:
+    """The rollout with its token rewards among the task rewards, and without the extras that they
+    needed; they learn from it, and report."""
+    if not reward.rewards:
+        return rollout
+    rewards, by_name = distributed.together(lambda: reward(rollout))
+    learned = reward.update(rollout, distributed.all_reduce)
+    for name, values in by_name.items():
+        metrics.mean(f"reward_{name}_mean", values)
+    for name, value in learned.items():
+        metrics.add(name, value)
+    return replace(rollout, task_rewards=rollout.task_rewards + rewards, extras={})
 
 
 @torch.no_grad()
@@ -330,11 +359,11 @@ def score_to_rewards(
     return torch.where(is_last, scores[:, None], torch.zeros_like(scores)[:, None])
 
 
-def _widen(x: Tensor | None, T: int) -> Tensor | None:
-    """Pad [B,t] to [B,T]; leave [B] as it is."""
-    if x is None or x.dim() == 1:
+def _widen(x: Tensor, columns: int) -> Tensor:
+    """More columns of zeros for [B,t] or [B,t,H]; leave [B] as it is."""
+    if x.dim() == 1:
         return x
-    return torch.nn.functional.pad(x, (0, T - x.shape[1]))
+    return torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, columns))
 
 
 def reward_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

@@ -156,6 +156,10 @@ class RewardSettings:
     models: Spec | list[Spec] = "sentiment"
     """A reward-model path, a reward's name, an import path, a mapping with `name`, arguments and
     `weight`, or a list of these, added up."""
+    tokens: Spec | list[Spec] = Field(default_factory=list)
+    """Rewards that look inside the policy, token by token: `curiosity`, an import path, a mapping
+    with `name`, arguments and `weight`, or a list of these. They are added to the others, unclipped
+    and unwhitened, and are no part of the score."""
     clip: Positive | None = None
     """Clip scores to [-clip, clip]."""
     whiten: bool = False

@@ -12,20 +12,32 @@ from marlhf.rewards.base import (
     place_spans,
 )
 from marlhf.rewards.code import Code
+from marlhf.rewards.curiosity import Curiosity
 from marlhf.rewards.model import RewardModel
 from marlhf.rewards.reference import EmbeddingSimilarity, Rouge
 from marlhf.rewards.sandbox import Limits, Sandbox
+from marlhf.rewards.segments import PerSegment
 from marlhf.rewards.text import Keyword, Length, Regex, Sentiment
+from marlhf.rewards.tokens import (
+    TOKEN_REWARDS,
+    CombinedTokenReward,
+    TokenReward,
+    build_token_rewards,
+)
 
 __all__ = [
     "REWARDS",
+    "TOKEN_REWARDS",
     "Code",
     "CombinedReward",
+    "CombinedTokenReward",
+    "Curiosity",
     "EmbeddingSimilarity",
     "Keyword",
     "Length",
     "Limits",
     "NamedReward",
+    "PerSegment",
     "Regex",
     "RewardError",
     "RewardFn",
@@ -34,7 +46,9 @@ __all__ = [
     "Rouge",
     "Sandbox",
     "Sentiment",
+    "TokenReward",
     "build_rewards",
+    "build_token_rewards",
     "needed_columns",
     "place_spans",
 ]

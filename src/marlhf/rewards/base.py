@@ -44,6 +44,7 @@ REWARDS = Registry(
         "regex": "marlhf.rewards.text.Regex",
         "keyword": "marlhf.rewards.text.Keyword",
         "rouge": "marlhf.rewards.reference.Rouge",
+        "per_segment": "marlhf.rewards.segments.PerSegment",
         "embedding_similarity": "marlhf.rewards.reference.EmbeddingSimilarity",
         "code": "marlhf.rewards.code.Code",
     },
@@ -154,15 +155,13 @@ def build_rewards(spec: Any) -> CombinedReward:
     """
     if isinstance(spec, CombinedReward):
         return spec
-    specs = [spec] if not isinstance(spec, list | tuple) or _is_pair(spec) else list(spec)
+    specs = [spec] if not isinstance(spec, list | tuple) or is_pair(spec) else list(spec)
     if not specs:
         raise UserError("reward: given an empty list, must name at least one reward")
     rewards: list[NamedReward] = []
     for each in specs:
         reward = _build(each)
-        taken = {r.name for r in rewards}
-        names = (f"{reward.name}_{i}" if i > 1 else reward.name for i in range(1, len(specs) + 1))
-        name = next(n for n in names if n not in taken)
+        name = free_name(reward.name, [r.name for r in rewards])
         rewards.append(NamedReward(name, reward.function, reward.weight))
     return CombinedReward(tuple(rewards))
 
@@ -207,19 +206,26 @@ def require(module: str, extra: str) -> None:
         raise UserError(f"needs a package that is not installed: pip install 'marlhf[{extra}]'")
 
 
-def _is_pair(spec: Any) -> bool:
+def free_name(name: str, taken: Sequence[str]) -> str:
+    """The name, or with the first number behind it that no other one has."""
+    names = (f"{name}_{i}" if i > 1 else name for i in range(1, len(taken) + 2))
+    return next(n for n in names if n not in taken)
+
+
+def is_pair(spec: Any) -> bool:
+    """Whether a spec is `(reward, weight)`."""
     return isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], Real)
 
 
 def _build(spec: Any) -> NamedReward:
     """One reward from one spec."""
-    if _is_pair(spec):
+    if is_pair(spec):
         inner, weight = spec
         reward = _build(inner)
-        return NamedReward(reward.name, reward.function, reward.weight * _weight(weight))
+        return NamedReward(reward.name, reward.function, reward.weight * weight_of(weight))
     if isinstance(spec, str | dict):
         name, arguments = split_spec(spec, "reward")
-        weight = _weight(arguments.pop("weight", 1.0))
+        weight = weight_of(arguments.pop("weight", 1.0))
         return NamedReward(*_from_name(name, arguments), weight)
     if not callable(spec):
         raise UserError(
@@ -230,7 +236,8 @@ def _build(spec: Any) -> NamedReward:
     return NamedReward(_function_name(function), function)
 
 
-def _weight(weight: Any) -> float:
+def weight_of(weight: Any) -> float:
+    """A weight as a number. Raises UserError."""
     if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
         raise UserError(f"reward: weight: given {weight!r}, must be a finite number")
     return float(weight)

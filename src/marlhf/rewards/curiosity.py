@@ -1,0 +1,156 @@
+"""An intrinsic reward for tokens whose consequence the policy's own states did not foretell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from marlhf.advantages import AllReduceSum
+from marlhf.errors import UserError
+from marlhf.rewards.tokens import TokenReward
+
+_TOKENS_PER_PASS = 4096
+
+
+@dataclass
+class Curiosity(TokenReward):
+    """Prediction error of a forward model on the policy's hidden states, as in CD-RLHF.
+
+    A network f predicts the state after a token from the state before it and the token's embedding;
+    the reward of the token is
+
+        e_t = 0.5 * mean over H of (f(s_t, a_t) - s_(t+1))^2,   normalised,   0 among the top k
+
+    States are the last layer's, scaled to mean 0 and variance 1 over H. The paper passes them
+    through an encoder that is trained on the same error, which could bring it to 0 by mapping all
+    states to one point; here there is none. The error is normalised by a running mean and standard
+    deviation over all tokens of the rollouts before this one, on all ranks; the first rollout,
+    with none before it, has no reward. The network takes one step of Adam a rollout.
+
+    top_k           no reward for tokens among the policy's k likeliest
+    learning_rate   of the forward model
+    width           of its hidden layer
+    memory          how much of the running statistics stays from one rollout to the next
+    seed            of its first weights
+
+    Source: Sun et al. 2025 (arXiv 2501.11463); Pathak et al. 2017 (arXiv 1705.05363).
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset(
+        {"hidden_states", "token_embeddings", "token_ranks"}
+    )
+
+    top_k: int = 1
+    learning_rate: float = 1e-4
+    width: int = 512
+    memory: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise UserError(f"top_k: given {self.top_k}, must be at least 0")
+        if self.width < 1:
+            raise UserError(f"width: given {self.width}, must be at least 1")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate: given {self.learning_rate}, must be above 0")
+        if not 0 <= self.memory < 1:
+            raise UserError(f"memory: given {self.memory}, must be at least 0 and below 1")
+        self._device = torch.device("cpu")
+        self._network: nn.Sequential | None = None
+        self._optimizer: torch.optim.Adam | None = None
+        self._moments = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares of errors
+
+    def __call__(self, rollout: Any) -> Tensor:
+        count, total, squares = self._moments.tolist()
+        if count == 0:
+            return torch.zeros(rollout.responses.response_mask.shape)
+        mean = total / count
+        deviation = max(squares / count - mean**2, 0.0) ** 0.5
+        with torch.no_grad():
+            normalised = (self._errors(rollout) - mean) / (deviation + 1e-8)
+        outside = rollout.extras["token_ranks"] >= self.top_k
+        return torch.where(outside, normalised, torch.zeros_like(normalised))
+
+    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
+        """Statistics of this rollout's errors, then one step of the forward model on them."""
+        mask = rollout.responses.response_mask
+        network, optimizer = self._built(rollout.extras["hidden_states"].shape[-1])
+        tokens = float(all_reduce(mask.sum().double()))
+        errors = []
+        for before, actions, after in _passes(rollout):
+            error = _error(network, before, actions, after)
+            (error.sum() / tokens).backward()
+            errors.append(error.detach().double())
+        found = torch.cat(errors)
+        moments = torch.stack([torch.ones_like(found), found, found**2]).sum(1)
+        moments = all_reduce(moments).cpu()
+        self._moments = self.memory * self._moments + moments
+        for parameter in network.parameters():
+            assert parameter.grad is not None
+            parameter.grad = all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        rewarded = mask & (rollout.extras["token_ranks"] >= self.top_k)
+        share = float(all_reduce(rewarded.sum().double())) / tokens
+        return {"error": float(moments[1]) / tokens, "rewarded_fraction": share}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Forward model, its optimiser, and the running statistics."""
+        network, optimizer = self._network, self._optimizer
+        return {
+            "moments": self._moments,
+            "network": network and network.state_dict(),
+            "optimizer": optimizer and optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._moments = state["moments"].cpu()
+        if state["network"] is not None:
+            network, optimizer = self._built(state["network"]["2.weight"].shape[0])
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+
+    def to(self, device: Any) -> None:
+        """Where the hidden states will be."""
+        self._device = torch.device(device)
+
+    def _built(self, H: int) -> tuple[nn.Sequential, torch.optim.Adam]:
+        """The forward model, made when the size of the states is first known."""
+        if self._network is None or self._optimizer is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                network = nn.Sequential(
+                    nn.Linear(2 * H, self.width), nn.ReLU(), nn.Linear(self.width, H)
+                )
+            self._network = network.to(self._device)
+            self._optimizer = torch.optim.Adam(self._network.parameters(), self.learning_rate)
+        return self._network, self._optimizer
+
+    def _errors(self, rollout: Any) -> Tensor:
+        """[B,T], 0 outside the mask."""
+        mask = rollout.responses.response_mask
+        network, _ = self._built(rollout.extras["hidden_states"].shape[-1])
+        errors = torch.cat([_error(network, *part) for part in _passes(rollout)])
+        return torch.zeros(mask.shape, device=errors.device).masked_scatter(mask, errors)
+
+
+def _passes(rollout: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """States before, embeddings of, and states after response tokens, [N,H] each, in parts."""
+    mask, extras = rollout.responses.response_mask, rollout.extras
+    states = extras["hidden_states"].float()
+    states = layer_norm(states, states.shape[-1:])
+    embeddings = extras["token_embeddings"].float()
+    embeddings = layer_norm(embeddings, embeddings.shape[-1:])
+    tensors = (states[:, :-1][mask], embeddings[mask], states[:, 1:][mask])
+    return list(zip(*(x.split(_TOKENS_PER_PASS) for x in tensors), strict=True))
+
+
+def _error(network: nn.Module, before: Tensor, actions: Tensor, after: Tensor) -> Tensor:
+    """[N]"""
+    predicted = network(torch.cat([before, actions], -1))
+    return 0.5 * ((predicted - after) ** 2).mean(-1)

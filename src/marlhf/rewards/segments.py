@@ -1,0 +1,89 @@
+"""Any reward of a whole text, given for each segment of a response instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from marlhf.errors import UserError
+from marlhf.registry import Spec
+from marlhf.rewards.base import CombinedReward, Pairs, build_rewards, needed_columns
+
+
+@dataclass(frozen=True)
+class PerSegment:
+    """The scores of a response's segments, each on the token that ends its segment.
+
+    Fine-Grained RLHF (Wu et al. 2023, arXiv 2306.01693) is a weighted list of these, each reward
+    at a density of its own.
+
+    reward     any other reward, as in `reward.models`
+    boundary   a regex for what lies between segments; by default they are sentences and lines
+    read       what the reward is shown: the `segment` alone, or the `response` up to its end, as a
+               reward model that was trained on whole responses wants it
+    """
+
+    reward: Spec | list[Spec]
+    boundary: str = r"(?<=[.!?])\s+|\n+"
+    read: Literal["segment", "response"] = "segment"
+
+    def __post_init__(self) -> None:
+        if self.read not in ("segment", "response"):
+            raise UserError(f"read: given {self.read!r}, must be segment or response")
+        try:
+            re.compile(self.boundary)
+        except re.error as error:
+            raise UserError(
+                f"boundary: given {self.boundary!r}, not a valid regex: {error}"
+            ) from None
+        assert self._inner
+
+    @cached_property
+    def _inner(self) -> CombinedReward:
+        return build_rewards(self.reward)
+
+    @property
+    def needed_columns(self) -> list[str]:
+        """Those of the reward."""
+        return [name for r in self._inner.rewards for name in needed_columns(r.function)]
+
+    def load(self) -> None:
+        """Load the reward's models."""
+        self._inner.load()
+
+    def to(self, device: Any) -> None:
+        """Run the reward's models on a device."""
+        self._inner.to(device)
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[Pairs | None]:
+        spans = [(row, *s) for row, text in enumerate(completions) for s in self.segments(text)]
+        whole = self.read == "response"
+        texts = [completions[row][0 if whole else start : end] for row, start, end in spans]
+        found = self._inner(
+            [prompts[row] for row, _, _ in spans],
+            texts,
+            {name: [values[row] for row, _, _ in spans] for name, values in columns.items()},
+        )
+        if any(found.spans):
+            raise UserError("reward: gives rewards inside a text itself, must give one number")
+        pairs: list[Pairs] = [[] for _ in completions]
+        unscored = set(found.unscored)
+        for i, (row, _, end) in enumerate(spans):
+            if i not in unscored:
+                pairs[row].append((end, found.scores[i]))
+        return [row or None for row in pairs]
+
+    def segments(self, text: str) -> list[tuple[int, int]]:
+        """The half-open character spans of the segments that are not blank."""
+        found, start = [], 0
+        for match in [*re.finditer(self.boundary, text), None]:
+            end = len(text) if match is None else match.start()
+            if text[start:end].strip():
+                found.append((start, end))
+            start = end if match is None else match.end()
+        return found

@@ -1,0 +1,173 @@
+"""Rewards that look inside the policy: the second reward contract.
+
+A `TokenReward` is called with a rollout and returns a reward for every token. It says what it
+`requires` of the policy's scoring pass, may learn from every rollout, and has a state that
+checkpoints keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from marlhf.advantages import AllReduceSum
+from marlhf.errors import UserError, one_line
+from marlhf.registry import Registry, construct, split_spec
+from marlhf.rewards.base import RewardError, free_name, is_pair, weight_of
+
+EXTRAS = frozenset({"hidden_states", "token_embeddings", "token_ranks"})
+
+TOKEN_REWARDS = Registry(
+    kind="token reward",
+    group="marlhf.token_rewards",
+    factories={"curiosity": "marlhf.rewards.curiosity.Curiosity"},
+)
+
+
+class TokenReward:
+    """A reward for each token of a rollout. Subclasses give `__call__`; the rest is optional.
+
+    requires   names out of EXTRAS, which `rollout.extras` then holds (see `models.Policy.forward`)
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, rollout: Any) -> Tensor:
+        """Rewards [B,T] of a `Rollout`; outside the mask anything. Changes nothing."""
+        raise NotImplementedError
+
+    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
+        """Learn from the rollout that was just rewarded; returns metrics, alike on every rank.
+
+        all_reduce sums a tensor over ranks: with it, two ranks should learn what one would.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `update` changes, as plain data and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+
+    def to(self, device: Any) -> None:
+        """Compute on a device from now on."""
+
+
+@dataclass(frozen=True)
+class NamedTokenReward:
+    """A token reward, its weight, and what messages and metrics call it."""
+
+    name: str
+    reward: TokenReward
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class CombinedTokenReward:
+    """A weighted sum of token rewards; of none, zeros."""
+
+    rewards: tuple[NamedTokenReward, ...] = ()
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What all of them require."""
+        return frozenset().union(*(named.reward.requires for named in self.rewards))
+
+    def __call__(self, rollout: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`(rewards [B,T], unweighted sum over each response [B] by name)`.
+
+        Raises RewardError where one raises or returns something it must not.
+        """
+        mask = rollout.responses.response_mask
+        total, by_name = torch.zeros(mask.shape, device=mask.device), {}
+        for named in self.rewards:
+            with _faults_named(named.name):
+                rewards = _checked(named.reward(rollout), mask)
+            total = total + named.weight * rewards
+            by_name[named.name] = rewards.sum(1)
+        return total, by_name
+
+    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
+        """Let every one learn from the rollout; their metrics. Raises RewardError."""
+        metrics = {}
+        for named in self.rewards:
+            with _faults_named(named.name):
+                learned = named.reward.update(rollout, all_reduce)
+            metrics |= {f"{named.name}_{name}": value for name, value in learned.items()}
+        return metrics
+
+    def to(self, device: Any) -> CombinedTokenReward:
+        """Use `device` for all."""
+        for named in self.rewards:
+            named.reward.to(device)
+        return self
+
+
+def build_token_rewards(spec: Any) -> CombinedTokenReward:
+    """Token rewards from a configuration's `reward.tokens`, or from Python objects.
+
+    spec: a name, an import path, a mapping with `name`, arguments and `weight`, a TokenReward, a
+    `(token reward, weight)` pair, or a list of these. Raises UserError.
+    """
+    specs = [spec] if not isinstance(spec, list | tuple) or is_pair(spec) else list(spec)
+    rewards: list[NamedTokenReward] = []
+    for each in specs:
+        named = _build(each)
+        name = free_name(named.name, [r.name for r in rewards])
+        rewards.append(NamedTokenReward(name, named.reward, named.weight))
+    return CombinedTokenReward(tuple(rewards))
+
+
+def _build(spec: Any) -> NamedTokenReward:
+    if is_pair(spec):
+        inner = _build(spec[0])
+        return NamedTokenReward(inner.name, inner.reward, inner.weight * weight_of(spec[1]))
+    weight, name, found = 1.0, getattr(spec, "__name__", type(spec).__name__), spec
+    if isinstance(spec, str | dict):
+        name, arguments = split_spec(spec, "token reward")
+        weight = weight_of(arguments.pop("weight", 1.0))
+        found = TOKEN_REWARDS.find(name)
+        if isinstance(found, type) and issubclass(found, TokenReward):
+            found = construct(found, arguments, f"token reward {name}")
+        name = name.rpartition(".")[2]
+    if not isinstance(found, TokenReward):
+        raise UserError(
+            f"token reward {name}: given {one_line(repr(found), 60)}, must be a subclass of "
+            "marlhf.rewards.TokenReward, or an object of one"
+        )
+    if unknown := sorted(frozenset(found.requires) - EXTRAS):
+        raise UserError(
+            f"token reward {name}: requires {', '.join(unknown)}; possible: "
+            f"{', '.join(sorted(EXTRAS))}"
+        )
+    return NamedTokenReward(name, found, weight)
+
+
+@contextmanager
+def _faults_named(name: str) -> Iterator[None]:
+    """Whatever a token reward raises becomes a RewardError with its name."""
+    try:
+        yield
+    except Exception as error:
+        fault = f"{type(error).__name__}: {one_line(error)}"
+        raise RewardError(f"token reward {name}: raised {fault}") from error
+
+
+def _checked(rewards: Any, mask: Tensor) -> Tensor:
+    """Float rewards under the mask, zeros elsewhere. Raises TypeError or ValueError."""
+    if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
+        raise TypeError("must return a tensor of floats")
+    if rewards.shape != mask.shape:
+        given, wanted = list(rewards.shape), list(mask.shape)
+        raise ValueError(f"returned the shape {given}, must be [B,T] = {wanted}")
+    rewards = torch.where(mask, rewards.detach().float().to(mask.device), 0.0)
+    if not rewards.isfinite().all():
+        row = int((~rewards.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"returned rewards for row {row} that are not finite")
+    return rewards

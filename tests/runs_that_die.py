@@ -27,6 +27,7 @@ SECTIONS: dict[str, Any] = {
     "checkpoint": {"every": 2, "keep": 2},
     "rollout": {"max_new_tokens": 6},
     "ppo": {"epochs": 1},
+    "reward": {"tokens": {"name": "curiosity", "weight": 0.5, "learning_rate": 0.01, "width": 8}},
     "kl": {"coef": 0.05, "target": 3.0, "horizon": 100},
     "optimizer": {"weight_decay": 0.1, "warmup_steps": 2},
 }

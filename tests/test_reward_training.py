@@ -67,6 +67,7 @@ def configured(world: Path, **changes: Any) -> RewardConfig:
         "max_length": 64,
         "optimizer": {"learning_rate": 1e-2, "micro_batch_size": 2, "eps": 0.1},
         "log": {"progress": False, "tensorboard": False, "eval_every": 2},
+        "checkpoint": {"every": 0},
     }
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
@@ -350,6 +351,34 @@ def test_early_stopping(world):
     with torch.no_grad():
         found = plain_loss(model, pairs_of(config, world).held_out, 0.0).item()
     assert found == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(world, monkeypatch):
+    changes = {"steps": 5, "checkpoint": {"every": 2}, "early_stopping": 9, "overwrite": False}
+    reward_model.run(configured(world, **changes, output_dir=str(world / "straight")))
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_model, "pairwise_loss", fails_after(4 * 4 + 3, pairwise_loss))
+        with pytest.raises(MemoryError):
+            reward_model.run(configured(world, **changes))
+    reward_model.run(configured(world, **changes, resume="auto"))
+    assert [row.get("loss") for row in metrics(world)] == [
+        row.get("loss") for row in metrics(world, "straight")
+    ]
+    straight = trained(world, "straight")
+    assert trained(world).config.score_offset == straight.config.score_offset
+    for name, value in straight.state_dict().items():
+        assert torch.equal(trained(world).state_dict()[name], value), name
+
+
+def fails_after(calls: int, function: Any) -> Any:
+    left = iter(range(calls))
+
+    def limited(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise MemoryError
+        return function(*arguments)
+
+    return limited
 
 
 def test_two_ranks_do_what_one_does(world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def configured(world: Path, **changes: Any) -> SFTConfig:
         "max_length": 40,
         "optimizer": {"learning_rate": 1e-2, "micro_batch_size": 2, "eps": 0.1},
         "log": {"progress": False, "tensorboard": False, "eval_every": 0},
+        "checkpoint": {"every": 0},
     }
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
@@ -373,6 +375,74 @@ def test_two_ranks_do_what_one_does(world):
     for name, value in weights(world / "run/final").items():
         other = weights(world / "two/final")[name]
         torch.testing.assert_close(other, value, atol=1e-5, rtol=0, msg=name)
+
+
+RESUMES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "adam, clipped": {"optimizer": {"eps": 1e-8, "max_grad_norm": 0.5, "schedule": "cosine"}},
+    "lora, packed": {"model": {"lora": {"r": 2}}, "packing": True, "batch_size": 2},
+    "early stopping": {"early_stopping": 9, "optimizer": {"learning_rate": 0.1, "eps": 1e-8}},
+}
+
+
+@pytest.mark.parametrize("case", RESUMES)
+@pytest.mark.parametrize("how", ["killed", "sigterm"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(world, case, how, monkeypatch):
+    """Killed in step 6 it goes on from the checkpoint of step 4; a signal writes one of step 5."""
+    changes = {
+        "data": {"eval_rows": 3},
+        "log": {"eval_every": 3},
+        "checkpoint": {"every": 2},
+        "steps": 7,
+        "overwrite": False,
+        "output_dir": str(world / "straight"),
+        **RESUMES[case],
+    }
+    sft.run(configured(world, **changes))
+    changes["output_dir"] = str(world / "run")
+    calls, loss = 0, sft.loss
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        micro_batches = 1 if "packing" in changes else 4
+        if how == "killed" and calls > 5 * micro_batches:
+            raise MemoryError
+        if how == "sigterm" and calls == 5 * micro_batches:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "loss", interrupted)
+        with pytest.raises(MemoryError if how == "killed" else SystemExit):
+            sft.run(configured(world, **changes))
+    last = {"killed": "step-4", "sigterm": "step-5"}[how]
+    assert (world / "run/checkpoints" / last / "manifest.json").is_file()
+    assert not (world / "run/final").exists()
+    sft.run(configured(world, **changes, resume="auto"))
+
+    times = ("_seconds", "_per_second", "peak_memory_gb")
+    straight, run = (
+        [{k: v for k, v in row.items() if not k.endswith(times)} for row in metrics(world, name)]
+        for name in ("straight", "run")
+    )
+    assert run == straight
+    for name, value in weights(world / "straight/final").items():
+        assert torch.equal(weights(world / "run/final")[name], value), name
+    assert [p.name for p in sorted((world / "run/checkpoints").iterdir())][-1] == "step-7"
+
+
+def test_a_resume_with_another_configuration_is_refused(world):
+    changes = {"checkpoint": {"every": 1}, "overwrite": False}
+    sft.run(configured(world, **changes))
+    with pytest.raises(UserError, match=r"already holds a run.*resume=auto"):
+        sft.run(configured(world, **changes))
+    with pytest.raises(UserError, match=r"resume: the configuration differs.* in max_length"):
+        sft.run(configured(world, **changes, resume="auto", max_length=41))
+    with pytest.raises(UserError, match="steps: given 1, but the checkpoint"):
+        sft.run(configured(world, **changes, resume="auto", steps=1))
+    sft.run(configured(world, **changes, resume="auto", steps=3))
+    assert [row["step"] for row in metrics(world)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])

@@ -23,11 +23,11 @@ from marlhf.classifier import build_classifier, save_classifier
 from marlhf.config import RewardConfig
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
-from marlhf.hf_trainer import Batch, RunTrainer, Task, micro_batch_size, shares
+from marlhf.hf_trainer import Batch, RunTrainer, Task, micro_batch_size, resolved, shares
 from marlhf.losses import pairwise_loss
 from marlhf.preferences import Pair, Preferences, choose_pad_token, load_preferences
 from marlhf.rewards.model import right_pad, sequence_scores
-from marlhf.run_directory import RunDirectory
+from marlhf.run_state import claim, seed_generators
 
 REPORT = "reward_report.json"
 
@@ -43,9 +43,10 @@ def run(config: RewardConfig) -> None:
     loading.check_tokenizer(tokenizer, base_config)
     _check_length(data, loading.position_limit(base_config))
     choose_pad_token(tokenizer, base_config.get_text_config().vocab_size, _tokens(data))
-    run = RunDirectory(config.output_dir, config.overwrite, config.log, distributed.is_main)
+    config = resolved(config, len(data.pairs))
+    claimed = claim(config, distributed)
 
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     scorer = Scorer(build_classifier(config.model, base_config, tokenizer))
 
     def loss(scores: Tensor, margins: Tensor, count: Tensor) -> Tensor:
@@ -70,17 +71,20 @@ def run(config: RewardConfig) -> None:
         counts="pairs",
         summary=_summary(data),
     )
-    trainer = RunTrainer(task, config, run, distributed)
-    with trainer.running(), torch.no_grad():  # in fp32, as `RewardModel` scores
+    trainer = RunTrainer(task, config, claimed, distributed)
+    with trainer.running() as folder, torch.no_grad():  # in fp32, as `RewardModel` scores
         module: Any = trainer.model_wrapped
         module.eval()
         offset = mean_score(module, data.demonstrations, size, distributed)
         scores = held_out_scores(module, data.held_out, size, distributed)
-        if distributed.is_main:
-            report = {"score_offset": offset, **held_out_report(*(s - offset for s in scores))}
-            text = json.dumps(report, indent=1)
-            (run.path / REPORT).write_text(text + "\n", encoding="utf-8")
-            save_classifier(scorer.model, tokenizer, offset, run.path / "final")
+        report = {"score_offset": offset, **held_out_report(*(s - offset for s in scores))}
+
+        def write() -> None:
+            text = json.dumps(report, indent=1) + "\n"
+            (folder.parent / REPORT).write_text(text, encoding="utf-8")
+            save_classifier(scorer.model, tokenizer, offset, folder)
+
+        trainer.write_final(write)
 
 
 class Scorer(nn.Module):

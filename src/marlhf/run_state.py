@@ -34,6 +34,7 @@ MAY_DIFFER = (
     "overwrite",
     "resume",
     "steps",
+    "epochs",
     "log",
     "checkpoint",
     "model.gradient_checkpointing",

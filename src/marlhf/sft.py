@@ -20,9 +20,9 @@ from marlhf.config import SFTConfig
 from marlhf.demonstrations import Example, Examples, load_examples, pack
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
-from marlhf.hf_trainer import Batch, RunTrainer, Task, micro_batch_size, shares
+from marlhf.hf_trainer import Batch, RunTrainer, Task, micro_batch_size, resolved, shares
 from marlhf.losses import sft_loss
-from marlhf.run_directory import RunDirectory
+from marlhf.run_state import claim, seed_generators
 
 _NOT_TRAINED = -100  # what the Trainer leaves out of its count
 
@@ -37,9 +37,10 @@ def run(config: SFTConfig) -> None:
     rows, held_out_rows = _rows(examples, config), _rows(held_out, config)
     lm_config = loading.load_model_config(config.model)
     _check_length([*rows, *held_out_rows], loading.position_limit(lm_config))
-    run = RunDirectory(config.output_dir, config.overwrite, config.log, distributed.is_main)
+    config = resolved(config, len(rows))
+    claimed = claim(config, distributed)
 
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     policy = loading.build_policy(config.model, tokenizer, lm_config)
     if config.packing:
         loading.check_packing(policy)
@@ -56,10 +57,9 @@ def run(config: SFTConfig) -> None:
         counts="tokens",
         summary=_summary(examples, held_out),
     )
-    trainer = RunTrainer(task, config, run, distributed)
-    with trainer.running():
-        if distributed.is_main:
-            loading.save_policy(policy, tokenizer, run.path / "final")
+    trainer = RunTrainer(task, config, claimed, distributed)
+    with trainer.running() as folder:
+        trainer.write_final(lambda: loading.save_policy(policy, tokenizer, folder))
 
 
 class Row:

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from marlhf.config.sections import (
     STRICT,
     AdamWSettings,
+    CheckpointSettings,
     Count,
     DataSettings,
     MetricsSettings,
@@ -17,6 +18,7 @@ from marlhf.config.sections import (
     NonNegative,
     Positive,
     Text,
+    check_resume,
 )
 from marlhf.config.sft import check_early_stopping
 
@@ -63,6 +65,9 @@ class RewardConfig:
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
+    resume: Text | None = None
+    """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
+    a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
     epochs: Positive = 1.0
@@ -83,9 +88,12 @@ class RewardConfig:
     """AdamW; `micro_batch_size` counts pairs."""
     log: MetricsSettings = Field(default_factory=MetricsSettings)
     """Outputs."""
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    """Checkpoints."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RewardConfig:
+        check_resume(self.resume, self.overwrite)
         check_early_stopping(self.early_stopping, self.log, self.data)
         data, defaults = self.data, PairDataSettings()
         for key in ("prompt_column", "prompt_template", "apply_chat_template"):

@@ -237,8 +237,9 @@ class CheckpointSettings:
     keep: Count = 2
     """Keep the last this many checkpoints."""
     keep_best: bool = True
-    """Keep the one with the highest held-out score too; only checkpoints of a step that was
-    evaluated have one, so let `log.eval_every` divide `every`."""
+    """Keep the one with the highest held-out score (of `sft` and `reward`: the lowest held-out
+    loss) too; only checkpoints of a step that was evaluated have one, so let `log.eval_every`
+    divide `every`."""
 
 
 def check_resume(resume: str | None, overwrite: bool) -> None:

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from marlhf.config.sections import (
     STRICT,
     AdamWSettings,
+    CheckpointSettings,
     Count,
     DataSettings,
     MetricsSettings,
@@ -17,6 +18,7 @@ from marlhf.config.sections import (
     NonNegative,
     Positive,
     Text,
+    check_resume,
 )
 
 
@@ -54,6 +56,9 @@ class SFTConfig:
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
+    resume: Text | None = None
+    """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
+    a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
     epochs: Positive = 1.0
@@ -78,9 +83,12 @@ class SFTConfig:
     """AdamW."""
     log: MetricsSettings = Field(default_factory=MetricsSettings)
     """Outputs."""
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    """Checkpoints."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> SFTConfig:
+        check_resume(self.resume, self.overwrite)
         check_early_stopping(self.early_stopping, self.log, self.data)
         data, defaults = self.data, SFTDataSettings()
         if data.text_column is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from marlhf.page import tag, text
 
@@ -67,10 +68,11 @@ class Scale:
         end: float,
         from_zero: bool = False,
         whole: bool = False,
+        tight: bool = False,
         count: int = 5,
     ) -> Scale:
         """A scale that shows all of `values`, with about `count` round numbers on it, which are
-        whole if asked for."""
+        whole if asked for. It ends at round numbers, unless `tight`."""
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
@@ -79,6 +81,8 @@ class Scale:
             low = max(low, 0.0) if from_zero else low
         step = round_step((high - low) / count)
         step = max(1.0, step) if whole else step
+        if tight:
+            return Scale(low, high, start, end, step)
         return Scale(
             math.floor(low / step + 1e-9) * step,
             math.ceil(high / step - 1e-9) * step,
@@ -91,11 +95,16 @@ class Scale:
         share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
+    def described(self) -> str:
+        """The scale for a script: lowest and highest number, and where they lie."""
+        return " ".join(f"{x:.8g}" for x in (self.low, self.high, self.start, self.end))
+
     def marks(self) -> list[tuple[float, str]]:
         """Position and label of every round number."""
-        count = round((self.high - self.low) / self.step)
+        first = math.ceil(self.low / self.step - 1e-9)
+        count = math.floor(self.high / self.step + 1e-9) - first
         digits = max(0, -math.floor(math.log10(self.step) + 1e-9))
-        values = [self.low + i * self.step for i in range(count + 1)]
+        values = [(first + i) * self.step for i in range(count + 1)]
         biggest = max(abs(self.low), abs(self.high))
         plain = self.step >= 1e-4 and biggest < 1e6
         form = f".{digits}f" if plain else ".3g"
@@ -144,3 +153,104 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series: points in order, and the edges of a band around them where there is one.
+
+    index    chooses colour, dashes and marker
+    """
+
+    label: str
+    index: int
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over an axis. `dots` marks every point rather than a few of each line."""
+
+    title: str
+    x_label: str
+    lines: Sequence[Line]
+    dots: bool = False
+    from_zero: bool = False
+
+
+STYLES = 8  # colours, dashes and markers of series
+
+
+def line_chart(chart: LineChart, **attributes: str) -> str:
+    """Lines with a marker here and there; a script shows values from the scales in the drawing."""
+    drawn = [line for line in chart.lines if len(line.x)]
+    xs = [x for line in drawn for x in line.x]
+    ys = [y for line in drawn for values in (line.y, line.low, line.high) for y in values or ()]
+    x_scale = Scale.over(xs, _LEFT + 4, WIDTH - _RIGHT - 4, tight=True)
+    y_scale = Scale.over(ys, HEIGHT - _BOTTOM, _TOP, from_zero=chart.from_zero)
+    x_marks = x_scale.marks()
+    parts = [frame(x_marks, y_scale.marks(), chart.x_label, chart.title)]
+    for line in drawn:
+        if line.low and line.high:
+            edge = [*zip(line.x, line.high, strict=True)]
+            edge += [*zip(line.x, line.low, strict=True)][::-1]
+            parts.append(
+                f'<path class="band s{line.index % STYLES}" d="{_path(edge, x_scale, y_scale)}Z"/>'
+            )
+    for line in drawn:
+        points = [*zip(line.x, line.y, strict=True)]
+        name = f"s{line.index % STYLES}"
+        parts.append(
+            tag(
+                "path",
+                class_=f"line {name}",
+                d=_path(points, x_scale, y_scale),
+                data_label=line.label,
+            )
+        )
+        every = 1 if chart.dots else max(1, len(points) // 6)
+        begin = 0 if chart.dots else (line.index * 2) % every
+        parts += [
+            marker(line.index, x_scale(x), y_scale(y)) for x, y in [*points[begin::every]][:200]
+        ]
+    scales = {f"data_{n}": s.described() for n, s in (("x", x_scale), ("y", y_scale))}
+    return svg("".join(parts), chart.title, data_x_label=chart.x_label, **scales, **attributes)
+
+
+def _path(points: Sequence[tuple[float, float]], x_scale: Scale, y_scale: Scale) -> str:
+    return "M" + "L".join(f"{x_scale(x):.1f} {y_scale(y):.1f}" for x, y in points)
+
+
+def marker(index: int, x: float, y: float) -> str:
+    """One of eight shapes, filled with the colour of its series."""
+    shapes = (
+        "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0Z",  # circle
+        "M-3 -3H3V3H-3Z",  # square
+        "M0 -4L3.8 2.8H-3.8Z",  # triangle
+        "M0 -4.3L4.3 0L0 4.3L-4.3 0Z",  # diamond
+        "M0 4L3.8 -2.8H-3.8Z",  # triangle, point down
+        "M-3.6 -1.3H-1.3V-3.6H1.3V-1.3H3.6V1.3H1.3V3.6H-1.3V1.3H-3.6Z",  # plus
+        "M-4 0L-1.2 -1.2L0 -4L1.2 -1.2L4 0L1.2 1.2L0 4L-1.2 1.2Z",  # star
+        "M-4.2 -1.8H4.2V1.8H-4.2Z",  # bar
+    )
+    return (
+        f'<path class="mark s{index % STYLES}" transform="translate({x:.1f} {y:.1f})" '
+        f'd="{shapes[index % STYLES]}"/>'
+    )
+
+
+def legend(labels: Sequence[tuple[str, int]]) -> str:
+    """Labels beside a piece of each line."""
+    items = [
+        tag(
+            "li",
+            f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true">'
+            f'<path class="line s{index % STYLES}" d="M1 6H33"/>{marker(index, 17, 6)}</svg>'
+            + text(label),
+        )
+        for label, index in labels
+    ]
+    return tag("ul", "".join(items), class_="legend")

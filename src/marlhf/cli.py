@@ -30,6 +30,10 @@ COMMANDS = {
         "marlhf.segment_command.main",
         "look at the macro actions of a text, a file or a dataset",
     ),
+    "report": (
+        "marlhf.report.command.main",
+        "one HTML page about runs: curves, frontier, macro actions, samples, parity",
+    ),
     "quickstart": (
         "marlhf.quickstart.main",
         "watch a small model learn to write cheerfully; needs no config",

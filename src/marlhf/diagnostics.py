@@ -29,6 +29,7 @@ _OF_THE_UPDATE = (
     "approx_kl",
     "ratio_max",
     "explained_variance",
+    "advantage_std",
     "grad_norm_policy",
     "grad_norm_value",
 )
@@ -39,6 +40,9 @@ def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metric
     generation, log_ratio, mask = rollout.generation, rollout.log_ratio, batch.segment_ids >= 0
     metrics.mean("score_mean", rollout.scores)
     metrics.mean("score_square", rollout.scores.double() ** 2)
+    lengths = generation.lengths.double().cpu()
+    metrics.mean("length_square", lengths**2)
+    metrics.mean("score_length", rollout.scores.double().cpu() * lengths)
     metrics.mean("kl_mean", k1(log_ratio).sum(1))
     metrics.mean("kl_k3_mean", k3(log_ratio).sum(1))
     metrics.mean("objective_mean", rollout.task_rewards.sum(1) - kl_coef * log_ratio.sum(1))
@@ -48,6 +52,10 @@ def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metric
     metrics.mean("prompt_truncated_fraction", rollout.truncated)
     metrics.mean("macro_length_mean", batch.lengths_BM, batch.mask_BM)
     metrics.mean("macro_count_mean", batch.mask_BM.sum(1))
+    if batch.returns_BM is not None and batch.values_BM is not None:
+        advantages = (batch.returns_BM - batch.values_BM)[batch.mask_BM].double()  # not whitened
+        metrics.mean("advantage_mean", advantages)
+        metrics.mean("advantage_square", advantages**2)
     for name, values in rollout.rewards.by_name.items():
         given = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
         metrics.mean(f"reward_{name}_mean", given)
@@ -86,8 +94,15 @@ def row(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl."""
     values = dict(reduced)
-    mean, square = values["score_mean"], values.pop("score_square")
-    values["score_std"] = math.sqrt(max(0.0, square - mean**2))
+    score, length = values["score_mean"], values["response_length_mean"]
+    values["score_std"] = _std(score, values.pop("score_square"))
+    spread = values["score_std"] * _std(length, values.pop("length_square"))
+    covariance = values.pop("score_length") - score * length
+    # of numbers that are all the same there is no correlation, only rounding
+    values["score_length_correlation"] = covariance / spread if spread > 1e-6 else None
+    if "advantage_square" in values:
+        error = values.pop("advantage_mean")
+        values["advantage_std"] = _std(error, values.pop("advantage_square"))
     if batch.returns_BM is not None and batch.values_BM is not None:
         values["explained_variance"] = explained_variance(
             batch.returns_BM, batch.values_BM, batch.mask_BM, all_reduce
@@ -105,12 +120,17 @@ def row(
     return {"step": step, **values}
 
 
+def _std(mean: float, mean_square: float) -> float:
+    return math.sqrt(max(0.0, mean_square - mean**2))
+
+
 def samples(
     rollout: Rollout, starts: Tensor, limit: int, batch: MacroBatch | None = None
 ) -> Iterator[dict[str, Any]]:
     """Lines of samples.jsonl: the first responses, cut into the text of each macro action.
 
-    batch   adds the advantage of each macro action (there is none in an evaluation)
+    batch   adds the advantage of each macro action: as the policy's loss used it, or, of held-out
+            responses, without whitening (None where there is no critic to tell)
     """
     responses, kl = rollout.responses, rollout.log_ratio[:limit].sum(1).tolist()
     ids = segment_ids(starts, responses.response_mask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from marlhf.errors import UserError
+from marlhf.watch import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def before_after_panel(
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
     for label, key in rows:
-        old, new = _number(before.get(key)), _number(after.get(key))
+        old, new = finite(before.get(key)), finite(after.get(key))
         change = None if old is None or new is None else new - old
         table.add_row(label, _shown(old), _shown(new), _shown(change, "+.3f"))
     marked = "are runs of one colour" if coloured else "are separated by |"
@@ -138,19 +138,12 @@ def before_after_panel(
             prompt = Text(visible(sample.prompt), style="bold")
             border = "" if coloured else "|"
             line = Text.assemble(prompt, border, colour_macro_actions(pieces, console))
-            answers.add_row(label, _shown(_number(score)), line, end_section=label == "after")
+            answers.add_row(label, _shown(finite(score)), line, end_section=label == "after")
     return Group(table, answers) if samples else Group(table)
 
 
 def _shown(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form)
-
-
-def _number(value: Any) -> float | None:
-    """`value` where it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def plot_reward_kl(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
@@ -204,6 +197,6 @@ def _panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], train: str, held_ou
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Updates and values of a metric, where it has one."""
-    points = [(_number(row.get("step", i)), _number(row.get(key))) for i, row in enumerate(metrics)]
+    points = [(finite(row.get("step", i)), finite(row.get(key))) for i, row in enumerate(metrics)]
     known = [(x, y) for x, y in points if x is not None and y is not None]
     return [x for x, _ in known], [y for _, y in known]

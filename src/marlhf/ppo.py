@@ -11,6 +11,7 @@ One update, `PPOTrainer.step`:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,14 +204,16 @@ class PPOTrainer:
         mine = list(enumerate(self.eval_prompts))[rank::world]
         for start in range(0, len(mine), size):
             row_ids, prompts = zip(*mine[start : start + size], strict=True)
-            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), held_out=True)
+            shown = start == 0 and self.config.log.samples > 0
+            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), True, with_values=shown)
             metrics.mean("eval_score_mean", rollout.scores)
             metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1))
             metrics.mean("eval_response_length_mean", rollout.generation.lengths)
-            if start > 0:
+            if not shown:
                 continue
             starts = self._segment(rollout)
-            for sample in diagnostics.samples(rollout, starts, self.config.log.samples):
+            batch = None if rollout.values is None else self._macro_batch(starts, rollout, True)
+            for sample in diagnostics.samples(rollout, starts, self.config.log.samples, batch):
                 self.run.write_sample({"step": self.step_count, "held_out": True, **sample})
 
     def save(self, folder: Path | str) -> None:
@@ -245,7 +248,7 @@ class PPOTrainer:
         alone = self.config.macro.last_token_alone
         return isolate_last_token(starts, responses.response_mask) if alone else starts
 
-    def _macro_batch(self, starts: Tensor, rollout: Rollout) -> MacroBatch:
+    def _macro_batch(self, starts: Tensor, rollout: Rollout, held_out: bool = False) -> MacroBatch:
         config, mask = self.config, rollout.generation.response_mask
         tokens = TokenRewards(
             response_mask=mask,
@@ -258,7 +261,7 @@ class PPOTrainer:
         return macro_batch(
             starts,
             tokens,
-            config.macro,
+            replace(config.macro, whiten="none") if held_out else config.macro,
             config.ppo,
             config.rollout.responses_per_prompt,
             self.distributed.all_reduce,

@@ -116,12 +116,13 @@ class RolloutWorker:
         step: int,
         timer: Timer,
         held_out: bool = False,
+        with_values: bool = True,
     ) -> Rollout:
         """One response to each prompt (repeat a prompt for several).
 
         row_ids, step and the seed fix the noise of each row, whatever batch it is sampled in.
-        held_out leaves out what only an update needs: values, and scores compared over ranks, of
-        which some may have fewer held-out rows.
+        held_out leaves out what only an update needs: scores compared over ranks, of which some
+        may have fewer held-out rows. with_values asks for the critic's values, where there is one.
         """
         settings, seed = self.config.rollout, self.config.seed
         texts = [render(p, self.tokenizer, self.config.data) for p in prompts]
@@ -141,7 +142,7 @@ class RolloutWorker:
             wanted = {"entropy"} if held_out else {"entropy", *self.extras}
             scored = self._score(self.policy, sequences, extras=wanted)
             valued: dict[str, Tensor] = {}
-            if self.critic is not None and not held_out:
+            if self.critic is not None and with_values:
                 valued = self._score(self.critic, sequences)
             responses = ResponseBatch(
                 token_ids=generation.response_ids,

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 
 from marlhf import checkpoint
 from marlhf.checkpoint import Checkpoint
-from marlhf.config import MetricsSettings
+from marlhf.config import LogSettings, MetricsSettings
 from marlhf.config_loading import config_to_dict
 from marlhf.errors import UserError, one_line
 from marlhf.metrics import JsonLines, ProgressBar, TensorBoard, WandB
+from marlhf.watch import Warnings
 
 _OWN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
@@ -125,6 +126,8 @@ class RunDirectory:
                 self._sinks.append(TensorBoard(self.path / "tensorboard", first_step))
             if self._log.wandb:
                 self._sinks.append(WandB(self.path, plain))
+            if isinstance(self._log, LogSettings) and self._log.warnings:
+                self._sinks.append(Warnings(self.path / "metrics.jsonl"))
             if self._log.progress:
                 self._sinks.append(ProgressBar(steps, done))
 

@@ -225,6 +225,8 @@ class LogSettings(MetricsSettings):
 
     samples: Natural = 4
     """Responses an update written to samples.jsonl."""
+    warnings: bool = True
+    """Print a line when metrics look as if training goes wrong; docs/metrics.md lists when."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

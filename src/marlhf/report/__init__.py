@@ -1,0 +1,1 @@
+"""`marlhf report`: runs -> groups -> charts -> a page."""

@@ -1,0 +1,69 @@
+"""`marlhf report RUN [RUN ...]`: one self-contained page about runs, and their charts as PNGs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from marlhf.errors import UserError
+
+
+def main(words: Sequence[str]) -> None:
+    """Write the report and say where it is."""
+    options = _parse(words)
+    from marlhf.page import write_page
+    from marlhf.report.document import document
+    from marlhf.report.groups import choose_baseline, group_runs
+    from marlhf.report.png import write_pngs
+    from marlhf.report.runs import read_runs
+
+    groups = group_runs(read_runs(options.runs))
+    baseline = choose_baseline(groups, options.baseline)
+    folder = _folder(options)
+    path = write_page(folder / "report.html", document(groups, baseline), "--output")
+    for group in groups:
+        for run in group.runs:
+            for note in run.notes:
+                print(f"{run.name}: {note}")
+    print(f"Report: {path}")
+    if not options.no_png:
+        try:
+            print(f"PNGs: {len(write_pngs(groups, folder))} in {folder}")
+        except UserError as error:
+            print(error)
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    if options.output is not None:
+        return Path(options.output).expanduser()
+    return (
+        Path(options.runs[0]).expanduser() / "report" if len(options.runs) == 1 else Path("report")
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"report: {message}; see marlhf report --help")
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="marlhf report",
+        description="One HTML page, with nothing to load from anywhere, about one run or several: "
+        "curves, reward against KL, macro actions, samples before and after, steps to parity. Runs "
+        "that differ in seed alone are averaged.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of such (a sweep)")
+    add("--output", metavar="FOLDER", help="where to write; default: RUN/report, or ./report")
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="configuration that others are compared with, as the report calls it, or one of its "
+        "runs; default: the one of token-level PPO, or else the first",
+    )
+    add("--no-png", action="store_true", help="write the page alone")
+    return parser.parse_args(list(words))

@@ -1,0 +1,176 @@
+"""Signs that training goes wrong, read off the history of metrics.
+
+A rule is a pure function from rows of metrics (oldest first) to what it found, or None. What to do
+about each is in docs/metrics.md under the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+History = Sequence[Mapping[str, Any]]
+_WINDOW = 5  # updates that a value is averaged over
+
+
+def kl_runaway(history: History) -> str | None:
+    """KL to the reference above half a nat a token and still growing, while the reward rises."""
+    kl, length, score = (
+        _series(history, k) for k in ("kl_mean", "response_length_mean", "score_mean")
+    )
+    if min(map(len, (kl, length, score))) < 2 * _WINDOW:
+        return None
+    now, before = _last(kl), _last(kl, skip=_WINDOW)
+    per_token = now / max(_last(length), 1.0)
+    if per_token < 0.5 or now < 1.2 * before or _last(score) <= _first(score):
+        return None
+    return f"KL is {now:.3g} nats a response ({per_token:.2f} a token) and grows with the reward"
+
+
+def value_not_learning(history: History) -> str | None:
+    """After 20 updates the critic explains less than a constant would."""
+    explained = _series(history, "explained_variance")
+    if len(explained) < 20 or _last(explained, 10) > 0:
+        return None
+    return f"the critic explains none of the returns' variance ({_last(explained, 10):.2f})"
+
+
+def clipping(history: History) -> str | None:
+    """More than three in ten ratios are clipped."""
+    clipped = _series(history, "clip_fraction")
+    if len(clipped) < _WINDOW or _last(clipped) < 0.3:
+        return None
+    return f"{_last(clipped):.0%} of the ratios are clipped: updates are too large"
+
+
+def entropy_collapse(history: History) -> str | None:
+    """Entropy has fallen to a fifth of what it was."""
+    entropy = _series(history, "entropy")
+    if len(entropy) < 2 * _WINDOW or _first(entropy) <= 0:
+        return None
+    if _last(entropy) > 0.2 * _first(entropy):
+        return None
+    return f"entropy fell from {_first(entropy):.2f} to {_last(entropy):.2f} nats a token"
+
+
+def length_exploitation(history: History) -> str | None:
+    """Responses grow or shrink by half, and it pays: score and length are correlated that way."""
+    length = _series(history, "response_length_mean")
+    correlation = _series(history, "score_length_correlation")
+    if min(len(length), len(correlation)) < 2 * _WINDOW:
+        return None
+    change, pays = _last(length) / max(_first(length), 1.0), _last(correlation)
+    if not (change >= 1.5 and pays >= 0.5) and not (change <= 0.5 and pays <= -0.5):
+        return None
+    return (
+        f"length went from {_first(length):.0f} to {_last(length):.0f} tokens, and score and "
+        f"length correlate ({pays:+.2f}): length may be what is rewarded"
+    )
+
+
+def missing_eos(history: History) -> str | None:
+    """Far fewer responses come to an end than at first."""
+    finished = _series(history, "eos_fraction")
+    if len(finished) < 2 * _WINDOW or _first(finished) < 0.2:
+        return None
+    if _last(finished) > 0.5 * _first(finished):
+        return None
+    return f"finished responses fell from {_first(finished):.0%} to {_last(finished):.0%}"
+
+
+def no_signal(history: History) -> str | None:
+    """All responses get the same score."""
+    spread = _series(history, "score_std")
+    if len(spread) < _WINDOW or max(spread[-_WINDOW:]) > 1e-6:
+        return None
+    return "all responses of the last updates have the same score: there is nothing to learn from"
+
+
+RULES: dict[str, Callable[[History], str | None]] = {
+    rule.__name__: rule
+    for rule in (
+        kl_runaway,
+        value_not_learning,
+        clipping,
+        entropy_collapse,
+        length_exploitation,
+        missing_eos,
+        no_signal,
+    )
+}
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def fired(history: History) -> dict[str, tuple[int, str]]:
+    """Rule -> the step at which it first fired in a whole history, and what it found."""
+    found: dict[str, tuple[int, str]] = {}
+    for end in range(1, len(history) + 1):
+        seen = _ends(history[:end])
+        for name, rule in RULES.items():
+            if name not in found and (message := rule(seen)):
+                found[name] = (int(history[end - 1].get("step", end)), message)
+    return found
+
+
+class Warnings:
+    """A sink of metrics that prints a line on stderr when a rule fires, once a run for each.
+
+    before   the metrics.jsonl of a run that goes on
+    """
+
+    def __init__(self, before: Path) -> None:
+        lines = before.read_text(encoding="utf-8").splitlines() if before.is_file() else []
+        self._history: list[Mapping[str, Any]] = [json.loads(line) for line in lines]
+        self._said = set(fired(self._history))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Take a row in and print what it shows."""
+        self._history = [*_ends([*self._history, row])]
+        for name, rule in RULES.items():
+            if name not in self._said and (message := rule(self._history)):
+                self._said.add(name)
+                print(
+                    f"marlhf: warning at update {row['step']}: {message} "
+                    f"({name}, see docs/metrics.md)",
+                    file=sys.stderr,
+                )
+
+    def sync(self) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _ends(history: History) -> History:
+    """All that the rules look at: how it began, and the last rows."""
+    return history if len(history) <= 50 else [*history[:20], *history[-30:]]
+
+
+def _series(history: History, key: str) -> list[float]:
+    """Finite values of a metric, oldest first."""
+    values = (finite(row.get(key)) for row in history)
+    return [value for value in values if value is not None]
+
+
+def _last(values: Sequence[float], count: int = _WINDOW, skip: int = 0) -> float:
+    chosen = values[len(values) - skip - count : len(values) - skip]
+    return sum(chosen) / len(chosen)
+
+
+def _first(values: Sequence[float]) -> float:
+    return sum(values[:_WINDOW]) / _WINDOW

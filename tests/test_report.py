@@ -1,0 +1,498 @@
+"""`marlhf report`: groups, bands and parity against plain formulas, broken runs, and the page in a
+real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from browser_for_tests import browser, faults
+from runs_for_tests import tiny_trainer
+
+from marlhf.cli import main
+from marlhf.errors import UserError
+from marlhf.report.document import ADVICE, document
+from marlhf.report.figures import frontier, macro_lengths, mean_line
+from marlhf.report.groups import (
+    Mean,
+    choose_baseline,
+    group_runs,
+    parity,
+    smoothed,
+    target_of,
+)
+from marlhf.report.runs import Run, read_runs
+from marlhf.watch import RULES
+
+
+def write_run(folder: Path, rows: Any = (), samples: Any = (), **config: Any) -> Path:
+    """A run's folder, made by hand. Rows are objects, or texts that are written as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if config:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for name, lines in (("metrics", rows), ("samples", samples)):
+        texts = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
+        (folder / f"{name}.jsonl").write_text("".join(texts), encoding="utf-8")
+    return folder
+
+
+def learning(rate: float, steps: int = 20, noise: float = 0.0) -> list[dict[str, Any]]:
+    """Rows of a run whose held-out reward rises by `rate` a step, evaluated every second step."""
+    rows: list[dict[str, Any]] = [{"step": 0, "eval_score_mean": 0.0, "eval_kl_mean": 0.0}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "score_mean": rate * step + noise, "kl_mean": 0.1 * step}
+        row |= {"step_seconds": 2.0, "generate_seconds": 1.0, "entropy": 2.0}
+        if step % 2 == 0:
+            row |= {"eval_score_mean": rate * step + noise, "eval_kl_mean": 0.1 * step}
+        rows.append(row)
+    return rows
+
+
+def sample(step: int, row: int, held_out: bool = True, **more: Any) -> dict[str, Any]:
+    pieces = ["<b>One</b> two", ",\nthree", ""]
+    return {
+        "step": step,
+        "held_out": held_out,
+        "row": row,
+        "prompt": f"prompt {row} " + "long " * 100 * (row == 1),
+        "response": "".join(pieces),
+        "macro_actions": pieces,
+        "macro_lengths": [3, 2, 1],
+        "macro_advantages": [0.5, -1.0, 0.0],
+        "score": 0.25 * step,
+        "kl": 1.5,
+        "finished": row != 2,
+    } | more
+
+
+def some_runs(folder: Path, seeds: int = 3) -> list[str]:
+    """Two configurations over seeds, the macro one twice as fast."""
+    paths = []
+    for name, spec, rate in (("token", "token", 0.02), ("ngram", {"name": "ngram", "n": 5}, 0.04)):
+        for seed in range(seeds):
+            samples = [sample(step, row) for step in (0, 20) for row in range(3)]
+            samples += [sample(20, row, held_out=False) for row in range(2)]
+            path = write_run(
+                folder / f"{name}-{seed}",
+                learning(rate, noise=0.01 * seed),
+                samples,
+                seed=seed,
+                output_dir=f"elsewhere/{name}-{seed}",
+                steps=20,
+                segmenter=spec,
+                kl={"coef": 0.05},
+                log={"samples": seed},
+            )
+            paths.append(str(path))
+    return paths
+
+
+# --- grouping
+
+
+def test_seeds_are_grouped_and_configurations_named_by_what_varies(tmp_path):
+    groups = group_runs(read_runs(some_runs(tmp_path)))
+    assert [(g.label, len(g.runs)) for g in groups] == [("token", 3), ("ngram(n=5)", 3)]
+    assert choose_baseline(groups, None).label == "token"
+    assert choose_baseline(groups, "ngram(n=5)").label == "ngram(n=5)"
+    assert choose_baseline(groups, "ngram-1").label == "ngram(n=5)"
+    with pytest.raises(UserError, match=r"no group is called 'x'; possible: token; ngram"):
+        choose_baseline(groups, "x")
+
+
+def test_a_name_and_a_mapping_of_it_alone_are_the_same_segmenter(tmp_path):
+    write_run(tmp_path / "a", learning(1), segmenter="token", seed=0)
+    write_run(tmp_path / "b", learning(1), segmenter={"name": "token"}, seed=1)
+    assert len(group_runs(read_runs([str(tmp_path)]))) == 1
+
+
+def test_other_keys_tell_groups_apart(tmp_path):
+    for i, (coef, how) in enumerate([(0.1, "sum"), (0.1, "mean"), (0.2, "sum")]):
+        config = {"kl": {"coef": coef}, "macro": {"reward": how}, "segmenter": "ngram"}
+        write_run(tmp_path / f"run{i}", learning(1), **config)
+    labels = [g.label for g in group_runs(read_runs([str(tmp_path)]))]
+    assert labels == [
+        "kl.coef=0.1, macro.reward=sum",
+        "kl.coef=0.1, macro.reward=mean",
+        "kl.coef=0.2, macro.reward=sum",
+    ]
+
+
+def test_keys_of_another_version_and_runs_without_configuration(tmp_path):
+    write_run(tmp_path / "new", learning(1), segmenter="token", ptx={"coef": 0.0})
+    write_run(tmp_path / "old", learning(1), segmenter="token")
+    write_run(tmp_path / "bare", learning(1))
+    groups = group_runs(read_runs([str(tmp_path)]))
+    assert sorted(len(g.runs) for g in groups) == [1, 2]
+    assert {g.label for g in groups} == {"token", "bare"}
+
+
+def test_a_sweeps_own_names_are_used(tmp_path):
+    for arm in ("slow", "fast"):
+        run = write_run(tmp_path / arm / "seed-0", learning(1), kl={"coef": len(arm) + ord(arm[0])})
+        (run / "sweep.yaml").write_text(f"arm: {arm}\n")
+    labels = {group.label for group in group_runs(read_runs([str(tmp_path)]))}
+    assert labels == {"slow", "fast"}
+
+
+# --- numbers
+
+
+def test_mean_and_interval_against_tables():
+    values = [1.0, 2.0, 4.0]
+    mean = Mean.of(values)
+    assert mean is not None
+    assert mean.value == pytest.approx(7 / 3)
+    assert mean.half == pytest.approx(4.303 * statistics.stdev(values) / math.sqrt(3), rel=1e-6)
+    assert Mean.of([5.0]) == Mean(5.0, None, 1)
+    assert Mean.of([]) is None
+
+
+def test_the_interval_holds_the_truth_in_19_of_20_cases():
+    """Ten thousand draws of five seeds of a normal; a z interval would hold it in only 88%."""
+    import numpy as np
+
+    draws = np.random.default_rng(0).normal(3, 2, (10_000, 5))
+    found = [Mean.of(row) for row in draws]
+    held = sum(abs(m.value - 3) <= m.half for m in found if m is not None and m.half is not None)
+    assert held / len(draws) == pytest.approx(0.95, abs=0.01)
+
+
+def test_lines_are_means_by_step_and_by_seconds(tmp_path):
+    groups = group_runs(read_runs(some_runs(tmp_path)))
+    line = mean_line(groups[1], "score_mean")
+    assert line.x[:3] == [1, 2, 3]
+    assert line.y[2] == pytest.approx(0.12 + 0.01)
+    assert line.low is not None
+    assert line.y[2] - line.low[2] == pytest.approx(4.303 * 0.01 / math.sqrt(3), rel=1e-6)
+    assert mean_line(groups[1], "score_mean", seconds=True).x[:3] == [2, 4, 6]
+
+
+def test_long_runs_are_drawn_in_few_points_that_keep_the_mean(tmp_path):
+    rows = [{"step": t, "score_mean": float(t % 7)} for t in range(1, 3001)]
+    write_run(tmp_path / "long", rows)
+    (group,) = group_runs(read_runs([str(tmp_path)]))
+    line = mean_line(group, "score_mean")
+    assert len(line.x) == 120
+    assert line.x[-1] == 3000
+    assert statistics.fmean(line.y) == pytest.approx(
+        statistics.fmean(t % 7 for t in range(1, 3001))
+    )
+
+
+def test_smoothing_is_the_mean_of_the_last_five_evaluations():
+    values = {2 * i: float(i**2) for i in range(8)}
+    found = smoothed(values)
+    assert list(found) == [8, 10, 12, 14]
+    assert found[10] == pytest.approx((1 + 4 + 9 + 16 + 25) / 5)
+    assert smoothed({1: 1.0, 2: 2.0}) == {}
+
+
+def test_parity_against_the_definition(tmp_path):
+    """Token rises by 0.02 a step and ends, over evaluations at 12, 14, ... 20, at 0.32 plus its
+    noise, so at 0.33 on average over seeds. At 0.04 a step a run's smoothed reward, which lags by
+    4 steps, passes that at the first even step from 4 + (0.33 - noise) / 0.04 on."""
+    token, ngram = group_runs(read_runs(some_runs(tmp_path)))
+    assert target_of(token) == pytest.approx(0.33)
+    expected = [2 * math.ceil((4 + (0.33 - 0.01 * seed) / 0.04) / 2 - 1e-9) for seed in range(3)]
+    found = parity(ngram, token)
+    assert found is not None
+    assert found.steps == expected
+    assert found.reached == 3
+    assert found.median == statistics.median(expected)
+    # of token's own runs the first ends short of the mean and counts with its last step
+    own = parity(token, token)
+    assert own is not None
+    assert own.steps[0] == math.inf
+    assert own.reached == 2
+    base = statistics.median([20, *own.steps[1:]])
+    assert found.ratio == pytest.approx(found.median / base)
+    assert found.ratio_low is not None
+    assert found.ratio_high is not None
+    assert found.ratio_low <= found.ratio <= found.ratio_high
+    seconds = parity(ngram, token, seconds=True)
+    assert seconds is not None
+    assert seconds.steps == [2 * s for s in expected]
+
+
+def test_runs_that_never_reach_parity_are_counted_as_such(tmp_path):
+    for seed in range(4):
+        fast = {"segmenter": "token", "seed": seed}
+        slow = {"segmenter": "word", "seed": seed}
+        write_run(tmp_path / f"token{seed}", learning(0.05, noise=0.001 * seed), **fast)
+        write_run(tmp_path / f"word{seed}", learning(0.05 if seed == 0 else 0.01), **slow)
+    token, word = group_runs(read_runs([str(tmp_path)]))
+    found = parity(word, token)
+    assert found is not None
+    assert found.reached <= 1
+    assert found.median == found.high == math.inf
+    assert "never" in document([token, word], token)
+
+
+def test_frontier_prefers_held_out_numbers(tmp_path):
+    groups = group_runs(read_runs(some_runs(tmp_path)))
+    chart = frontier(groups)
+    assert chart is not None
+    assert "held-out" in chart.title
+    assert chart.lines[0].x[-1] == pytest.approx(2.0)
+    assert chart.lines[0].y[-1] == pytest.approx(0.41)
+    write_run(tmp_path / "no_eval", [{"step": 1, "score_mean": 1.0, "kl_mean": 2.0}])
+    chart = frontier(group_runs(read_runs([str(tmp_path / "no_eval")])))
+    assert chart is not None
+    assert "training" in chart.title
+
+
+def test_macro_lengths_are_counted_over_samples(tmp_path):
+    groups = group_runs(read_runs(some_runs(tmp_path)))
+    lengths, responses = macro_lengths(groups[0])
+    assert responses == 3 * 8
+    assert lengths == {1: 24, 2: 24, 3: 24}
+
+
+# --- broken and odd runs
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "empty file": {"rows": []},
+    "one step": {"rows": [{"step": 1, "score_mean": 0.5, "kl_mean": 0.0, "step_seconds": 1.0}]},
+    "only an evaluation": {"rows": [{"step": 0, "eval_score_mean": 0.5, "eval_kl_mean": 0.0}]},
+    "nulls": {"rows": [{"step": 1, "score_mean": None}, {"step": 2, "score_mean": 1.0}]},
+    "nan": {"rows": ['{"step": 1, "score_mean": NaN, "kl_mean": Infinity}\n', *learning(0.1)]},
+    "half a line": {"rows": [*learning(0.1), '{"step": 21, "score_me']},
+    "not objects": {"rows": ["[1, 2]\n", "3\n", '"text"\n', "\n", *learning(0.1)]},
+    "no step": {"rows": [{"score_mean": 1.0}, {"step": "x"}, {"step": None}, *learning(0.1)]},
+    "steps twice": {"rows": [*learning(0.1), *learning(0.1)]},
+    "huge numbers": {
+        "rows": [
+            {"step": 1, "score_mean": 1e308, "kl_mean": -1e308},
+            {"step": 2, "score_mean": 10**400},
+            {"step": 3, "score_mean": 1e-320},
+        ]
+    },
+    "texts for numbers": {"rows": [{"step": 1, "score_mean": "high", "kl_mean": [1], "x": {}}]},
+    "odd samples": {
+        "rows": learning(0.1),
+        "samples": [
+            {},
+            {"step": 0, "held_out": True, "macro_actions": [1]},
+            sample(0, 0, macro_advantages=[1.0]),
+            sample(20, 0, macro_advantages=[None, 1.0, 2.0], macro_lengths="x", score=None),
+            sample(20, 1, macro_lengths=[]),
+            sample(20, 2, held_out=False, prompt=None, macro_advantages=None),
+            '{"step": 3, "held_',
+        ],
+    },
+    "configuration of another kind": {
+        "rows": learning(0.1),
+        "segmenter": 3,
+        "kl": None,
+        "steps": "x",
+    },
+    "stopped early": {"rows": learning(0.1), "steps": 100, "segmenter": "token"},
+    "another job": {"rows": [{"step": t, "loss": 1 / t, "learning_rate": 1e-5} for t in (1, 2, 3)]},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_run_leaves_a_gap_and_never_a_traceback(name, tmp_path, capsys):
+    given = dict(BROKEN[name])
+    rows, samples = given.pop("rows"), given.pop("samples", ())
+    write_run(tmp_path / "odd", rows, samples, **given)
+    main(["report", str(tmp_path / "odd")])
+    html = (tmp_path / "odd" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "NaN" not in html.partition("<script>")[0].replace("NaN</", "")
+    assert "</main>" in html
+    # and beside a whole run
+    main(["report", str(tmp_path / "odd"), *some_runs(tmp_path / "whole"), "--no-png", "--output",
+          str(tmp_path / "both")])  # fmt: skip
+    assert (tmp_path / "both" / "report.html").is_file()
+
+
+def test_notes_say_what_was_left_out(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [*learning(0.1), '{"step": 21, "sco'], steps=99, seed=0)
+    (run / "config.yaml").write_text("steps: [unclosed")
+    main(["report", str(run), "--no-png"])
+    out = capsys.readouterr().out
+    assert "run: metrics.jsonl: 1 broken line left out" in out
+    assert "config.yaml cannot be read" in out
+    assert "1 broken line left out" in (run / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "given 'nowhere', which does not exist"),
+        (["empty"], "no run in 'empty'"),
+        (["a_file"], "is a file"),
+        ([], "RUN"),
+        (["run", "--baseline", "x"], "no group is called 'x'"),
+        (["run", "--output", "a_file"], "--output: cannot write"),
+        (["run", "--baselines"], "unrecognized"),
+    ],
+)
+def test_bad_input_is_one_line(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a_file").write_text("")
+    write_run(tmp_path / "run", learning(0.1), segmenter="token")
+    with pytest.raises(SystemExit) as end:
+        main(["report", *words])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.count("\n") == 1
+    assert says in error
+
+
+def test_a_folder_of_runs_is_read_whole_and_names_are_as_long_as_needed(tmp_path):
+    for name in ("a/run", "b/run", "c/other"):
+        write_run(tmp_path / name, learning(0.1))
+    names = {run.name for run in read_runs([str(tmp_path), str(tmp_path / "a" / "run")])}
+    assert names == {"a/run", "b/run", "c/other"}
+
+
+# --- the page
+
+
+def test_the_page_has_everything(tmp_path):
+    groups = group_runs(read_runs(some_runs(tmp_path)))
+    html = document(groups, choose_baseline(groups, None))
+    headings = "Reward and leash;Time and memory;Reward and KL;Lengths of macro actions;to parity"
+    for heading in [*headings.split(";"), "Samples before and after"]:
+        assert heading in html
+    assert not re.search(r"""(src|href)="(?!data:,)""", html)
+    assert "<b>One</b>" not in html
+    assert "&lt;b&gt;One&lt;/b&gt; two" in html
+    assert html.count('class="band') >= 2
+    # four prompts at most, of each of two groups, before and after, and the training responses
+    assert html.count('class="a e0"') >= 2 * 2 * 3
+
+
+def test_warning_signs_are_listed_with_advice(tmp_path):
+    rows = [{"step": t, "clip_fraction": 0.5, "score_mean": 1.0} for t in range(1, 8)]
+    write_run(tmp_path / "run", rows)
+    groups = group_runs(read_runs([str(tmp_path)]))
+    html = document(groups, groups[0])
+    assert "Warning signs" in html
+    assert ADVICE["clipping"] in html
+    assert set(ADVICE) == set(RULES)
+
+
+def test_pngs_are_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    main(["report", *some_runs(tmp_path), "--output", str(tmp_path / "out")])
+    pngs = sorted((tmp_path / "out").glob("*.png"))
+    names = {p.name for p in pngs}
+    assert {"eval_score_mean.png", "eval_score_mean_by_seconds.png", "frontier.png",
+            "macro_lengths.png", "kl_mean.png"} <= names  # fmt: skip
+    for path in pngs:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert struct.unpack(">II", content[16:24]) == (960, 630)
+    assert f"PNGs: {len(pngs)} in" in capsys.readouterr().out
+
+
+def test_without_matplotlib_there_is_still_a_page(tmp_path, capsys, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def refuse(name: str, *arguments: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    main(["report", *some_runs(tmp_path, seeds=1), "--output", str(tmp_path / "out")])
+    assert "pip install 'marlhf[demo]'" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_pages_in_a_browser(tmp_path):
+    """Many runs with long names, a single run, an empty one: no error, nothing too wide."""
+    paths = some_runs(tmp_path / "many")
+    long = write_run(
+        tmp_path / ("a_name_without_end_" * 5),
+        learning(0.01),
+        [sample(s, r, prompt="x" * 900, macro_actions=["y" * 300, "<i>", "z"]) for s in (0, 20)
+         for r in range(3)],
+        segmenter={"name": "union", "of": ["ngram", {"name": "my.long.path.Segmenter", "n": 3}]},
+        kl={"coef": 0.05},
+    )  # fmt: skip
+    empty = write_run(tmp_path / "empty", [])
+    with browser() as page:
+        for name, runs in {
+            "many": [*paths, str(long)],
+            "one": paths[:1],
+            "none": [str(empty)],
+        }.items():
+            groups = group_runs(read_runs(runs))
+            path = tmp_path / f"{name}.html"
+            path.write_text(document(groups, groups[0]), encoding="utf-8")
+            assert faults(page, path) == [], name
+        page.open(tmp_path / "many.html", 1280)
+        visible = "getComputedStyle(document.querySelector('svg.by-seconds')).display"
+        assert page.evaluate(visible) == "none"
+        page.evaluate("document.querySelector('button[data-axis=seconds]').click()")
+        assert page.evaluate(visible) == "block"
+        # a chart tells its values: held-out reward of the first chart at its right end
+        page.evaluate(
+            "(() => { const svg = document.querySelector('svg.by-seconds');"
+            " const box = svg.getBoundingClientRect();"
+            " svg.dispatchEvent(new PointerEvent('pointermove', {bubbles: true,"
+            " clientX: box.right - 10, clientY: box.top + 20})); })()"
+        )
+        tip = page.evaluate("document.getElementById('tip').textContent")
+        assert "seconds of updates: 40" in tip
+        assert re.search(r"ngram\(n=5\).*: 0\.81", tip), tip
+        assert page.messages == []
+
+
+def test_a_real_run(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", steps=2, log={"eval_every": 1, "samples": 2})
+    trainer.eval_prompts = list(trainer.stream.prompts[:3])
+    trainer.train()
+    main(["report", str(tmp_path / "run"), "--no-png"])
+    html = (tmp_path / "run" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "before (update 0)" in html
+    assert "after (update 2)" in html
+    assert "--a:rgba(var(--good)" in html or "--a:rgba(var(--bad)" in html
+    assert "cannot be read" not in html
+
+
+# --- the palette
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: str, other: str) -> float:
+    bright, dim = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_series_and_text_stand_out_from_their_background(theme):
+    """WCAG 2.1: 3 for graphics, 4.5 for text."""
+    css = (Path(__file__).parents[1] / "src/marlhf/assets/page.css").read_text()
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", css.split(":root {")[1 + theme].split("}")[0]))
+    for background in ("paper", "card"):
+        assert all(_contrast(colours[f"c{i}"], colours[background]) >= 3 for i in range(8))
+        assert _contrast(colours["ink"], colours[background]) >= 7
+        assert _contrast(colours["muted"], colours[background]) >= 4.5
+    assert all(_contrast(colours["ink"], colours[f"h{i}"]) >= 4.5 for i in range(4))
+
+
+def test_a_run_is_a_plain_record():
+    run = Run("a", Path(), {}, [{"step": 1, "x": True, "y": 2, "z": float("nan")}], [])
+    assert run.keys() == {"y"}
+    assert run.values("x") == {}

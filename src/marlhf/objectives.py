@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from marlhf.config import PPOConfig
 from marlhf.experience import Experience
-from marlhf.losses import kl_loss, policy_loss, value_loss
+from marlhf.losses import kl_loss, policy_loss, sft_loss, value_loss
 from marlhf.macro import macro_mask, reduce
 from marlhf.metrics import Metrics
 from marlhf.ptx import TextRows
@@ -55,9 +55,9 @@ def text_objective(
 ) -> Tensor:
     """`coef` times the cross-entropy of texts, nats a token."""
     logprobs, _ = policy(rows.input_ids, rows.attention_mask, rows.loss_mask)
-    total = -logprobs.sum()
-    metrics.add("ptx_loss", total.detach(), rows.loss_mask.sum())
-    return coef * total / max(tokens, 1.0)
+    loss = sft_loss(logprobs, rows.loss_mask, max(tokens, 1.0))
+    metrics.add("ptx_loss", loss.detach() * tokens, rows.loss_mask.sum())
+    return coef * loss
 
 
 def value_objective(

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from marlhf.config import PTXSettings
 from marlhf.data import PromptStream, encode
+from marlhf.demonstrations import continuation_ids
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.tables import Row, read_rows
@@ -135,8 +136,7 @@ def text_ids(
     if prompt is None:
         ((ids,), _) = encode([text], tokenizer, 2**31)
         return (ids + eos)[:max_length], 1
-    tail = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + eos
-    tail = tail[: max_length - 1]
+    tail = [*continuation_ids(text, tokenizer), *eos][: max_length - 1]
     ((head,), _) = encode([prompt], tokenizer, max_length - len(tail))
     return head + tail, len(head)
 

@@ -34,7 +34,7 @@ def test_the_configuration_that_the_cases_break_works(world, tmp_path, monkeypat
 
 
 KEYS = """
-modle.path=x -> modle: unknown key & did you mean 'model'? & Possible: critic, data, kl, log
+modle.path=x -> modle: unknown key & did you mean 'model'? & Possible: checkpoint, critic, data, kl
 step=3 -> step: unknown key & did you mean 'steps'?
 --steps=3 -> --steps: unknown key & did you mean 'steps'?
 1=2 -> 1: unknown key
@@ -196,8 +196,8 @@ FILES = {
     "control character": ("a\0b", "not valid YAML: unacceptable character"),
     "key twice": (CONFIG + "steps: 2\n", "line 9: not valid YAML: key 'steps' is given twice"),
     "sub-key twice": ("kl:\n  coef: 1\n  coef: 2\n", "line 3: not valid YAML: key 'coef'"),
-    "a number as key": (CONFIG + "1: 2\n", "1: unknown key; Possible: critic"),
-    "dotted key": (CONFIG + "data.limit: 2\n", "data.limit: unknown key; Possible: critic"),
+    "a number as key": (CONFIG + "1: 2\n", "1: unknown key; Possible: checkpoint"),
+    "dotted key": (CONFIG + "data.limit: 2\n", "data.limit: unknown key; Possible: checkpoint"),
     "no value": (CONFIG.replace("steps: 1", "steps:"), "steps: given null, must be a whole number"),
     "octal": (CONFIG.replace("path: lm", "path: 0777"), "model.path: given 511, must be a text"),
     "binary": (b"\x00\x01\xff\xfe", "config file 'broken.yaml' is not UTF-8 text"),
@@ -334,7 +334,7 @@ reward.models=faulty.texts -> reward texts: row 0 (prompt ' & returned 'good', m
 reward.models=faulty.nans -> reward nans: row 0 & returned nan, must be finite
 reward.models=faulty.raises_on_b ;; data.shuffle=false -> row 1 (prompt 'b & Error: no b, please
 reward.models=faulty.beyond_the_end -> reward beyond_the_end: row 0 & end_char 99 lies outside
-optimizer.learning_rate=1e30 ;; steps=5 -> training has diverged
+optimizer.learning_rate=1e30 ;; steps=5 ;; optimizer.max_skipped_steps=2 -> training has diverged
 """
 
 

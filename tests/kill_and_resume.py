@@ -3,8 +3,8 @@
     python tests/kill_and_resume.py --kills 50
     python tests/kill_and_resume.py --kills 20 --ranks 2
 
-A tiny random model is trained by `marlhf ppo ... resume=auto`. A run is killed (kill -9, the whole
-group of processes) after a random time between 0 and what a whole run takes, started again, and so
+A tiny random model is trained by `marlhf ppo ... resume=auto`. A run is killed (kill -9, all
+its processes) after a random time between 0 and what a whole run takes, started again, and so
 on until it comes to its end; then metrics.jsonl, samples.jsonl, TensorBoard's scalars and the final
 weights must be those of a run that was never killed. New runs follow until there were enough kills.
 """
@@ -12,11 +12,11 @@ weights must be those of a run that was never killed. New runs follow until ther
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import yaml
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from runs_for_tests import PROMPTS
@@ -62,8 +63,15 @@ def start(config: Path, folder: Path, ranks: int) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
+
+
+def kill(pid: int) -> None:
+    """A process and all that it has started: a launcher's ranks would live on."""
+    launcher = psutil.Process(pid)
+    for process in [launcher, *launcher.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def step_reached(folder: Path) -> int:
@@ -95,9 +103,8 @@ def main() -> None:
             try:
                 status = process.wait(limit)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process.pid)
                 process.wait()
-                time.sleep(0.2 if options.ranks > 1 else 0)  # the ranks die by themselves
                 reached, kills = step_reached(folder), kills + 1
                 partial = list(folder.glob("checkpoints/*.partial"))
                 kind = "in a checkpoint" if partial else "in updates" if reached else "before any"

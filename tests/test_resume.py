@@ -294,6 +294,25 @@ def test_a_signal_ends_the_run_after_the_update_at_work(
     assert contents(tmp_path) == whole
 
 
+def test_two_runs_do_not_write_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks may live on after their launcher was killed, and write beside the resumed run."""
+    from marlhf import run_directory
+
+    monkeypatch.setattr(run_directory, "_PATIENCE", 0.3)
+    alive = trainer(tmp_path)
+    alive.run.open(alive.config, 7)
+    assert in_child(lambda: refused(tmp_path)) == 0
+    alive.run.close()
+    assert trainer(tmp_path).step_count == 0
+
+
+def refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="another process is writing in"):
+        trainer(folder)
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     from marlhf import signals
 

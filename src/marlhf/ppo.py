@@ -130,8 +130,8 @@ class PPOTrainer:
         After SIGTERM or Ctrl-C the update at work is finished and saved before the process ends.
         """
         config, together = self.config, self.distributed.together
-        together(lambda: self.run.open(config, config.steps))
         try:
+            together(lambda: self.run.open(config, config.steps))
             with StopSignals(self.distributed.gather_objects) as signals:
                 if self.step_count == 0 and self._evaluation_is_due():
                     self._write({"step": 0} | self.evaluate())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.util
+import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +30,7 @@ _OWN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
     *("final", "final.partial", "reward_report.json"),
 )
+_PATIENCE = 5.0  # seconds that a process which was killed may take to end
 
 
 class RunDirectory:
@@ -56,6 +60,7 @@ class RunDirectory:
         self._sinks: list[Any] = []
         self._sample_sink: JsonLines | None = None
         self._samples: list[Mapping[str, Any]] = []  # of the update at work
+        self._held: int | None = None
         if not is_main:
             return
         self.checkpoint = self._to_resume(overwrite, resume)
@@ -69,6 +74,7 @@ class RunDirectory:
             raise UserError(f"output_dir: given {str(folder)!r}, which is a file") from None
         except OSError as error:
             raise UserError(f"output_dir: cannot write {str(folder)!r}: {error.strerror}") from None
+        os.close(_lock(self.path))
 
     @property
     def checkpoints(self) -> Path:
@@ -110,6 +116,7 @@ class RunDirectory:
             return
         done = self.checkpoint.step if self.checkpoint is not None else 0
         first_step = None
+        self._held = _lock(self.path)
         with writing(self.path):
             if self._is_new and self.checkpoint is None:
                 self._delete_old()
@@ -181,6 +188,35 @@ class RunDirectory:
         for sink in sinks:
             with suppress(OSError):  # of a full disk, which `write` has reported
                 sink.close()
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
+
+
+def _lock(folder: Path) -> int:
+    """Keep other processes out of a folder until the descriptor is closed or the process dies.
+
+    Raises UserError where another one has it: ranks may live on after their launcher was killed.
+    """
+    descriptor, patience = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
+    while not _locked(descriptor):
+        if time.monotonic() > patience:
+            os.close(descriptor)
+            raise UserError(
+                f"output_dir: another process is writing in {str(folder)!r}; wait for it, or end it"
+            )
+        time.sleep(0.1)
+    return descriptor
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from models_for_tests import CHATML, byte_tokenizer
 
-from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
+from marlhf import sweep
+from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, SweepConfig
 from marlhf.config_loading import load_config
 from marlhf.data import as_prompts
 from marlhf.demonstrations import as_examples
@@ -20,6 +21,7 @@ JOBS = {
     "ppo": PPOConfig,
     "reward": RewardConfig,
     "sft": SFTConfig,
+    "sweep": SweepConfig,
 }  # a file is named after its job: ppo_summaries.yaml
 
 
@@ -29,13 +31,16 @@ def job_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", job_files(), ids=lambda p: p.name)
-def test_a_shipped_configuration_is_read_and_its_parts_are_built(path):
+def test_a_shipped_configuration_is_read_and_its_parts_are_built(path, monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
     config = load_config(JOBS[path.name.partition("_")[0]], path)
     if isinstance(config, PPOConfig):
         build_segmenter(config.segmenter)
         build_rewards(config.reward.models)
     elif isinstance(config, EvaluateConfig):
         build_rewards(config.rewards)
+    elif isinstance(config, SweepConfig):
+        assert sweep.plan(config)
 
 
 def test_the_summaries_configuration_fits_its_data():

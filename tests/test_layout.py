@@ -23,6 +23,7 @@ ORDER = [
     "marlhf.config.ppo",
     "marlhf.config.sft",
     "marlhf.config.reward",
+    "marlhf.config.sweep",
     "marlhf.config",
     "marlhf.checkpoint",
     "marlhf.distributed",
@@ -111,6 +112,7 @@ ORDER = [
     "marlhf.report.png",
     "marlhf.report.command",
     "marlhf.report",
+    "marlhf.sweep",
     "marlhf.cli",
     "marlhf.__main__",
     "marlhf",
@@ -209,6 +211,7 @@ def test_no_file_is_long():
         ["quickstart", "--help"],
         ["segment", "--help"],
         ["report", "--help"],
+        ["sweep", "--help"],
     ],
     ids=lambda words: " ".join(words or ["import"]),
 )

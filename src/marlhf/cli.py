@@ -23,6 +23,11 @@ JOBS = {
         "marlhf.evaluate.run",
         "scores, win rates and pass@k of trained policies",
     ),
+    "sweep": (
+        "marlhf.config.SweepConfig",
+        "marlhf.sweep.run",
+        "one job over a grid of settings and seeds",
+    ),
 }
 # command -> what is called with the words after it, and a line of help
 COMMANDS = {

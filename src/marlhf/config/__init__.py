@@ -29,6 +29,7 @@ from marlhf.config.sections import (
     RolloutSettings,
 )
 from marlhf.config.sft import SFTConfig, SFTDataSettings, SFTOptimizerSettings
+from marlhf.config.sweep import SweepConfig
 
 __all__ = [
     "AdamWSettings",
@@ -58,4 +59,5 @@ __all__ = [
     "SFTConfig",
     "SFTDataSettings",
     "SFTOptimizerSettings",
+    "SweepConfig",
 ]

@@ -1,0 +1,294 @@
+"""`marlhf sweep`: one job over a grid of settings and seeds, in processes of their own.
+
+A run's folder holds, beside what the job writes there, its configuration (`job.yaml`), what it
+printed (`log.txt`) and where it stands (`sweep.yaml`). Started again, a sweep leaves out what is
+done and goes on with what was stopped or has failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from marlhf.config import PPOConfig, RewardConfig, SFTConfig, SweepConfig
+from marlhf.config_loading import apply_overrides, config_from_dict, config_to_dict, read_yaml
+from marlhf.errors import UserError, one_line
+from marlhf.registry import spec_label
+from marlhf.report.runs import read_runs
+from marlhf.segmenters import build_segmenter
+
+_CONFIGS: dict[str, Any] = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig}
+_OWN_KEYS = ("seed", "output_dir", "overwrite", "resume")
+_POLL = 0.2  # seconds
+_PATIENCE = 600.0  # seconds that a stopped run has to finish its update and save it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    label    its arm and its point of the grid, without the seed; None where nothing varies
+    config   resolved, as plain data
+    """
+
+    folder: Path
+    name: str
+    label: str | None
+    config: dict[str, Any]
+
+    @property
+    def status_file(self) -> Path:
+        """Where the trial's state is kept."""
+        return self.folder / "sweep.yaml"
+
+    def status(self) -> dict[str, Any]:
+        """What was written last; empty before the first start."""
+        try:
+            found = yaml.safe_load(self.status_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeError, yaml.YAMLError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """Replace the state as a whole, so that no kill leaves half of it."""
+        status = {"arm": self.label, "state": state, **more, "config": self.config}
+        partial = self.status_file.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(status, sort_keys=False), encoding="utf-8")
+        partial.replace(self.status_file)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ended well: by its state, or by its model, which is published at the end."""
+        status = self.status()
+        return bool(status) and (status.get("state") == "done" or (self.folder / "final").is_dir())
+
+
+def run(config: SweepConfig) -> None:
+    """Run what is not done yet. Exits with status 1 where a run has failed."""
+    trials = plan(config)
+    for trial in trials:
+        _check_same(trial)
+    todo = [trial for trial in trials if not trial.is_done]
+    before = len(trials) - len(todo)
+    print(f"{len(trials)} runs in {config.output_dir}" + (f", {before} done before" * bool(before)))
+    failed = _run_all(todo, config, len(trials))
+    if failed:
+        names = ", ".join(trial.name for trial in failed)
+        print(f"{len(trials) - len(failed)} done, {len(failed)} failed: {names}", file=sys.stderr)
+        sys.exit(1)
+    print(f"All done. Next: marlhf report {config.output_dir}")
+
+
+# --- planning
+
+
+def plan(config: SweepConfig) -> list[Trial]:
+    """Every run, its configuration checked. Raises UserError that names the run."""
+    cls = _CONFIGS[config.job]
+    base = read_yaml(config.config)
+    trials: list[Trial] = []
+    used: dict[str, str | None] = {}
+    for label, settings in _points(config):
+        slug = _slug(label or "")
+        while slug and used.setdefault(slug, label) != label:
+            slug += "-2"
+        for seed in dict.fromkeys(config.seeds):
+            name = "/".join(part for part in (slug, f"seed-{seed}") if part)
+            folder = Path(config.output_dir).expanduser() / name
+            own = {"seed": seed, "output_dir": str(folder), "overwrite": False, "resume": "auto"}
+            given = {**config.overrides, **settings, **own}
+            assignments = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+            try:
+                values = apply_overrides(cls, base, assignments)
+                resolved = config_to_dict(config_from_dict(cls, values))
+                if "segmenter" in resolved:
+                    build_segmenter(resolved["segmenter"])
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            trials.append(Trial(folder, name, label, resolved))
+    return trials
+
+
+def _points(config: SweepConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Label and keys of every arm at every point of the grid."""
+    sources = {"overrides": config.overrides, "grid": config.grid}
+    sources |= {f"arms.{name}": keys for name, keys in config.arms.items()}
+    for where, keys in sources.items():
+        for key in keys:
+            if key in _OWN_KEYS:
+                raise UserError(f"{where}: {key} is set by the sweep itself; leave it out")
+    arms: dict[str | None, dict[str, Any]] = {**config.arms} or {None: {}}
+    for (arm, settings), values in itertools.product(
+        arms.items(), itertools.product(*config.grid.values())
+    ):
+        point = dict(zip(config.grid, values, strict=True))
+        parts = [arm] if arm is not None else []
+        parts += [f"{key}={spec_label(value)}" for key, value in point.items()]
+        yield ", ".join(parts) or None, {**settings, **point}
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", label).strip("-.")[:100]
+
+
+def _check_same(trial: Trial) -> None:
+    """Raises UserError where the trial's folder holds a run of another configuration. Keys that
+    only one of the two has (another version wrote it) say nothing."""
+    before, now = _flat(trial.status().get("config")), _flat(trial.config)
+    for key in before.keys() & now.keys():
+        if before[key] != now[key]:
+            raise UserError(
+                f"output_dir: {str(trial.folder)!r} holds a run with {key}={before[key]}, which is "
+                f"now {now[key]}; choose another output_dir, or delete that folder"
+            )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(config, Mapping):
+        return {}
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not prefix:
+            found |= _flat(value, f"{name}.")
+        elif name not in _OWN_KEYS:
+            found[name] = json.dumps(value, sort_keys=True, default=str)
+    return found
+
+
+# --- running
+
+
+@dataclass(frozen=True)
+class _Running:
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Trial]:
+    """Run trials, some at a time; those that failed. However this ends, no process stays behind."""
+    waiting, failed = list(todo), []
+    finished = total - len(todo)
+    running: list[_Running] = []
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.parallel)
+    with _sigterm_raises():
+        try:
+            while waiting or running:
+                while waiting and len(running) < config.parallel:
+                    running.append(_start(waiting.pop(0), config.job, threads))
+                time.sleep(_POLL)
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    finished += 1
+                    if not _finish(one, f"[{finished}/{total}]"):
+                        failed.append(one.trial)
+        except BaseException:
+            _stop(running)
+            raise
+    return failed
+
+
+def _start(trial: Trial, job: str, threads: int) -> _Running:
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    job_file = trial.folder / "job.yaml"
+    job_file.write_text(yaml.safe_dump(trial.config, sort_keys=False, allow_unicode=True), "utf-8")
+    trial.write_status("running")
+    count = str(threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    with (trial.folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            _command(job, job_file),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is ours to hand on
+        )
+    print(f"started {trial.name}", flush=True)
+    return _Running(trial, process, time.monotonic())
+
+
+def _command(job: str, job_file: Path) -> list[str]:
+    return [sys.executable, "-m", "marlhf", job, str(job_file)]
+
+
+def _finish(one: _Running, count: str) -> bool:
+    """Record how a run ended and say so; whether it ended well."""
+    trial, code = one.trial, one.process.returncode
+    seconds = round(time.monotonic() - one.began, 1)
+    if code == 0:
+        trial.write_status("done", seconds=seconds)
+        print(f"{count} done {trial.name}, {seconds:.0f} s{_outcome(trial.folder)}", flush=True)
+        return True
+    error = _last_words(trial.folder / "log.txt")
+    trial.write_status("failed", status=code, seconds=seconds, error=error)
+    print(f"{count} FAILED {trial.name}, status {code}: {error}", file=sys.stderr, flush=True)
+    print(f"    see {trial.folder / 'log.txt'}", file=sys.stderr, flush=True)
+    return False
+
+
+def _stop(running: Sequence[_Running]) -> None:
+    """Let runs finish their update and save it; a second Ctrl-C, or much time, kills them."""
+    if not running:
+        return
+    print(f"stopping {len(running)} runs; once more kills them", file=sys.stderr, flush=True)
+    for one in running:
+        _signal(one, signal.SIGINT)
+    end = time.monotonic() + _PATIENCE
+    try:
+        for one in running:
+            with suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.0, end - time.monotonic()))
+    finally:
+        for one in running:
+            _signal(one, signal.SIGKILL)
+            one.process.wait()
+            one.trial.write_status("done" if one.process.returncode == 0 else "stopped")
+
+
+def _signal(one: _Running, number: int) -> None:
+    with suppress(ProcessLookupError):  # it has just ended
+        os.killpg(one.process.pid, number)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def end(number: int, _frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _outcome(folder: Path) -> str:
+    """The last held-out score and KL of a run, where it has them."""
+    try:
+        (found,) = read_runs([str(folder)])
+    except (UserError, ValueError):
+        return ""
+    words = {"score": "eval_score_mean", "KL": "eval_kl_mean", "loss": "eval_loss"}
+    last = {word: list(found.values(key).values())[-1:] for word, key in words.items()}
+    return "".join(f", held-out {word} {value[0]:.3f}" for word, value in last.items() if value)
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = [line for line in lines if line.strip()] or ["nothing was printed"]
+    return one_line(last[-1].removeprefix("marlhf: "))

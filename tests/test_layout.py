@@ -42,6 +42,7 @@ ORDER = [
     "marlhf.experience",
     "marlhf.batching",
     "marlhf.models",
+    "marlhf.adapters",
     "marlhf.loading",
     "marlhf.classifier",
     "marlhf.jail.kernel",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models_for_tests import FAMILIES, tiny_causal_lm, tiny_sequence_classifier
 
-from marlhf import loading, models
+from marlhf import adapters, loading, models
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.errors import UserError
 from marlhf.models import Critic, Policy, forward
@@ -142,8 +142,8 @@ def test_with_lora_policy_critic_and_reference_share_one_frozen_base() -> None:
 def test_with_lora_each_loss_reaches_its_own_adapter_alone() -> None:
     torch.manual_seed(0)
     _, policy, _, critic = lora_models()
-    of_policy = loading.trainable_parameters(policy, "policy")
-    of_critic = loading.trainable_parameters(critic, "critic")
+    of_policy = adapters.trainable_parameters(policy, "policy")
+    of_critic = adapters.trainable_parameters(critic, "critic")
     assert of_policy
     assert not {id(p) for p in of_policy} & {id(p) for p in of_critic}
 

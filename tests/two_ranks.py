@@ -1,28 +1,70 @@
-"""A tiny run, started once a rank: `python two_ranks.py FOLDER SECTIONS_JSON`."""
+"""A tiny run, started once a rank: `python two_ranks.py FOLDER SECTIONS_JSON`.
+
+It leaves the run's files, the critic's weights, and `launch.json`: how the models were spread.
+"""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from runs_for_tests import tiny_trainer
+from runs_for_tests import PROMPTS, tiny_trainer
 
 from marlhf.config import LoraSettings
+from marlhf.ppo import PPOTrainer
+
+
+def weights(trainer: PPOTrainer, module: Any) -> dict[str, torch.Tensor]:
+    """All weights of a policy or critic, from wherever they are."""
+    module = trainer.distributed.unwrap(module)
+    with trainer.distributed.gathered(module):
+        return {name: x.detach().clone() for name, x in module.state_dict().items()}
+
+
+def goes_on_after_loading(trainer: PPOTrainer, folder: Path) -> bool:
+    """Whether an update after `load` is that after `save`, bit by bit."""
+    learners = {"policy": trainer.policy, "critic": trainer.critic}
+    outcomes = []
+    for name, learner in learners.items():
+        learner.save(folder / name)
+    for _ in range(2):
+        row = trainer.step(PROMPTS)
+        numbers = {k: v for k, v in row.items() if "_second" not in k and "memory" not in k}
+        outcomes.append(
+            (numbers, [weights(trainer, learner.model) for learner in learners.values()])
+        )
+        trainer.step_count -= 1
+        for name, learner in learners.items():
+            learner.load(folder / name)
+    (first, before), (second, after) = outcomes
+    pairs = [(a[name], b[name]) for a, b in zip(before, after, strict=True) for name in a]
+    return first == second and all(torch.equal(a, b) for a, b in pairs)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     sections = json.loads(sys.argv[2])
-    if "model" in sections:
-        sections["model"] = {"lora": LoraSettings(**sections["model"]["lora"])}
+    if lora := sections.get("model", {}).get("lora"):
+        sections["model"]["lora"] = LoraSettings(**lora)
+    resume = sections.pop("resume", False)
     trainer = tiny_trainer(folder, **sections)
     trainer.eval_prompts = list(trainer.stream.prompts[:3])  # an uneven share each
     trainer.train()
-    if trainer.distributed.is_main:
-        model = trainer.distributed.unwrap(trainer.critic.model) if trainer.critic else None
-        torch.save(model.state_dict() if model is not None else {}, folder / "critic.pt")
-        (folder / "world_size").write_text(str(trainer.distributed.world_size))
+    distributed = trainer.distributed
+    launch = {
+        "ranks": distributed.world_size,
+        "stage": distributed.zero_stage,
+        "policy": type(trainer.policy.model).__name__,
+        "critic": trainer.critic and type(trainer.critic.model).__name__,
+        "reference_here": sum(p.numel() for p in trainer.reference.parameters()),
+        "goes_on": resume and goes_on_after_loading(trainer, folder),
+    }
+    critic = weights(trainer, trainer.critic.model) if trainer.critic else {}
+    if distributed.is_main:
+        torch.save(critic, folder / "critic.pt")
+        (folder / "launch.json").write_text(json.dumps(launch))
 
 
 if __name__ == "__main__":

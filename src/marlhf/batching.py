@@ -23,3 +23,13 @@ def micro_batches(attention_mask: Tensor, size: int) -> list[Tensor]:
     the order changes no gradient.
     """
     return list(attention_mask.sum(1).argsort(stable=True).cpu().split(size))
+
+
+def held_out_share(count: int, rank: int, ranks: int) -> tuple[list[int], int]:
+    """Which of `count` held-out rows a rank samples, and how many of them, the first, are its own.
+
+    A rank with a row less does another's again: under ZeRO-3 all ranks take part in a forward pass.
+    """
+    own = list(range(rank, count, ranks))
+    missing = -(-count // ranks) - len(own)
+    return own + list(range(missing)), len(own)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from marlhf.adapters import trainable_parameters
 from marlhf.batching import micro_batches
 from marlhf.config import OptimizerSettings
 from marlhf.distributed import Distributed
-from marlhf.loading import trainable_parameters
+from marlhf.errors import UserError
 
 Objective = Callable[..., Tensor]
 
@@ -67,8 +68,6 @@ class Learner:
         self.settings = settings
         self.distributed = distributed
         self.parameters = trainable_parameters(module, adapter)
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        self._names = [names[parameter] for parameter in self.parameters]
         self._is_finite = True
         self._skipped_in_a_row = 0
         optimizer = torch.optim.AdamW(
@@ -82,7 +81,8 @@ class Learner:
         # what transformers calls constant has no warm-up
         schedule = settings.schedule.replace("constant", "constant_with_warmup")
         self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, steps)
-        self.model, self.optimizer = distributed.prepare(module, optimizer)
+        self.trained = distributed.train(module, optimizer, settings.max_grad_norm)
+        self.model, self.optimizer = self.trained.model, self.trained.optimizer
 
     @property
     def learning_rate(self) -> float:
@@ -115,13 +115,12 @@ class Learner:
         self.model.train()
         total = torch.zeros((), device=self.distributed.device)
         for i, (minibatch, part, objective, counts) in enumerate(passes):
-            with self.distributed.accumulate(self.model, last=i == len(passes) - 1):
+            with self.trained.accumulate(last=i == len(passes) - 1):
                 with self.distributed.autocast():
                     loss = objective(minibatch.rows(part), *counts)
-                self.distributed.backward(loss)
+                self.trained.backward(loss)
             total += loss.detach()
-        limit = self.settings.max_grad_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = self.trained.norm()
         self._is_finite = self._all_finite(float(total), norm)
         if self._is_finite:
             self._skipped_in_a_row = 0
@@ -139,12 +138,13 @@ class Learner:
     def step(self) -> None:
         """Move the weights along the gradient, where it is finite, and forget it."""
         if self._is_finite:
-            self.optimizer.step()
-        self.discard()
+            self.trained.step()
+        else:
+            self.trained.discard()
 
     def discard(self) -> None:
         """Forget the gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trained.discard()
 
     def _all_finite(self, loss: float, norm: float) -> bool:
         """Whether these are finite on every rank: all must take the step, or none."""
@@ -153,32 +153,29 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write the trained weights, the optimiser and the schedule; called on every rank."""
-        if not self.distributed.is_main:
-            return
-        folder.mkdir()
-        weights = zip(self._names, self.parameters, strict=True)
-        save_file(
-            {name: weight.detach().contiguous() for name, weight in weights},
-            folder / "weights.safetensors",
-        )
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "updates": self.scheduler.last_epoch,
-            "skipped_in_a_row": self._skipped_in_a_row,
-        }
-        torch.save(state, folder / "optimizer.pt")
+        folder.mkdir(exist_ok=True)
+        self.trained.save(folder)
+        if self.distributed.is_main:
+            state = {
+                "layout": self.trained.layout,
+                "updates": self.scheduler.last_epoch,
+                "skipped_in_a_row": self._skipped_in_a_row,
+            }
+            (folder / "learner.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote, on every rank, whatever their number then and now.
+        """Continue from what `save` wrote, on every rank; what is replicated may be loaded by any
+        number of ranks, what DeepSpeed sharded by ranks that shard alike. Raises UserError.
 
         The learning rate is that of this run's schedule, which may have more steps.
         """
-        weights = load_file(folder / "weights.safetensors")
-        with torch.no_grad():
-            for name, parameter in zip(self._names, self.parameters, strict=True):
-                parameter.copy_(weights[name])
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
+        if state["layout"] != self.trained.layout:
+            raise UserError(
+                f"the checkpoint is of {state['layout']}, this launch is {self.trained.layout}; "
+                "they must be the same"
+            )
+        self.trained.load(folder)
         self._skipped_in_a_row = state["skipped_in_a_row"]
         updates = state["updates"]  # `step` goes on to these, and sets this run's rate for them
         position = {"last_epoch": updates - 1, "_step_count": updates + 1}

@@ -7,9 +7,9 @@ can be wrong short of the weights' numbers is found before any weight is read.
 from __future__ import annotations
 
 import copy
-import difflib
 import re
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from marlhf.adapters import add_adapter
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.errors import UserError, one_line
 from marlhf.models import Critic, Policy, head_of, trunk_forward, trunk_of
 
-_OWN_LORA_KEYS = {
-    "r": "must be given as model.lora.r",
-    "lora_alpha": "must be given as model.lora.alpha",
-    "target_modules": "must be given as model.lora.target_modules",
-    "task_type": "is chosen by the library",
-    "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
-}
+# (frozen module, the part of it that every forward pass begins with) -> the module, placed
+Shard = Callable[[Any, nn.Module], Any]
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -203,6 +199,7 @@ def build_models(
     model: Any = None,
     critic: Any = None,
     lm_config: Any = None,
+    shard: Shard = lambda module, trunk: module,
 ) -> tuple[Policy, Critic | None]:
     """The policy, and the critic where the estimator has one.
 
@@ -210,6 +207,7 @@ def build_models(
     model         a causal LM to use instead of loading `config.model.path`
     critic        a sequence classifier to use as the critic
     lm_config     the policy's, from `load_model_config`, where the caller has it already
+    shard         places the frozen base of adapters over the ranks, as `Distributed.shard`
 
     Vocabularies and LoRA targets are compared before any weight is read. Raises UserError.
     """
@@ -219,7 +217,7 @@ def build_models(
     vocabulary = lm_config.get_text_config().vocab_size
     source = None if critic is not None else _critic_source(config, vocabulary, reward_path)
 
-    policy = build_policy(settings, tokenizer, lm_config, model)
+    policy = build_policy(settings, tokenizer, lm_config, model, shard)
     lm: Any = policy.model
     if config.ppo.estimator != "gae":
         return policy, None
@@ -231,16 +229,21 @@ def build_models(
     if critic is not None:
         if settings.gradient_checkpointing:
             enable_checkpointing(critic)
-        return policy, critic_from_classifier(critic, settings.lora)
+        return policy, critic_from_classifier(critic, settings.lora, shard)
     if settings.lora is not None:
         return policy, critic_on_shared_base(lm, settings.lora)
     return policy, critic_from_policy(lm)
 
 
 def build_policy(
-    settings: ModelSettings, tokenizer: Any, lm_config: Any, model: Any = None
+    settings: ModelSettings,
+    tokenizer: Any,
+    lm_config: Any,
+    model: Any = None,
+    shard: Shard = lambda module, trunk: module,
 ) -> Policy:
-    """The causal LM to train, with its adapter if it has one; `model` instead of loading one.
+    """The causal LM to train, with its adapter if it has one; `model` instead of loading one, and
+    `shard` places the frozen base of an adapter over the ranks.
 
     Raises UserError, where possible before any weight is read.
     """
@@ -253,9 +256,12 @@ def build_policy(
     _check_forward(lm)
     if settings.gradient_checkpointing:
         enable_checkpointing(lm)
+    policy = Policy(lm)
     if settings.lora is not None:
-        lm = add_adapter(lm, settings.lora, "policy")
-    return Policy(lm, "policy" if settings.lora is not None else None)
+        shard(policy, trunk_of(lm))
+        policy.model = add_adapter(lm, settings.lora, "policy")
+        policy.adapter = "policy"
+    return policy
 
 
 def check_tokenizer(tokenizer: Any, lm_config: Any, key: str = "model.path") -> None:
@@ -310,46 +316,9 @@ def _check_vocabulary(critic: str, config: Any, vocabulary: int) -> None:
         )
 
 
-def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
-    """Freeze a model and add a LoRA adapter; a PEFT model gets one more. Raises UserError."""
-    from peft import get_peft_model
-
-    try:
-        config = _lora_config(lora, task)
-        if hasattr(model, "peft_config"):
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=name)
-    except UserError:
-        raise
-    except Exception as error:  # peft raises whatever its checks come to
-        raise UserError(f"model.lora: {one_line(error)}") from error
-    for parameter_name, parameter in model.named_parameters():
-        if any(f".{adapter}." in parameter_name for adapter in model.peft_config):
-            parameter.requires_grad_(True)
-    return model
-
-
-def _lora_config(lora: LoraSettings, task: str) -> Any:
-    from peft import LoraConfig
-
-    known = {field.name for field in fields(LoraConfig)} - _OWN_LORA_KEYS.keys()
-    for key in lora.extra.keys() - known:
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        fault = _OWN_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
-        raise UserError(f"model.lora.extra.{key}: {fault}")
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=lora.target_modules,
-        lora_dropout=0.0,
-        task_type=task,
-        **lora.extra,
-    )
-
-
-def critic_from_classifier(model: Any, lora: LoraSettings | None = None) -> Critic:
+def critic_from_classifier(
+    model: Any, lora: LoraSettings | None = None, shard: Shard = lambda module, trunk: module
+) -> Critic:
     """A critic that starts as a reward model: V of a prefix is its (centred) score."""
     offset = float(getattr(model.config, "score_offset", 0.0))
     head = getattr(model, "score", None)
@@ -360,9 +329,9 @@ def critic_from_classifier(model: Any, lora: LoraSettings | None = None) -> Crit
         )
     if lora is None:
         return Critic(trunk_of(model), head, offset)
-    adapted = add_adapter(model, lora, "critic", task="SEQ_CLS")
-    base = adapted.get_base_model()
     head = copy.deepcopy(head).requires_grad_(True)
+    adapted = add_adapter(shard(model, trunk_of(model)), lora, "critic", task="SEQ_CLS")
+    base = adapted.get_base_model()
     return Critic(trunk_of(base), head, offset, model=adapted, adapter="critic")
 
 
@@ -380,26 +349,17 @@ def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:
     return Critic(trunk_of(base), _zero_head(hidden_size), model=model, adapter="critic")
 
 
-def reference_of(policy: Policy) -> Policy:
+def reference_of(policy: Policy, shard: Shard = lambda module, trunk: module) -> Policy:
     """The policy as it is now, frozen: a copy, or with LoRA the shared base without adapter."""
     if hasattr(policy.model, "peft_config"):
         return Policy(policy.model, adapter=None)
-    return Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval()
+    reference = Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval()
+    return shard(reference, trunk_of(reference.model))
 
 
 def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass (works in `train()` mode only)."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
-    """What an optimiser should hold: all that requires a gradient, or one adapter and the head."""
-    return [
-        parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-        and (adapter is None or f".{adapter}." in name or name.startswith("head."))
-    ]
 
 
 def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:

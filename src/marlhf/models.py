@@ -121,24 +121,24 @@ class Critic(nn.Module):
 def use_adapter(model: nn.Module | None, adapter: str | None) -> Iterator[None]:
     """Run a PEFT model with one adapter, or with none; any other model as it is.
 
-    PEFT freezes what is not active; the optimisers of policy and critic hold both adapters, so
-    what was trainable stays trainable.
+    The layers are told directly: PEFT's own switch would also freeze every other adapter. One that
+    was switched in stays so, as gradient checkpointing runs the layers again in the backward pass.
     """
-    if model is None or not hasattr(model, "peft_config"):
+    layers: list[Any] = [
+        module
+        for module in (model.modules() if hasattr(model, "peft_config") and model else ())
+        if "_disable_adapters" in vars(module)
+    ]
+    for layer in layers:
+        if adapter is None:
+            layer._disable_adapters = True
+        else:
+            layer._active_adapter = [adapter]
+    try:
         yield
-        return
-    peft_model: Any = model
-    trainable = [p for p in peft_model.parameters() if p.requires_grad]
-    if adapter is None:
-        with peft_model.disable_adapter():
-            yield
-    else:
-        peft_model.set_adapter(adapter)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        yield
-    for parameter in trainable:
-        parameter.requires_grad_(True)
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def forward(model: nn.Module, sequences: Sequences, **arguments: Any) -> Any:

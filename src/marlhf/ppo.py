@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from marlhf import diagnostics, loading
-from marlhf.batching import minibatches
+from marlhf.batching import held_out_share, minibatches
 from marlhf.config import PPOConfig
 from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, prompt_sets
 from marlhf.distributed import Distributed
@@ -89,10 +89,11 @@ class PPOTrainer:
         self.run, found = claim(config, self.distributed)
 
         seed_generators(config.seed)
+        shard = self.distributed.shard
         policy, value_model = loading.build_models(
-            config, self.tokenizer, self._reward_model_path(), model, critic, lm_config
+            config, self.tokenizer, self._reward_model_path(), model, critic, lm_config, shard
         )
-        self.reference = loading.reference_of(policy).to(self.distributed.device)
+        self.reference = loading.reference_of(policy, shard)
         rate = config.optimizer.learning_rate
         self.policy = self._learner("policy", policy, rate)
         critic_rate = config.optimizer.critic_learning_rate
@@ -104,7 +105,7 @@ class PPOTrainer:
             self.policy.model,
             self.reference,
             self.critic and self.critic.model,
-            self.reward.load().to(self.distributed.device),
+            self.reward.to(self.distributed.device).load(shard),
             self.tokenizer,
             self.distributed,
             self.token_reward.requires,
@@ -199,16 +200,17 @@ class PPOTrainer:
         return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 
     def _evaluate_share(self, metrics: Metrics) -> None:
-        size = self.config.rollout.batch_size
-        world, rank = self.distributed.world_size, self.distributed.rank
-        mine = list(enumerate(self.eval_prompts))[rank::world]
-        for start in range(0, len(mine), size):
-            row_ids, prompts = zip(*mine[start : start + size], strict=True)
+        size, count = self.config.rollout.batch_size, len(self.eval_prompts)
+        rows, own = held_out_share(count, self.distributed.rank, self.distributed.world_size)
+        for start in range(0, len(rows), size):
+            row_ids = rows[start : start + size]
+            prompts = [self.eval_prompts[row] for row in row_ids]
             shown = start == 0 and self.config.log.samples > 0
             rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), True, with_values=shown)
-            metrics.mean("eval_score_mean", rollout.scores)
-            metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1))
-            metrics.mean("eval_response_length_mean", rollout.generation.lengths)
+            counted = slice(max(0, own - start))
+            metrics.mean("eval_score_mean", rollout.scores[counted])
+            metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1)[counted])
+            metrics.mean("eval_response_length_mean", rollout.generation.lengths[counted])
             if not shown:
                 continue
             starts = self._segment(rollout)
@@ -218,14 +220,15 @@ class PPOTrainer:
 
     def save(self, folder: Path | str) -> None:
         """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
+        policy = self.distributed.unwrap(self.policy.model)
 
         def write() -> None:
             if self.distributed.is_main:
-                policy = self.distributed.unwrap(self.policy.model)
                 with writing(self.run.path):
                     loading.save_policy(policy, self.tokenizer, Path(folder))
 
-        self.distributed.together(write)
+        with self.distributed.gathered(policy):
+            self.distributed.together(write)
 
     # -- one update ------------------------------------------------------------------------------
 

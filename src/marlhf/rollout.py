@@ -135,7 +135,7 @@ class RolloutWorker:
             )
             seeds = [row_seed(seed, step, row) for row in row_ids]
             policy: Policy = self.distributed.unwrap(self.policy)
-            with self.distributed.autocast():
+            with self.distributed.gathered(policy), self.distributed.autocast():
                 generation = generate(policy, self.tokenizer, encoded, seeds, settings)
         with timer("score"):
             sequences = Sequences.of(generation)
@@ -282,6 +282,7 @@ def generate(
                 attention_mask=prompt_mask.long(),
                 logits_processor=warpers,
                 stopping_criteria=StoppingCriteriaList([finish]),
+                synced_gpus=False,  # the weights are here: no rank waits for another's tokens
             )
     finally:
         model.train(training)

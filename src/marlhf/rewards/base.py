@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from marlhf.types import UserError
 
 RewardFn = Callable[..., Any]
 Pairs = list[tuple[int, float]]
+Shard = Callable[[Any, Any], Any]
 Columns = Mapping[str, Sequence[Any]]
 
 REWARDS = Registry(
@@ -49,6 +50,14 @@ REWARDS = Registry(
         "code": "marlhf.rewards.code.Code",
     },
 )
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A reward whose model may be spread over the ranks."""
+
+    def shard(self, shard: Shard) -> None:
+        """Let `shard(model, trunk)` place the model; see `Distributed.shard`."""
 
 
 class RewardError(RuntimeError):
@@ -129,14 +138,19 @@ class CombinedReward:
                         f"columns are {', '.join(available) or 'none'}"
                     )
 
-    def load(self) -> CombinedReward:
-        """Load every model now rather than at first use. Raises UserError."""
+    def load(self, shard: Shard | None = None) -> CombinedReward:
+        """Load every model now rather than at first use. Raises UserError.
+
+        shard   places a frozen model over the ranks, as `Distributed.shard`
+        """
         for reward in self.rewards:
             if callable(load := getattr(reward.function, "load", None)):
                 try:
                     load()
                 except UserError as error:
                     raise UserError(f"reward {reward.name}: {error}") from error
+            if shard is not None and isinstance(reward.function, Shardable):
+                reward.function.shard(shard)
         return self
 
     def to(self, device: Any) -> CombinedReward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,10 @@ class RewardModel:
             self._state["model"].to(device)
         return self
 
+    def shard(self, shard: Callable[[Any, nn.Module], Any]) -> None:
+        """Let `shard(model, trunk)` place the weights over the ranks, as `Distributed.shard`."""
+        self._state["model"] = shard(self.model, self.model.base_model)
+
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
@@ -101,7 +105,9 @@ class RewardModel:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            input_ids, mask = (x.to(model.device) for x in right_pad([ids[i] for i in rows]))
+            input_ids, mask = (
+                x.to(self._state["device"]) for x in right_pad([ids[i] for i in rows])
+            )
             values = sequence_scores(model, input_ids, mask).tolist()
             for row, value in zip(rows, values, strict=True):
                 scores[row] = value - offset

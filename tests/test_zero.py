@@ -1,0 +1,100 @@
+"""DeepSpeed and DDP on two real ranks, as `accelerate launch` starts them, against one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from launches_for_tests import PROFILES, accelerate, assert_the_same, launch
+from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+
+FIVE: dict[str, Any] = {"steps": 5, "resume": True}
+CHECKPOINTING: dict[str, Any] = {**FIVE, "model": {"gradient_checkpointing": True}}
+LORA: dict[str, Any] = {**FIVE, "model": {"lora": {"r": 4}}}
+
+
+def sharding_everything(folder: Path) -> Path:
+    """A ZeRO-3 profile that shards the small weights too, all that a tiny model has."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (folder / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    profile = yaml.safe_load((PROFILES / "zero3.yaml").read_text())
+    profile["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero.json")}
+    (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
+    return folder / "profile.yaml"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five updates in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert launch(folder, [], FIVE)["goes_on"]
+    return folder
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(PROFILES.glob("*.yaml"))])
+def test_accelerate_reads_every_profile(name: str) -> None:
+    config = load_config_from_file(str(PROFILES / f"{name}.yaml"))
+    kind = {"single": "NO", "ddp": "MULTI_GPU"}.get(name, "DEEPSPEED")
+    assert config.distributed_type == kind
+    assert config.mixed_precision in (None, "no")  # `model.precision` decides
+    if kind == "DEEPSPEED":
+        stage = {"zero1": 1, "zero2": 2}.get(name, 3)
+        assert config.deepspeed_config["zero_stage"] == stage
+        offloads = {config.deepspeed_config[f"offload_{x}_device"] for x in ("optimizer", "param")}
+        assert offloads == {"cpu" if name.endswith("offload") else "none"}
+
+
+def test_ddp_does_what_one_process_does(alone: Path, tmp_path: Path) -> None:
+    found = launch(tmp_path / "run", accelerate(PROFILES / "ddp.yaml"), FIVE)
+    assert (found["ranks"], found["stage"], found["goes_on"]) == (2, 0, True)
+    assert found["policy"] == found["critic"] == "DistributedDataParallel"
+    assert_the_same(tmp_path / "run", alone)
+
+
+def test_zero_2_does_what_one_process_does(alone: Path, tmp_path: Path) -> None:
+    found = launch(tmp_path / "run", accelerate(PROFILES / "zero2.yaml"), FIVE)
+    assert (found["ranks"], found["stage"], found["goes_on"]) == (2, 2, True)
+    assert found["policy"] == found["critic"] == "DeepSpeedEngine"
+    assert found["reference_here"] > 0
+    assert_the_same(tmp_path / "run", alone)
+
+
+def test_zero_3_does_what_one_process_does(alone: Path, tmp_path: Path) -> None:
+    profile = sharding_everything(tmp_path)
+    found = launch(tmp_path / "run", accelerate(profile), CHECKPOINTING)
+    assert (found["ranks"], found["stage"], found["goes_on"]) == (2, 3, True)
+    assert found["policy"] == found["critic"] == "DeepSpeedEngine"
+    assert found["reference_here"] == 0  # no rank keeps a weight of it
+    assert_the_same(tmp_path / "run", alone)
+
+
+def test_adapters_on_a_base_sharded_by_zero_3(tmp_path: Path) -> None:
+    launch(tmp_path / "one", [], LORA)
+    profile = sharding_everything(tmp_path)
+    found = launch(tmp_path / "run", accelerate(profile), LORA)
+    assert (found["stage"], found["goes_on"]) == (3, True)
+    assert found["reference_here"] < 10_000  # adapters alone; the base has 25 thousand weights
+    assert_the_same(tmp_path / "run", tmp_path / "one")
+
+
+def job(folder: Path, **sections: Any) -> list[str]:
+    """`-m marlhf ppo CONFIG` of a tiny run."""
+    model = folder / "model"
+    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(model)
+    byte_tokenizer(add_bos=True).save_pretrained(model)
+    (folder / "prompts.jsonl").write_text('{"prompt": "hello"}\n' * 8)
+    config: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "data": {"path": str(folder / "prompts.jsonl"), "eval_rows": 0},
+        "output_dir": str(folder / "run"),
+        "steps": 2,
+        "rollout": {"batch_size": 4, "max_new_tokens": 6},
+        "reward": {"models": "length"},
+        "log": {"tensorboard": False, "progress": False},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, **sections}))
+    return ["-m", "marlhf", "ppo", str(folder / "config.yaml")]

@@ -200,11 +200,12 @@ class PPOTrainer:
         return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 
     def _evaluate_share(self, metrics: Metrics) -> None:
-        size, count = self.config.rollout.batch_size, len(self.eval_prompts)
-        rows, own = held_out_share(count, self.distributed.rank, self.distributed.world_size)
+        held_out, size = self.eval_prompts, self.config.rollout.batch_size
+        rank, ranks = self.distributed.rank, self.distributed.world_size
+        rows, own = held_out_share(len(held_out), rank, ranks)
         for start in range(0, len(rows), size):
             row_ids = rows[start : start + size]
-            prompts = [self.eval_prompts[row] for row in row_ids]
+            prompts = [held_out[row] for row in row_ids]
             shown = start == 0 and self.config.log.samples > 0
             rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), True, with_values=shown)
             counted = slice(max(0, own - start))
@@ -221,14 +222,9 @@ class PPOTrainer:
     def save(self, folder: Path | str) -> None:
         """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
         policy = self.distributed.unwrap(self.policy.model)
-
-        def write() -> None:
-            if self.distributed.is_main:
-                with writing(self.run.path):
-                    loading.save_policy(policy, self.tokenizer, Path(folder))
-
-        with self.distributed.gathered(policy):
-            self.distributed.together(write)
+        write = partial(loading.save_policy, policy, self.tokenizer, Path(folder))
+        with self.distributed.gathered(policy), writing(self.run.path):
+            self.distributed.together(write if self.distributed.is_main else lambda: None)
 
     # -- one update ------------------------------------------------------------------------------
 

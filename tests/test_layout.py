@@ -114,6 +114,9 @@ ORDER = [
     "marlhf.report.command",
     "marlhf.report",
     "marlhf.sweep",
+    "marlhf.memory",
+    "marlhf.fake_passes",
+    "marlhf.estimate_command",
     "marlhf.cli",
     "marlhf.__main__",
     "marlhf",
@@ -213,6 +216,7 @@ def test_no_file_is_long():
         ["segment", "--help"],
         ["report", "--help"],
         ["sweep", "--help"],
+        ["estimate", "--help"],
     ],
     ids=lambda words: " ".join(words or ["import"]),
 )

@@ -39,6 +39,10 @@ COMMANDS = {
         "marlhf.report.command.main",
         "one HTML page about runs: curves, frontier, macro actions, samples, parity",
     ),
+    "estimate": (
+        "marlhf.estimate_command.main",
+        "memory that a ppo run needs on each GPU, under every launch profile",
+    ),
     "quickstart": (
         "marlhf.quickstart.main",
         "watch a small model learn to write cheerfully; needs no config",

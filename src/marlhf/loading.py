@@ -67,19 +67,22 @@ def model_source(path: str, key: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0].name}
 
 
-def load_model_config(settings: ModelSettings, key: str = "model.path") -> Any:
+def load_model_config(
+    settings: ModelSettings, key: str = "model.path", weights: bool = True
+) -> Any:
     """The model's configuration, with every dropout set to zero; its weights are there and their
-    files whole. Raises UserError."""
+    files whole, unless `weights` is false: then nobody will need them. Raises UserError."""
     config = _from_pretrained(AutoConfig, settings, key)
-    _check_files(Path(settings.path).expanduser(), key)
+    if weights:
+        _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):
         _zero_dropout(part)
     return config
 
 
-def load_classifier_config(settings: ModelSettings, key: str) -> Any:
-    """The configuration of a model with one label. Raises UserError."""
-    config = load_model_config(settings, key)
+def load_classifier_config(settings: ModelSettings, key: str, weights: bool = True) -> Any:
+    """The configuration of a model with one label, as `load_model_config`. Raises UserError."""
+    config = load_model_config(settings, key, weights)
     if config.num_labels != 1:
         raise UserError(
             f"{key}: {settings.path!r} has {config.num_labels} labels, must have 1 (a sequence "
@@ -215,7 +218,7 @@ def build_models(
     lm_config = model.config if model is not None else lm_config or load_model_config(settings)
     check_tokenizer(tokenizer, lm_config)
     vocabulary = lm_config.get_text_config().vocab_size
-    source = None if critic is not None else _critic_source(config, vocabulary, reward_path)
+    source = None if critic is not None else critic_source(config, vocabulary, reward_path)
 
     policy = build_policy(settings, tokenizer, lm_config, model, shard)
     lm: Any = policy.model
@@ -286,10 +289,11 @@ def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "mode
         add_adapter(model, settings.lora, "policy")
 
 
-def _critic_source(
-    config: PPOConfig, vocabulary: int, reward_path: str | None
+def critic_source(
+    config: PPOConfig, vocabulary: int, reward_path: str | None, weights: bool = True
 ) -> ModelSettings | None:
-    """What the critic is loaded from, its vocabulary checked; None for the policy's own trunk."""
+    """What the critic is loaded from, its vocabulary checked; None for the policy's own trunk.
+    Arguments as of `build_models` and `load_model_config`. Raises UserError."""
     settings = config.critic
     path = settings.path
     if path is None and settings.init != "policy":
@@ -300,7 +304,7 @@ def _critic_source(
         return None
     source = replace(config.model, path=path, revision=None)
     key = "critic.path" if settings.path else "reward.models"
-    own_config = load_classifier_config(source, key)
+    own_config = load_classifier_config(source, key, weights)
     if settings.path is None and settings.init == "auto":
         return source if own_config.get_text_config().vocab_size == vocabulary else None
     _check_vocabulary(f"{key}: {path!r}", own_config, vocabulary)

@@ -60,10 +60,7 @@ class Policy(nn.Module):
             hidden = trunk_forward(trunk_of(causal_lm), input_ids, attention_mask, position_ids)
             before = hidden[:, -T - 1 : -1][response_mask]
             targets = input_ids[:, -T:][response_mask]
-            size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
-            logprobs, of_logits = _chunked_logprobs(
-                before, targets, head_of(causal_lm), temperature, extras, size
-            )
+            logprobs, of_logits = target_logprobs(causal_lm, before, targets, temperature, extras)
             found = {}
             if "hidden_states" in extras:
                 found["hidden_states"] = hidden[:, -T - 1 :]
@@ -196,19 +193,14 @@ def trunk_forward(
     return output.last_hidden_state
 
 
-def _chunked_logprobs(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Callable[[Tensor], Tensor],
-    temperature: float,
-    extras: Collection[str],
-    size: int,
+def target_logprobs(
+    causal_lm: Any, hidden: Tensor, targets: Tensor, temperature: float, extras: Collection[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`hidden [N,H], targets [N] -> logprobs [N]`, and the extras that are read off the logits, [N]
-    too; logits of `size` tokens at a time.
-
-    In training the logits of a chunk are computed again in the backward pass.
+    """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], the logits of a chunk of tokens
+    at a time. In training they are computed again in the backward pass.
     """
+    head = head_of(causal_lm)
+    size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
 
     names = [name for name in ("entropy", "token_ranks") if name in extras]
 

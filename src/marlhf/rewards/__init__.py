@@ -10,6 +10,7 @@ from marlhf.rewards.base import (
     build_rewards,
     needed_columns,
     place_spans,
+    reward_models,
 )
 from marlhf.rewards.code import Code
 from marlhf.rewards.curiosity import Curiosity
@@ -51,4 +52,5 @@ __all__ = [
     "build_token_rewards",
     "needed_columns",
     "place_spans",
+    "reward_models",
 ]

@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from marlhf.registry import Registry, construct, import_path, split_spec
+from marlhf.registry import Registry, Spec, construct, import_path, split_spec
 from marlhf.tokenization import Span
 from marlhf.types import UserError
 
@@ -201,6 +201,17 @@ def place_spans(
                 raise ValueError(f"row {row}: no token writes character {end_char - 1}")
             rewards[row, token] += reward
     return rewards
+
+
+def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
+    """Arguments of every `RewardModel` that a configuration's `reward.models` names, `path` among
+    them; nothing is built. Raises UserError."""
+    models = []
+    for each in spec if isinstance(spec, list) else [spec]:
+        name, arguments = split_spec(each, "reward")
+        if _is_model_path(name):
+            models.append({"path": name, **arguments})
+    return models
 
 
 def needed_columns(function: RewardFn) -> list[str]:

@@ -1,0 +1,239 @@
+"""`marlhf estimate` against measured peaks of real updates.
+
+    python benchmarks/memory_estimates.py [--cases NAME ...] [--json FILE]
+
+Each case trains a random model for two updates in processes of its own, on the CPU, or on a GPU if
+there is one, and reads the peak of each: the resident set on a CPU, on a GPU
+`torch.cuda.max_memory_allocated`. On a CPU a tiny model's run under the same profile is subtracted:
+Python, its libraries and the connection between ranks. The C library is told to give freed tensors
+back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built, as
+reading them is no part of an update. Needs about 4 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BUCKET = 5_000_000  # a CPU backs pages once they are written: DeepSpeed's 2 GB would never be full
+WIDE = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+}
+DEEP = WIDE | {
+    "vocab_size": 2000,
+    "hidden_size": 320,
+    "intermediate_size": 1280,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "tie_word_embeddings": False,
+}
+TINY = DEEP | {
+    "vocab_size": 300,
+    "hidden_size": 40,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+}
+CHECKPOINTING = {"gradient_checkpointing": True}
+ACCUMULATING = {"optimizer": {"micro_batch_size": 4}}
+
+# name -> profile, shape, keys of the config's section `model`, other sections
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "wide": ("single", WIDE, {}, {}),
+    "deep": ("single", DEEP, {}, {}),
+    "deep, accumulating": ("single", DEEP, {}, ACCUMULATING),
+    "deep, checkpointing": ("single", DEEP, CHECKPOINTING, {}),
+    "deep, bf16": ("single", DEEP, {"precision": "bf16"}, {}),
+    "wide, LoRA": ("single", WIDE, {"lora": {"r": 16}}, {}),
+    "wide, RLOO": (
+        "single",
+        WIDE,
+        {},
+        {"ppo": {"estimator": "rloo"}, "rollout": {"responses_per_prompt": 2, "batch_size": 4}},
+    ),
+    "wide, 2 ranks DDP": ("ddp", WIDE, {}, {}),
+    "wide, 2 ranks ZeRO-1": ("zero1", WIDE, {}, {}),
+    "wide, 2 ranks ZeRO-2": ("zero2", WIDE, {}, {}),
+    "deep, 2 ranks ZeRO-2, accumulating": ("zero2", DEEP, {}, ACCUMULATING),
+    "wide, 2 ranks ZeRO-3": ("zero3", WIDE, {}, {}),
+    "deep, 2 ranks ZeRO-3, checkpointing": ("zero3", DEEP, CHECKPOINTING, {}),
+    "wide, 2 ranks ZeRO-3, LoRA": ("zero3", WIDE, {"lora": {"r": 16}}, {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Estimated and measured peaks.")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        run_rank(Path(options.rank))
+        return
+    rows, overhead = {}, {}
+    print(f"{'case':<38} {'measured MB':>12} {'estimated MB':>13} {'ratio':>6}   peak in")
+    for name in options.cases:
+        profile, shape, model, sections = CASES[name]
+        if profile not in overhead:
+            overhead[profile] = measure(profile, TINY, {}, {})[0]
+        peak, estimated, phase = measure(profile, shape, model, sections)
+        peak -= overhead[profile]
+        rows[name] = {"measured": peak, "estimated": estimated, "phase": phase}
+        ratio = estimated / peak
+        print(
+            f"{name:<38} {peak / 1e6:12.0f} {estimated / 1e6:13.0f} {ratio:6.2f}   {phase}",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(
+    profile: str, shape: dict[str, Any], model: dict[str, Any], sections: dict[str, Any]
+) -> tuple[int, int, str]:
+    """`(most bytes of any rank, estimate, phase of its peak)` of one case."""
+    import torch
+
+    from marlhf.estimate_command import count_runs, counter_of
+    from marlhf.memory import estimate
+
+    ranks = 1 if profile == "single" else 2
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        case = {"shape": shape, "model": model, "sections": sections, "ranks": ranks}
+        (folder / "case.json").write_text(json.dumps(case))
+        done = subprocess.run(
+            [sys.executable, *launcher(profile, folder), __file__, "--rank", name],
+            env={
+                **os.environ,
+                "MALLOC_MMAP_THRESHOLD_": "65536",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "ignore",
+            },
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+        peaks = [int(file.read_text()) for file in folder.glob("peak-*")]
+        assert len(peaks) == ranks
+        with torch.device("cpu"):
+            run = count_runs(counter_of(config(case, folder)), ranks)[profile]  # pyright: ignore[reportArgumentType]
+    found = estimate(run, profile, ranks, BUCKET)  # pyright: ignore[reportArgumentType]
+    phase = max(found.phases, key=lambda each: found.phases[each].total)
+    return max(peaks), found.peak, phase
+
+
+def launcher(profile: str, folder: Path) -> list[str]:
+    """What stands before the script on Python's command line."""
+    if profile == "single":
+        return []
+    if profile == "ddp":
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    deepspeed = {"zero_optimization": {"stage": int(profile[-1]), "reduce_bucket_size": BUCKET}}
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
+    accelerate = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {
+            "deepspeed_config_file": str(folder / "deepspeed.json"),
+            "zero3_init_flag": False,
+        },
+        "num_machines": 1,
+        "num_processes": 2,
+        "machine_rank": 0,
+    }
+    (folder / "accelerate.yaml").write_text(json.dumps(accelerate))  # JSON is YAML
+    words = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    return [*words, "--config_file", str(folder / "accelerate.yaml")]
+
+
+def config(case: dict[str, Any], folder: Path) -> Any:
+    """The run of a case; its model's config.json is written to the folder."""
+    from transformers import LlamaConfig
+
+    from marlhf.config import PPOConfig
+    from marlhf.config_loading import config_from_dict, merge
+
+    LlamaConfig(**case["shape"]).save_pretrained(folder / "model")
+    values = {
+        "model": {"path": str(folder / "model"), **case["model"]},
+        "output_dir": str(folder / "run"),
+        "steps": 2,
+        "data": {"eval_rows": 0},
+        "rollout": {
+            "batch_size": 8 * case["ranks"],
+            "max_prompt_length": 80,
+            "max_new_tokens": 48,
+            "min_new_tokens": 48,
+        },
+        "log": {"progress": False, "tensorboard": False, "eval_every": 0},
+        "checkpoint": {"every": 0},
+    }
+    return config_from_dict(PPOConfig, merge(values, case["sections"]))
+
+
+def run_rank(folder: Path) -> None:
+    """Two updates of one rank; leaves its peak in the folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    from marlhf.ppo import PPOTrainer
+
+    case = json.loads((folder / "case.json").read_text())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    settings = config(case, folder / str(os.environ.get("RANK", 0)))
+    rows = settings.rollout.batch_size
+    trainer = PPOTrainer(
+        settings,
+        reward=lambda prompts, completions: [float(len(c) % 7) for c in completions],
+        train_dataset=["x" * (60 + i) for i in range(rows - 1)] + ["y" * 200],
+        model=AutoModelForCausalLM.from_config(LlamaConfig(**case["shape"]), dtype=torch.float32),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<s>"
+        ),
+    )
+    reset_peak()
+    for _ in range(settings.steps):
+        trainer.step(trainer.stream.batch(trainer.step_count, rows))
+    rank = trainer.distributed.rank
+    (folder / f"peak-{rank}").write_text(str(peak()))
+
+
+def reset_peak() -> None:
+    """From now on `peak` counts."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark of the memory
+
+
+def peak() -> int:
+    """Most bytes in use since `reset_peak`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

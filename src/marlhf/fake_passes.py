@@ -1,0 +1,389 @@
+"""What passes of a model allocate, counted without weights.
+
+A pass of our own code runs on fake tensors, which have shapes and no data, and every storage that
+it makes is counted while it lives. So the count holds for any family of models, with adapters,
+gradient checkpointing and autocast as they are, and takes seconds for a model of any size.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from marlhf import loading
+from marlhf.config import ModelSettings, PPOConfig
+from marlhf.errors import UserError, one_line
+from marlhf.loading import add_adapter, trainable_parameters
+from marlhf.memory import Generation, Run, Training, Weights
+from marlhf.models import Critic, Policy, target_logprobs, trunk_forward, trunk_of, use_adapter
+from marlhf.rewards import reward_models
+from marlhf.rewards.model import sequence_scores
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage made within, for as long as it lives.
+
+    known   tensors that were there before; views of them are nothing new
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(storage)
+        weakref.finalize(storage, self._forget, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+
+def training_peak(
+    parameters: Iterable[nn.Parameter],
+    known: Iterable[Tensor],
+    loss: Callable[[], Tensor],
+    passes: int,
+) -> int:
+    """Most bytes alive in forward and backward passes, beyond `known`.
+
+    passes   that many, the gradients of which add up; 0: one, in which each gradient goes as soon
+             as it is complete
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    hooks = []
+    if passes == 0:
+        hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in parameters]
+    with LiveBytes(known) as count:
+        for _ in range(max(1, passes)):
+            loss().backward()
+    for hook in hooks:
+        hook.remove()
+    for parameter in parameters:
+        parameter.grad = None
+    return count.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@dataclass(frozen=True)
+class FakeModels:
+    """The models of a run without their weights, and the rows of each reward model's passes."""
+
+    policy: Policy
+    critic: Critic | None
+    rewards: dict[str, tuple[Any, int]]
+    mode: FakeTensorMode
+
+
+def fake_models(config: PPOConfig) -> FakeModels:
+    """The models that a run would load, from their config.json alone. Raises UserError."""
+    settings, specs = config.model, reward_models(config.reward.models)
+    lm_config = loading.load_model_config(settings, weights=False)
+    reward_configs = [
+        loading.load_classifier_config(_reward_settings(spec), "reward.models", weights=False)
+        for spec in specs
+    ]
+    first = specs[0]["path"] if specs else None
+    vocabulary = lm_config.get_text_config().vocab_size
+    source = loading.critic_source(config, vocabulary, first, weights=False)
+    with torch.device("meta"):
+        policy = Policy(_meta(AutoModelForCausalLM, settings, lm_config, "model.path"))
+        rewards = {}
+        for i, (spec, own) in enumerate(zip(specs, reward_configs, strict=True)):
+            model = _meta(
+                AutoModelForSequenceClassification, _reward_settings(spec), own, "reward.models"
+            )
+            name = "reward model" if len(specs) == 1 else f"reward model {i + 1}"
+            rewards[name] = model.requires_grad_(False).eval(), spec.get("batch_size", 16)
+        critic = _meta_critic(config, policy, source)
+    models = [policy, critic, *(model for model, _ in rewards.values())]
+    mode = _fill([model for model in models if model is not None])
+    return FakeModels(policy, critic, rewards, mode)
+
+
+def _fill(models: Sequence[nn.Module]) -> FakeTensorMode:
+    """Replace tensors of the device "meta" by fake ones on the CPU, shared ones by one."""
+    mode, made = FakeTensorMode(), {}
+    for module in (module for model in models for module in model.modules()):
+        for owned in (module._parameters, module._buffers):
+            for name, old in owned.items():
+                if old is None or not old.is_meta:  # nothing, or seen in another model
+                    continue
+                if old not in made:
+                    with mode:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                    trains = isinstance(old, nn.Parameter)
+                    made[old] = nn.Parameter(new, old.requires_grad) if trains else new
+                owned[name] = made[old]
+    return mode
+
+
+def _meta_critic(config: PPOConfig, policy: Policy, source: ModelSettings | None) -> Critic | None:
+    """Puts the policy's adapter in, too: the critic may share its base."""
+    settings = config.model
+    if settings.gradient_checkpointing:
+        loading.enable_checkpointing(policy.model)
+    if settings.lora is not None:
+        policy.model = add_adapter(policy.model, settings.lora, "policy")
+        policy.adapter = "policy"
+    if config.ppo.estimator != "gae":
+        return None
+    if source is not None:
+        own = loading.load_classifier_config(source, "critic.path", weights=False)
+        model = _meta(AutoModelForSequenceClassification, source, own, "critic.path")
+        if settings.gradient_checkpointing:
+            loading.enable_checkpointing(model)
+        return loading.critic_from_classifier(model, settings.lora)
+    if settings.lora is not None:
+        return loading.critic_on_shared_base(policy.model, settings.lora)
+    return loading.critic_from_policy(_causal_lm(policy))
+
+
+def _reward_settings(spec: dict[str, Any]) -> ModelSettings:
+    trusted = spec.get("trust_remote_code", False)
+    return ModelSettings(path=spec["path"], trust_remote_code=trusted)
+
+
+def _meta(auto: Any, settings: ModelSettings, config: Any, key: str) -> Any:
+    try:
+        return auto.from_config(
+            copy.deepcopy(config),
+            dtype=torch.float32,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except Exception as error:  # of a family that has no such model
+        raise UserError(f"{key}: {settings.path!r}: {one_line(error)}") from error
+
+
+class PassCounter:
+    """Counts the passes of a run; what several launches have in common is counted once."""
+
+    def __init__(self, config: PPOConfig, models: FakeModels) -> None:
+        self._config, self._models = config, models
+        self._trainees: dict[str, Policy | Critic] = {"policy": models.policy}
+        if models.critic is not None:
+            self._trainees["critic"] = models.critic
+        frozen = [model for model, _ in models.rewards.values()]
+        self._known = [
+            tensor
+            for model in (*self._trainees.values(), *frozen)
+            for tensor in (*model.parameters(), *model.buffers())
+        ]
+        self._weights = _weights(config, models)
+        self._counted: dict[tuple[Any, ...], Any] = {}
+
+    def run(self, ranks: int, autocast_cache: bool = True) -> Run:
+        """All passes of one of `ranks` ranks, at the longest prompts and responses that can occur.
+
+        autocast_cache   bf16 copies of weights are shared in a pass; ZeRO-3 does without
+        """
+        rows, cache = _rows(self._config, ranks), autocast_cache
+        training = {name: self._training(name, ranks, cache) for name in self._trainees}
+        limit = self._config.rollout.micro_batch_size or self._config.optimizer.micro_batch_size
+        scoring = {
+            name: self._once(self._scoring, name, min(limit, rows), cache)
+            for name in self._trainees
+        } | {
+            name: self._once(self._reward, name, min(batch, rows))
+            for name, (_, batch) in self._models.rewards.items()
+        }
+        generation = self._once(self._generation, rows, cache)
+        return Run(self._weights, training, scoring, generation)
+
+    def _once(self, count: Callable[..., Any], *arguments: Any) -> Any:
+        key = (count.__name__, *arguments)
+        if key not in self._counted:
+            with self._models.mode:
+                self._counted[key] = count(*arguments)
+        return self._counted[key]
+
+    @contextmanager
+    def _counting(self, cache: bool) -> Iterator[LiveBytes]:
+        with torch.no_grad(), LiveBytes(self._known) as count, self._autocast(cache):
+            yield count
+
+    def _autocast(self, cache: bool) -> Any:
+        enabled = self._config.model.precision == "bf16"
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=cache)
+
+    def _training(self, name: str, ranks: int, cache: bool) -> Training:
+        config, limit = self._config, self._config.optimizer.micro_batch_size
+        rows = max(1, _rows(config, ranks) // config.ppo.minibatches)
+        # rows, tokens of a row, and those of them that have a loss
+        shapes = [(min(limit, rows), _length(config), config.rollout.max_new_tokens)]
+        if name == "policy" and config.ptx is not None:
+            texts = max(1, config.ptx.batch_size // ranks)
+            shapes.append((min(limit, texts), config.ptx.max_length, config.ptx.max_length - 1))
+        accumulates = rows > limit or len(shapes) > 1
+        kept, dropped = (
+            max(self._once(self._backward, name, shape, passes, cache) for shape in shapes)
+            for passes in (1 + accumulates, 0)
+        )
+        return Training(kept, dropped, accumulates)
+
+    def _backward(self, name: str, shape: tuple[int, int, int], passes: int, cache: bool) -> int:
+        """Most bytes in `passes` micro-batches; 0: in one whose gradients are dropped."""
+        model = self._trainees[name]
+        model.train()
+
+        def loss() -> Tensor:
+            with self._autocast(cache):
+                return _forward(model, self._config, *shape).sum()
+
+        trained = trainable_parameters(model, name if self._config.model.lora else None)
+        return training_peak(trained, self._known, loss, passes)
+
+    def _scoring(self, name: str, rows: int, cache: bool) -> int:
+        config = self._config
+        with self._counting(cache) as count:
+            T = config.rollout.max_new_tokens
+            _forward(self._trainees[name], config, rows, _length(config), T, ("entropy",))
+        return count.peak
+
+    def _reward(self, name: str, rows: int) -> int:
+        with torch.no_grad(), LiveBytes(self._known) as count:
+            sequence_scores(self._models.rewards[name][0], *_tokens(rows, _length(self._config)))
+        return count.peak
+
+    def _generation(self, rows: int, cache: bool) -> Generation:
+        """Reading the prompts, and sampling the last token of the longest responses."""
+        policy, config = self._models.policy, self._config
+        lm = _causal_lm(policy).eval()
+
+        def read(ids: Tensor, mask: Tensor, past: Any = None) -> Any:
+            return lm(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+        with use_adapter(policy.model, policy.adapter):
+            with self._counting(cache) as first:
+                read(*_tokens(rows, config.rollout.max_prompt_length))
+            with self._counting(cache) as last:
+                past = read(*_tokens(rows, _length(config) - 1)).past_key_values
+                kept = sum(x.nbytes for layer in past.layers for x in (layer.keys, layer.values))
+                last.peak = last.live
+                ids, mask = _tokens(rows, _length(config))
+                _sample(read(ids[:, -1:], mask, past).logits, config)
+        return Generation(kept, max(first.peak, last.peak) - kept)
+
+
+def _rows(config: PPOConfig, ranks: int) -> int:
+    """Responses of an update on one rank."""
+    responses = config.rollout.batch_size * config.rollout.responses_per_prompt
+    return max(1, -(-responses // ranks))
+
+
+def _length(config: PPOConfig) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return config.rollout.max_prompt_length + config.rollout.max_new_tokens
+
+
+def _tokens(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.zeros(rows, length, dtype=torch.int64),
+        torch.ones(rows, length, dtype=torch.bool),
+    )
+
+
+def _forward(
+    model: Policy | Critic,
+    config: PPOConfig,
+    rows: int,
+    length: int,
+    T: int,
+    extras: Collection[str] = (),
+) -> Tensor:
+    """Log-probabilities or values of the last T tokens, none of which is masked."""
+    ids, mask = _tokens(rows, length)
+    if isinstance(model, Critic):
+        return model(ids, mask, mask[:, -T:])[0]
+    lm = _causal_lm(model)
+    with use_adapter(model.model, model.adapter):
+        hidden = trunk_forward(trunk_of(lm), ids, mask)
+        # `Policy.forward` picks these by the mask, which fake tensors cannot do
+        before, targets = hidden[:, -T - 1 : -1].flatten(0, 1), ids[:, -T:].flatten()
+        temperature = config.policy_temperature
+        return target_logprobs(lm, before, targets, temperature, extras)[0]
+
+
+def _causal_lm(policy: Policy) -> Any:
+    model: Any = policy.model
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _sample(logits: Tensor, config: PPOConfig) -> None:
+    """What `rollout.generate` does to the logits [B,1,V] of one step."""
+    scores = logits[:, -1].to(torch.float32, copy=True)
+    scores = scores / config.rollout.temperature
+    if config.rollout.top_p < 1:
+        ordered, index = scores.sort(-1)
+        beyond = ordered.softmax(-1).cumsum(-1) > config.rollout.top_p
+        scores = scores.masked_fill(beyond.scatter(1, index, beyond), float("-inf"))
+        del ordered, index, beyond
+    noise = torch.stack([torch.rand(scores.shape[1], dtype=torch.float64) for _ in scores])
+    torch.argmax(scores + noise.log_().neg_().log_().neg_().to(torch.float32), -1)
+
+
+def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
+    """Sizes of all models, a parameter that two share counted at the first."""
+    policy, critic = models.policy, models.critic
+    counted: set[int] = set()
+    adapters = config.model.lora is not None
+
+    def size(module: nn.Module, adapter: str | None, trains: bool = True) -> Weights:
+        own = {id(p): p for p in module.parameters()}
+        trained = trainable_parameters(module, adapter) if trains else []
+        mine = {id(p) for p in trained}
+        base = {i: p for i, p in own.items() if i not in mine and not p.requires_grad}
+        frozen = sum(p.numel() for i, p in base.items() if i not in counted)
+        counted.update(base)
+        read = base if adapters and trains else own
+        return Weights(
+            frozen=frozen,
+            trained=sum(p.numel() for p in trained),
+            reads=sum(p.numel() for p in read.values()),
+            largest=max(p.numel() for p in read.values()),
+            adapters=adapters and trains,
+        )
+
+    sizes = {"policy": size(policy, "policy" if adapters else None)}
+    if not adapters:
+        whole = sizes["policy"]
+        sizes["reference"] = Weights(whole.trained, 0, whole.reads, whole.largest)
+    if critic is not None:
+        sizes["critic"] = size(critic, "critic" if adapters else None)
+    for name, (model, _) in models.rewards.items():
+        sizes[name] = size(model, None, trains=False)
+    return sizes

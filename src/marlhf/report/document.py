@@ -110,19 +110,18 @@ def _notes(runs: Sequence[Run]) -> str:
 
 
 def _warnings(runs: Sequence[Run]) -> str:
-    found = [(run, rule, *what) for run in runs for rule, what in fired(run.rows).items()]
+    found: dict[str, list[tuple[Run, int, str]]] = {}
+    for run in runs:
+        for rule, (step, message) in fired(run.rows).items():
+            found.setdefault(rule, []).append((run, step, message))
     if not found:
         return ""
-    rows = [
-        (
-            text(run.name),
-            str(step),
-            text(message),
-            text(ADVICE[rule]) + "<br>" + tag("code", rule),
-        )
-        for run, rule, step, message in found
-    ]
-    heads = ["run", "first at update", "what", "what may help"]
+    rows = []
+    for rule, cases in found.items():
+        where = ", ".join(f"{run.name} (from update {step})" for run, step, _ in cases)
+        first = cases[0][2] + (f", and like it in {len(cases) - 1} more" if cases[1:] else "")
+        rows.append((tag("code", rule), text(first), text(where), text(ADVICE[rule])))
+    heads = ["sign", "what", "runs", "what may help"]
     return tag("h2", "Warning signs") + table(heads, rows, numbers=False)
 
 

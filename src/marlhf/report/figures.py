@@ -55,16 +55,8 @@ SECTIONS = {
         "peak_memory_gb": "Peak memory (GB)",
     },
 }
-# Where a small wiggle should look small.
-_FROM_ZERO = (
-    "_seconds",
-    "_length_mean",
-    "_count_mean",
-    "_fraction",
-    "kl_mean",
-    "_per_second",
-    "_gb",
-)
+_NEVER_NEGATIVE = ("_seconds", "_length_mean", "_count_mean", "_fraction", "_per_second", "_gb")
+_FROM_ZERO = (*_NEVER_NEGATIVE, "kl_mean")  # where a small wiggle should look small
 _NAMED = {key for section in SECTIONS.values() for key in section}
 
 
@@ -117,7 +109,8 @@ def mean_line(group: Group, key: str, seconds: bool = False) -> Line:
         times = [clock[step] for clock, curve in zip(clocks, curves, strict=True) if step in curve]
         x.append(float(np.mean(times)) if seconds else float(step))
         y.append(mean.value)
-        low.append(mean.value - (mean.half or 0.0))
+        bottom = mean.value - (mean.half or 0.0)
+        low.append(max(bottom, 0.0) if key.endswith(_NEVER_NEGATIVE) else bottom)
         high.append(mean.value + (mean.half or 0.0))
     banded = low != high
     return Line(group.label, group.index, x, y, low if banded else None, high if banded else None)

@@ -110,13 +110,12 @@ def _macro_action(
     tip = [f"macro action {index + 1}"]
     if isinstance(lengths, list) and index < len(lengths):
         tip[0] += f", {lengths[index]} tokens"
-    style = None
+    style, sign = None, ""
     if advantage is not None:
         tip.append(f"advantage {advantage:+.3g}")
         hue = "good" if advantage >= 0 else "bad"
         style = f"--a:rgba(var(--{hue}),{min(abs(advantage) / scale, 1) * 0.55:.2f})"
-        sign = tag("sup", "+" if advantage >= 0 else "−", class_="sign")
-    else:
-        sign = ""
+        if abs(advantage) > 0.01 * scale:
+            sign = tag("sup", "+" if advantage > 0 else "−", class_="sign")
     content = (shown(piece) if piece else "∅") + sign
     return tag("span", content, class_=f"a e{index % 4}", style=style, data_tip=data(tip))

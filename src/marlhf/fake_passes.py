@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from marlhf import loading
+from marlhf.adapters import add_adapter, trainable_parameters
 from marlhf.config import ModelSettings, PPOConfig
 from marlhf.errors import UserError, one_line
-from marlhf.loading import add_adapter, trainable_parameters
 from marlhf.memory import Generation, Run, Training, Weights
 from marlhf.models import Critic, Policy, target_logprobs, trunk_forward, trunk_of, use_adapter
 from marlhf.rewards import reward_models

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-TEMPLATE = "Summarize in one short line:\n\n{document}"  # as in the configs
 SEGMENTERS = {"ppo": "token", "ma_ppo": "{name: ngram, n: 5}"}
 
 Row = dict[str, Any]
@@ -141,17 +140,11 @@ def preference_pairs(rows: list[Row], samples: list[str]) -> list[Row]:
     """For each document its human summary, preferred to the model's and to another document's."""
     pairs = []
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        prompt = [{"role": "user", "content": TEMPLATE.format(**row)}]
         for worse in (sample, rows[i - 1]["summary"]):
             if worse.strip() and worse.strip() != row["summary"]:
-                answers = {"chosen": row["summary"], "rejected": worse}
-                pairs.append({"prompt": prompt, **{k: turn(v) for k, v in answers.items()}})
+                pair = {"prompt": row["document"], "chosen": row["summary"], "rejected": worse}
+                pairs.append(pair)
     return pairs
-
-
-def turn(text: str) -> list[Row]:
-    """A text as the assistant's turn."""
-    return [{"role": "assistant", "content": text}]
 
 
 def marlhf(result: Path, *words: object) -> None:

@@ -7,8 +7,8 @@ split by seed: 20% demonstrations, 40% for the reward model, the rest for PPO, b
 out to the end. Preference pairs are made without people: the human summary is preferred to a
 sample of the fine-tuned model, and to the summary of another document.
 
-Every stage is one `marlhf` command, printed before it runs; a stage whose result is there is not
-run again. With the default sizes the whole takes under an hour on two CPU cores.
+Every stage is one `marlhf` command, printed before it runs. Started again, the script goes on where
+it was stopped. With the default sizes the whole takes under an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
         f"data.eval_rows={args.held_out}",
         f"epochs={args.sft_epochs}",
         f"output_dir={out}/sft",
+        "resume=auto",
     )
     samples = out / "samples"
     marlhf(
@@ -70,6 +71,7 @@ def main() -> None:
         f"data.path={out}/data/pairs.jsonl",
         f"data.eval_rows={2 * args.held_out}",
         f"output_dir={out}/reward",
+        "resume=auto",
     )
     for name, segmenter in SEGMENTERS.items():
         marlhf(
@@ -83,6 +85,7 @@ def main() -> None:
             f"steps={args.steps}",
             f"rollout.batch_size={args.batch_size}",
             f"output_dir={out}/{name}",
+            "resume=auto",
         )
     policies = ", ".join([f"sft: {sft}", *(f"{name}: {out}/{name}" for name in SEGMENTERS)])
     marlhf(
@@ -154,7 +157,9 @@ def marlhf(result: Path, *words: object) -> None:
         print(f"# {result} is there", flush=True)
         return
     print("$", *command, flush=True)
-    subprocess.run([sys.executable, "-m", *command], check=True)
+    status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+    if status != 0:
+        sys.exit(status)
 
 
 def read(path: Path) -> list[Row]:

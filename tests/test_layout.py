@@ -81,6 +81,7 @@ ORDER = [
     "marlhf.learner",
     "marlhf.display",
     "marlhf.diagnostics",
+    "marlhf.update",
     "marlhf.ppo",
     "marlhf.hf_trainer",
     "marlhf.sft",

@@ -4,7 +4,7 @@ One update, `PPOTrainer.step`:
   1. sample a response to each prompt, score it, get logprobs and values     rollout
   2. cut the responses into macro actions                                    segmenters
   3. rewards and values of macro actions -> advantages -> tokens             experience
-  4. step policy and critic over minibatches                                 losses
+  4. step policy and critic over minibatches                                 update, losses
   5. write metrics and samples                                               metrics
 """
 
@@ -19,17 +19,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from marlhf import diagnostics, loading
-from marlhf.batching import held_out_share, minibatches
+from marlhf.batching import held_out_share
 from marlhf.config import PPOConfig
 from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, prompt_sets
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
-from marlhf.experience import Experience, MacroBatch, TokenRewards, macro_batch
+from marlhf.experience import MacroBatch, TokenRewards, macro_batch
 from marlhf.kl_control import KLCoefficient
-from marlhf.learner import Learner, Term
+from marlhf.learner import Learner
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
-from marlhf.objectives import policy_objective, text_objective, value_objective
 from marlhf.ptx import TextStream
 from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
 from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards
@@ -37,6 +36,7 @@ from marlhf.run_directory import writing
 from marlhf.run_state import RunState, claim, seed_generators
 from marlhf.segmenters import build_segmenter, segment, segmenter_metrics
 from marlhf.signals import StopSignals, stop
+from marlhf.update import Update
 
 EVAL_STEP = -1  # held-out responses are always sampled with the same noise
 
@@ -111,6 +111,9 @@ class PPOTrainer:
             self.token_reward.requires,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
+        self.update = Update(
+            config, self.policy, self.critic, self.texts, self.kl, self.distributed
+        )
         self.state = RunState(self._parts(), config, self.distributed)
         self.step_count = 0 if found is None else self.state.load(found)
 
@@ -176,7 +179,7 @@ class PPOTrainer:
             learning_rate = self.policy.learning_rate
             name = f"diverged-step-{self.step_count + 1}-rank-{self.distributed.rank}.pt"
             with diagnostics.keeping_batch(self.run.path / name):
-                self._update(rollout.experience(batch), metrics)
+                self.update(rollout.experience(batch), self.step_count, metrics)
         self.step_count += 1
 
         # 5. report
@@ -265,53 +268,6 @@ class PPOTrainer:
             config.rollout.responses_per_prompt,
             self.distributed.all_reduce,
         )
-
-    def _update(self, experience: Experience, metrics: Metrics) -> None:
-        """Several passes over the rollout; in each, an optimiser step a minibatch."""
-        config = self.config
-        group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
-        parts = minibatches(len(experience), group, count) * config.ppo.epochs
-        metrics.add("skipped_steps", 0.0, 1.0)  # below, steps go into sums alone
-        if config.ppo.target_kl is not None:
-            metrics.add("policy_steps", 0.0, 1.0)
-        if self.texts is not None:
-            metrics.add("ptx_loss", 0.0, 0.0)  # null where the policy waits for its critic
-        train_policy = self.critic is None or self.step_count >= config.critic.warmup_steps
-        for number, rows in enumerate(parts, self.step_count * len(parts)):
-            minibatch = experience.rows(rows)
-            if train_policy:
-                train_policy = self._step_policy(minibatch, number, metrics)
-            if self.critic is not None:
-                objective = partial(value_objective, self.critic.model, config, metrics)
-                norm = self.critic.optimise((minibatch, objective))
-                diagnostics.count_step("grad_norm_value", norm, metrics)
-        self.policy.scheduler.step()
-        if self.critic is not None:
-            self.critic.scheduler.step()
-
-    def _step_policy(self, minibatch: Experience, number: int, metrics: Metrics) -> bool:
-        """The optimiser step `number` of the policy. False: it was not taken, because the minibatch
-        shows the policy already beyond `ppo.target_kl`; in the metrics the minibatch counts."""
-        here, target = Metrics(), self.config.ppo.target_kl
-        objective = partial(
-            policy_objective, self.policy.model, self.config, self.kl.in_loss_coef, here
-        )
-        terms: list[Term] = [(minibatch, objective)]
-        if self.texts is not None:
-            coef = self.texts.settings.coef
-            objective = partial(text_objective, self.policy.model, coef, metrics)
-            terms.append((self.texts.batch(number), objective))
-        norm = self.policy.accumulate(*terms)
-        taken = diagnostics.count_step("grad_norm_policy", norm, metrics)
-        metrics.include(here)
-        if target is not None:
-            kl = here.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
-            if kl["approx_kl"] > target:
-                self.policy.discard()
-                return False
-            metrics.add("policy_steps", float(taken), 0.0)
-        self.policy.step()
-        return True
 
     # -- set-up ----------------------------------------------------------------------------------
 

@@ -318,7 +318,25 @@ class PlainPPO:
             metrics["value_clip_fraction"] = mean(x[1] for x in value)
             metrics["grad_norm_value"] = mean(value_norms)
             metrics["explained_variance"] = explained_variance(G, V)
+            before_whitening = [
+                g - v for row in zip(G, V, strict=True) for g, v in zip(*row, strict=True)
+            ]
+            metrics["advantage_std"] = deviation(before_whitening)
+        correlation = correlation_of([row.score for row in rows], [len(r.response) for r in rows])
+        if correlation is not None:
+            metrics["score_length_correlation"] = correlation
         return metrics
+
+
+def deviation(x: Any) -> float:
+    return math.sqrt(mean((y - mean(x)) ** 2 for y in x))
+
+
+def correlation_of(x: Any, y: Any) -> float | None:
+    spread = deviation(x) * deviation(y)
+    if spread == 0:
+        return None
+    return mean((a - mean(x)) * (b - mean(y)) for a, b in zip(x, y, strict=True)) / spread
 
 
 def approx_kl(terms: Any) -> float:

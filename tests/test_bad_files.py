@@ -263,7 +263,7 @@ data.eval_split=test -> data.eval_split: given 'test', but 'data.jsonl' has trai
 output_dir=data.jsonl -> output_dir: given 'data.jsonl', which is a file
 output_dir=data.jsonl/run -> output_dir: cannot write 'data.jsonl/run': Not a directory
 output_dir=/proc/run -> output_dir: cannot write '/proc/run'
-output_dir=old -> output_dir: 'old' already holds a run; choose another, or set overwrite=true
+output_dir=old -> output_dir: 'old' already holds a run; choose another, or set resume=auto
 """
 
 

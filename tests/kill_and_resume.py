@@ -2,6 +2,7 @@
 
     python tests/kill_and_resume.py --kills 50
     python tests/kill_and_resume.py --kills 20 --ranks 2
+    python tests/kill_and_resume.py --kills 20 --profile configs/accelerate/zero2.yaml
 
 A tiny random model is trained by `marlhf ppo ... resume=auto`. A run is killed (kill -9, all
 its processes) after a random time between 0 and what a whole run takes, started again, and so
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from launches_for_tests import accelerate, torchrun
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from runs_for_tests import PROMPTS
 from runs_that_die import contents
@@ -54,11 +56,9 @@ def prepare(work: Path) -> Path:
     return work / "config.yaml"
 
 
-def start(config: Path, folder: Path, ranks: int) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "marlhf"]
+def start(config: Path, folder: Path, launcher: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*command, "ppo", str(config), f"output_dir={folder}"],
+        [sys.executable, *launcher, "-m", "marlhf", "ppo", str(config), f"output_dir={folder}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -85,11 +85,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", type=Path, help="of accelerate, instead of --ranks")
     options = parser.parse_args()
+    launcher = torchrun(options.ranks) if options.ranks > 1 else []
+    launcher = accelerate(options.profile) if options.profile else launcher
     draw = random.Random(options.seed)
     work = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     config, began = prepare(work), time.monotonic()
-    whole = start(config, work / "whole", options.ranks)
+    whole = start(config, work / "whole", launcher)
     assert whole.wait() == 0, whole.stderr and whole.stderr.read()
     seconds = time.monotonic() - began
     wanted = contents(work / "whole")
@@ -99,7 +102,7 @@ def main() -> None:
         folder = work / f"run-{runs}"
         while True:
             began, limit = time.monotonic(), draw.uniform(0, seconds)
-            process = start(config, folder, options.ranks)
+            process = start(config, folder, launcher)
             try:
                 status = process.wait(limit)
             except subprocess.TimeoutExpired:

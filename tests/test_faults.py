@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launches_for_tests import PROFILES, accelerate, run, torchrun
 from runs_that_die import contents, in_child, train, trainer
 from safetensors import SafetensorError
 
-from marlhf import checkpoint, learner, metrics, run_state
+from marlhf import checkpoint, distributed, metrics, run_state
 from marlhf.errors import UserError
 
 SCRIPT = Path(__file__).parent / "two_ranks_that_die.py"
@@ -38,8 +38,8 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 WRITES: dict[str, tuple[Any, str, int, Exception]] = {
     "a row": (metrics.JsonLines, "write", 14, NO_SPACE),
     "events": (metrics.TensorBoard, "write", 5, NO_SPACE),
-    "weights": (learner, "save_file", 3, SafetensorError("I/O error: No space (os error 28)")),
-    "optimiser": (learner.torch, "save", 4, RuntimeError("PytorchStreamWriter failed writing")),
+    "weights": (distributed, "save_file", 3, SafetensorError("I/O error: No space (os error 28)")),
+    "optimiser": (distributed.torch, "save", 4, RuntimeError("PytorchStreamWriter failed writing")),
     "rank": (run_state.torch, "save", 6, NO_SPACE),
     "manifest": (checkpoint, "sync", 12, NO_SPACE),
     "name": (checkpoint.os, "rename", 2, NO_SPACE),
@@ -75,60 +75,66 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: Any) -> None:
-    full(learner, "save_file", 1, RuntimeError("a fault of ours"), monkeypatch)
+    full(distributed, "save_file", 1, RuntimeError("a fault of ours"), monkeypatch)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         train(tmp_path)
 
 
-def launch(folder: Path, fault: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(folder), fault],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+LAUNCHERS = {"ddp": torchrun(2), "zero2": accelerate(PROFILES / "zero2.yaml")}
+
+
+def launch(folder: Path, fault: str, launcher: str = "ddp") -> subprocess.CompletedProcess[str]:
+    """Two ranks, with a fault."""
+    return run([*LAUNCHERS[launcher], str(SCRIPT), str(folder), fault])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The files of two ranks that were never stopped, and the folder of two of which one died."""
+
+    whole: dict[str, Any]
+    killed: Path
+
+
+@pytest.fixture(scope="module", params=["ddp", "zero2"])
+def launcher(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks that never stop write."""
-    folder = tmp_path_factory.mktemp("together")
-    assert launch(folder, "none").returncode == 0
-    return contents(folder)
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of two ranks of which one was killed."""
-    folders = {fault: tmp_path_factory.mktemp(fault) for fault in ("update", "checkpoint")}
-    assert all(launch(folder, fault).returncode != 0 for fault, folder in folders.items())
-    return folders
-
-
-@pytest.mark.parametrize(("fault", "step"), [("update", 4), ("checkpoint", 2)])
-def test_two_ranks_killed_and_resumed_are_as_if_never_killed(
-    fault: str, step: int, killed: dict[str, Path], together: dict[str, Any], tmp_path: Path
-) -> None:
-    shutil.copytree(killed[fault], tmp_path / "run")
-    done = launch(tmp_path / "run", "none")
+def runs(launcher: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    whole, killed = (tmp_path_factory.mktemp(f"{launcher}-{name}") for name in ("whole", "killed"))
+    done = launch(whole, "none", launcher)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"resuming from {tmp_path / 'run' / 'checkpoints' / f'step-{step}'}" in done.stderr
-    assert contents(tmp_path / "run") == together
+    assert f"zero stage {2 if launcher == 'zero2' else 0}" in done.stdout
+    fault = "checkpoint" if launcher == "ddp" else "update"
+    assert launch(killed, fault, launcher).returncode != 0
+    return Runs(contents(whole), killed)
 
 
-def test_one_rank_goes_on_from_what_two_have_written(
-    killed: dict[str, Path],
-    together: dict[str, Any],
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+def test_two_ranks_killed_and_resumed_are_as_if_never_killed(
+    launcher: str, runs: Runs, tmp_path: Path
 ) -> None:
-    shutil.copytree(killed["update"], tmp_path / "run")
+    shutil.copytree(runs.killed, tmp_path / "run")
+    done = launch(tmp_path / "run", "none", launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    step = 2 if launcher == "ddp" else 4
+    assert f"resuming from {tmp_path / 'run' / 'checkpoints' / f'step-{step}'}" in done.stderr
+    assert contents(tmp_path / "run") == runs.whole
+
+
+def test_one_rank_goes_on_from_what_two_have_written_or_says_why_not(
+    launcher: str, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs.killed, tmp_path / "run")
+    if launcher == "zero2":
+        with pytest.raises(UserError, match="is of ZeRO-2 over 2 ranks, this launch is"):
+            trainer(tmp_path / "run")
+        return
     assert in_child(lambda: train(tmp_path / "run")) == 0
     assert "ranks 2 -> 1, which may change results by rounding" in capfd.readouterr().err
-    rows, wanted = contents(tmp_path / "run")["metrics"], together["metrics"]
-    assert rows[:5] == wanted[:5]
+    rows, wanted = contents(tmp_path / "run")["metrics"], runs.whole["metrics"]
+    assert rows[:3] == wanted[:3]
     assert len(rows) == len(wanted)
     for row, like in zip(rows, wanted, strict=True):
         assert {k for k in row if row[k] is None} == {k for k in like if like[k] is None}

@@ -11,30 +11,31 @@ from typing import Any
 import torch
 from runs_that_die import die, trainer
 
-from marlhf import learner
+from marlhf.learner import Learner
 
 
 def main(folder: Path, fault: str) -> None:
     torch.set_num_threads(1)
     made = trainer(folder)
-    rank, real_worker, real_save = made.distributed.rank, made.worker, learner.save_file
+    rank, real_worker, real_save = made.distributed.rank, made.worker, Learner.save
 
     def worker(*args: Any, **kwargs: Any) -> Any:
         if fault == "update" and rank == 1 and made.step_count == 4 and not kwargs:
             die()
         return real_worker(*args, **kwargs)
 
-    def save_file(weights: Any, path: Path) -> None:
-        if fault == "checkpoint" and "step-4.partial" in str(path):
+    def save(self: Learner, path: Path) -> None:
+        real_save(self, path)
+        if fault == "checkpoint" and rank == 0 and path.parent.name == "step-4.partial":
             die()
-        real_save(weights, path)
 
     if fault == "reward" and rank == 1:
         reward: Any = made.reward.rewards[0].function
         reward.fails_at = 4  # after the evaluation and two updates
     made.worker = worker  # type: ignore[assignment]
-    learner.save_file = save_file
+    Learner.save = save
     made.train()
+    print("zero stage", made.distributed.zero_stage)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,17 @@ def accelerate(profile: Path) -> list[str]:
     return [*launcher, "--config_file", str(profile)]
 
 
-def run(command: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND`, its output kept."""
+def run(
+    command: Sequence[str], timeout: float = 240, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND` in a folder, its output kept."""
     return subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=timeout,
+        cwd=folder,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from launches_for_tests import PROFILES, accelerate, assert_the_same, launch
+from launches_for_tests import PROFILES, accelerate, assert_the_same, launch, run
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 FIVE: dict[str, Any] = {"steps": 5, "resume": True}
@@ -81,20 +82,37 @@ def test_adapters_on_a_base_sharded_by_zero_3(tmp_path: Path) -> None:
     assert_the_same(tmp_path / "run", tmp_path / "one")
 
 
-def job(folder: Path, **sections: Any) -> list[str]:
-    """`-m marlhf ppo CONFIG` of a tiny run."""
-    model = folder / "model"
-    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(model)
-    byte_tokenizer(add_bos=True).save_pretrained(model)
-    (folder / "prompts.jsonl").write_text('{"prompt": "hello"}\n' * 8)
-    config: dict[str, Any] = {
-        "model": {"path": str(model)},
-        "data": {"path": str(folder / "prompts.jsonl"), "eval_rows": 0},
-        "output_dir": str(folder / "run"),
-        "steps": 2,
+@pytest.mark.parametrize(
+    ("death", "shown"),
+    [
+        ('raise RuntimeError("no more")', "marlhf: reward die: row 0 (prompt 'hello'): raised"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL) received"),
+    ],
+    ids=["error", "killed"],
+)
+def test_a_rank_that_dies_takes_the_run_down(death: str, shown: str, tmp_path: Path) -> None:
+    """Under ZeRO-3, where the other rank waits for its weights."""
+    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(tmp_path / "model")
+    byte_tokenizer(add_bos=True).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n' * 8)
+    (tmp_path / "dying.py").write_text(
+        "import os, signal\n"
+        "def die(prompts, completions):\n"
+        f"    if os.environ['RANK'] == '1': {death}\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    config = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"path": str(tmp_path / "prompts.jsonl"), "eval_rows": 0},
+        "output_dir": str(tmp_path / "run"),
         "rollout": {"batch_size": 4, "max_new_tokens": 6},
-        "reward": {"models": "length"},
+        "reward": {"models": "dying.die"},
         "log": {"tensorboard": False, "progress": False},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, **sections}))
-    return ["-m", "marlhf", "ppo", str(folder / "config.yaml")]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [*accelerate(PROFILES / "zero3.yaml"), "-m", "marlhf", "ppo"]
+    began = time.monotonic()
+    done = run([*command, str(tmp_path / "config.yaml")], folder=tmp_path)
+    assert done.returncode != 0
+    assert shown in done.stderr
+    assert time.monotonic() - began < 120  # a minute, and as long to start on a busy machine

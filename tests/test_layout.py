@@ -100,6 +100,7 @@ ORDER = [
     "marlhf.evaluation.preferences",
     "marlhf.evaluation",
     "marlhf.evaluate",
+    "marlhf.merge_command",
     "marlhf.quickstart",
     "marlhf.page",
     "marlhf.charts",

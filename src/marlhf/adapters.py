@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from marlhf.config import LoraSettings
 from marlhf.errors import UserError, one_line
@@ -16,8 +17,11 @@ _OWN_LORA_KEYS = {
     "lora_alpha": "must be given as model.lora.alpha",
     "target_modules": "must be given as model.lora.target_modules",
     "task_type": "is chosen by the library",
+    "inference_mode": "is chosen by the library",
+    "bias": "must stay none: the reference is the base with the adapters off",
     "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
 }
+_HEAD = "base_model.model.score.weight"
 
 
 def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
@@ -51,6 +55,11 @@ def _lora_config(lora: LoraSettings, task: str) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         fault = _OWN_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
         raise UserError(f"model.lora.extra.{key}: {fault}")
+    if lora.extra.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(
+            f"model.lora.extra.init_lora_weights: given {lora.extra['init_lora_weights']!r}, must "
+            "be true, false, gaussian or orthogonal: others change the base, which is the reference"
+        )
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -69,3 +78,63 @@ def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[
         if parameter.requires_grad
         and (adapter is None or f".{adapter}." in name or name.startswith("head."))
     ]
+
+
+def saved_adapter(folder: Path | str) -> Any | None:
+    """The PEFT configuration of an adapter's folder, None for any other. Raises UserError."""
+    if not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(Path(folder).expanduser()))
+    except Exception as error:  # of json, of peft's checks
+        raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error
+
+
+def is_adapter_of(folder: Path | str, base: str) -> bool:
+    """Whether a folder holds an adapter that was trained on the model in `base`."""
+    config = saved_adapter(folder)
+    if config is None or not config.base_model_name_or_path:
+        return False
+    own = config.base_model_name_or_path
+    return own == base or Path(own).expanduser().resolve() == Path(base).expanduser().resolve()
+
+
+def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
+    """Put a saved adapter beside those of a PEFT model on the same base, with requires_grad as a
+    new one has it; returns the weight of its scalar head `[1,H]`, if it has one.
+
+    Raises UserError.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    config = saved_adapter(folder)
+    assert config is not None
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    trained_before = [p for p in model.parameters() if p.requires_grad]
+    try:
+        weights = load_peft_weights(str(Path(folder).expanduser()), device="cpu")
+        head = weights.pop(_HEAD, None)
+        model.add_adapter(name, config)
+        left = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except Exception as error:
+        raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error
+    if left.unexpected_keys:
+        raise UserError(
+            f"the adapter {str(folder)!r} does not fit the base: it has {left.unexpected_keys[0]}"
+        )
+    model.set_adapter(name)
+    for parameter in trained_before:
+        parameter.requires_grad_(True)
+    return head
+
+
+def merged(model: Any, folder: Path | str) -> Any:
+    """A model with a saved adapter added to its weights, in place. Raises UserError."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(Path(folder).expanduser())).merge_and_unload()
+    except Exception as error:  # of peft, of safetensors
+        raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error

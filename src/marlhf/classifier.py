@@ -61,10 +61,13 @@ def _with_scalar_head(lm: Any) -> Any:
 
 def save_classifier(model: Any, tokenizer: Any, offset: float, folder: Path) -> None:
     """Write a plain `from_pretrained` directory of a sequence classifier, whose scores less
-    `config.score_offset` are centred; adapters are merged in, and also kept alone."""
+    `config.score_offset` are centred; adapters are merged in, and kept alone in `adapter/reward`,
+    which is a reward model too, next to its base."""
+    model.config.score_offset = offset
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder / "adapter")
+        model.get_base_model().config.save_pretrained(folder / "adapter" / "reward")
+        tokenizer.save_pretrained(folder / "adapter" / "reward")
         model = copy.deepcopy(model).merge_and_unload()
-    model.config.score_offset = offset
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

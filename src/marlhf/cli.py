@@ -43,6 +43,7 @@ COMMANDS = {
         "marlhf.estimate_command.main",
         "memory that a ppo run needs on each GPU, under every launch profile",
     ),
+    "merge": ("marlhf.merge_command.main", "write the model that an adapter makes of its base"),
     "quickstart": (
         "marlhf.quickstart.main",
         "watch a small model learn to write cheerfully; needs no config",

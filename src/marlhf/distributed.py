@@ -46,6 +46,14 @@ _OURS = {
     "fp16": "model.precision of the job's config",
     "bf16": "model.precision of the job's config",
 }
+# Weights held at a time, in numbers. DeepSpeed's own defaults are 5 to 10 times as large, which a
+# model has to outgrow before ZeRO-3 saves anything.
+_BUFFERS = {
+    "reduce_bucket_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 20_000_000,
+    "stage3_max_live_parameters": 100_000_000,
+    "stage3_max_reuse_distance": 20_000_000,
+}
 _NO_ACCUMULATION = ("gradient_accumulation_steps", 1)  # what accelerate writes if not told
 
 Result = TypeVar("Result")
@@ -236,6 +244,7 @@ class Distributed:
 
         assert self._deepspeed is not None
         config = copy.deepcopy(self._deepspeed)
+        config["zero_optimization"] = {**_BUFFERS, **config["zero_optimization"]}
         config |= {
             # DeepSpeed must be told something; our losses are divided by global counts already
             "train_micro_batch_size_per_gpu": 1,

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from marlhf.adapters import add_adapter
+from marlhf.adapters import add_adapter, attach, is_adapter_of, merged, saved_adapter
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.errors import UserError, one_line
 from marlhf.models import Critic, Policy, head_of, trunk_forward, trunk_of
@@ -117,9 +117,23 @@ def load_policy(settings: ModelSettings, config: Any, key: str) -> Policy:
     return Policy(model)
 
 
-def load_classifier(settings: ModelSettings, key: str) -> PreTrainedModel:
-    """A one-label sequence classifier (a reward model) with fp32 weights. Raises UserError."""
+def load_classifier(settings: ModelSettings, key: str, base: str | None = None) -> PreTrainedModel:
+    """A one-label sequence classifier (a reward model) with fp32 weights; an adapter's folder is
+    merged into `base`, or into the one that it names. Raises UserError."""
     config = load_classifier_config(settings, key)
+    adapter = saved_adapter(settings.path)
+    if adapter is not None:
+        path = base or adapter.base_model_name_or_path
+        if not path:
+            raise UserError(f"{key}: the adapter {settings.path!r} does not name its base")
+        model = _load_weights(
+            AutoModelForSequenceClassification,
+            replace(settings, path=path, revision=None),
+            config,
+            "base" if base else f"{key}: the adapter's base",
+            except_for="score.weight",
+        )
+        return merged(model, settings.path)
     return _load_weights(AutoModelForSequenceClassification, settings, config, key)
 
 
@@ -144,8 +158,10 @@ def _from_pretrained(
         raise UserError(f"{key}: cannot load {what}{settings.path!r}: {one_line(error)}") from error
 
 
-def _load_weights(auto: Any, settings: ModelSettings, config: Any, key: str) -> Any:
-    """A model with fp32 weights, all of which were in its files. Raises UserError."""
+def _load_weights(
+    auto: Any, settings: ModelSettings, config: Any, key: str, except_for: str = ""
+) -> Any:
+    """A model with fp32 weights, all but one of which were in its files. Raises UserError."""
     model, report = _from_pretrained(
         auto,
         settings,
@@ -156,7 +172,7 @@ def _load_weights(auto: Any, settings: ModelSettings, config: Any, key: str) -> 
         ignore_mismatched_sizes=True,  # they are in the report: a random weight is none of them
     )
     missing = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
-    if missing:
+    if set(missing) - {except_for}:
         raise UserError(
             f"{key}: the weights in {settings.path!r} do not make a {type(model).__name__} as its "
             f"config.json describes it: {len(missing)} are missing or of another shape, "
@@ -218,12 +234,16 @@ def build_models(
     lm_config = model.config if model is not None else lm_config or load_model_config(settings)
     check_tokenizer(tokenizer, lm_config)
     vocabulary = lm_config.get_text_config().vocab_size
-    source = None if critic is not None else critic_source(config, vocabulary, reward_path)
+    adapter = source = None
+    if critic is None and (adapter := critic_adapter(config, reward_path)) is None:
+        source = critic_source(config, vocabulary, reward_path)
 
     policy = build_policy(settings, tokenizer, lm_config, model, shard)
     lm: Any = policy.model
     if config.ppo.estimator != "gae":
         return policy, None
+    if adapter is not None:
+        return policy, classifier_on_shared_base(lm, adapter, "critic")
     if source is not None:
         critic = load_classifier(source, "critic.path")
     elif critic is not None:
@@ -289,6 +309,17 @@ def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "mode
         add_adapter(model, settings.lora, "policy")
 
 
+def critic_adapter(config: PPOConfig, reward_path: str | None) -> str | None:
+    """The folder of the reward model's adapter that the critic starts from, where both are to be
+    adapters of the policy's base."""
+    path, settings = config.critic.path, config.critic
+    if path is None and settings.init != "policy":
+        path = reward_path
+    if path is None or config.model.lora is None or config.ppo.estimator != "gae":
+        return None
+    return path if is_adapter_of(path, config.model.path) else None
+
+
 def critic_source(
     config: PPOConfig, vocabulary: int, reward_path: str | None, weights: bool = True
 ) -> ModelSettings | None:
@@ -343,6 +374,19 @@ def critic_from_policy(model: PreTrainedModel) -> Critic:
     """A critic with a copy of the policy's trunk and a head of zeros."""
     hidden_size = model.config.get_text_config().hidden_size
     return Critic(copy.deepcopy(trunk_of(model)), _zero_head(hidden_size))
+
+
+def classifier_on_shared_base(model: Any, folder: str, name: str) -> Critic:
+    """A saved adapter of a reward model, on the policy's frozen base. Raises UserError."""
+    weight = attach(model, folder, name)
+    if weight is None:
+        raise UserError(f"the adapter {folder!r} has no `score` head: it is not a reward model's")
+    head = nn.Linear(weight.shape[1], 1, bias=False)
+    head.weight.data.copy_(weight)
+    head.to(model.device)
+    config = load_model_config(ModelSettings(path=folder), "adapter")
+    offset = float(getattr(config, "score_offset", 0.0))
+    return Critic(trunk_of(model.get_base_model()), head, offset, model=model, adapter=name)
 
 
 def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:

@@ -93,6 +93,7 @@ class PPOTrainer:
         policy, value_model = loading.build_models(
             config, self.tokenizer, self._reward_model_path(), model, critic, lm_config, shard
         )
+        self.reward.share(policy.model, config.model.path)
         self.reference = loading.reference_of(policy, shard)
         rate = config.optimizer.learning_rate
         self.policy = self._learner("policy", policy, rate)

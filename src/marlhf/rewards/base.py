@@ -153,6 +153,16 @@ class CombinedReward:
                 reward.function.shard(shard)
         return self
 
+    def share(self, policy: Any, base: str) -> None:
+        """Let reward models that are adapters of the policy's frozen base run on that very one.
+
+        policy   a PEFT model around it, or any other model
+        base     where it was loaded from
+        """
+        for reward in self.rewards:
+            if callable(share := getattr(reward.function, "share", None)):
+                share(policy, base)
+
     def to(self, device: Any) -> CombinedReward:
         """Use `device` for every reward that runs a model."""
         for reward in self.rewards:

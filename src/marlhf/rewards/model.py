@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.config import ModelSettings
+from marlhf.models import Critic
 from marlhf.types import UserError
 
 Messages = Sequence[dict[str, Any]]
@@ -87,16 +88,32 @@ class RewardModel:
             self._state["model"].to(device)
         return self
 
+    def share(self, policy: Any, base: str) -> None:
+        """Score with the frozen base of a PEFT model, where this is an adapter of that base."""
+        from marlhf import adapters, loading
+
+        if hasattr(policy, "peft_config") and adapters.is_adapter_of(self.path, base):
+            name = f"reward_{len(policy.peft_config)}"
+            model = loading.classifier_on_shared_base(policy, self.path, name)
+            model.head.requires_grad_(False)
+            for parameter in adapters.trainable_parameters(policy, name):
+                parameter.requires_grad_(False)
+            self._state["model"] = model
+
     def shard(self, shard: Callable[[Any, nn.Module], Any]) -> None:
         """Let `shard(model, trunk)` place the weights over the ranks, as `Distributed.shard`."""
-        self._state["model"] = shard(self.model, self.model.base_model)
+        if not isinstance(self.model, Critic):
+            self._state["model"] = shard(self.model, self.model.base_model)
 
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float]:
         model = self.model
-        offset = float(getattr(model.config, "score_offset", None) or 0.0)
+        if isinstance(model, Critic):
+            offset = model.offset
+        else:
+            offset = float(getattr(model.config, "score_offset", None) or 0.0)
         texts, templated = reward_texts(
             self.tokenizer, prompts, completions, columns.get("messages")
         )
@@ -121,6 +138,8 @@ def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
     token other than the pad token instead, which is the wrong one where a text ends in a token that
     is also the pad token. An encoder pools by itself, under the mask.
     """
+    if isinstance(model, Critic):  # an adapter on the policy's base
+        return model(input_ids, attention_mask, attention_mask[:, 1:])[1] + model.offset
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Module):
         return model(input_ids=input_ids, attention_mask=attention_mask.long()).logits[:, 0].float()

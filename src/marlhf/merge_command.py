@@ -1,0 +1,67 @@
+"""`marlhf merge`: an adapter and its base become one plain model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from marlhf.errors import UserError
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="marlhf merge", description="Write the model that an adapter makes of its base."
+    )
+    parser.add_argument("adapter", help="an adapter's folder, or a run that trained one")
+    parser.add_argument("out", type=Path, help="where to write the model; must not exist")
+    parser.add_argument("--base", help="the base, where it is no longer where the adapter says")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    options = parser.parse_args(words)
+    if options.out.exists():
+        raise UserError(f"out: {str(options.out)!r} exists already; choose another")
+    merge(options.adapter, options.out, options.base, options.trust_remote_code)
+    print(f"wrote {options.out}")
+
+
+def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False) -> None:
+    """Write the merged model and its tokenizer, a plain `from_pretrained` directory.
+
+    adapter   of a policy or of a reward model; a run or `final/` directory stands for its adapter
+    base      the model that it was trained on; default: what the adapter names
+    """
+    from marlhf import adapters, loading
+    from marlhf.config import ModelSettings
+
+    folder = find_adapter(adapter)
+    config: Any = adapters.saved_adapter(folder)
+    path = base or config.base_model_name_or_path
+    if not path:
+        raise UserError(f"adapter: {str(folder)!r} does not name its base; give --base")
+    settings = ModelSettings(path=path, trust_remote_code=trust)
+    if config.task_type == "SEQ_CLS":
+        own = ModelSettings(path=str(folder), trust_remote_code=trust)
+        model: Any = loading.load_classifier(own, "adapter", base=path)
+    else:
+        own = settings
+        lm_config = loading.load_model_config(settings, "base")
+        model = adapters.merged(loading.load_causal_lm(settings, lm_config), folder)
+    tokenizer = loading.load_tokenizer(own, "base")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter's folder in an adapter's folder, `final/`, or a run. Raises UserError."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"adapter: given {path!r}, which is not a directory that exists")
+    for place in ("", "adapter/*/", "final/adapter/*/"):
+        found = list(root.glob(f"{place}adapter_config.json"))
+        if len(found) == 1:
+            return found[0].parent
+    raise UserError(
+        f"adapter: {path!r} holds no adapter (adapter_config.json), nor does its final/adapter"
+    )

@@ -111,8 +111,9 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     # without purging: what is not cut off must show
     events = EventAccumulator(str(folder), {"scalars": 0}, purge_orphaned_data=False)
     events.Reload()
+    # sorted: two files of one second and one process come in the order of their names
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
         for tag in events.Tags()["scalars"]
         if not tag.endswith(TIMES)
     }

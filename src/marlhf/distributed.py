@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -99,8 +100,14 @@ class Distributed:
         assert self.world_size == world, f"{self.world_size} of {world} ranks are connected"
         connected = torch.distributed.is_initialized()
         assert connected or world == 1, "the ranks are not connected"
-        if connected:  # threads of the connection that outlive the interpreter abort the process
-            atexit.register(self._accelerator.end_training)
+        if connected:
+            atexit.register(self._disconnect)
+
+    def _disconnect(self) -> None:
+        """Before the interpreter ends. A thread of gloo, done with its last collective, still asks
+        for the interpreter's lock to let go of it; if that is gone, the whole process aborts."""
+        self._accelerator.end_training()
+        time.sleep(0.2)  # such a thread has the lock meanwhile; none tells when it is done
 
     @property
     def rank(self) -> int:

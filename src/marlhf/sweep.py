@@ -209,6 +209,7 @@ def _start(trial: Trial, job: str, threads: int) -> _Running:
     trial.write_status("running")
     count = str(threads)
     environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    environment["PYTHONUNBUFFERED"] = "1"  # the log in the order of events, and at once
     with (trial.folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             _command(job, job_file),

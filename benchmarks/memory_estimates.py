@@ -2,8 +2,8 @@
 
     python benchmarks/memory_estimates.py [--cases NAME ...] [--json FILE]
 
-Each case trains a random model for two updates in processes of its own, on the CPU, or on a GPU if
-there is one, and reads the peak of each: the resident set on a CPU, on a GPU
+Each case trains a random model for three updates in processes of its own, on the CPU, or on a GPU
+if there is one, and reads the peak of each: the resident set on a CPU, on a GPU
 `torch.cuda.max_memory_allocated`. On a CPU a tiny model's run under the same profile is subtracted:
 Python, its libraries and the connection between ranks. The C library is told to give freed tensors
 back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built, as
@@ -106,7 +106,7 @@ def measure(
     """`(most bytes of any rank, estimate, phase of its peak)` of one case."""
     import torch
 
-    from marlhf.estimate_command import count_runs, counter_of
+    from marlhf.estimate_command import counter_of
     from marlhf.memory import estimate
 
     ranks = 1 if profile == "single" else 2
@@ -130,7 +130,7 @@ def measure(
         peaks = [int(file.read_text()) for file in folder.glob("peak-*")]
         assert len(peaks) == ranks
         with torch.device("cpu"):
-            run = count_runs(counter_of(config(case, folder)), ranks)[profile]  # pyright: ignore[reportArgumentType]
+            run = counter_of(config(case, folder)).run(profile, ranks, BUCKET)  # pyright: ignore[reportArgumentType]
     found = estimate(run, profile, ranks, BUCKET)  # pyright: ignore[reportArgumentType]
     phase = max(found.phases, key=lambda each: found.phases[each].total)
     return max(peaks), found.peak, phase
@@ -171,7 +171,7 @@ def config(case: dict[str, Any], folder: Path) -> Any:
     values = {
         "model": {"path": str(folder / "model"), **case["model"]},
         "output_dir": str(folder / "run"),
-        "steps": 2,
+        "steps": 3,
         "data": {"eval_rows": 0},
         "rollout": {
             "batch_size": 8 * case["ranks"],
@@ -186,7 +186,7 @@ def config(case: dict[str, Any], folder: Path) -> Any:
 
 
 def run_rank(folder: Path) -> None:
-    """Two updates of one rank; leaves its peak in the folder."""
+    """Three updates of one rank; leaves its peak in the folder."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast

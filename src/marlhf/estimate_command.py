@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from marlhf.config import PPOConfig
 from marlhf.config_loading import load_config
 from marlhf.errors import UserError
-from marlhf.memory import PROFILES, Estimate, Profile, Run, estimate
+from marlhf.memory import PROFILES, REDUCE_BUCKET, Estimate, Profile, Run, estimate
 
 if TYPE_CHECKING:
     from marlhf.fake_passes import PassCounter
@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> None:
     config = load_config(PPOConfig, options.config, options.overrides)
     memory = round(options.gpu_memory * _GB)
     gpus, bucket = options.gpus, options.reduce_bucket
-    runs = count_runs(counter_of(config), gpus)
+    runs = count_runs(counter_of(config), gpus, bucket)
     found = estimates(runs, gpus, bucket)
     print(header(config, runs[PROFILES[-1]], gpus, options.gpu_memory))
     print(table(found, memory))
@@ -68,9 +68,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add(
         "--reduce-bucket",
         type=_count,
-        default=500_000_000,
+        default=REDUCE_BUCKET,
         metavar="N",
-        help="reduce_bucket_size of DeepSpeed, in parameters (default: 500000000, as DeepSpeed's)",
+        help="reduce_bucket_size of DeepSpeed, in parameters (default: 500000000)",
     )
     return parser.parse_intermixed_args(list(words))
 
@@ -98,13 +98,10 @@ def counter_of(config: PPOConfig) -> PassCounter:
     return PassCounter(config, fake_models(config))
 
 
-def count_runs(counter: PassCounter, gpus: int) -> dict[Profile, Run]:
+def count_runs(counter: PassCounter, gpus: int, reduce_bucket: int) -> dict[Profile, Run]:
     """What each profile holds and allocates."""
     return {
-        profile: counter.run(
-            _ranks(profile, gpus), autocast_cache=profile not in ("zero3", "zero3_offload")
-        )
-        for profile in PROFILES
+        profile: counter.run(profile, _ranks(profile, gpus), reduce_bucket) for profile in PROFILES
     }
 
 
@@ -136,7 +133,7 @@ def helps(
         return counter_of(config_from_dict(PPOConfig, apply_overrides(PPOConfig, values, done)))
 
     def counted(counter: PassCounter, ranks: int) -> dict[Profile, Estimate]:
-        return estimates(count_runs(counter, ranks), ranks, reduce_bucket)
+        return estimates(count_runs(counter, ranks, reduce_bucket), ranks, reduce_bucket)
 
     for change in ("model.gradient_checkpointing=true", "optimizer.micro_batch_size=1"):
         if not _has(values, change):

@@ -24,13 +24,15 @@ from typing import Literal, get_args
 
 Profile = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
+STAGES: dict[Profile, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 FP32 = 4
+REDUCE_BUCKET = 500_000_000  # parameters, DeepSpeed's default
 _MOMENTS = 2 * FP32
 # ZeRO-3 keeps a weight that is read again within stage3_max_reuse_distance = 1e9 parameters: at the
 # turn from forward to backward those are the last half; and it prefetches 5e7
 _REUSED, _PREFETCHED = 500_000_000, 50_000_000
-_STEPPED_AT_ONCE = 1_000_000_000  # sub_group_size
+_STEPPED_AT_ONCE = FP32 * 1_000_000_000  # bytes of sub_group_size parameters
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Training:
-    """Most bytes alive in forward and backward passes, gradients apart from weights included.
+    """Forward and backward passes of a model.
 
-    kept         gradients stay, as an optimiser step will need them all
-    dropped      each gradient goes as soon as it is complete
-    accumulates  another pass has left its gradients before
+    peak         most bytes alive beside weights and what stays, with gradients, and with
+                 DeepSpeed's buffers of them where it has some
+    accumulates  a pass finds the gradients of others before it
     """
 
-    kept: int
-    dropped: int
+    peak: int
     accumulates: bool
 
 
@@ -136,7 +137,9 @@ class _Held:
     host: float = 0
 
 
-def estimate(run: Run, profile: Profile, ranks: int, reduce_bucket: int = 500_000_000) -> Estimate:
+def estimate(
+    run: Run, profile: Profile, ranks: int, reduce_bucket: int = REDUCE_BUCKET
+) -> Estimate:
     """The memory of each of `ranks` ranks.
 
     reduce_bucket   parameters in DeepSpeed's buffer of gradients, its `reduce_bucket_size`
@@ -145,7 +148,7 @@ def estimate(run: Run, profile: Profile, ranks: int, reduce_bucket: int = 500_00
     scorings = [
         Phase(_gathered(run.models[name], profile), 0, size) for name, size in run.scoring.items()
     ]
-    whole = FP32 * run.models["policy"].reads if _is_sharded(profile) else 0
+    whole = FP32 * run.models["policy"].reads if is_sharded(profile) else 0
     sampling = Phase(whole, 0, run.generation.cache + run.generation.rest)
     phases = {"generate": sampling, "score": max(scorings, key=_total)} | {
         f"train {name}": _training(run.models[name], size, profile, ranks, reduce_bucket)
@@ -160,22 +163,24 @@ def estimate(run: Run, profile: Profile, ranks: int, reduce_bucket: int = 500_00
     )
 
 
-def _is_sharded(profile: Profile) -> bool:
-    return profile in ("zero3", "zero3_offload")
+def is_sharded(profile: Profile) -> bool:
+    """Whether each rank has a part of the weights alone."""
+    return STAGES.get(profile) == 3
 
 
-def _spread_of_trained(model: Weights, profile: Profile) -> Profile:
-    return "ddp" if model.adapters and _is_sharded(profile) else profile
+def spread_of_trained(adapters: bool, profile: Profile) -> Profile:
+    """The profile that the trained parameters are under."""
+    return "ddp" if adapters and is_sharded(profile) else profile
 
 
 def _held(model: Weights, profile: Profile, ranks: int, bucket: int) -> _Held:
     """What stays of one model, on the device and on the host."""
-    frozen = FP32 * model.frozen / (ranks if _is_sharded(profile) else 1)
+    frozen = FP32 * model.frozen / (ranks if is_sharded(profile) else 1)
     trained, each = model.trained, model.trained / ranks
     on_host = frozen if profile == "zero3_offload" else 0.0
     on_device = frozen - on_host
     buffers = FP32 * bucket if trained else 0
-    match _spread_of_trained(model, profile):
+    match spread_of_trained(model.adapters, profile):
         case "single":
             return _Held(on_device + FP32 * trained, _MOMENTS * trained)
         case "ddp":
@@ -193,32 +198,27 @@ def _held(model: Weights, profile: Profile, ranks: int, bucket: int) -> _Held:
 def _gathered(model: Weights, profile: Profile) -> int:
     """Weights that are whole on this rank in the middle of a pass."""
     alive = min(model.reads, _REUSED + _PREFETCHED + model.largest)
-    return FP32 * alive if _is_sharded(profile) else 0
+    return FP32 * alive if is_sharded(profile) else 0
 
 
 def _training(model: Weights, size: Training, profile: Profile, ranks: int, bucket: int) -> Phase:
     """What training one model adds: the larger of a backward pass and of the step after it."""
-    trained, each = model.trained, model.trained / ranks
-    in_bucket = min(bucket, trained)
-    overflows = trained > bucket  # else gradients are reduced when the activations are gone
+    trained, each = FP32 * model.trained, round(FP32 * model.trained / ranks)
     gathered = _gathered(model, profile)
-    match _spread_of_trained(model, profile):
+    match spread_of_trained(model.adapters, profile):
         case "single" | "ddp":
-            return Phase(gathered, FP32 * trained, size.kept - FP32 * trained)
+            return Phase(gathered, trained, size.peak - trained)
         case "zero1":
-            during = Phase(0, FP32 * (trained + bucket), size.kept - FP32 * trained)
-            after = Phase(0, round(FP32 * (bucket + trained + each)))
+            gradients = trained + FP32 * bucket
+            backward = Phase(0, gradients, max(0, size.peak - gradients))
+            return max(backward, Phase(0, gradients + each), key=_total)
         case "zero2":
             before = each if size.accumulates else 0
-            early = in_bucket + each if overflows else 0
-            during = Phase(0, round(FP32 * (bucket + before + early)), size.dropped)
-            after = Phase(0, round(FP32 * (bucket + in_bucket + before + each)))
+            gradients = FP32 * bucket + each
+            return Phase(0, gradients + before, max(0, size.peak - gradients))
         case _:
-            early = in_bucket if overflows else 0
-            during = Phase(gathered, FP32 * early, size.dropped)
-            stepped = 0 if profile == "zero3_offload" else min(trained, _STEPPED_AT_ONCE) / ranks
-            after = Phase(gathered, round(FP32 * max(in_bucket, stepped)))
-    return max(during, after, key=_total)
+            stepped = 0 if profile == "zero3_offload" else min(trained, _STEPPED_AT_ONCE) // ranks
+            return max(Phase(gathered, 0, size.peak), Phase(0, stepped), key=_total)
 
 
 def _total(phase: Phase) -> int:

@@ -7,7 +7,7 @@ if there is one, and reads the peak of each: the resident set on a CPU, on a GPU
 `torch.cuda.max_memory_allocated`. On a CPU a tiny model's run under the same profile is subtracted:
 Python, its libraries and the connection between ranks. The C library is told to give freed tensors
 back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built, as
-reading them is no part of an update. Needs about 4 GB.
+reading them is no part of an update. Needs about 14 GB; the cases with small models about 4.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-BUCKET = 5_000_000  # a CPU backs pages once they are written: DeepSpeed's 2 GB would never be full
+PROFILES = Path(__file__).parents[1] / "configs" / "accelerate"
+# shapes, as of a config.json
 WIDE = {
+    "model_type": "llama",
     "vocab_size": 32000,
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -46,8 +48,32 @@ TINY = DEEP | {
     "intermediate_size": 40,
     "num_hidden_layers": 1,
 }
+SMOLLM2 = WIDE | {  # SmolLM2-135M
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+QWEN3 = WIDE | {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_hidden_layers": 10,
+    "head_dim": 64,
+}
+GEMMA2 = WIDE | {
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
+GPT2 = {"model_type": "gpt2"}  # 124M
 CHECKPOINTING = {"gradient_checkpointing": True}
 ACCUMULATING = {"optimizer": {"micro_batch_size": 4}}
+LORA = {"lora": {"r": 16}}
 
 # name -> profile, shape, keys of the config's section `model`, other sections
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -56,20 +82,34 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "deep, accumulating": ("single", DEEP, {}, ACCUMULATING),
     "deep, checkpointing": ("single", DEEP, CHECKPOINTING, {}),
     "deep, bf16": ("single", DEEP, {"precision": "bf16"}, {}),
-    "wide, LoRA": ("single", WIDE, {"lora": {"r": 16}}, {}),
+    "wide, LoRA": ("single", WIDE, LORA, {}),
     "wide, RLOO": (
         "single",
         WIDE,
         {},
         {"ppo": {"estimator": "rloo"}, "rollout": {"responses_per_prompt": 2, "batch_size": 4}},
     ),
-    "wide, 2 ranks DDP": ("ddp", WIDE, {}, {}),
-    "wide, 2 ranks ZeRO-1": ("zero1", WIDE, {}, {}),
-    "wide, 2 ranks ZeRO-2": ("zero2", WIDE, {}, {}),
-    "deep, 2 ranks ZeRO-2, accumulating": ("zero2", DEEP, {}, ACCUMULATING),
-    "wide, 2 ranks ZeRO-3": ("zero3", WIDE, {}, {}),
-    "deep, 2 ranks ZeRO-3, checkpointing": ("zero3", DEEP, CHECKPOINTING, {}),
-    "wide, 2 ranks ZeRO-3, LoRA": ("zero3", WIDE, {"lora": {"r": 16}}, {}),
+    "wide, DDP": ("ddp", WIDE, {}, {}),
+    "wide, ZeRO-1": ("zero1", WIDE, {}, {}),
+    "wide, ZeRO-2": ("zero2", WIDE, {}, {}),
+    "deep, ZeRO-2, accumulating": ("zero2", DEEP, {}, ACCUMULATING),
+    "wide, ZeRO-3": ("zero3", WIDE, {}, {}),
+    "deep, ZeRO-3, checkpointing": ("zero3", DEEP, CHECKPOINTING, {}),
+    "wide, ZeRO-3, LoRA": ("zero3", WIDE, LORA, {}),
+    "SmolLM2-135M": ("single", SMOLLM2, {}, {}),
+    "SmolLM2-135M, LoRA": ("single", SMOLLM2, LORA, {}),
+    "SmolLM2-135M, checkpointing, accumulating": ("single", SMOLLM2, CHECKPOINTING, ACCUMULATING),
+    "SmolLM2-135M, DDP": ("ddp", SMOLLM2, {}, {}),
+    "SmolLM2-135M, ZeRO-2": ("zero2", SMOLLM2, {}, {}),
+    "SmolLM2-135M, ZeRO-3": ("zero3", SMOLLM2, {}, {}),
+    "Qwen3": ("single", QWEN3, {}, {}),
+    "Qwen3, ZeRO-2, accumulating": ("zero2", QWEN3, {}, ACCUMULATING),
+    "Qwen3, ZeRO-3, LoRA": ("zero3", QWEN3, LORA, {}),
+    "Gemma 2, bf16, checkpointing": ("single", GEMMA2, CHECKPOINTING | {"precision": "bf16"}, {}),
+    "Gemma 2, ZeRO-3": ("zero3", GEMMA2, {}, {}),
+    "GPT-2": ("single", GPT2, {}, {}),
+    "GPT-2, ZeRO-1": ("zero1", GPT2, {}, {}),
+    "GPT-2, ZeRO-2, LoRA": ("zero2", GPT2, {"lora": {"target_modules": ["c_attn"]}}, {}),
 }
 
 
@@ -83,7 +123,7 @@ def main() -> None:
         run_rank(Path(options.rank))
         return
     rows, overhead = {}, {}
-    print(f"{'case':<38} {'measured MB':>12} {'estimated MB':>13} {'ratio':>6}   peak in")
+    print(f"{'case':<42} {'measured MB':>12} {'estimated MB':>13} {'ratio':>6}   peak in")
     for name in options.cases:
         profile, shape, model, sections = CASES[name]
         if profile not in overhead:
@@ -93,7 +133,7 @@ def main() -> None:
         rows[name] = {"measured": peak, "estimated": estimated, "phase": phase}
         ratio = estimated / peak
         print(
-            f"{name:<38} {peak / 1e6:12.0f} {estimated / 1e6:13.0f} {ratio:6.2f}   {phase}",
+            f"{name:<42} {peak / 1e6:12.0f} {estimated / 1e6:13.0f} {ratio:6.2f}   {phase}",
             flush=True,
         )
     if options.json:
@@ -115,11 +155,11 @@ def measure(
         case = {"shape": shape, "model": model, "sections": sections, "ranks": ranks}
         (folder / "case.json").write_text(json.dumps(case))
         done = subprocess.run(
-            [sys.executable, *launcher(profile, folder), __file__, "--rank", name],
+            [sys.executable, *launcher(profile), __file__, "--rank", name],
             env={
                 **os.environ,
                 "MALLOC_MMAP_THRESHOLD_": "65536",
-                "OMP_NUM_THREADS": "1",
+                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
                 "PYTHONWARNINGS": "ignore",
             },
             capture_output=True,
@@ -130,44 +170,26 @@ def measure(
         peaks = [int(file.read_text()) for file in folder.glob("peak-*")]
         assert len(peaks) == ranks
         with torch.device("cpu"):
-            run = counter_of(config(case, folder)).run(profile, ranks, BUCKET)  # pyright: ignore[reportArgumentType]
-    found = estimate(run, profile, ranks, BUCKET)  # pyright: ignore[reportArgumentType]
+            run = counter_of(config(case, folder)).run(ranks, profile.startswith("zero3"))
+    found = estimate(run, profile, ranks)  # pyright: ignore[reportArgumentType]
     phase = max(found.phases, key=lambda each: found.phases[each].total)
     return max(peaks), found.peak, phase
 
 
-def launcher(profile: str, folder: Path) -> list[str]:
+def launcher(profile: str) -> list[str]:
     """What stands before the script on Python's command line."""
     if profile == "single":
         return []
-    if profile == "ddp":
-        return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    deepspeed = {"zero_optimization": {"stage": int(profile[-1]), "reduce_bucket_size": BUCKET}}
-    (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
-    accelerate = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {
-            "deepspeed_config_file": str(folder / "deepspeed.json"),
-            "zero3_init_flag": False,
-        },
-        "num_machines": 1,
-        "num_processes": 2,
-        "machine_rank": 0,
-    }
-    (folder / "accelerate.yaml").write_text(json.dumps(accelerate))  # JSON is YAML
-    words = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    return [*words, "--config_file", str(folder / "accelerate.yaml")]
+    words = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    return [*words, "--config_file", str(PROFILES / f"{profile}.yaml")]
 
 
 def config(case: dict[str, Any], folder: Path) -> Any:
     """The run of a case; its model's config.json is written to the folder."""
-    from transformers import LlamaConfig
-
     from marlhf.config import PPOConfig
     from marlhf.config_loading import config_from_dict, merge
 
-    LlamaConfig(**case["shape"]).save_pretrained(folder / "model")
+    model_config(case).save_pretrained(folder / "model")
     values = {
         "model": {"path": str(folder / "model"), **case["model"]},
         "output_dir": str(folder / "run"),
@@ -185,11 +207,18 @@ def config(case: dict[str, Any], folder: Path) -> Any:
     return config_from_dict(PPOConfig, merge(values, case["sections"]))
 
 
+def model_config(case: dict[str, Any]) -> Any:
+    """The transformers configuration of a case's shape."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**case["shape"])
+
+
 def run_rank(folder: Path) -> None:
     """Three updates of one rank; leaves its peak in the folder."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from marlhf.ppo import PPOTrainer
 
@@ -203,7 +232,7 @@ def run_rank(folder: Path) -> None:
         settings,
         reward=lambda prompts, completions: [float(len(c) % 7) for c in completions],
         train_dataset=["x" * (60 + i) for i in range(rows - 1)] + ["y" * 200],
-        model=AutoModelForCausalLM.from_config(LlamaConfig(**case["shape"]), dtype=torch.float32),
+        model=AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<s>"
         ),

@@ -38,7 +38,7 @@ def config(folder: Path, **model: Any) -> PPOConfig:
 
 def counted(folder: Path, **model: Any) -> Run:
     given = config(folder, **model)
-    return PassCounter(given, fake_models(given)).run("ddp", 2)
+    return PassCounter(given, fake_models(given)).run(2)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_reward_model_is_counted_and_starts_the_critic(folder, tmp_path):
     )
     given = config(folder)
     given = replace(given, reward=replace(given.reward, models=str(tmp_path)))
-    run = PassCounter(given, fake_models(given)).run("ddp", 2)
+    run = PassCounter(given, fake_models(given)).run(2)
     assert run.models["reward model"].frozen == run.models["critic"].trained
     assert run.models["critic"].trained < run.models["policy"].trained * 0.7
     assert set(run.scoring) == {"policy", "critic", "reward model"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from marlhf.config import PPOConfig
 from marlhf.config_loading import load_config
 from marlhf.errors import UserError
-from marlhf.memory import PROFILES, REDUCE_BUCKET, Estimate, Profile, Run, estimate
+from marlhf.memory import PROFILES, Estimate, Profile, Run, estimate, is_sharded
 
 if TYPE_CHECKING:
     from marlhf.fake_passes import PassCounter
@@ -29,10 +29,10 @@ def main(words: Sequence[str]) -> None:
     options = _parse(words)
     config = load_config(PPOConfig, options.config, options.overrides)
     memory = round(options.gpu_memory * _GB)
-    gpus, bucket = options.gpus, options.reduce_bucket
-    runs = count_runs(counter_of(config), gpus, bucket)
-    found = estimates(runs, gpus, bucket)
-    print(header(config, runs[PROFILES[-1]], gpus, options.gpu_memory))
+    gpus = options.gpus
+    counter = counter_of(config)
+    found = estimates(counter, gpus)
+    print(header(config, counter.run(gpus), gpus, options.gpu_memory))
     print(table(found, memory))
     print(_NOTES)
     fits = [profile for profile, each in found.items() if each.peak <= memory]
@@ -42,7 +42,7 @@ def main(words: Sequence[str]) -> None:
     print(
         f"\nNothing fits in {options.gpu_memory:g} GB. What would help, with the least peak of all:"
     )
-    for change, each in helps(config, gpus, bucket):
+    for change, each in helps(config, gpus):
         profile, least = min(each.items(), key=lambda item: item[1].peak)
         print(f"  {change}\n    {profile}: {least.peak / _GB:.4g} GB{_mark(least, memory)}")
 
@@ -65,13 +65,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key.sub=value", help="as for marlhf ppo")
     add("--gpus", type=_count, required=True, metavar="N", help="processes, one a GPU")
     add("--gpu-memory", type=_positive, required=True, metavar="GB", help="of one GPU, 1e9 bytes")
-    add(
-        "--reduce-bucket",
-        type=_count,
-        default=REDUCE_BUCKET,
-        metavar="N",
-        help="reduce_bucket_size of DeepSpeed, in parameters (default: 500000000)",
-    )
     return parser.parse_intermixed_args(list(words))
 
 
@@ -98,30 +91,21 @@ def counter_of(config: PPOConfig) -> PassCounter:
     return PassCounter(config, fake_models(config))
 
 
-def count_runs(counter: PassCounter, gpus: int, reduce_bucket: int) -> dict[Profile, Run]:
-    """What each profile holds and allocates."""
-    return {
-        profile: counter.run(profile, _ranks(profile, gpus), reduce_bucket) for profile in PROFILES
-    }
+def estimates(counter: PassCounter, gpus: int) -> dict[Profile, Estimate]:
+    """Profile -> the memory of a rank."""
+    found = {}
+    for profile in PROFILES:
+        ranks = _ranks(profile, gpus)
+        run = counter.run(ranks, is_sharded(profile))
+        found[profile] = estimate(run, profile, ranks)
+    return found
 
 
 def _ranks(profile: Profile, gpus: int) -> int:
     return 1 if profile == "single" else gpus
 
 
-def estimates(
-    runs: Mapping[Profile, Run], gpus: int, reduce_bucket: int
-) -> dict[Profile, Estimate]:
-    """Profile -> the memory of a rank."""
-    return {
-        profile: estimate(run, profile, _ranks(profile, gpus), reduce_bucket)
-        for profile, run in runs.items()
-    }
-
-
-def helps(
-    config: PPOConfig, gpus: int, reduce_bucket: int
-) -> Iterable[tuple[str, dict[Profile, Estimate]]]:
+def helps(config: PPOConfig, gpus: int) -> Iterable[tuple[str, dict[Profile, Estimate]]]:
     """`(changes, estimates with them)`: what lowers the memory, each on top of those before; and
     adapters, with as many GPUs as were given."""
     from marlhf.config_loading import apply_overrides, config_from_dict, config_to_dict
@@ -132,19 +116,16 @@ def helps(
     def counter() -> PassCounter:
         return counter_of(config_from_dict(PPOConfig, apply_overrides(PPOConfig, values, done)))
 
-    def counted(counter: PassCounter, ranks: int) -> dict[Profile, Estimate]:
-        return estimates(count_runs(counter, ranks, reduce_bucket), ranks, reduce_bucket)
-
     for change in ("model.gradient_checkpointing=true", "optimizer.micro_batch_size=1"):
         if not _has(values, change):
             done.append(change)
-            yield " ".join(done), counted(counter(), gpus)
+            yield " ".join(done), estimates(counter(), gpus)
     last = counter()
     for more in (2 * gpus, 8 * gpus):
-        yield " ".join([*done, f"--gpus {more}"]), counted(last, more)
+        yield " ".join([*done, f"--gpus {more}"]), estimates(last, more)
     if config.model.lora is None:
         done.append("model.lora.r=16")
-        yield " ".join(done), counted(counter(), gpus)
+        yield " ".join(done), estimates(counter(), gpus)
 
 
 def _has(values: dict[str, Any], change: str) -> bool:

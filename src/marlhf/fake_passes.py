@@ -25,17 +25,7 @@ from marlhf import loading
 from marlhf.adapters import add_adapter, trainable_parameters
 from marlhf.config import ModelSettings, PPOConfig
 from marlhf.errors import UserError, one_line
-from marlhf.memory import (
-    REDUCE_BUCKET,
-    STAGES,
-    Generation,
-    Profile,
-    Run,
-    Training,
-    Weights,
-    is_sharded,
-    spread_of_trained,
-)
+from marlhf.memory import Generation, Moment, Run, Training, Weights
 from marlhf.models import Critic, Policy, target_logprobs, trunk_forward, trunk_of, use_adapter
 from marlhf.rewards import reward_models
 from marlhf.rewards.model import sequence_scores
@@ -74,65 +64,25 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def training_peak(
-    parameters: Iterable[nn.Parameter],
-    known: Iterable[Tensor],
-    loss: Callable[[], Tensor],
-    passes: int = 1,
-    reducer: Reducer | None = None,
-) -> int:
-    """Most bytes alive in `passes` forward and backward passes, beyond `known`. Gradients stay and
-    add up, unless a reducer takes them."""
-    parameters = [p for p in parameters if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(reducer) for p in parameters if reducer]
+def backward_moments(
+    parameters: Iterable[nn.Parameter], known: Iterable[Tensor], loss: Callable[[], Tensor]
+) -> tuple[Moment, ...]:
+    """What a forward and a backward pass allocate beyond `known`, each gradient gone once it is
+    complete."""
+    moments: list[Moment] = []
+
+    def complete(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        moments.append(Moment(count.peak, count.live, parameter.grad.nbytes))
+        parameter.grad = None
+        count.peak = count.live
+
+    hooks = [p.register_post_accumulate_grad_hook(complete) for p in parameters if p.requires_grad]
     with LiveBytes(known) as count:
-        for _ in range(passes):
-            loss().backward()
-        if reducer:
-            reducer.reduce()
+        loss().backward()
     for hook in hooks:
         hook.remove()
-    for parameter in parameters:
-        parameter.grad = None
-    return count.peak
-
-
-class Reducer:
-    """What DeepSpeed allocates for gradients in a backward pass, a gradient at a time.
-
-    stage    1 keeps the gradients of a whole optimiser step; 2 and 3 copy each into a bucket
-    bucket   parameters in it; made at the first gradient, or (3) there for good
-    part     parameters whose reduced gradients stay on this rank; (3) there for good
-    """
-
-    def __init__(self, stage: int, bucket: int, part: int) -> None:
-        self._stage, self._size, self._part = stage, bucket, part
-        self._filled = 0
-        self._too_large: Tensor | None = None
-        self._made: dict[str, Tensor] = {}
-
-    def __call__(self, parameter: Tensor) -> None:
-        if self._stage < 3 and not self._made:
-            self._made["bucket"] = torch.empty(self._size)
-        if self._stage == 1:
-            return
-        if self._filled + parameter.numel() > self._size:
-            self.reduce()
-        self._filled += parameter.numel()
-        if parameter.numel() > self._size:
-            self._too_large = parameter  # stays where it is until it is reduced
-        else:
-            parameter.grad = None
-
-    def reduce(self) -> None:
-        """Send what is in the bucket; DeepSpeed makes a flat copy for that."""
-        if self._stage == 2 and "part" not in self._made:
-            self._made["part"] = torch.empty(self._part)
-        torch.empty(self._filled)
-        self._filled = 0
-        if self._too_large is not None:
-            self._too_large.grad = None
-            self._too_large = None
+    return tuple(moments)
 
 
 @dataclass(frozen=True)
@@ -242,16 +192,16 @@ class PassCounter:
         self._weights = _weights(config, models)
         self._counted: dict[tuple[Any, ...], Any] = {}
 
-    def run(self, profile: Profile, ranks: int, reduce_bucket: int = REDUCE_BUCKET) -> Run:
+    def run(self, ranks: int, sharded: bool = False) -> Run:
         """All passes of one of `ranks` ranks, at the longest prompts and responses that can occur.
 
-        Arguments as of `memory.estimate`.
+        sharded   weights are, as under ZeRO-3; then autocast keeps no bf16 copies of them
         """
-        rows = _rows(self._config, ranks)
-        cache = not is_sharded(profile)  # see Distributed.autocast
-        training = {
-            name: self._training(name, profile, ranks, reduce_bucket) for name in self._trainees
-        }
+        rows, cache = (
+            _rows(self._config, ranks),
+            not sharded or self._config.model.precision == "fp32",
+        )
+        training = {name: self._training(name, ranks, cache) for name in self._trainees}
         limit = self._config.rollout.micro_batch_size or self._config.optimizer.micro_batch_size
         scoring = {
             name: self._once(self._scoring, name, min(limit, rows), cache)
@@ -279,7 +229,7 @@ class PassCounter:
         enabled = self._config.model.precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
-    def _training(self, name: str, profile: Profile, ranks: int, bucket: int) -> Training:
+    def _training(self, name: str, ranks: int, cache: bool) -> Training:
         config, limit = self._config, self._config.optimizer.micro_batch_size
         rows = max(1, _rows(config, ranks) // config.ppo.minibatches)
         # rows, tokens of a row, and those of them that have a loss
@@ -287,25 +237,11 @@ class PassCounter:
         if name == "policy" and config.ptx is not None:
             texts = max(1, config.ptx.batch_size // ranks)
             shapes.append((min(limit, texts), config.ptx.max_length, config.ptx.max_length - 1))
-        accumulates = rows > limit or len(shapes) > 1
-        stage = STAGES.get(spread_of_trained(config.model.lora is not None, profile), 0)
-        passes = 2 if accumulates and stage < 2 else 1
-        part = -(-self._weights[name].trained // ranks)
-        reducer = (stage, bucket, part) if stage else None
-        cache = not is_sharded(profile)
-        peaks = [
-            self._once(self._backward, name, shape, passes, cache, reducer) for shape in shapes
-        ]
-        return Training(max(peaks), accumulates)
+        passes = [self._once(self._backward, name, shape, cache) for shape in shapes]
+        largest = max(passes, key=lambda moments: max(moment.peak for moment in moments))
+        return Training(largest, rows > limit or len(shapes) > 1)
 
-    def _backward(
-        self,
-        name: str,
-        shape: tuple[int, int, int],
-        passes: int,
-        cache: bool,
-        reducer: tuple[int, int, int] | None,
-    ) -> int:
+    def _backward(self, name: str, shape: tuple[int, int, int], cache: bool) -> tuple[Moment, ...]:
         model = self._trainees[name]
         model.train()
 
@@ -314,8 +250,7 @@ class PassCounter:
                 return _forward(model, self._config, *shape).sum()
 
         trained = trainable_parameters(model, name if self._config.model.lora else None)
-        takes = Reducer(*reducer) if reducer else None
-        return training_peak(trained, self._known, loss, passes, takes)
+        return backward_moments(trained, self._known, loss)
 
     def _scoring(self, name: str, rows: int, cache: bool) -> int:
         config = self._config

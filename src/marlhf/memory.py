@@ -11,14 +11,15 @@ How weights are spread is what the profiles in configs/accelerate say. N ranks; 
     zero3_offload   host: 4/N    host: 12/N   host: 8/N               host: 4/N
 
 Adam has two fp32 moments. ZeRO-1 and 2 step an fp32 copy of this rank's part, ZeRO-3 the part
-itself, unless that is offloaded. DeepSpeed reduces gradients in a buffer of fixed size, one for
-policy and critic each (ZeRO-1 and 2: while a backward pass lasts). Adapters over weights that
+itself, unless that is offloaded. DeepSpeed reduces gradients in a bucket of fixed size, one for
+policy and critic each (ZeRO-1 and 2: while a backward pass lasts), of which as much is counted as
+gradients fill: memory of a CPU that is never written is never taken. Adapters over weights that
 ZeRO-3 shards are replicated as under DDP (see `distributed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -27,11 +28,9 @@ PROFILES: tuple[Profile, ...] = get_args(Profile)
 STAGES: dict[Profile, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 FP32 = 4
-REDUCE_BUCKET = 500_000_000  # parameters, DeepSpeed's default
 _MOMENTS = 2 * FP32
-# ZeRO-3 keeps a weight that is read again within stage3_max_reuse_distance = 1e9 parameters: at the
-# turn from forward to backward those are the last half; and it prefetches 5e7
-_REUSED, _PREFETCHED = 500_000_000, 50_000_000
+# bytes that `distributed._BUFFERS` lets DeepSpeed hold
+_BUCKET, _REUSED, _PREFETCHED = FP32 * 50_000_000, FP32 * 20_000_000, FP32 * 20_000_000
 _STEPPED_AT_ONCE = FP32 * 1_000_000_000  # bytes of sub_group_size parameters
 
 
@@ -54,15 +53,28 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Training:
-    """Forward and backward passes of a model.
+class Moment:
+    """The time until the next gradient of a backward pass is complete; it begins with the forward
+    pass, or when the gradient before is gone.
 
-    peak         most bytes alive beside weights and what stays, with gradients, and with
-                 DeepSpeed's buffers of them where it has some
-    accumulates  a pass finds the gradients of others before it
+    peak      most bytes alive meanwhile
+    live      bytes alive at its end
+    gradient  bytes of the gradient, counted in both
     """
 
     peak: int
+    live: int
+    gradient: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """Forward and backward pass of the largest micro-batch of a model.
+
+    accumulates  a pass finds the gradients of others before it
+    """
+
+    moments: Sequence[Moment]
     accumulates: bool
 
 
@@ -137,21 +149,16 @@ class _Held:
     host: float = 0
 
 
-def estimate(
-    run: Run, profile: Profile, ranks: int, reduce_bucket: int = REDUCE_BUCKET
-) -> Estimate:
-    """The memory of each of `ranks` ranks.
-
-    reduce_bucket   parameters in DeepSpeed's buffer of gradients, its `reduce_bucket_size`
-    """
-    held = [_held(model, profile, ranks, reduce_bucket) for model in run.models.values()]
+def estimate(run: Run, profile: Profile, ranks: int) -> Estimate:
+    """The memory of each of `ranks` ranks."""
+    held = [_held(model, profile, ranks) for model in run.models.values()]
     scorings = [
         Phase(_gathered(run.models[name], profile), 0, size) for name, size in run.scoring.items()
     ]
     whole = FP32 * run.models["policy"].reads if is_sharded(profile) else 0
     sampling = Phase(whole, 0, run.generation.cache + run.generation.rest)
     phases = {"generate": sampling, "score": max(scorings, key=_total)} | {
-        f"train {name}": _training(run.models[name], size, profile, ranks, reduce_bucket)
+        f"train {name}": _training(run.models[name], size, profile, ranks)
         for name, size in run.training.items()
     }
     return Estimate(
@@ -168,19 +175,22 @@ def is_sharded(profile: Profile) -> bool:
     return STAGES.get(profile) == 3
 
 
-def spread_of_trained(adapters: bool, profile: Profile) -> Profile:
-    """The profile that the trained parameters are under."""
-    return "ddp" if adapters and is_sharded(profile) else profile
+def _stage_of_trained(model: Weights, profile: Profile) -> int:
+    """The ZeRO stage of the trained parameters: adapters over sharded weights are replicated."""
+    stage = STAGES.get(profile, 0)
+    return 0 if model.adapters and stage == 3 else stage
 
 
-def _held(model: Weights, profile: Profile, ranks: int, bucket: int) -> _Held:
+def _held(model: Weights, profile: Profile, ranks: int) -> _Held:
     """What stays of one model, on the device and on the host."""
     frozen = FP32 * model.frozen / (ranks if is_sharded(profile) else 1)
     trained, each = model.trained, model.trained / ranks
     on_host = frozen if profile == "zero3_offload" else 0.0
     on_device = frozen - on_host
-    buffers = FP32 * bucket if trained else 0
-    match spread_of_trained(model.adapters, profile):
+    bucket = min(_BUCKET, FP32 * trained)
+    if model.adapters and is_sharded(profile):
+        profile = "ddp"
+    match profile:
         case "single":
             return _Held(on_device + FP32 * trained, _MOMENTS * trained)
         case "ddp":
@@ -190,35 +200,77 @@ def _held(model: Weights, profile: Profile, ranks: int, bucket: int) -> _Held:
         case "zero1" | "zero2":
             return _Held(on_device + FP32 * trained, (FP32 + _MOMENTS) * each)
         case "zero3":
-            return _Held(on_device + FP32 * each, _MOMENTS * each, FP32 * each + buffers)
+            return _Held(on_device + FP32 * each, _MOMENTS * each, FP32 * each + bucket)
         case "zero3_offload":  # weights, their copy, moments, two copies of gradients
-            return _Held(on_device, 0, buffers, on_host + (4 * FP32 + _MOMENTS) * each)
+            return _Held(on_device, 0, bucket, on_host + (4 * FP32 + _MOMENTS) * each)
 
 
 def _gathered(model: Weights, profile: Profile) -> int:
     """Weights that are whole on this rank in the middle of a pass."""
-    alive = min(model.reads, _REUSED + _PREFETCHED + model.largest)
-    return FP32 * alive if is_sharded(profile) else 0
+    alive = min(FP32 * model.reads, _REUSED + _PREFETCHED + FP32 * model.largest)
+    return alive if is_sharded(profile) else 0
 
 
-def _training(model: Weights, size: Training, profile: Profile, ranks: int, bucket: int) -> Phase:
+def _training(model: Weights, size: Training, profile: Profile, ranks: int) -> Phase:
     """What training one model adds: the larger of a backward pass and of the step after it."""
-    trained, each = FP32 * model.trained, round(FP32 * model.trained / ranks)
+    trained = FP32 * model.trained
+    part = round(trained / ranks)
+    slice_ = FP32 * min(model.largest, model.trained // ranks)  # of one tensor, on one rank
     gathered = _gathered(model, profile)
-    match spread_of_trained(model.adapters, profile):
-        case "single" | "ddp":
-            return Phase(gathered, trained, size.peak - trained)
-        case "zero1":
-            gradients = trained + FP32 * bucket
-            backward = Phase(0, gradients, max(0, size.peak - gradients))
-            return max(backward, Phase(0, gradients + each), key=_total)
-        case "zero2":
-            before = each if size.accumulates else 0
-            gradients = FP32 * bucket + each
-            return Phase(0, gradients + before, max(0, size.peak - gradients))
+    match _stage_of_trained(model, profile):
+        case 0:
+            return Phase(gathered, trained, _kept(size) - trained)
+        case 1:
+            gradients = trained + min(trained, _BUCKET)
+            return Phase(0, gradients, max(_kept(size) - gradients, part))
+        case 2:
+            backward = _reduced(size.moments, _BUCKET, part, size.accumulates)
+            # the part again, in one piece; before that, its norm is taken in float64
+            step = part + max(part, 2 * slice_)
+            gradients = min(part * (1 + size.accumulates), backward)
+            return max(Phase(0, gradients, backward - gradients), Phase(0, step), key=_total)
         case _:
-            stepped = 0 if profile == "zero3_offload" else min(trained, _STEPPED_AT_ONCE) // ranks
-            return max(Phase(gathered, 0, size.peak), Phase(0, stepped), key=_total)
+            stepped = min(trained, _STEPPED_AT_ONCE) // ranks
+            step = max(2 * FP32 * model.largest // ranks, stepped)
+            backward = Phase(gathered, 0, _reduced(size.moments, _BUCKET))
+            return max(backward, Phase(0, 0 if profile == "zero3_offload" else step), key=_total)
+
+
+def _kept(size: Training) -> int:
+    """Most bytes alive where all gradients stay until the step."""
+    done = sum(moment.gradient for moment in size.moments) if size.accumulates else 0
+    most = 0
+    for moment in size.moments:
+        most = max(most, done + moment.peak)
+        done += 0 if size.accumulates else moment.gradient
+    return max(most, done)
+
+
+def _reduced(
+    moments: Sequence[Moment], bucket: int, part: int | None = None, accumulates: bool = False
+) -> int:
+    """Most bytes alive where DeepSpeed copies gradients into a bucket of so many bytes, which it
+    reduces when it is full, by a flat copy. A gradient larger than that stays where it is.
+
+    part   bytes of the reduced gradients that stay here, made in the pass as the bucket is; None:
+           both are there already
+    """
+    is_new = part is not None
+    part = part or 0
+    held = part * accumulates
+    most = waiting = in_bucket = too_large = 0
+    for moment in moments:
+        most = max(most, held + in_bucket + too_large + moment.peak)
+        if waiting and waiting + moment.gradient > bucket:
+            held = part * (1 + accumulates)
+            most = max(most, held + in_bucket + too_large + waiting + moment.live)
+            waiting = too_large = 0
+        waiting += moment.gradient
+        if moment.gradient > bucket:
+            too_large = moment.gradient
+        elif is_new:
+            in_bucket = max(in_bucket, waiting)
+    return max(most, part * (1 + accumulates) + in_bucket + too_large + waiting)
 
 
 def _total(phase: Phase) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import tiny_causal_lm, tiny_config
+from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -167,6 +168,19 @@ def test_a_reward_model_is_counted_and_starts_the_critic(folder, tmp_path):
     assert run.models["reward model"].frozen == run.models["critic"].trained
     assert run.models["critic"].trained < run.models["policy"].trained * 0.7
     assert set(run.scoring) == {"policy", "critic", "reward model"}
+
+
+def test_an_adapter_on_the_policys_base_adds_no_second_base(folder, tmp_path):
+    saved = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(folder))
+    saved.save_pretrained(tmp_path)
+    tiny_config("llama", 300, num_labels=1, **SHAPE).save_pretrained(tmp_path)
+    given = config(folder, lora=LoraSettings(r=2, target_modules=["q_proj"]))
+    given = replace(given, reward=replace(given.reward, models=str(tmp_path)))
+    run = PassCounter(given, fake_models(given)).run(2)
+    assert run.models["reward model"].frozen < 1000
+    assert run.models["critic"].frozen == 0
+    assert run.models["critic"].trained == run.models["policy"].trained + 64
+    assert run.scoring["reward model"] > 0
 
 
 def test_generation_keeps_keys_and_values_of_every_row(plain):

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from marlhf import loading
-from marlhf.adapters import add_adapter, trainable_parameters
-from marlhf.config import ModelSettings, PPOConfig
+from marlhf.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
+from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.errors import UserError, one_line
 from marlhf.memory import Generation, Moment, Run, Training, Weights
 from marlhf.models import Critic, Policy, target_logprobs, trunk_forward, trunk_of, use_adapter
@@ -104,18 +104,22 @@ def fake_models(config: PPOConfig) -> FakeModels:
         for spec in specs
     ]
     first = specs[0]["path"] if specs else None
-    vocabulary = lm_config.get_text_config().vocab_size
-    source = loading.critic_source(config, vocabulary, first, weights=False)
     with torch.device("meta"):
         policy = Policy(_meta(AutoModelForCausalLM, settings, lm_config, "model.path"))
+        critic = _meta_critic(config, policy, first)
         rewards = {}
         for i, (spec, own) in enumerate(zip(specs, reward_configs, strict=True)):
-            model = _meta(
-                AutoModelForSequenceClassification, _reward_settings(spec), own, "reward.models"
-            )
             name = "reward model" if len(specs) == 1 else f"reward model {i + 1}"
-            rewards[name] = model.requires_grad_(False).eval(), spec.get("batch_size", 16)
-        critic = _meta_critic(config, policy, source)
+            if settings.lora is not None and is_adapter_of(spec["path"], settings.path):
+                model = _on_shared_base(policy.model, spec["path"], f"reward_{i}")
+                for parameter in trainable_parameters(model, f"reward_{i}"):
+                    parameter.requires_grad_(False)
+            else:
+                own_settings = _reward_settings(spec)
+                model = _meta(
+                    AutoModelForSequenceClassification, own_settings, own, "reward.models"
+                ).requires_grad_(False)
+            rewards[name] = model.eval(), spec.get("batch_size", 16)
     models = [policy, critic, *(model for model, _ in rewards.values())]
     mode = _fill([model for model in models if model is not None])
     return FakeModels(policy, critic, rewards, mode)
@@ -138,9 +142,13 @@ def _fill(models: Sequence[nn.Module]) -> FakeTensorMode:
     return mode
 
 
-def _meta_critic(config: PPOConfig, policy: Policy, source: ModelSettings | None) -> Critic | None:
+def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> Critic | None:
     """Puts the policy's adapter in, too: the critic may share its base."""
     settings = config.model
+    vocabulary = _causal_lm(policy).config.get_text_config().vocab_size
+    adapter, source = loading.critic_adapter(config, reward_path), None
+    if adapter is None:
+        source = loading.critic_source(config, vocabulary, reward_path, weights=False)
     if settings.gradient_checkpointing:
         loading.enable_checkpointing(policy.model)
     if settings.lora is not None:
@@ -148,6 +156,8 @@ def _meta_critic(config: PPOConfig, policy: Policy, source: ModelSettings | None
         policy.adapter = "policy"
     if config.ppo.estimator != "gae":
         return None
+    if adapter is not None:
+        return _on_shared_base(policy.model, adapter, "critic")
     if source is not None:
         own = loading.load_classifier_config(source, "critic.path", weights=False)
         model = _meta(AutoModelForSequenceClassification, source, own, "critic.path")
@@ -157,6 +167,18 @@ def _meta_critic(config: PPOConfig, policy: Policy, source: ModelSettings | None
     if settings.lora is not None:
         return loading.critic_on_shared_base(policy.model, settings.lora)
     return loading.critic_from_policy(_causal_lm(policy))
+
+
+def _on_shared_base(model: Any, folder: str, name: str) -> Critic:
+    """What `loading.classifier_on_shared_base` makes, from the adapter's configuration alone."""
+    saved = saved_adapter(folder)
+    assert saved is not None
+    targets = saved.target_modules
+    targets = targets if isinstance(targets, str) else sorted(targets)
+    model = add_adapter(model, LoraSettings(r=saved.r, target_modules=targets), name)
+    base: Any = model.get_base_model()
+    head = nn.Linear(base.config.get_text_config().hidden_size, 1, bias=False)
+    return Critic(trunk_of(base), head, model=model, adapter=name)
 
 
 def _reward_settings(spec: dict[str, Any]) -> ModelSettings:

@@ -39,7 +39,7 @@ def main() -> None:
     marlhf(
         sft,
         "sft",
-        CONFIGS / "sft_summaries.yaml",
+        args.configs / "sft_summaries.yaml",
         f"model.path={args.model}",
         f"data.path={out}/data/sft.jsonl",
         f"data.eval_rows={args.held_out}",
@@ -51,7 +51,7 @@ def main() -> None:
     marlhf(
         samples / "results.json",
         "evaluate",
-        CONFIGS / "evaluate_summaries.yaml",
+        args.configs / "evaluate_summaries.yaml",
         f"policies={sft}",
         "reference=null",
         "rewards=[]",
@@ -66,7 +66,7 @@ def main() -> None:
     marlhf(
         reward,
         "reward",
-        CONFIGS / "reward_summaries.yaml",
+        args.configs / "reward_summaries.yaml",
         f"model.path={sft}",
         f"data.path={out}/data/pairs.jsonl",
         f"data.eval_rows={2 * args.held_out}",
@@ -77,7 +77,7 @@ def main() -> None:
         marlhf(
             out / name / "final",
             "ppo",
-            CONFIGS / "ppo_summaries.yaml",
+            args.configs / "ppo_summaries.yaml",
             f"model.path={sft}",
             f"reward.models={reward}",
             f"segmenter={segmenter}",
@@ -91,7 +91,7 @@ def main() -> None:
     marlhf(
         out / "evaluation" / "results.json",
         "evaluate",
-        CONFIGS / "evaluate_summaries.yaml",
+        args.configs / "evaluate_summaries.yaml",
         f"policies={{{policies}}}",
         f"reference={sft}",
         f"rewards={reward}",
@@ -109,6 +109,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="JSONL: document, summary")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--configs", type=Path, default=CONFIGS, help="where STAGE_summaries.yaml are"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/summaries_pipeline"))
     parser.add_argument("--rows", type=int, default=1000, help="rows to use of the data")
     parser.add_argument("--words", type=int, default=60, help="longest document to use, in words")

@@ -30,6 +30,8 @@ ORDER = [
     "marlhf.segmenters.base",
     "marlhf.segmenters.ngram",
     "marlhf.segmenters.perplexity",
+    "marlhf.segmenters.entropy",
+    "marlhf.segmenters.phrases",
     "marlhf.segmenters.offsets",
     "marlhf.segmenters.text",
     "marlhf.segmenters.parsing",

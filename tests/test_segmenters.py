@@ -25,10 +25,12 @@ from torch import Tensor
 from marlhf.errors import UserError
 from marlhf.segmenters import (
     SEGMENTERS,
+    EntropyJump,
     Line,
     NGram,
     Parsing,
     Perplexity,
+    Phrases,
     RandomNGram,
     Segmenter,
     Sentence,
@@ -77,6 +79,8 @@ BUILT_IN = [
     Perplexity(),
     Perplexity(logprobs="policy", shift=-1),
     Perplexity(shift=2),
+    EntropyJump(0.3),
+    Phrases(),
     Word(),
     Sentence(),
     Line(),
@@ -104,13 +108,14 @@ def batches(draw, padding: int | None = None) -> ResponseBatch:
     extra = draw(st.integers(0, 2)) if padding is None else padding
     batch = batch_of(tokenizer, responses, extra)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    noise = torch.randn(2, *batch.response_mask.shape, generator=generator).abs().neg()
+    noise = torch.randn(3, *batch.response_mask.shape, generator=generator).abs().neg()
     noise = noise.masked_fill(~batch.response_mask, math.nan)
     rows = draw(st.permutations(range(len(responses))))
     return dataclasses.replace(
         batch,
         logprobs=noise[0],
         ref_logprobs=noise[1],
+        entropy=-noise[2],
         row_ids=torch.tensor(rows) + 5,
         step=draw(st.integers(0, 3)),
         seed=draw(st.integers(0, 3)),
@@ -125,6 +130,7 @@ def rows_of(batch: ResponseBatch, order: list[int], padding: int = 0) -> Respons
 
     assert batch.logprobs is not None
     assert batch.ref_logprobs is not None
+    assert batch.entropy is not None
     assert batch.row_ids is not None
     return dataclasses.replace(
         batch,
@@ -132,6 +138,7 @@ def rows_of(batch: ResponseBatch, order: list[int], padding: int = 0) -> Respons
         response_mask=take(batch.response_mask, False),
         logprobs=take(batch.logprobs, -9.0),
         ref_logprobs=take(batch.ref_logprobs, 9.0),
+        entropy=take(batch.entropy, 9.0),
         row_ids=batch.row_ids[order],
     )
 

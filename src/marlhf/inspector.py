@@ -72,10 +72,12 @@ def segment_texts(
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    logprobs = None
+    logprobs = entropy = None
     if model_path is not None:
-        logprobs = _logprobs(model_path, tokenizer, rows, prompts or [None] * len(rows), mask)
-    batch = ResponseBatch(ids, mask, logprobs, logprobs, tokenizer=tokenizer)
+        logprobs, entropy = _logprobs(
+            model_path, tokenizer, rows, prompts or [None] * len(rows), mask
+        )
+    batch = ResponseBatch(ids, mask, logprobs, logprobs, entropy, tokenizer=tokenizer)
     cut = [segment(segmenter, batch).tolist() for segmenter in segmenters]
     found = []
     for i, row in enumerate(rows):
@@ -98,7 +100,8 @@ def _logprobs(
     prompts: Sequence[str | None],
     mask: Any,
 ) -> Any:
-    """[B,T] log-probabilities of the tokens of `rows`, nats, 0 outside the mask."""
+    """[B,T] log-probabilities of the tokens of `rows` and entropy before them, nats, 0 outside the
+    mask."""
     import torch
 
     from marlhf.config import ModelSettings
@@ -121,13 +124,15 @@ def _logprobs(
             "out to take the model's own"
         )
     policy = Policy(load_causal_lm(settings, config)).eval()
-    found = torch.zeros(mask.shape)
+    found = torch.zeros(2, *mask.shape)
     for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
         if row:
             ids = torch.tensor([[*context, *row]])
             with torch.no_grad():
-                part, _ = policy(ids, torch.ones_like(ids).bool(), mask[i : i + 1, : len(row)])
-            found[i, : len(row)] = part[0]
+                part, extras = policy(
+                    ids, torch.ones_like(ids).bool(), mask[i : i + 1, : len(row)], 1.0, ("entropy",)
+                )
+            found[:, i, : len(row)] = torch.cat((part, extras["entropy"]))
     return found
 
 

@@ -34,7 +34,7 @@ from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
 from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards
 from marlhf.run_directory import writing
 from marlhf.run_state import RunState, claim, seed_generators
-from marlhf.segmenters import build_segmenter, segment, segmenter_metrics
+from marlhf.segmenters import build_segmenter, learn, segment, segmenter_metrics
 from marlhf.signals import StopSignals, stop
 from marlhf.update import Update
 
@@ -173,6 +173,7 @@ class PPOTrainer:
         with timer("segment"):
             # 2. cut into macro actions
             starts = self.distributed.together(lambda: self._segment(rollout))
+            learn(self.segmenter, rollout.responses, self.distributed.gather_objects)
             # 3. rewards and values -> advantages
             batch = self._macro_batch(starts, rollout)
         with timer("train"):

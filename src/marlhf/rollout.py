@@ -149,6 +149,7 @@ class RolloutWorker:
                 response_mask=generation.response_mask,
                 logprobs=scored.pop("logprobs"),
                 ref_logprobs=self._score(self.reference, sequences)["logprobs"],
+                entropy=scored["entropy"],
                 row_ids=torch.tensor(row_ids),
                 step=step,
                 seed=seed,

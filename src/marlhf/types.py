@@ -30,6 +30,7 @@ class ResponseBatch:
     response_mask  [B,T] bool, a prefix of True in each row (an empty response has none)
     logprobs       [B,T] log pi(token), nats, or None where the caller has no policy
     ref_logprobs   [B,T] the same under the reference, or None
+    entropy        [B,T] nats, of the distribution that each token was drawn from, or None
     row_ids        [B] int64, index of each row in the global batch of this step
     step, seed     with a row id they fix every random draw for that row
     tokenizer      needed by segmenters that read text
@@ -39,6 +40,7 @@ class ResponseBatch:
     response_mask: Tensor
     logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
     row_ids: Tensor | None = None
     step: int = 0
     seed: int = 0
@@ -53,16 +55,17 @@ class ResponseBatch:
     def texts(self) -> list[str]:
         """Decoded responses, special tokens left out."""
         tokenizer = self._text_tokenizer()
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self._unpadded]
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.unpadded]
 
     @cached_property
     def offsets(self) -> list[list[Span]]:
         """For each response the half-open character span in `texts` that each token wrote."""
         tokenizer = self._text_tokenizer()
-        return [decode_with_offsets(tokenizer, ids)[1] for ids in self._unpadded]
+        return [decode_with_offsets(tokenizer, ids)[1] for ids in self.unpadded]
 
     @cached_property
-    def _unpadded(self) -> list[list[int]]:
+    def unpadded(self) -> list[list[int]]:
+        """The token ids of each response, without padding."""
         rows = zip(self.token_ids.tolist(), self.lengths, strict=True)
         return [ids[:length] for ids, length in rows]
 

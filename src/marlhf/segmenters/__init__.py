@@ -7,15 +7,18 @@ from marlhf.segmenters.base import (
     Union,
     build_segmenter,
     close,
+    learn,
     segment,
     segmenter_metrics,
     segmenter_name,
     validate,
 )
+from marlhf.segmenters.entropy import EntropyJump
 from marlhf.segmenters.ngram import NGram, RandomNGram, Sequence, Token
 from marlhf.segmenters.offsets import token_starts
 from marlhf.segmenters.parsing import Parsing
 from marlhf.segmenters.perplexity import Perplexity
+from marlhf.segmenters.phrases import Phrases
 from marlhf.segmenters.text import (
     Line,
     Sentence,
@@ -27,10 +30,12 @@ from marlhf.segmenters.text import (
 
 __all__ = [
     "SEGMENTERS",
+    "EntropyJump",
     "Line",
     "NGram",
     "Parsing",
     "Perplexity",
+    "Phrases",
     "RandomNGram",
     "Segmenter",
     "SegmenterFn",
@@ -44,6 +49,7 @@ __all__ = [
     "close",
     "from_lengths",
     "from_text",
+    "learn",
     "segment",
     "segmenter_metrics",
     "segmenter_name",

@@ -8,7 +8,7 @@ is run by the trainer on every result, so that a wrong segmenter fails loudly an
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ SEGMENTERS = Registry(
         "sentence": "marlhf.segmenters.text.Sentence",
         "line": "marlhf.segmenters.text.Line",
         "parsing": "marlhf.segmenters.parsing.Parsing",
+        "entropy_jump": "marlhf.segmenters.entropy.EntropyJump",
+        "phrases": "marlhf.segmenters.phrases.Phrases",
         "union": "marlhf.segmenters.base.Union",
     },
 )
@@ -87,6 +89,13 @@ def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
     return validate(starts, batch, name)
 
 
+def learn(segmenter: SegmenterFn, batch: ResponseBatch, gather: Callable[[list[Any]], list[Any]]) -> None:
+    """Show a segmenter that learns (it has a method `learn`) the responses of an update: token ids
+    of all ranks, in the order of the rows, so that every rank learns the same."""
+    if (method := getattr(segmenter, "learn", None)) is not None:
+        method(gather(batch.unpadded))
+
+
 def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
     """`starts` unchanged, or a UserError that names the segmenter and its fault."""
     mask = batch.response_mask
@@ -134,6 +143,22 @@ class Union(Segmenter):
         for segmenter in self.of:
             found = found | segment(segmenter, batch)
         return found
+
+    def learn(self, responses: Sequence[Sequence[int]]) -> None:
+        """Hand the responses on to those that learn."""
+        for segmenter in self.of:
+            if hasattr(segmenter, "learn"):
+                segmenter.learn(responses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the segmenters combined."""
+        return {"of": [s.state_dict() if hasattr(s, "state_dict") else {} for s in self.of]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        for segmenter, own in zip(self.of, state["of"], strict=True):
+            if own:
+                segmenter.load_state_dict(own)
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the segmenters combined."""

@@ -1,0 +1,41 @@
+"""A segmenter that cuts where the policy has to decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlhf.errors import UserError
+from marlhf.segmenters.base import Segmenter
+from marlhf.types import ResponseBatch
+
+
+@dataclass(frozen=True)
+class EntropyJump(Segmenter):
+    """A macro action starts where the policy's entropy jumps: at a token that was drawn from a
+    distribution of at least `jump` nats more entropy than the one before.
+
+    Within a word or a set phrase the policy is nearly certain of what follows; where its entropy
+    rises it chooses how to go on, and so a macro action is a choice and what follows from it.
+
+    jump   nats; 0 cuts wherever entropy does not fall
+    """
+
+    jump: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.jump >= 0:
+            raise UserError(f"jump: given {self.jump}, must be at least 0")
+
+    def starts(self, batch: ResponseBatch) -> Tensor:
+        if batch.entropy is None:
+            raise UserError(
+                "segmenter entropy_jump: needs the policy's entropy before the response tokens, "
+                "and the ResponseBatch has none"
+            )
+        starts = torch.zeros_like(batch.response_mask)
+        starts[:, 1:] = batch.entropy[:, 1:] - batch.entropy[:, :-1] >= self.jump
+        return starts

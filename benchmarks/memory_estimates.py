@@ -137,6 +137,7 @@ def main() -> None:
         profile, shape, model, sections = CASES[name]
         if profile not in overhead:
             overhead[profile] = measure(profile, TINY, {}, {})[0]
+            print(f"{profile}: {overhead[profile] / 1e6:.0f} MB of a tiny model's run subtracted")
         peak, estimated, phase = measure(profile, shape, model, sections)
         peak -= overhead[profile]
         rows[name] = {"measured": peak, "estimated": estimated, "phase": phase}

@@ -89,7 +89,9 @@ def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
     return validate(starts, batch, name)
 
 
-def learn(segmenter: SegmenterFn, batch: ResponseBatch, gather: Callable[[list[Any]], list[Any]]) -> None:
+def learn(
+    segmenter: SegmenterFn, batch: ResponseBatch, gather: Callable[[list[Any]], list[Any]]
+) -> None:
     """Show a segmenter that learns (it has a method `learn`) the responses of an update: token ids
     of all ranks, in the order of the rows, so that every rank learns the same."""
     if (method := getattr(segmenter, "learn", None)) is not None:

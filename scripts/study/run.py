@@ -1,0 +1,192 @@
+"""The runs of a task of the study, one phase after another.
+
+    python scripts/study/run.py configs/study/summaries.yaml --phase all --parallel 2
+
+search      every arm at every learning rate, on seeds of their own, with the KL coefficient steered
+            so that all end at the KL of token PPO, where the task asks for equal KL
+calibrate   for each arm the fixed KL coefficient with which it ends within 10% of that KL
+final       every arm with what was chosen, on the seeds that are reported
+
+Every phase is a `marlhf sweep` below runs/study/TASK; started again, it goes on where it stopped.
+What was chosen is kept in runs/study/TASK/chosen.json. `--arms` takes a part of the arms (token PPO
+comes first wherever it is needed), `--seeds` other seeds for the final runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from marlhf.report.runs import Run, read_runs
+
+TOKEN = "token"
+LAST = 5  # evaluations that a final score or KL is averaged over
+WITHIN = 0.07  # of token PPO's KL: seeds add their own noise to it
+ROUNDS = 5  # of calibration
+
+Chosen = dict[str, dict[str, float]]
+
+
+def main() -> None:
+    """Run the phases that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", type=Path, help="a file such as configs/study/summaries.yaml")
+    phases = parser.add_mutually_exclusive_group()
+    phases.add_argument("--phase", choices=["search", "calibrate", "final", "all"], default="all")
+    parser.add_argument("--arms", nargs="+", help="some of the arms")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the final runs")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("overrides", nargs="*", help="keys for all runs, such as steps=20")
+    args = parser.parse_args()
+    task = Task(args)
+    if args.phase in ("search", "all"):
+        task.search()
+    if args.phase in ("calibrate", "all") and task.settings["equal_kl"]:
+        task.calibrate()
+    if args.phase in ("final", "all"):
+        task.final()
+
+
+class Task:
+    """A task's arms, and what was chosen for them so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.settings: dict[str, Any] = yaml.safe_load(args.task.read_text(encoding="utf-8"))
+        self.folder: Path = args.out / args.task.stem
+        self.parallel: int = args.parallel
+        self.seeds: list[int] = args.seeds or self.settings["seeds"]
+        given = dict(word.split("=", 1) for word in args.overrides)
+        self.overrides = {key: yaml.safe_load(value) for key, value in given.items()}
+        arms = self.settings["arms"]
+        wanted = [TOKEN, *(args.arms or arms)]
+        self.arms = {name: arms[name] for name in dict.fromkeys(wanted)}
+        self.chosen_file = self.folder / "chosen.json"
+        found = self.chosen_file.read_text() if self.chosen_file.exists() else "{}"
+        self.chosen: Chosen = json.loads(found)
+
+    def search(self) -> None:
+        """Choose the learning rate of each arm by its last held-out scores."""
+        self._search({TOKEN: self.arms[TOKEN]})
+        others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
+        if self.settings["equal_kl"]:
+            steer = {"kl.target": self.chosen[TOKEN]["kl"], "kl.horizon": self.settings["horizon"]}
+            others = {name: {**keys, **steer} for name, keys in others.items()}
+        self._search(others)
+
+    def _search(self, arms: Mapping[str, dict[str, Any]]) -> None:
+        rates = {"optimizer.learning_rate": self.settings["learning_rates"]}
+        runs = self._sweep("search", arms, self.settings["search_seeds"], rates)
+        for name in arms:
+            by_rate: dict[float, list[Run]] = {}
+            for run in runs:
+                if (run.arm or "").startswith(f"{name}, optimizer."):
+                    by_rate.setdefault(run.config["optimizer"]["learning_rate"], []).append(run)
+            best = max(by_rate, key=lambda rate: mean(by_rate[rate], "eval_score_mean"))
+            coefs = [
+                row.get("kl_coef", run.config["kl"]["coef"])
+                for run in by_rate[best]
+                for row in run.rows[-20:]
+                if row["step"]
+            ]
+            self.chosen[name] = {
+                "learning_rate": best,
+                "coef": sum(coefs) / len(coefs),
+                "kl": mean(by_rate[best], "eval_kl_mean"),
+            }
+            self._keep()
+
+    def calibrate(self) -> None:
+        """Choose the KL coefficient of each arm, by steps along log KL over log coefficient."""
+        target = self.chosen[TOKEN]["kl"]
+        tried: dict[str, list[tuple[float, float]]] = {name: [] for name in self.arms}
+        for number in range(ROUNDS):
+            left = {
+                name: keys
+                for name, keys in self.arms.items()
+                if not tried[name] or abs(tried[name][-1][1] / target - 1) > WITHIN
+            }
+            if not left:
+                break
+            arms = {name: {**keys, **self._settings(name)} for name, keys in left.items()}
+            runs = self._sweep(f"calibrate-{number}", arms, self.settings["search_seeds"])
+            for name in left:
+                kl = mean([run for run in runs if run.arm == name], "eval_kl_mean")
+                tried[name].append((self.chosen[name]["coef"], kl))
+                self.chosen[name]["kl"] = kl
+                if abs(kl / target - 1) > WITHIN:
+                    self.chosen[name]["coef"] = next_coefficient(tried[name], target)
+            self._keep()
+
+    def final(self) -> None:
+        """The runs that are reported."""
+        arms = {name: {**keys, **self._settings(name)} for name, keys in self.arms.items()}
+        self._sweep("final", arms, self.seeds)
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        chosen = self.chosen[name]
+        found = {"optimizer.learning_rate": chosen["learning_rate"]}
+        return found | ({"kl.coef": chosen["coef"]} if self.settings["equal_kl"] else {})
+
+    def _keep(self) -> None:
+        partial = self.chosen_file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.chosen, indent=1) + "\n")
+        partial.replace(self.chosen_file)
+
+    def _sweep(
+        self,
+        phase: str,
+        arms: Mapping[str, dict[str, Any]],
+        seeds: Sequence[int],
+        grid: Mapping[str, Sequence[Any]] | None = None,
+    ) -> list[Run]:
+        """Run a sweep to its end, and read its runs."""
+        folder = self.folder / phase
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep = {
+            "config": self.settings["config"],
+            "overrides": self.overrides,
+            "arms": dict(arms),
+            "grid": dict(grid or {}),
+            "seeds": list(seeds),
+            "parallel": self.parallel,
+            "output_dir": str(folder),
+        }
+        file = self.folder / f"{phase}.yaml"
+        file.write_text(yaml.safe_dump(sweep, sort_keys=False))
+        here = str(Path(__file__).parent)  # rewards of the tasks are imported from here
+        paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "marlhf", "sweep", str(file)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
+        return read_runs([str(folder)])
+
+
+def mean(runs: Sequence[Run], metric: str) -> float:
+    """Mean over runs of a held-out metric's last values."""
+    found = [[row[metric] for row in run.rows if row.get(metric) is not None] for run in runs]
+    last = [value for values in found for value in values[-LAST:]]
+    return sum(last) / len(last)
+
+
+def next_coefficient(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """The coefficient that gives the KL wanted, if log KL is linear in log coefficient: through
+    the last two that were tried, or with slope -1 from one."""
+    (c1, k1), slope = tried[-1], -1.0
+    if len(tried) > 1:
+        c0, k0 = tried[-2]
+        if c0 != c1 and k0 != k1:
+            slope = min(-0.2, max(-3.0, math.log(k1 / k0) / math.log(c1 / c0)))
+    return c1 * (target / k1) ** (1 / slope)
+
+
+if __name__ == "__main__":
+    main()

@@ -87,6 +87,28 @@ def test_chunks_do_not_change_logprobs_or_gradients(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(chunked_gradients[name], gradient, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: after its softcap
+def test_gradients_are_those_of_a_plain_log_softmax(family: str) -> None:
+    def gradients(ours: bool) -> dict[str, torch.Tensor]:
+        model, sequences = tiny_causal_lm(family), batch()
+        if ours:
+            logprobs, _ = forward(Policy(model), sequences, temperature=TEMPERATURE)
+        else:
+            T = sequences.response_mask.shape[1]
+            hidden = models.trunk_forward(
+                model.model, sequences.input_ids, sequences.attention_mask
+            )[:, -T - 1 : -1]
+            plain = (models.head_of(model)(hidden) / TEMPERATURE).log_softmax(-1)
+            logprobs = plain.gather(-1, sequences.response_ids[..., None]).squeeze(-1)
+            logprobs = logprobs.where(sequences.response_mask, 0.0)
+        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    found = gradients(ours=True)
+    for name, wanted in gradients(ours=False).items():
+        torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_belong_to_the_state_before_each_token(family: str) -> None:
     classifier, sequences = tiny_sequence_classifier(family), batch()

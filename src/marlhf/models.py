@@ -49,7 +49,7 @@ class Policy(nn.Module):
         Logits exist for response positions only, and for a chunk of those at a time.
 
         extras   what else to return, by name:
-            entropy            [B,T] nats, 0 outside the mask
+            entropy            [B,T] nats, 0 outside the mask, without a gradient
             token_ranks        [B,T] int64, tokens that are likelier than the one there, 0 outside
             hidden_states      [B,T+1,H] the last layer's, before each token and after the last
             token_embeddings   [B,T,H] the response tokens as the first layer reads them
@@ -197,7 +197,8 @@ def target_logprobs(
     causal_lm: Any, hidden: Tensor, targets: Tensor, temperature: float, extras: Collection[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], the logits of a chunk of tokens
-    at a time. In training they are computed again in the backward pass.
+    at a time. In training all chunks but the last, with which the backward pass begins, are
+    computed again there.
     """
     head = head_of(causal_lm)
     size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
@@ -205,24 +206,51 @@ def target_logprobs(
     names = [name for name in ("entropy", "token_ranks") if name in extras]
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logits = head(hidden).float() / temperature
-        normaliser = logits.logsumexp(-1)
-        own = logits.gather(-1, targets[:, None])
-        found = [own.squeeze(-1) - normaliser]
+        logits = head(hidden).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        found, fixed = [], logits.detach()
         if "entropy" in names:
-            found.append(normaliser - (torch.softmax(logits, -1) * logits).sum(-1))
+            found.append(fixed.logsumexp(-1) - (torch.softmax(fixed, -1) * fixed).sum(-1))
         if "token_ranks" in names:
-            found.append((logits > own).sum(-1))
-        return tuple(found)
+            found.append((fixed > fixed.gather(-1, targets[:, None])).sum(-1))
+        logprobs, _ = _TargetLogprobs.apply(logits, targets)
+        return (logprobs, *found)
 
     if len(targets) == 0:
         nothing = hidden.sum(-1).float()  # an empty tensor that still hangs on the graph
         return nothing, dict.fromkeys(names, nothing)
-    parts = []
-    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(chunk, h, t, use_reentrant=False))
-        else:
-            parts.append(chunk(h, t))
+    sizes = [size] * ((len(targets) - 1) // size)
+    sizes = [len(targets) - sum(sizes), *sizes]
+    chunks = list(zip(hidden.split(sizes), targets.split(sizes), strict=True))
+    recomputed = len(chunks) - 1 if torch.is_grad_enabled() else 0
+    parts = [checkpoint(chunk, *part, use_reentrant=False) for part in chunks[:recomputed]]
+    parts += [chunk(*part) for part in chunks[recomputed:]]
     logprobs, *others = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprobs, dict(zip(names, others, strict=True))
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """`logits [N,V], targets [N] -> logprobs [N]`, exponentials and gradient written over the
+    logits, so that there is one array of their size in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        own = logits.gather(-1, targets[:, None])
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weights, total, targets)
+        return (own - top - total.log()).squeeze(-1), weights
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        gradient, of_weights = gradients
+        assert of_weights is None
+        if gradient is None:
+            return None, None
+        weights, total, targets = ctx.saved_tensors
+        weights.mul_(-gradient[:, None] / total)
+        return weights.scatter_add_(1, targets[:, None], gradient[:, None]), None

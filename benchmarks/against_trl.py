@@ -230,8 +230,9 @@ def marlhf_side(settings: Settings) -> None:
 
     def generate_cut(policy: Any, tokenizer: Any, prompts: Any, seeds: Any, given: Any) -> Any:
         """Responses as long as the longest is to be; the shorter ones end where they are to."""
-        import torch
         from dataclasses import replace
+
+        import torch
 
         limit = max(lengths)
         given = replace(given, max_new_tokens=limit, min_new_tokens=limit)
@@ -265,7 +266,10 @@ def trl_side(settings: Settings) -> None:
         LogitsProcessorList,
         TrainerCallback,
     )
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import (  # pyright: ignore[reportMissingImports]
+        PPOConfig,
+        PPOTrainer,
+    )
 
     mixed, lora = settings.case == "mixed", settings.case == "lora"
     tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
@@ -281,8 +285,10 @@ def trl_side(settings: Settings) -> None:
         )
         return PeftModel.from_pretrained(base, settings.reward).merge_and_unload()
 
-    policy = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-    reference = None if lora else AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    policy: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    reference = (
+        None if lora else AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    )
     reward, value = classifier(), classifier()
     if lora:
         value = get_peft_model(value, LoraConfig(task_type="SEQ_CLS", **LORA))
@@ -330,7 +336,13 @@ def trl_side(settings: Settings) -> None:
 
         def generate_mixed(*args: Any, **kwargs: Any) -> Any:
             processor = LogitsProcessorList([end_at_lengths])
-            found = generate(*args, logits_processor=processor, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **kwargs)
+            found = generate(
+                *args,
+                logits_processor=processor,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **kwargs,
+            )
             print("generated", found.sequences.shape[1], max(lengths), file=sys.stderr)
             return found
 

@@ -106,11 +106,12 @@ class Learner:
         Where the loss or the gradient is not finite on any rank, all ranks get NaN, and `step` will
         leave the weights as they are; `max_skipped_steps` of these in a row raise DivergedError.
         """
+        size, alike = self.settings.micro_batch_size, self.distributed.world_size > 1
         passes = [
             (minibatch, part, objective, counts)
             for minibatch, objective in terms
             for counts in [self.distributed.all_reduce(minibatch.counts()).tolist()]
-            for part in micro_batches(minibatch.attention_mask, self.settings.micro_batch_size)
+            for part in micro_batches(minibatch.attention_mask, size, alike)
         ]
         self.model.train()
         total = torch.zeros((), device=self.distributed.device)

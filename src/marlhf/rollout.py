@@ -212,11 +212,12 @@ class RolloutWorker:
         parts = minibatches(
             len(attention_mask), config.rollout.responses_per_prompt, config.ppo.minibatches
         )
+        alike = self.distributed.world_size > 1
         return [
             rows[chosen]
             for rows in parts
             if len(rows)
-            for chosen in micro_batches(attention_mask[rows.to(attention_mask.device)], size)
+            for chosen in micro_batches(attention_mask[rows.to(attention_mask.device)], size, alike)
         ]
 
 

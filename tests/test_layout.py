@@ -77,6 +77,8 @@ ORDER = [
     "marlhf.run_directory",
     "marlhf.run_state",
     "marlhf.signals",
+    "marlhf.packing",
+    "marlhf.generation",
     "marlhf.rollout",
     "marlhf.ptx",
     "marlhf.objectives",

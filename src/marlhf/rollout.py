@@ -1,7 +1,7 @@
 """Prompts -> responses, with everything the update needs to know of them.
 
-Sampling sits behind one function, `generate`; all log-probabilities and values come from forward
-passes of our own over the finished sequences, never from sampling.
+All log-probabilities and values come from forward passes over the finished sequences, never from
+sampling.
 """
 
 from __future__ import annotations
@@ -13,27 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from marlhf.advantages import AllReduceSum, whiten
 from marlhf.batching import micro_batches, minibatches
-from marlhf.config import PPOConfig, RewardSettings, RolloutSettings
+from marlhf.config import PPOConfig, RewardSettings
 from marlhf.data import Prompt, encode, render
 from marlhf.distributed import Distributed
 from marlhf.experience import Experience, MacroBatch
-from marlhf.loading import eos_token_ids
+from marlhf.generation import Generate, generate
 from marlhf.metrics import Metrics, Timer
-from marlhf.models import Policy, forward, use_adapter
+from marlhf.models import Policy, forward
 from marlhf.rewards import CombinedReward, CombinedTokenReward, RewardResult, place_spans
 from marlhf.segmenters.ngram import row_seed
 from marlhf.types import Generation, ResponseBatch, Sequences
@@ -108,6 +97,7 @@ class RolloutWorker:
     tokenizer: Any
     distributed: Distributed
     extras: frozenset[str] = frozenset()
+    generate: Generate = generate
 
     def __call__(
         self,
@@ -136,7 +126,7 @@ class RolloutWorker:
             seeds = [row_seed(seed, step, row) for row in row_ids]
             policy: Policy = self.distributed.unwrap(self.policy)
             with self.distributed.gathered(policy), self.distributed.autocast():
-                generation = generate(policy, self.tokenizer, encoded, seeds, settings)
+                generation = self.generate(policy, self.tokenizer, encoded, seeds, settings)
         with timer("score"):
             sequences = Sequences.of(generation)
             wanted = {"entropy"} if held_out else {"entropy", *self.extras}
@@ -235,116 +225,6 @@ def add_token_rewards(
     for name, value in learned.items():
         metrics.add(name, value)
     return replace(rollout, task_rewards=rollout.task_rewards + rewards, extras={})
-
-
-@torch.no_grad()
-def generate(
-    policy: Policy,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    settings: RolloutSettings,
-) -> Generation:
-    """Sample one response to each prompt (token ids).
-
-    Row i is sampled by adding Gumbel noise from its own generator, seeded with seeds[i], to its
-    warped logits and taking the maximum: an exact sample, the same in whatever batch the row sits.
-    Sampling settings come from `settings` alone; of the model's generation config only its EOS ids
-    count.
-    """
-    model: Any = policy.model
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
-    eos_ids = eos_token_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id
-    pad_id = pad_id if pad_id is not None else (eos_ids or [0])[0]
-    prompt_ids, prompt_mask = (x.to(model.device) for x in left_pad(prompts, pad_id))
-
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
-    if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(float(settings.top_p)))
-    warpers.append(_RowNoise(seeds, model.device))
-    finish = _Finish(prompt_ids.shape[1], eos_ids, settings.stop_strings, tokenizer)
-
-    training, own_config = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens or None,
-        eos_token_id=eos_ids or None,
-        pad_token_id=pad_id,
-        bos_token_id=tokenizer.bos_token_id,
-        use_cache=True,
-    )
-    try:
-        with use_adapter(policy.model, policy.adapter):
-            output = model.generate(
-                prompt_ids,
-                attention_mask=prompt_mask.long(),
-                logits_processor=warpers,
-                stopping_criteria=StoppingCriteriaList([finish]),
-                synced_gpus=False,  # the weights are here: no rank waits for another's tokens
-            )
-    finally:
-        model.train(training)
-        model.generation_config = own_config
-    response_ids = output[:, prompt_ids.shape[1] :]
-    T = response_ids.shape[1]
-    lengths = torch.where(finish.lengths > 0, finish.lengths, T)
-    response_mask = torch.arange(T, device=lengths.device) < lengths[:, None]
-    return Generation(prompt_ids, prompt_mask, response_ids, response_mask, finish.lengths > 0)
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """`(ids [B,P] int64, mask [B,P] bool)`."""
-    P = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (P - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
-    return ids, mask
-
-
-class _RowNoise(LogitsProcessor):
-    """Adds Gumbel noise, each row's from its own generator."""
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniform = torch.stack(
-            [
-                # float64: in float32 the smallest draws are too coarse for a large vocabulary
-                torch.rand(scores.shape[1], generator=g, dtype=torch.float64, device=scores.device)
-                for g in self.generators
-            ]
-        )
-        return scores + uniform.log_().neg_().log_().neg_().to(torch.float32)
-
-
-class _Finish(StoppingCriteria):
-    """Remembers the length at which each row met EOS or a stop string; 0 while it has not."""
-
-    def __init__(
-        self,
-        prompt_length: int,
-        eos_ids: Sequence[int],
-        stop_strings: Sequence[str],
-        tokenizer: Any,
-    ) -> None:
-        self.prompt_length = prompt_length
-        self.eos_ids = torch.tensor(list(eos_ids), dtype=torch.int64)
-        self.stop = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
-        self.lengths = torch.zeros(0, dtype=torch.int64)
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        length = input_ids.shape[1] - self.prompt_length
-        if length == 1:
-            self.lengths = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
-        done = torch.isin(input_ids[:, -1], self.eos_ids.to(input_ids.device))
-        if self.stop is not None:
-            done = done | self.stop(input_ids[:, self.prompt_length :], scores).to(done.device)
-        self.lengths = torch.where(done & (self.lengths == 0), length, self.lengths)
-        return self.lengths > 0
 
 
 def score_to_rewards(

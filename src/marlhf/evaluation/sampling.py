@@ -13,9 +13,9 @@ from marlhf.errors import UserError
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.policies import Source
 from marlhf.evaluation.records import Key, Line, fingerprint
+from marlhf.generation import generate, left_pad
 from marlhf.models import Policy, forward
 from marlhf.rewards.model import right_pad
-from marlhf.rollout import generate, left_pad
 from marlhf.segmenters.ngram import row_seed
 from marlhf.types import Generation, Sequences
 

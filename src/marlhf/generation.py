@@ -118,7 +118,7 @@ def _decode(
             rows, tokens = rows[going], tokens[going]
             reader.keep(going)
         logits = reader.step(tokens)
-    T = t + 1
+    T = int(torch.where(lengths > 0, lengths, limit).max())
     beyond = (lengths > 0)[:, None] & (torch.arange(T, device=rows.device) >= lengths[:, None])
     return response_ids[:, :T].masked_fill(beyond, pad_id), lengths
 
@@ -150,13 +150,13 @@ class _Reader:
             if type(layer) is DynamicLayer and layer.is_initialized:
                 self._cache.layers[i] = _Buffer(layer, prompt_of, room)
             else:
-                layer.reorder_cache(prompt_of)
+                layer.reorder_cache(prompt_of)  # pyright: ignore[reportArgumentType]
         self._mask, self._next = self._mask[prompt_of], self._next[prompt_of]
         return self._logits[prompt_of]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch."""
-        self._cache.reorder_cache(rows)
+        self._cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
         self._mask, self._next = self._mask[rows], self._next[rows]
 
     def step(self, tokens: Tensor) -> Tensor:

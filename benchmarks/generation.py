@@ -1,0 +1,179 @@
+"""Sampling: tokens a second, beside transformers' `generate` with its default cache.
+
+    python benchmarks/generation.py --model PATH [--batch 8] [--prompt 64] [--new 48] [--rounds 5]
+                                    [--precision fp32|bf16] [--cpu-clock] [--json FILE]
+
+Three cases: responses of full length; four responses to each prompt; and responses of mixed length
+(geometric, mean a quarter of the limit, which is twice `--new`), at the same lengths on both sides.
+The first case is also run with each measure of ours left out. Sides take turns within every round,
+the first round is not counted, and the best of each is what it can do. Warm the machine down: on
+one that others use, `--cpu-clock` with OMP_NUM_THREADS=1 counts the process's own time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from marlhf import generation, packing
+from marlhf.config import RolloutSettings
+from marlhf.models import Policy
+
+
+class EndAt(StoppingCriteria):
+    """Ends each row at a length known beforehand."""
+
+    def __init__(self, lengths: torch.Tensor, prompt: int) -> None:
+        self.lengths, self.prompt = lengths, prompt
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return input_ids.shape[1] - self.prompt >= self.lengths
+
+
+def transformers_side(model: Any, prompts: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Its `generate`, sampling from all tokens."""
+    limit = int(lengths.max())
+    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=limit, pad_token_id=0)
+    model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([EndAt(lengths, prompts.shape[1])]),
+    )
+
+
+def our_side(model: Any, tokenizer: Any, prompts: torch.Tensor, lengths: torch.Tensor) -> None:
+    """`marlhf.generation.generate`."""
+    rows = prompts.tolist()
+    going = list(range(len(rows)))  # rows in the batch, as `generate` keeps them
+
+    def ends(sampler: Any, response_ids: torch.Tensor) -> torch.Tensor:
+        t = response_ids.shape[1]
+        if len(response_ids) < len(going):
+            going[:] = [row for row in going if lengths[row] > t - 1]
+        return lengths[going] <= t
+
+    settings = RolloutSettings(max_new_tokens=int(lengths.max()))
+    with patch.object(generation._Sampler, "ends", ends):
+        made = generation.generate(Policy(model), tokenizer, rows, range(len(rows)), settings)
+    assert torch.equal(made.lengths, lengths)
+
+
+def copied_cache(layer: Any, rows: torch.Tensor, room: int) -> Any:
+    """transformers' own layer in place of a buffer with room."""
+    layer.reorder_cache(rows)
+    return layer
+
+
+@contextmanager
+def products_apart() -> Iterator[None]:
+    """Layers that share an input as products of their own."""
+    packed = packing.packed
+    apart = lambda groups, *rest: packed([[x] for g in groups for x in g], *rest)  # noqa: E731
+    with patch.object(generation, "packed", apart):
+        yield
+
+
+WITHOUT: dict[str, Callable[[], Any]] = {
+    "packed weights": lambda: patch.object(packing, "_FEWEST_TOKENS", math.inf),
+    "shared products": products_apart,
+    "cache with room": lambda: patch.object(generation, "_Buffer", copied_cache),
+}
+
+
+def best(sides: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, float]:
+    """Least seconds of each side."""
+    clock = time.process_time if options.cpu_clock else time.perf_counter
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
+    found = dict.fromkeys(sides, math.inf)
+    for round_ in range(options.rounds + 1):
+        for name, side in sides.items():
+            start = clock()
+            with autocast:
+                side()
+            if round_:
+                found[name] = min(found[name], clock() - start)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, help="directory or hub name")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=48, help="tokens of each response")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--cpu-clock", action="store_true", help="CPU seconds; with one thread")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    results = measure(model, tokenizer, options)
+    print(f"{'case':12} {'side':26} {'seconds':>8} {'tokens/s':>9} {'ratio':>6}")
+    for case, rows in results.items():
+        for name, row in rows.items():
+            figures = f"{row['seconds']:8.2f} {row['tokens_per_second']:9.1f} {row['ratio']:6.2f}"
+            print(f"{case:12} {name:26} {figures}")
+    if options.json:
+        options.json.write_text(json.dumps({**vars(options), "json": None} | results, indent=1))
+
+
+def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """case -> side -> seconds, tokens a second, and how often as fast as transformers."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch, options.prompt)
+    prompts = torch.randint(10, model.config.vocab_size, shape, generator=generator)
+    full = torch.full((options.batch,), options.new)
+    uniform = torch.rand(options.batch, generator=generator, dtype=torch.float64)
+    mixed = (uniform.log() / math.log1p(-2 / options.new)).ceil().long()
+    cases = {
+        "full length": (prompts, full, WITHOUT),
+        "4 a prompt": (prompts[: -(-options.batch // 4)].repeat(4, 1), full, {}),
+        "mixed length": (prompts, mixed.clamp(1, 2 * options.new), {}),
+    }
+    results: dict[str, Any] = {}
+    for case, (rows, lengths, without) in cases.items():
+        lengths = lengths[: len(rows)]
+        ours = partial(our_side, model, tokenizer, rows, lengths)
+        sides = {"transformers": partial(transformers_side, model, rows, lengths), "marlhf": ours}
+        for name, how in without.items():
+            sides[f"without {name}"] = partial(left_out, how, ours)
+        tokens, seconds = int(lengths.sum()), best(sides, options)
+        results[case] = {
+            name: {
+                "seconds": s,
+                "tokens_per_second": tokens / s,
+                "ratio": seconds["transformers"] / s,
+            }
+            for name, s in seconds.items()
+        }
+    return results
+
+
+def left_out(how: Callable[[], Any], run: Callable[[], None]) -> None:
+    """Run without one of the measures."""
+    with how():
+        run()
+
+
+if __name__ == "__main__":
+    main()

@@ -357,7 +357,7 @@ def _causal_lm(policy: Policy) -> Any:
 
 
 def _sample(logits: Tensor, config: PPOConfig) -> None:
-    """What `rollout.generate` does to the logits [B,1,V] of one step."""
+    """What `generation.generate` does to the logits [B,1,V] of one step."""
     scores = logits[:, -1].to(torch.float32, copy=True)
     scores = scores / config.rollout.temperature
     if config.rollout.top_p < 1:

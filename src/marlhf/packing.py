@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 _SMALLEST = 2**16  # parameters; smaller weights stay in the processor's caches
@@ -49,8 +48,8 @@ def shared_inputs(model: nn.Module, adapter: str | None) -> Iterator[list[list[n
 def packed(
     groups: Sequence[Sequence[nn.Module]], adapter: str | None, rows: int, tokens: int
 ) -> Iterator[None]:
-    """Run groups of layers on copies of their weights: adapters merged, in autocast's precision,
-    and on a CPU packed for inputs of `rows` rows. Where that gains nothing layers stay as they are.
+    """On a CPU, run groups of layers on copies of their weights: adapters merged, in autocast's
+    precision, packed for inputs of `rows` rows. Where that gains nothing layers stay as they are.
 
     tokens   that will be read; the weights must not change meanwhile
     """
@@ -105,19 +104,16 @@ def _linear(
     are as good by themselves."""
     weights = [_weight_of(layer) for layer in layers]
     dtype = _dtype(weights[0]) if weights else torch.float32
-    packs = sum(w.numel() for w in weights) >= _SMALLEST and _packs(weights[0].device, dtype)
-    if not packs and not any(hasattr(layer, "base_layer") for layer in layers):
+    if sum(map(Tensor.numel, weights)) < _SMALLEST or not _packs(weights[0].device, dtype):
         return None
     for i, layer in enumerate(layers):
         if hasattr(layer, "base_layer"):
-            assert adapter is not None
             update = layer.get_delta_weight(adapter)
             weights[i] = weights[i] + (update.T if type(layer.base_layer) is Conv1D else update)
-    weight = torch.cat([w.to(dtype) for w in weights])
     bias = _bias_of(layers, weights, dtype)
-    if not packs:
-        return partial(functional.linear, weight=weight, bias=bias)
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    blocked = torch.ops.mkldnn._reorder_linear_weight(
+        torch.cat([weight.to(dtype) for weight in weights]), rows
+    )
     return partial(_blocked_linear, blocked=blocked, bias=bias)
 
 

@@ -79,9 +79,9 @@ def test_a_row_is_sampled_alike_in_any_batch(family: str) -> None:
     assert responses(others) != together
 
 
-def rows_of_passes(model: Any, run: Any) -> list[tuple[int, int]]:
+def rows_of_passes(model: Any, run: Any) -> list[tuple[int, ...]]:
     """Rows and columns of every forward pass of the model's trunk."""
-    shapes: list[tuple[int, int]] = []
+    shapes: list[tuple[int, ...]] = []
     hook = model.model.register_forward_pre_hook(
         lambda module, arguments, named: shapes.append(tuple(named["input_ids"].shape)),
         with_kwargs=True,

@@ -57,6 +57,7 @@ class Settings:
     epochs: int
     response_tokens: int
     threads: int
+    trunk: str = "own"
 
     def lengths(self, update: int) -> list[int]:
         """Tokens of each response of an update."""
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=8, help="rows in a training pass")
     parser.add_argument("--response-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--trunk", choices=["own", "policy"], default="own", help="critic.trunk")
     args = parser.parse_args()
     pythons = {"marlhf": sys.executable, "trl": args.trl}
     results = []
@@ -94,6 +95,7 @@ def main() -> None:
                     epochs,
                     args.response_tokens,
                     args.threads,
+                    args.trunk,
                 )
                 make_reward_model(settings)
                 sides = {name: Side(python, name, settings) for name, python in pythons.items()}
@@ -181,6 +183,7 @@ model.config.pad_token_id = 0
 tokenizer = AutoTokenizer.from_pretrained({settings.model!r})
 if {settings.case == "lora"}:
     from peft import LoraConfig, get_peft_model
+    model.config.save_pretrained({settings.reward!r})
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **{LORA!r}))
 model.save_pretrained({settings.reward!r})
 tokenizer.save_pretrained({settings.reward!r})
@@ -220,6 +223,7 @@ def marlhf_side(settings: Settings) -> None:
                 "max_new_tokens": longest,
                 "min_new_tokens": longest,
             },
+            "critic": {"trunk": settings.trunk},
             "ppo": {"epochs": settings.epochs},
             "optimizer": {"micro_batch_size": settings.micro},
             "log": {"progress": False, "tensorboard": False, "samples": 0},

@@ -45,6 +45,7 @@ class Plain:
     minibatches: int = 2
     clip: float = 0.2
     value_clip: float = 0.2
+    critic_coef: float | None = None  # of a critic that is a head on the policy
     offset: float = 0.0  # of the critic
     max_grad_norm: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -202,7 +203,8 @@ def value_terms(
         for v, before in pairs:
             near = before + torch.clamp(v - before, -s.value_clip, s.value_clip)
             free, held = (v - g) ** 2, (near - g) ** 2
-            found.append((0.5 * torch.maximum(free, held), float(held) > float(free)))
+            clipped = float(abs(v - before)) > s.value_clip and float(held) > float(free)
+            found.append((0.5 * torch.maximum(free, held), clipped))
     return found
 
 
@@ -244,7 +246,12 @@ class PlainPPO:
         self.lm, self.ref = copy.deepcopy(lm).double(), copy.deepcopy(ref or lm).double()
         self.classifier = copy.deepcopy(classifier).double()
         self.s, self.updates, self.kl_coef = s, 0, s.kl_coef
-        self.of_policy = Adam(list(trained(self.lm).values()), LEARNING_RATE, s)
+        of_policy = list(trained(self.lm).values())
+        if s.critic_coef is not None:
+            lm = self.lm.get_base_model() if hasattr(self.lm, "peft_config") else self.lm
+            self.classifier.model = lm.model
+            of_policy.append(self.classifier.score.weight)
+        self.of_policy = Adam(of_policy, LEARNING_RATE, s)
         self.of_critic = Adam(list(trained(self.classifier).values()), CRITIC_LEARNING_RATE, s)
 
     def update(self, rows: list[Row]) -> dict[str, float | None]:
@@ -283,6 +290,10 @@ class PlainPPO:
                             for a, b in zip(new[r], ref[r], strict=True):
                                 kls.append(torch.exp(b - a) - 1 - (b - a))
                                 loss = loss + s.kl_coef * kls[-1] / tokens
+                    if s.critic_coef is not None:
+                        value += self._value_terms(picked, rows, values, G, segments)
+                        found = value[-sum(len(rows[r].response) for r in picked) :]
+                        loss = loss + s.critic_coef * mean(x[0] for x in found)
                     if s.texts:
                         errors = [x for ids, i in s.texts for x in text_terms(self.lm, ids, i)]
                         modelled += errors
@@ -292,13 +303,9 @@ class PlainPPO:
                     )
                     norms.append(self.of_policy.step(loss, factor, taken=not stopped))
                     steps += not stopped
-                if s.estimator != "gae":
+                if s.estimator != "gae" or s.critic_coef is not None:
                     continue
-                terms = {}
-                for r in picked:
-                    found = values_of(self.classifier, rows[r], s)
-                    terms[r] = value_terms(found, values[r], G[r], segments[r], s)
-                every = [x for r in picked for x in terms[r]]
+                every = self._value_terms(picked, rows, values, G, segments)
                 value += every
                 value_norms.append(self.of_critic.step(mean(x[0] for x in every), factor))
         metrics["policy_loss"] = (
@@ -316,7 +323,8 @@ class PlainPPO:
         if s.estimator == "gae":
             metrics["value_loss"] = mean(float(x[0]) for x in value)
             metrics["value_clip_fraction"] = mean(x[1] for x in value)
-            metrics["grad_norm_value"] = mean(value_norms)
+            if s.critic_coef is None:
+                metrics["grad_norm_value"] = mean(value_norms)
             metrics["explained_variance"] = explained_variance(G, V)
             before_whitening = [
                 g - v for row in zip(G, V, strict=True) for g, v in zip(*row, strict=True)
@@ -326,6 +334,15 @@ class PlainPPO:
         if correlation is not None:
             metrics["score_length_correlation"] = correlation
         return metrics
+
+    def _value_terms(self, picked: Any, rows: Any, values: Any, G: Any, segments: Any) -> list[Any]:
+        return [
+            term
+            for r in picked
+            for term in value_terms(
+                values_of(self.classifier, rows[r], self.s), values[r], G[r], segments[r], self.s
+            )
+        ]
 
 
 def deviation(x: Any) -> float:

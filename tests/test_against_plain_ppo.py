@@ -96,13 +96,19 @@ def run_of_trainer(sections: dict[str, Any], family: str = "llama", offset: floa
     lm = with_eos_bias(tiny_causal_lm(family, BYTES_VOCAB, seed=1))
     classifier = tiny_sequence_classifier(family, BYTES_VOCAB, seed=2)
     classifier.config.score_offset = offset
+    with_head = sections.get("critic", {}).get("trunk") == "policy"
+    if with_head:
+        classifier = WithHead(None, torch.nn.Linear(32, 1, bias=False))
+        torch.nn.init.zeros_(classifier.score.weight)
     before = copy.deepcopy(lm), copy.deepcopy(classifier), copy.deepcopy(lm)
     tokenizer = byte_tokenizer(add_bos=True)
     with TemporaryDirectory() as folder:
         base = {k: v for k, v in SECTIONS.items() if "preset" not in sections or k != "ppo"}
         values = merge(base, sections) | {"steps": UPDATES, "output_dir": folder}
-        if values.get("ppo", {}).get("estimator", "gae") != "gae":  # no critic to use these
+        without_critic = values.get("ppo", {}).get("estimator", "gae") != "gae"
+        if without_critic:  # to use these
             values["ppo"] = {k: v for k, v in values["ppo"].items() if k != "gamma"}
+        if without_critic or with_head:
             optimizer = values["optimizer"].items()
             values["optimizer"] = {k: v for k, v in optimizer if k != "critic_learning_rate"}
         if "ptx" in values:
@@ -116,10 +122,11 @@ def run_of_trainer(sections: dict[str, Any], family: str = "llama", offset: floa
             train_dataset=PROMPTS,
             model=lm,
             tokenizer=tokenizer,
-            critic=None if "lora" in sections.get("model", {}) else classifier,
+            critic=None if with_head or "lora" in sections.get("model", {}) else classifier,
         )
         if config.model.lora is not None:
-            before = adapted(trainer, "policy"), adapted(trainer, "critic"), before[2]
+            critic = before[1] if with_head else adapted(trainer, "critic")
+            before = adapted(trainer, "policy"), critic, before[2]
         generations = record_generations(trainer)
         metrics = [trainer.step(PROMPTS) for _ in range(UPDATES)]
     rollouts = []
@@ -135,6 +142,8 @@ def run_of_trainer(sections: dict[str, Any], family: str = "llama", offset: floa
     policy = dict(trainer.policy.model.model.named_parameters())
     prefix = classifier.base_model_prefix
     critic = {} if trainer.critic is None else weights_of_critic(trainer.critic.model, prefix)
+    if with_head:
+        critic = {"score.weight": trainer.policy.model.head.weight}
     return Run(*before, rollouts, metrics, policy, critic)
 
 
@@ -182,10 +191,14 @@ class WithHead(torch.nn.Module):
 
 def adapted(trainer: PPOTrainer, adapter: str) -> Any:
     """A copy of the policy or critic, on a base of its own, with its adapter on for good."""
-    assert trainer.critic is not None
-    model, head = copy.deepcopy((trainer.policy.model.model, trainer.critic.model.head))
+    critic = None if trainer.critic is None else trainer.critic.model
+    model, critic = copy.deepcopy((trainer.policy.model.model, critic))
     model.set_adapter(adapter)
-    return model if adapter == "policy" else WithHead(model.get_base_model().model, head)
+    return (
+        model
+        if critic is None or adapter == "policy"
+        else WithHead(model.get_base_model().model, critic.head)
+    )
 
 
 def weights_of_critic(critic: Any, prefix: str) -> dict[str, torch.Tensor]:
@@ -210,9 +223,12 @@ def disagreements(run: Run, s: Plain) -> list[str]:
             for name, value in metrics.items()
             if value != pytest.approx(wanted[name], rel=2e-5, abs=2e-5)
         ]
+    of_critic = trained(plain.classifier)
+    if s.critic_coef is not None:
+        of_critic = {"score.weight": of_critic["score.weight"]}
     for module, weights, wanted in [
         ("policy", run.policy, trained(plain.lm)),
-        ("critic", run.critic, trained(plain.classifier) if run.critic else {}),
+        ("critic", run.critic, of_critic if run.critic else {}),
     ]:
         for name, weight in wanted.items():
             error = float((weights[name].detach().double() - weight.detach()).abs().max())
@@ -277,6 +293,18 @@ CASES: dict[str, tuple[Plain, dict[str, Any]]] = {
     ),
     "target_kl": (Plain(target_kl=TARGET_KL), {"ppo": {"target_kl": TARGET_KL}}),
     "lora": (Plain(), {"model": {"lora": {"r": 4}}}),
+    "a head on the policy": (
+        Plain(critic_coef=0.5),
+        {"critic": {"trunk": "policy", "coef": 0.5}},
+    ),
+    "a head on the policy's adapter": (
+        Plain(critic_coef=0.1, bootstrap=True),
+        {
+            "critic": {"trunk": "policy"},
+            "model": {"lora": {"r": 4}},
+            "ppo": {"bootstrap_truncated": True},
+        },
+    ),
     "cosine": (
         Plain(schedule=(1.0, 0.5 * (1 + math.cos(math.pi / 2)))),
         {"optimizer": {"schedule": "cosine"}},
@@ -351,6 +379,7 @@ def test_a_mistake_would_be_found(mistake: dict[str, Any]) -> None:
         ("ptx", {"texts": tuple((ids, 2) for ids, _ in TEXTS)}),
         ("ptx", {"texts": tuple((ids[:-1], 1) for ids, _ in TEXTS)}),
         ("target_kl", {"target_kl": TARGET_KL / 10}),
+        ("a head on the policy", {"critic_coef": 0.45}),
     ],
     ids=str,
 )

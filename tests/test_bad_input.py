@@ -84,6 +84,11 @@ critic=null -> critic: given null, must be a mapping of keys
 critic.init=random -> critic.init: given 'random', must be 'auto', 'policy' or 'reward'
 critic.init=reward -> critic.init: given 'reward', but reward.models has no reward model
 critic.warmup_steps=-1 -> critic.warmup_steps: given -1, must be at least 0
+critic.trunk=shared -> critic.trunk: given 'shared', must be 'own' or 'policy'
+critic.coef=0.2 -> critic.coef: given 0.2, but a critic with a trunk of its own has a step
+critic.trunk=policy ;; critic.init=reward -> critic.init: given 'reward', but with critic.
+critic.trunk=policy ;; critic.warmup_steps=2 -> critic.warmup_steps: given 2, but with
+critic.trunk=policy ;; optimizer.critic_learning_rate=0.1 -> optimizer.critic_learning_rate: 
 critic.path=rm ;; critic.init=policy -> critic.init: given 'policy' beside critic.path
 data=data.jsonl -> data: given 'data.jsonl', must be a mapping of keys
 data.columns=[a] -> data.columns: given ["a"], must be a mapping of keys

@@ -220,7 +220,7 @@ def build_models(
     lm_config: Any = None,
     shard: Shard = lambda module, trunk: module,
 ) -> tuple[Policy, Critic | None]:
-    """The policy, and the critic where the estimator has one.
+    """The policy, and the critic where the estimator has one that is more than the policy's head.
 
     reward_path   the reward model that `critic.init` may start from
     model         a causal LM to use instead of loading `config.model.path`
@@ -235,12 +235,17 @@ def build_models(
     check_tokenizer(tokenizer, lm_config)
     vocabulary = lm_config.get_text_config().vocab_size
     adapter = source = None
+    if critic is not None and config.critic.trunk == "policy":
+        raise UserError("critic.trunk: given 'policy' beside a critic; give only one of them")
     if critic is None and (adapter := critic_adapter(config, reward_path)) is None:
         source = critic_source(config, vocabulary, reward_path)
 
     policy = build_policy(settings, tokenizer, lm_config, model, shard)
     lm: Any = policy.model
     if config.ppo.estimator != "gae":
+        return policy, None
+    if config.critic.trunk == "policy":
+        policy.head = _zero_head(trunk_size(lm))
         return policy, None
     if adapter is not None:
         return policy, classifier_on_shared_base(lm, adapter, "critic")
@@ -313,6 +318,8 @@ def critic_adapter(config: PPOConfig, reward_path: str | None) -> str | None:
     """The folder of the reward model's adapter that the critic starts from, where both are to be
     adapters of the policy's base."""
     path, settings = config.critic.path, config.critic
+    if settings.trunk == "policy":
+        return None
     if path is None and settings.init != "policy":
         path = reward_path
     if path is None or config.model.lora is None or config.ppo.estimator != "gae":
@@ -327,6 +334,8 @@ def critic_source(
     Arguments as of `build_models` and `load_model_config`. Raises UserError."""
     settings = config.critic
     path = settings.path
+    if settings.trunk == "policy":
+        return None
     if path is None and settings.init != "policy":
         if settings.init == "reward" and reward_path is None:
             raise UserError("critic.init: given 'reward', but reward.models has no reward model")
@@ -372,8 +381,7 @@ def critic_from_classifier(
 
 def critic_from_policy(model: PreTrainedModel) -> Critic:
     """A critic with a copy of the policy's trunk and a head of zeros."""
-    hidden_size = model.config.get_text_config().hidden_size
-    return Critic(copy.deepcopy(trunk_of(model)), _zero_head(hidden_size))
+    return Critic(copy.deepcopy(trunk_of(model)), _zero_head(trunk_size(model)))
 
 
 def classifier_on_shared_base(model: Any, folder: str, name: str) -> Critic:
@@ -393,8 +401,7 @@ def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:
     """A critic that is one more adapter on the policy's frozen base, and a head of zeros."""
     model = add_adapter(model, lora, "critic")
     base = model.get_base_model()
-    hidden_size = base.config.get_text_config().hidden_size
-    return Critic(trunk_of(base), _zero_head(hidden_size), model=model, adapter="critic")
+    return Critic(trunk_of(base), _zero_head(trunk_size(base)), model=model, adapter="critic")
 
 
 def reference_of(policy: Policy, shard: Shard = lambda module, trunk: module) -> Policy:
@@ -456,6 +463,11 @@ def _zero_dropout(owner: Any) -> None:
     for name, value in list(vars(owner).items()):
         if "drop" in name and isinstance(value, float):
             setattr(owner, name, 0.0)
+
+
+def trunk_size(model: Any) -> int:
+    """Size of a model's hidden states."""
+    return model.config.get_text_config().hidden_size
 
 
 def _zero_head(hidden_size: int) -> nn.Linear:

@@ -25,12 +25,16 @@ class Policy(nn.Module):
 
     model     a transformers causal LM, or a PEFT model around one
     adapter   with PEFT: the adapter to run with, None for the bare base (the reference)
+    head      Linear(H, 1) of a critic that reads this policy's hidden states
     """
 
-    def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: str | None = None, head: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.adapter = adapter
+        self.head = head
 
     def forward(
         self,
@@ -53,6 +57,7 @@ class Policy(nn.Module):
             token_ranks        [B,T] int64, tokens that are likelier than the one there, 0 outside
             hidden_states      [B,T+1,H] the last layer's, before each token and after the last
             token_embeddings   [B,T,H] the response tokens as the first layer reads them
+            values             [B,T] and last_values [B] of the head, as `Critic` returns them
         """
         T = response_mask.shape[1]
         with use_adapter(self.model, self.adapter):
@@ -64,6 +69,10 @@ class Policy(nn.Module):
             found = {}
             if "hidden_states" in extras:
                 found["hidden_states"] = hidden[:, -T - 1 :]
+            if "values" in extras:
+                assert self.head is not None
+                states = head_states(self.head, hidden[:, -T - 1 :])
+                found["values"], found["last_values"] = split_states(states, response_mask)
             if "token_embeddings" in extras:
                 found["token_embeddings"] = causal_lm.get_input_embeddings()(input_ids[:, -T:])
 
@@ -108,10 +117,19 @@ class Critic(nn.Module):
         T = response_mask.shape[1]
         with use_adapter(self._owner[0], self.adapter):
             hidden = trunk_forward(self.trunk, input_ids, attention_mask)[:, -T - 1 :]
-        with torch.autocast(hidden.device.type, enabled=False):
-            states = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float() - self.offset
-        last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
-        return states[:, :-1], last
+        return split_states(head_states(self.head, hidden) - self.offset, response_mask)
+
+
+def head_states(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """`hidden [B,T+1,H] -> [B,T+1]` of a scalar head, fp32: bf16 would round values."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def split_states(states: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of states `[B,T+1]` -> those before each token [B,T] and after the last one [B]."""
+    last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+    return states[:, :-1], last
 
 
 @contextmanager

@@ -23,12 +23,18 @@ def policy_objective(
     metrics: Metrics,
     rows: Experience,
     tokens: float,
-    _macro_actions: float,
+    macro_actions: float,
 ) -> Tensor:
-    """The clipped PPO loss, and `kl_coef` times the KL penalty where it is part of the loss."""
+    """The clipped PPO loss, `kl_coef` times the KL penalty where it is part of the loss, and the
+    critic's loss where the critic is a head on the policy."""
     mask = rows.response_mask
-    logprobs, _ = policy(
-        rows.input_ids, rows.attention_mask, mask, temperature=config.policy_temperature
+    with_values = config.critic.trunk == "policy"
+    logprobs, found = policy(
+        rows.input_ids,
+        rows.attention_mask,
+        mask,
+        temperature=config.policy_temperature,
+        extras=("values",) if with_values else (),
     )
     loss, stats = policy_loss(
         logprobs,
@@ -47,6 +53,9 @@ def policy_objective(
     metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())
     metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
     metrics.maximum("ratio_max", stats["ratio_max"])
+    if with_values:
+        of_values = _regression(found["values"], config, metrics, rows, tokens, macro_actions)
+        loss = loss + config.critic.coef * of_values
     return loss
 
 
@@ -69,10 +78,21 @@ def value_objective(
     macro_actions: float,
 ) -> Tensor:
     """The clipped regression of values on returns, by tokens or by macro actions."""
+    values, _ = critic(rows.input_ids, rows.attention_mask, rows.response_mask)
+    return _regression(values, config, metrics, rows, tokens, macro_actions)
+
+
+def _regression(
+    values: Tensor,
+    config: PPOConfig,
+    metrics: Metrics,
+    rows: Experience,
+    tokens: float,
+    macro_actions: float,
+) -> Tensor:
     assert rows.values is not None
     assert rows.returns is not None
     old, returns = rows.values, rows.returns
-    values, _ = critic(rows.input_ids, rows.attention_mask, rows.response_mask)
     mask, count = rows.response_mask, tokens
     if config.macro.value_loss == "macro":
         ids, how = rows.segment_ids, config.macro.value

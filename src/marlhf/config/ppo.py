@@ -43,6 +43,12 @@ class CriticSettings:
     """Start from this sequence-classification model instead."""
     warmup_steps: Natural = 0
     """Updates at the start that train the critic alone."""
+    trunk: Literal["own", "policy"] = "own"
+    """`policy`: the value head reads the policy's last hidden states, and one pass and one step
+    minimise the policy's loss plus `coef` times the critic's, whose gradient moves the policy's
+    weights (or adapter) too. Half the time and memory of training, but no critic of its own."""
+    coef: Positive = 0.1
+    """Weight of the critic's loss beside the policy's, for `trunk: policy`."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -140,6 +146,8 @@ _OF_THE_CRITIC = (
     "critic.init",
     "critic.path",
     "critic.warmup_steps",
+    "critic.trunk",
+    "critic.coef",
     "macro.value",
     "macro.reward",
     "macro.discount",
@@ -238,6 +246,7 @@ class PPOConfig:
                     "and does not use it; leave it out"
                 )
         self._check_kl()
+        self._check_trunk()
         if self.critic.path is not None and self.critic.init != "auto":
             raise ValueError(
                 f"critic.init: given {self.critic.init!r} beside critic.path; give only one of them"
@@ -248,6 +257,28 @@ class PPOConfig:
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
         return self
+
+    def _check_trunk(self) -> None:
+        critic = self.critic
+        if critic.trunk == "own":
+            if critic.coef != CriticSettings.coef:
+                raise ValueError(
+                    f"critic.coef: given {critic.coef:g}, but a critic with a trunk of its own has "
+                    "a step of its own; leave it out, or set critic.trunk=policy"
+                )
+            return
+        alone = {
+            "critic.init": critic.init == "reward" and critic.init,
+            "critic.path": critic.path,
+            "critic.warmup_steps": critic.warmup_steps,
+            "optimizer.critic_learning_rate": self.optimizer.critic_learning_rate,
+        }
+        for key, given in alone.items():
+            if given not in (None, False, 0):
+                raise ValueError(
+                    f"{key}: given {given!r}, but with critic.trunk=policy the critic is a head on "
+                    "the policy, which starts at 0 and steps with it; leave it out"
+                )
 
     def _check_kl(self) -> None:
         kl, responses = self.kl, self.rollout.batch_size * self.rollout.responses_per_prompt

@@ -1,0 +1,116 @@
+"""What an update costs, counted and not timed: passes, logits, bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import tiny_causal_lm
+from runs_for_tests import PROMPTS, tiny_trainer
+
+from marlhf import batching, models, rollout
+from marlhf.config import LoraSettings
+from marlhf.fake_passes import LiveBytes
+from marlhf.models import Policy, trunk_of
+from marlhf.ppo import PPOTrainer
+
+EPOCHS = 3
+LORA = {"model": {"lora": LoraSettings(r=2)}}
+
+
+def counted_update(
+    trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Counter[str], int]:
+    """Passes of each trunk and elements of each head's logits in an update without its sampling,
+    and the response tokens sampled."""
+    found: Counter[str] = Counter()
+    counting, tokens = [True], []
+
+    def count(module: torch.nn.Module, what: str) -> None:
+        def hook(_module: Any, _arguments: Any, output: Any) -> None:
+            if counting[0]:
+                found[what] += output.numel() if what.startswith("logits") else 1
+
+        module.register_forward_hook(hook)
+
+    policy: Any = trainer.policy.model
+    named = {"policy": policy.model, "reference": trainer.reference.model}
+    if policy.adapter is not None:
+        named = {"base": policy.model.get_base_model()}
+    for name, lm in named.items():
+        count(trunk_of(lm), name)
+        count(lm.get_output_embeddings(), f"logits of {name}")
+    if trainer.critic is not None and policy.adapter is None:
+        count(trainer.critic.model.trunk, "critic")
+    generate = rollout.generate
+
+    def uncounted(*arguments: Any, **named: Any) -> Any:
+        counting[0] = False
+        generation = generate(*arguments, **named)
+        counting[0] = True
+        tokens.append(int(generation.response_mask.sum()))
+        return generation
+
+    monkeypatch.setattr(rollout, "generate", uncounted)
+    trainer.step(PROMPTS)
+    return found, tokens[0]
+
+
+@pytest.mark.parametrize("case", ["full", "lora", "head on the policy"])
+def test_passes_and_logits_of_an_update(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, Any] = {
+        "full": {},
+        "lora": LORA,
+        "head on the policy": {**LORA, "critic": {"trunk": "policy"}},
+    }[case]
+    monkeypatch.setattr(batching, "_CPU_PASS_COST", 1000)  # all rows in a pass, whatever is padding
+    trainer = tiny_trainer(
+        tmp_path,
+        ppo={"epochs": EPOCHS, "minibatches": 1},
+        optimizer={"micro_batch_size": 8},
+        **sections,
+    )
+    found, tokens = counted_update(trainer, monkeypatch)
+    logits = tokens * 260  # of response tokens alone
+    wanted = {
+        "full": {
+            "policy": 1 + EPOCHS,
+            "critic": 1 + EPOCHS,
+            "reference": 1,
+            "logits of policy": (1 + EPOCHS) * logits,
+            "logits of reference": logits,
+        },
+        "lora": {"base": 3 + 2 * EPOCHS, "logits of base": (2 + EPOCHS) * logits},
+        "head on the policy": {"base": 2 + EPOCHS, "logits of base": (2 + EPOCHS) * logits},
+    }[case]
+    assert found == wanted
+
+
+def peak_of_pass(vocabulary: int, training: bool) -> int:
+    """Bytes that a pass over 2 x 32 response tokens allocates, beside weights."""
+    lm = tiny_causal_lm("llama", vocabulary, tie_word_embeddings=True)
+    lm.get_input_embeddings().requires_grad_(False)  # its gradient grows, as a weight does
+    policy, ids = Policy(lm), torch.randint(3, vocabulary, (2, 40))
+    attention, mask = torch.ones(2, 40).bool(), torch.ones(2, 32).bool()
+    with torch.set_grad_enabled(training), LiveBytes([*lm.parameters(), *lm.buffers()]) as count:
+        logprobs, _ = policy(ids, attention, mask, 0.7, () if training else ("entropy",))
+        if training:
+            logprobs.sum().backward()
+    return count.peak
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "scoring"])
+def test_memory_does_not_grow_with_the_vocabulary(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_LOGITS_PER_CHUNK", 2**19)
+    chunk = 4 * 2**19
+    small, large = (peak_of_pass(size, training) for size in (2**15, 2**18))
+    assert large <= small + chunk
+    monkeypatch.setattr(models, "_LOGITS_PER_CHUNK", 10**9)
+    assert peak_of_pass(2**18, training) > small + 20 * chunk

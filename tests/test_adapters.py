@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from runs_for_tests import PROMPTS, tiny_config, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from marlhf import cli, loading
+from marlhf import batching, cli, loading
 from marlhf.adapters import add_adapter
 from marlhf.classifier import build_classifier, save_classifier
 from marlhf.config import LoraSettings, ModelSettings
@@ -194,7 +194,9 @@ def test_settings_of_peft_are_passed_through(extra: dict[str, Any], tmp_path: Pa
     assert row["ratio_max"] > 1
 
 
-def test_gradient_checkpointing_runs_every_layer_twice(tmp_path: Path) -> None:
+def test_gradient_checkpointing_runs_every_layer_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def passes(checkpointing: bool) -> int:
         run = tiny_trainer(
             tmp_path,
@@ -202,6 +204,7 @@ def test_gradient_checkpointing_runs_every_layer_twice(tmp_path: Path) -> None:
             ppo={"epochs": 1, "minibatches": 1},
             optimizer={"micro_batch_size": 8},
         )
+        monkeypatch.setattr(batching, "_CPU_PASS_COST", 1000)
         count = [0]
         for layer in run.policy.model.model.model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))

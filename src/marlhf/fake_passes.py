@@ -154,7 +154,7 @@ def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> 
     if settings.lora is not None:
         policy.model = add_adapter(policy.model, settings.lora, "policy")
         policy.adapter = "policy"
-    if config.ppo.estimator != "gae" or config.critic.trunk == "policy":
+    if not config.has_critic_model:
         return None
     if adapter is not None:
         return _on_shared_base(policy.model, adapter, "critic")

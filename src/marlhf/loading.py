@@ -235,17 +235,15 @@ def build_models(
     check_tokenizer(tokenizer, lm_config)
     vocabulary = lm_config.get_text_config().vocab_size
     adapter = source = None
-    if critic is not None and config.critic.trunk == "policy":
+    if critic is not None and config.has_head:
         raise UserError("critic.trunk: given 'policy' beside a critic; give only one of them")
     if critic is None and (adapter := critic_adapter(config, reward_path)) is None:
         source = critic_source(config, vocabulary, reward_path)
 
     policy = build_policy(settings, tokenizer, lm_config, model, shard)
     lm: Any = policy.model
-    if config.ppo.estimator != "gae":
-        return policy, None
-    if config.critic.trunk == "policy":
-        policy.head = _zero_head(trunk_size(lm))
+    if not config.has_critic_model:
+        policy.head = _zero_head(lm) if config.has_head else None
         return policy, None
     if adapter is not None:
         return policy, classifier_on_shared_base(lm, adapter, "critic")
@@ -318,11 +316,9 @@ def critic_adapter(config: PPOConfig, reward_path: str | None) -> str | None:
     """The folder of the reward model's adapter that the critic starts from, where both are to be
     adapters of the policy's base."""
     path, settings = config.critic.path, config.critic
-    if settings.trunk == "policy":
-        return None
     if path is None and settings.init != "policy":
         path = reward_path
-    if path is None or config.model.lora is None or config.ppo.estimator != "gae":
+    if path is None or config.model.lora is None or not config.has_critic_model:
         return None
     return path if is_adapter_of(path, config.model.path) else None
 
@@ -332,15 +328,12 @@ def critic_source(
 ) -> ModelSettings | None:
     """What the critic is loaded from, its vocabulary checked; None for the policy's own trunk.
     Arguments as of `build_models` and `load_model_config`. Raises UserError."""
-    settings = config.critic
-    path = settings.path
-    if settings.trunk == "policy":
-        return None
+    settings, path = config.critic, config.critic.path
     if path is None and settings.init != "policy":
         if settings.init == "reward" and reward_path is None:
             raise UserError("critic.init: given 'reward', but reward.models has no reward model")
         path = reward_path if settings.init == "reward" or config.model.lora is None else None
-    if path is None or config.ppo.estimator != "gae":
+    if path is None or not config.has_critic_model:
         return None
     source = replace(config.model, path=path, revision=None)
     key = "critic.path" if settings.path else "reward.models"
@@ -381,7 +374,7 @@ def critic_from_classifier(
 
 def critic_from_policy(model: PreTrainedModel) -> Critic:
     """A critic with a copy of the policy's trunk and a head of zeros."""
-    return Critic(copy.deepcopy(trunk_of(model)), _zero_head(trunk_size(model)))
+    return Critic(copy.deepcopy(trunk_of(model)), _zero_head(model))
 
 
 def classifier_on_shared_base(model: Any, folder: str, name: str) -> Critic:
@@ -401,7 +394,7 @@ def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:
     """A critic that is one more adapter on the policy's frozen base, and a head of zeros."""
     model = add_adapter(model, lora, "critic")
     base = model.get_base_model()
-    return Critic(trunk_of(base), _zero_head(trunk_size(base)), model=model, adapter="critic")
+    return Critic(trunk_of(base), _zero_head(base), model=model, adapter="critic")
 
 
 def reference_of(policy: Policy, shard: Shard = lambda module, trunk: module) -> Policy:
@@ -465,13 +458,8 @@ def _zero_dropout(owner: Any) -> None:
             setattr(owner, name, 0.0)
 
 
-def trunk_size(model: Any) -> int:
-    """Size of a model's hidden states."""
-    return model.config.get_text_config().hidden_size
-
-
-def _zero_head(hidden_size: int) -> nn.Linear:
-    head = nn.Linear(hidden_size, 1, bias=False)
+def _zero_head(model: Any) -> nn.Linear:
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False)
     nn.init.zeros_(head.weight)
     return head
 

@@ -28,13 +28,12 @@ def policy_objective(
     """The clipped PPO loss, `kl_coef` times the KL penalty where it is part of the loss, and the
     critic's loss where the critic is a head on the policy."""
     mask = rows.response_mask
-    with_values = config.critic.trunk == "policy"
     logprobs, found = policy(
         rows.input_ids,
         rows.attention_mask,
         mask,
         temperature=config.policy_temperature,
-        extras=("values",) if with_values else (),
+        extras=("values",) if config.has_head else (),
     )
     loss, stats = policy_loss(
         logprobs,
@@ -53,7 +52,7 @@ def policy_objective(
     metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())
     metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
     metrics.maximum("ratio_max", stats["ratio_max"])
-    if with_values:
+    if config.has_head:
         of_values = _regression(found["values"], config, metrics, rows, tokens, macro_actions)
         loss = loss + config.critic.coef * of_values
     return loss

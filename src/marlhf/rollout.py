@@ -130,13 +130,13 @@ class RolloutWorker:
         with timer("score"):
             sequences = Sequences.of(generation)
             wanted = {"entropy"} if held_out else {"entropy", *self.extras}
-            if self.config.critic.trunk == "policy" and with_values:
+            if self.config.has_head and with_values:
                 wanted.add("values")
             scored = self._score(self.policy, sequences, extras=wanted)
             valued: dict[str, Tensor] = {}
             if self.critic is not None and with_values:
                 valued = self._score(self.critic, sequences)
-            elif self.config.critic.trunk == "policy" and with_values:
+            elif self.config.has_head and with_values:
                 valued = {name: scored.pop(name) for name in ("values", "last_values")}
             responses = ResponseBatch(
                 token_ids=generation.response_ids,

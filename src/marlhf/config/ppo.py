@@ -307,6 +307,16 @@ class PPOConfig:
         return 1.0 if one else self.rollout.temperature
 
     @property
+    def has_head(self) -> bool:
+        """Whether the critic is a head on the policy."""
+        return self.critic.trunk == "policy"
+
+    @property
+    def has_critic_model(self) -> bool:
+        """Whether the critic is a model beside the policy."""
+        return self.ppo.estimator == "gae" and not self.has_head
+
+    @property
     def kl_in_loss(self) -> bool:
         """Whether the KL penalty is part of the policy's loss, and not of the rewards."""
         if self.kl.where == "auto":

@@ -117,7 +117,7 @@ class Side:
             env=os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
         )
 
-    def update(self) -> dict[str, float]:
+    def update(self) -> dict[str, Any]:
         """Seconds, processor seconds and the peak so far in GB."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -140,14 +140,15 @@ def compare(sides: dict[str, Side], settings: Settings, updates: int) -> dict[st
     for side in sides.values():
         side.end()
     found: dict[str, Any] = {"case": settings.case, "epochs": settings.epochs}
+    found["trunk"] = settings.trunk
     for what in ("seconds", "processor_seconds"):
         for name in sides:
             found[f"{name}_{what}"] = [round[name][what] for round in rounds[1:]]
         pairs = zip(found[f"trl_{what}"], found[f"marlhf_{what}"], strict=True)
         found[f"{what}_ratios"] = [theirs / ours for theirs, ours in pairs]
     peaks = {name: rounds[-1][name]["peak_gb"] for name in sides}
-    phases = rounds[-1]["marlhf"]["phases"]
-    return found | {"peak_gb": peaks, "memory_ratio": peaks["marlhf"] / peaks["trl"]} | phases
+    found |= {"peak_gb": peaks, "memory_ratio": peaks["marlhf"] / peaks["trl"]}
+    return found | {"marlhf_phases": rounds[-1]["marlhf"]["phases"]}
 
 
 def print_tables(results: list[dict[str, Any]]) -> None:
@@ -204,7 +205,7 @@ def serve(update: Callable[[int], Any]) -> None:
 
 def marlhf_side(settings: Settings) -> None:
     """This library."""
-    from marlhf import rollout
+    from marlhf import generation
     from marlhf.config import PPOConfig
     from marlhf.config_loading import config_from_dict
     from marlhf.ppo import PPOTrainer
@@ -230,25 +231,18 @@ def marlhf_side(settings: Settings) -> None:
         },
     )
     trainer = PPOTrainer(config, train_dataset=[TEXT] * settings.batch)
-    generate, lengths = rollout.generate, [longest] * settings.batch
+    lengths: list[int] = []
+    sample = generation._Sampler.__call__
 
-    def generate_cut(policy: Any, tokenizer: Any, prompts: Any, seeds: Any, given: Any) -> Any:
-        """Responses as long as the longest is to be; the shorter ones end where they are to."""
-        from dataclasses import replace
-
-        import torch
-
-        limit = max(lengths)
-        given = replace(given, max_new_tokens=limit, min_new_tokens=limit)
-        found = generate(policy, tokenizer, prompts, seeds, given)
-        ends = torch.tensor(lengths)[:, None]
-        mask = torch.arange(limit) < ends
-        ids = found.response_ids.where(mask, tokenizer.pad_token_id)
-        ids = ids.scatter(1, ends - 1, tokenizer.eos_token_id)
-        return replace(found, response_ids=ids, response_mask=mask, finished=mask[:, 0])
+    def sample_until_lengths(sampler: Any, logits: Any, rows: Any, t: int) -> Any:
+        tokens = sample(sampler, logits, rows, t)
+        for i, row in enumerate(rows):
+            if lengths[row] == t + 1:
+                tokens[i] = trainer.tokenizer.eos_token_id
+        return tokens
 
     if settings.case == "mixed":
-        rollout.generate = generate_cut
+        generation._Sampler.__call__ = sample_until_lengths
 
     def update(number: int) -> dict[str, float]:
         lengths[:] = settings.lengths(number)
@@ -340,15 +334,13 @@ def trl_side(settings: Settings) -> None:
 
         def generate_mixed(*args: Any, **kwargs: Any) -> Any:
             processor = LogitsProcessorList([end_at_lengths])
-            found = generate(
+            return generate(
                 *args,
                 logits_processor=processor,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
                 **kwargs,
             )
-            print("generated", found.sequences.shape[1], max(lengths), file=sys.stderr)
-            return found
 
         policy.generate = generate_mixed
 

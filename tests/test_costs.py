@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from models_for_tests import tiny_causal_lm
 from runs_for_tests import PROMPTS, tiny_trainer
 
-from marlhf import batching, models, rollout
+from marlhf import batching, models
 from marlhf.config import LoraSettings
 from marlhf.fake_passes import LiveBytes
 from marlhf.models import Policy, trunk_of
@@ -21,9 +22,7 @@ EPOCHS = 3
 LORA = {"model": {"lora": LoraSettings(r=2)}}
 
 
-def counted_update(
-    trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Counter[str], int]:
+def counted_update(trainer: PPOTrainer) -> tuple[Counter[str], int]:
     """Passes of each trunk and elements of each head's logits in an update without its sampling,
     and the response tokens sampled."""
     found: Counter[str] = Counter()
@@ -45,16 +44,16 @@ def counted_update(
         count(lm.get_output_embeddings(), f"logits of {name}")
     if trainer.critic is not None and policy.adapter is None:
         count(trainer.critic.model.trunk, "critic")
-    generate = rollout.generate
+    generate = trainer.worker.generate
 
-    def uncounted(*arguments: Any, **named: Any) -> Any:
+    def uncounted(*arguments: Any) -> Any:
         counting[0] = False
-        generation = generate(*arguments, **named)
+        generation = generate(*arguments)
         counting[0] = True
         tokens.append(int(generation.response_mask.sum()))
         return generation
 
-    monkeypatch.setattr(rollout, "generate", uncounted)
+    trainer.worker = replace(trainer.worker, generate=uncounted)
     trainer.step(PROMPTS)
     return found, tokens[0]
 
@@ -75,7 +74,7 @@ def test_passes_and_logits_of_an_update(
         optimizer={"micro_batch_size": 8},
         **sections,
     )
-    found, tokens = counted_update(trainer, monkeypatch)
+    found, tokens = counted_update(trainer)
     logits = tokens * 260  # of response tokens alone
     wanted = {
         "full": {

@@ -87,7 +87,7 @@ ORDER = [
     "marlhf.diagnostics",
     "marlhf.update",
     "marlhf.ppo",
-    "marlhf.hf_trainer",
+    "marlhf.supervised",
     "marlhf.sft",
     "marlhf.reward_model",
     "marlhf.evaluation.statistics",

@@ -473,7 +473,6 @@ def test_from_sft_over_a_reward_model_to_ppo(world):
             {"max_length": 500},
             r"max_length: .* the model has 256 positions",
         ),
-        (ROWS, {"batch_size": 9}, r"batch_size: given 9, must be a multiple of 2"),
         (
             ROWS,
             {"data": {"demonstrations_path": "nowhere.jsonl"}},

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from marlhf.config import ModelSettings
 from marlhf.errors import UserError, one_line
 from marlhf.loading import (
+    Shard,
     add_adapter,
     check_architecture,
     enable_checkpointing,
@@ -22,9 +23,15 @@ from marlhf.loading import (
 from marlhf.models import trunk_of
 
 
-def build_classifier(settings: ModelSettings, base_config: Any, tokenizer: Any) -> Any:
+def build_classifier(
+    settings: ModelSettings,
+    base_config: Any,
+    tokenizer: Any,
+    shard: Shard = lambda module, trunk: module,
+) -> Any:
     """A one-label sequence classifier to train: the reward model in `settings.path`, or the causal
-    LM there with a new scalar head, drawn small; PEFT around it with LoRA. Raises UserError."""
+    LM there with a new scalar head, drawn small; PEFT around it with LoRA, whose frozen trunk
+    `shard` places over the ranks. Raises UserError."""
     if any(name.endswith("Classification") for name in base_config.architectures or ()):
         model: Any = load_classifier(settings, "model.path")
     else:
@@ -39,7 +46,11 @@ def build_classifier(settings: ModelSettings, base_config: Any, tokenizer: Any) 
         model.resize_token_embeddings(len(tokenizer))
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
-    return add_adapter(model, settings.lora, "reward", "SEQ_CLS") if settings.lora else model
+    if settings.lora is None:
+        return model
+    trunk = trunk_of(model)
+    shard(trunk, trunk)  # not the head, which is trained
+    return add_adapter(model, settings.lora, "reward", "SEQ_CLS")
 
 
 def _with_scalar_head(lm: Any) -> Any:

@@ -78,8 +78,7 @@ def keeping_batch(path: Path) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        batches = [{k: v for k, v in vars(b).items() if v is not None} for b in error.batches]
-        torch.save(batches, path)
+        torch.save([batch.tensors() for batch in error.batches], path)
         message = f"{error}; its batch is in {path}, for torch.load"
         raise DivergedError(message, error.batches) from None
 

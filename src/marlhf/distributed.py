@@ -21,8 +21,7 @@ from __future__ import annotations
 import atexit
 import copy
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -42,7 +41,7 @@ _OURS = {
     "scheduler": "optimizer.schedule of the job's config",
     "gradient_clipping": "optimizer.max_grad_norm of the job's config",
     "gradient_accumulation_steps": "optimizer.micro_batch_size of the job's config",
-    "train_batch_size": "rollout.batch_size of the job's config",
+    "train_batch_size": "batch_size of the job's config",
     "train_micro_batch_size_per_gpu": "optimizer.micro_batch_size of the job's config",
     "fp16": "model.precision of the job's config",
     "bf16": "model.precision of the job's config",
@@ -100,14 +99,8 @@ class Distributed:
         assert self.world_size == world, f"{self.world_size} of {world} ranks are connected"
         connected = torch.distributed.is_initialized()
         assert connected or world == 1, "the ranks are not connected"
-        if connected:
-            atexit.register(self._disconnect)
-
-    def _disconnect(self) -> None:
-        """Before the interpreter ends. A thread of gloo, done with its last collective, still asks
-        for the interpreter's lock to let go of it; if that is gone, the whole process aborts."""
-        self._accelerator.end_training()
-        time.sleep(0.2)  # such a thread has the lock meanwhile; none tells when it is done
+        if connected:  # threads of the connection that outlive the interpreter abort the process
+            atexit.register(self._accelerator.end_training)
 
     @property
     def rank(self) -> int:
@@ -228,6 +221,31 @@ class Distributed:
                 if not parameters.isdisjoint(offload.module.parameters()):
                     stack.enter_context(_without_hooks(offload))
             yield
+
+    @torch.no_grad()
+    def trained_weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """A copy of what is trained, on the CPU of the first rank; nothing on the others, which are
+        to ask for it too."""
+        found = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                with _whole(parameter):
+                    if self.is_main:
+                        copied = torch.clone(parameter.cpu(), memory_format=torch.contiguous_format)
+                        found[name] = copied
+        return found
+
+    @torch.no_grad()
+    def set_trained_weights(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Bring the weights that the first rank has from `trained_weights` back, on all ranks. The
+        optimiser is not told: training is over."""
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                with _whole(parameter, modifier_rank=0):
+                    if self.is_main:
+                        parameter.copy_(weights[name])
+                    if self.world_size > 1 and not hasattr(parameter, "ds_id"):
+                        torch.distributed.broadcast(parameter, 0)
 
     def unwrap(self, model: Any) -> Any:
         """The module that `train` was given."""
@@ -412,6 +430,15 @@ Trained = _Replicated | _Engine
 
 def _is_engine(model: Any) -> bool:
     return type(model).__name__ == "DeepSpeedEngine"
+
+
+def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
+    """Context in which a weight is here, whole; what `modifier_rank` writes into it is for all."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=modifier_rank)
 
 
 @contextmanager

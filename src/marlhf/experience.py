@@ -162,6 +162,10 @@ class Experience:
         tokens, macro_actions = self.response_mask.sum(), macro_mask(self.segment_ids).sum()
         return torch.stack([tokens, macro_actions]).double()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that there is, by name."""
+        return {name: x for name, x in vars(self).items() if x is not None}
+
 
 def explained_variance(
     returns: Tensor, values: Tensor, mask: Tensor, all_reduce: AllReduceSum = lambda x: x

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from marlhf.adapters import trainable_parameters
 from marlhf.batching import micro_batches
-from marlhf.config import OptimizerSettings
+from marlhf.config import AdamWSettings
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 
@@ -35,6 +35,10 @@ class Rows(Protocol):
 
     def counts(self) -> Tensor:
         """float64 [K], what losses are divided by: tokens, for one."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, to be saved for a look."""
         ...
 
 
@@ -61,7 +65,7 @@ class Learner:
         module: nn.Module,
         adapter: str | None,
         learning_rate: float,
-        settings: OptimizerSettings,
+        settings: AdamWSettings,
         steps: int,
         distributed: Distributed,
     ) -> None:

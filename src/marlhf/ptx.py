@@ -47,6 +47,10 @@ class TextRows:
         """Modelled tokens, float64 [1]."""
         return self.loss_mask.sum().double()[None]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return dict(vars(self))
+
 
 class TextStream:
     """This rank's texts for each policy step; those of a step follow from seed and step alone."""

@@ -2,7 +2,7 @@
 
 1. rows -> pairs of texts                                     preferences
 2. the model with a scalar head                               loading
-3. train on the Bradley-Terry loss                            hf_trainer, losses
+3. train on the Bradley-Terry loss                            supervised, losses
 4. the demonstrations' mean score becomes `score_offset`
 5. held-out accuracy, calibration and histograms              calibration
 6. save a sequence classifier that plain transformers loads   classifier
@@ -23,11 +23,19 @@ from marlhf.classifier import build_classifier, save_classifier
 from marlhf.config import RewardConfig
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
-from marlhf.hf_trainer import Batch, RunTrainer, Task, micro_batch_size, resolved, shares
 from marlhf.losses import pairwise_loss
 from marlhf.preferences import Pair, Preferences, choose_pad_token, load_preferences
 from marlhf.rewards.model import right_pad, sequence_scores
 from marlhf.run_state import claim, seed_generators
+from marlhf.supervised import (
+    Batch,
+    SupervisedTrainer,
+    Task,
+    check_batch_size,
+    placed,
+    resolved,
+    shares,
+)
 
 REPORT = "reward_report.json"
 
@@ -36,7 +44,7 @@ def run(config: RewardConfig) -> None:
     """The job `marlhf reward`. Raises UserError for what cannot work, where possible before any
     weight is loaded."""
     distributed = Distributed(config.model.precision)
-    size = micro_batch_size(config, distributed)
+    check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
     data = load_preferences(config, tokenizer)
     base_config = loading.load_model_config(config.model)
@@ -47,9 +55,10 @@ def run(config: RewardConfig) -> None:
     claimed = claim(config, distributed)
 
     seed_generators(config.seed)
-    scorer = Scorer(build_classifier(config.model, base_config, tokenizer))
+    scorer = Scorer(build_classifier(config.model, base_config, tokenizer, distributed.shard))
+    size = config.optimizer.micro_batch_size
 
-    def loss(scores: Tensor, margins: Tensor, count: Tensor) -> Tensor:
+    def loss(scores: Tensor, margins: Tensor, count: float) -> Tensor:
         chosen, rejected = scores.chunk(2)
         return pairwise_loss(chosen, rejected, margins, config.centring, count)
 
@@ -71,12 +80,11 @@ def run(config: RewardConfig) -> None:
         counts="pairs",
         summary=_summary(data),
     )
-    trainer = RunTrainer(task, config, claimed, distributed)
+    trainer = SupervisedTrainer(task, config, claimed, distributed)
     with trainer.running() as folder, torch.no_grad():  # in fp32, as `RewardModel` scores
-        module: Any = trainer.model_wrapped
-        module.eval()
-        offset = mean_score(module, data.demonstrations, size, distributed)
-        scores = held_out_scores(module, data.held_out, size, distributed)
+        scorer.eval()
+        offset = mean_score(scorer, data.demonstrations, size, distributed)
+        scores = held_out_scores(scorer, data.held_out, size, distributed)
         report = {"score_offset": offset, **held_out_report(*(s - offset for s in scores))}
 
         def write() -> None:
@@ -115,9 +123,8 @@ def held_out_scores(
     """Scores of the chosen and of the rejected texts, the shortest pairs first, on every rank."""
     found: list[tuple[int, float, float]] = []
     for start, part, counted in shares(pairs, size, distributed):
-        batch = collate(part)
-        del batch["labels"]
-        scores = module(**{k: v.to(distributed.device) for k, v in batch.items()})
+        batch, _ = placed(collate(part), distributed.device)
+        scores = module(**batch)
         chosen, rejected = (half.tolist() for half in scores.cpu().chunk(2))
         rows = zip(range(start, start + counted), chosen, rejected, strict=False)
         found += rows

@@ -2,7 +2,7 @@
 
 1. rows -> examples, and with `packing` several examples a row     demonstrations
 2. the model and its log-probabilities of the trained tokens       loading, models
-3. train                                                           hf_trainer, losses
+3. train                                                           supervised, losses
 4. save a plain `from_pretrained` directory                        loading
 """
 
@@ -20,18 +20,25 @@ from marlhf.config import SFTConfig
 from marlhf.demonstrations import Example, Examples, load_examples, pack
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
-from marlhf.hf_trainer import Batch, RunTrainer, Task, micro_batch_size, resolved, shares
 from marlhf.losses import sft_loss
 from marlhf.run_state import claim, seed_generators
-
-_NOT_TRAINED = -100  # what the Trainer leaves out of its count
+from marlhf.supervised import (
+    NOT_TRAINED,
+    Batch,
+    SupervisedTrainer,
+    Task,
+    check_batch_size,
+    placed,
+    resolved,
+    shares,
+)
 
 
 def run(config: SFTConfig) -> None:
     """The job `marlhf sft`. Raises UserError for what cannot work, where possible before any weight
     is loaded."""
     distributed = Distributed(config.model.precision)
-    micro_batch_size(config, distributed)
+    check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
     examples, held_out = load_examples(config, tokenizer)
     rows, held_out_rows = _rows(examples, config), _rows(held_out, config)
@@ -41,7 +48,7 @@ def run(config: SFTConfig) -> None:
     claimed = claim(config, distributed)
 
     seed_generators(config.seed)
-    policy = loading.build_policy(config.model, tokenizer, lm_config)
+    policy = loading.build_policy(config.model, tokenizer, lm_config, shard=distributed.shard)
     if config.packing:
         loading.check_packing(policy)
 
@@ -57,7 +64,7 @@ def run(config: SFTConfig) -> None:
         counts="tokens",
         summary=_summary(examples, held_out),
     )
-    trainer = RunTrainer(task, config, claimed, distributed)
+    trainer = SupervisedTrainer(task, config, claimed, distributed)
     with trainer.running() as folder:
         trainer.write_final(lambda: loading.save_policy(policy, tokenizer, folder))
 
@@ -84,7 +91,7 @@ def collate(rows: Sequence[Row]) -> Batch:
 
     input_ids, position_ids [B,L]   positions count from 0 in each example, and on over the padding
     response_mask [B,L-1]           for each token but the first: is it trained on?
-    labels [B,L-1]                  the same for the Trainer: the token, or -100
+    labels [B,L-1]                  the token, or NOT_TRAINED
     """
     length = max(map(len, rows))
     shape = (len(rows), length)
@@ -104,13 +111,13 @@ def collate(rows: Sequence[Row]) -> Batch:
         "attention_mask": None,
         "position_ids": positions,
         "response_mask": mask,
-        "labels": ids[:, 1:].masked_fill(~mask, _NOT_TRAINED),
+        "labels": ids[:, 1:].masked_fill(~mask, NOT_TRAINED),
     }
 
 
-def loss(outputs: tuple[Tensor, None], labels: Tensor, count: Tensor) -> Tensor:
+def loss(outputs: tuple[Tensor, None], labels: Tensor, count: float) -> Tensor:
     """A batch's share of the mean over all trained tokens of the optimiser step."""
-    return sft_loss(outputs[0], labels != _NOT_TRAINED, count)
+    return sft_loss(outputs[0], labels != NOT_TRAINED, count)
 
 
 def held_out_loss(
@@ -119,10 +126,9 @@ def held_out_loss(
     """Mean cross-entropy of all trained tokens, and its exponential."""
     total = torch.zeros(2, dtype=torch.float64)
     for _, part, counted in shares(rows, size, distributed):
-        batch = {k: v if v is None else v.to(distributed.device) for k, v in collate(part).items()}
-        labels: Any = batch.pop("labels")
+        batch, labels = placed(collate(part), distributed.device)
         logprobs, _ = module(**batch)
-        mask = (labels != _NOT_TRAINED)[:counted]
+        mask = (labels != NOT_TRAINED)[:counted]
         total += torch.stack([sft_loss(logprobs[:counted], mask, 1.0), mask.sum()]).double().cpu()
     nats, tokens = distributed.all_reduce(total).tolist()
     mean = nats / tokens

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
@@ -35,6 +36,16 @@ def accelerate(profile: Path) -> list[str]:
     return [*launcher, "--config_file", str(profile)]
 
 
+def sharding_everything(folder: Path) -> Path:
+    """A ZeRO-3 profile that shards the small weights too, all that a tiny model has."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (folder / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    profile = yaml.safe_load((PROFILES / "zero3.yaml").read_text())
+    profile["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero.json")}
+    (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
+    return folder / "profile.yaml"
+
+
 def run(
     command: Sequence[str], timeout: float = 240, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -49,6 +60,15 @@ def run(
     )
 
 
+def first_error(done: subprocess.CompletedProcess[str]) -> str:
+    """What a launch says from its first error on: what torchrun and the other ranks add comes
+    after that, and may be as long as it likes."""
+    text = done.stderr
+    signs = ("Traceback", "marlhf: ", "terminate called", "Fatal Python error")
+    places = [place for sign in signs if (place := text.find(sign)) >= 0]
+    return f"exit status {done.returncode}: {text[min(places, default=0) :][:6000]}"
+
+
 def launch(folder: Path, launcher: Sequence[str], sections: dict[str, Any]) -> dict[str, Any]:
     """Run two_ranks.py to its end; returns what it says of the launch."""
     folder.mkdir()
@@ -57,7 +77,7 @@ def launch(folder: Path, launcher: Sequence[str], sections: dict[str, Any]) -> d
         texts.write_text("".join(f'{{"text": "text {"more " * i}"}}\n' for i in range(9)))
         sections = {**sections, "ptx": {**sections["ptx"], "path": str(texts)}}
     done = run([*launcher, str(SCRIPT), str(folder), json.dumps({**BASE, **sections})])
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, first_error(done)
     return json.loads((folder / "launch.json").read_text())
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches_for_tests import PROFILES, accelerate, run, torchrun
+from launches_for_tests import PROFILES, accelerate, first_error, run, torchrun
 from runs_that_die import contents, in_child, train, trainer
 from safetensors import SafetensorError
 
-from marlhf import checkpoint, distributed, metrics, run_state
+from marlhf import checkpoint, metrics, run_state
+from marlhf.distributed import trained
 from marlhf.errors import UserError
 
 SCRIPT = Path(__file__).parent / "two_ranks_that_die.py"
@@ -38,8 +39,8 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 WRITES: dict[str, tuple[Any, str, int, Exception]] = {
     "a row": (metrics.JsonLines, "write", 14, NO_SPACE),
     "events": (metrics.TensorBoard, "write", 5, NO_SPACE),
-    "weights": (distributed, "save_file", 3, SafetensorError("I/O error: No space (os error 28)")),
-    "optimiser": (distributed.torch, "save", 4, RuntimeError("PytorchStreamWriter failed writing")),
+    "weights": (trained, "save_file", 3, SafetensorError("I/O error: No space (os error 28)")),
+    "optimiser": (trained.torch, "save", 4, RuntimeError("PytorchStreamWriter failed writing")),
     "rank": (run_state.torch, "save", 6, NO_SPACE),
     "manifest": (checkpoint, "sync", 12, NO_SPACE),
     "name": (checkpoint.os, "rename", 2, NO_SPACE),
@@ -75,7 +76,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: Any) -> None:
-    full(distributed, "save_file", 1, RuntimeError("a fault of ours"), monkeypatch)
+    full(trained, "save_file", 1, RuntimeError("a fault of ours"), monkeypatch)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         train(tmp_path)
 
@@ -105,7 +106,7 @@ def launcher(request: pytest.FixtureRequest) -> str:
 def runs(launcher: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     whole, killed = (tmp_path_factory.mktemp(f"{launcher}-{name}") for name in ("whole", "killed"))
     done = launch(whole, "none", launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, first_error(done)
     assert f"zero stage {2 if launcher == 'zero2' else 0}" in done.stdout
     fault = "checkpoint" if launcher == "ddp" else "update"
     assert launch(killed, fault, launcher).returncode != 0
@@ -117,7 +118,7 @@ def test_two_ranks_killed_and_resumed_are_as_if_never_killed(
 ) -> None:
     shutil.copytree(runs.killed, tmp_path / "run")
     done = launch(tmp_path / "run", "none", launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, first_error(done)
     step = 2 if launcher == "ddp" else 4
     assert f"resuming from {tmp_path / 'run' / 'checkpoints' / f'step-{step}'}" in done.stderr
     assert contents(tmp_path / "run") == runs.whole

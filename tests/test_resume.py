@@ -14,8 +14,9 @@ from models_for_tests import BYTES_VOCAB, tiny_causal_lm
 from runs_for_tests import tiny_config
 from runs_that_die import contents, die, in_child, train, trainer
 
-from marlhf import checkpoint, distributed, metrics
+from marlhf import checkpoint, metrics
 from marlhf.config_loading import config_to_dict
+from marlhf.distributed import trained
 from marlhf.errors import UserError
 from marlhf.learner import Learner
 from marlhf.metrics import JsonLines, TensorBoard
@@ -76,7 +77,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "in the middle of TensorBoard's events": before(TensorBoard, "write", 5),
     "between the row and its checkpoint": before(RunState, "save", 2),
     "between policy and critic in a checkpoint": before(Learner, "save", 4),
-    "in the middle of a file of a checkpoint": before(distributed, "save_file", 3),
+    "in the middle of a file of a checkpoint": before(trained, "save_file", 3),
     "before a checkpoint gets its manifest": before(checkpoint, "commit", 2),
     "between the manifest and the new name": before(checkpoint.os, "rename", 2),
     "between the new name and pruning": before(checkpoint, "prune", 3),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launches_for_tests import PROFILES, accelerate, first_error, run, sharding_everything
 from models_for_tests import (
     BYTES_VOCAB,
     CHATML,
@@ -381,20 +379,21 @@ def fails_after(calls: int, function: Any) -> Any:
     return limited
 
 
-def test_two_ranks_do_what_one_does(world):
-    config = configured(world, data={"eval_rows": 3}, steps=3, output_dir=str(world / "run"))
+@pytest.mark.parametrize("profile", ["ddp", "zero3"])
+def test_two_ranks_do_what_one_does(world, profile):
+    """With ragged last passes."""
+    changes = {"early_stopping": 9, "checkpoint": {"every": 3}, "log": {"eval_every": 1}}
+    changes = changes if profile == "zero3" else {"model": {"lora": {"r": 2}}}
+    config = configured(world, data={"eval_rows": 3}, steps=3, batch_size=10, **changes)
     reward_model.run(config)
     (world / "config.yaml").write_text(json.dumps(config_to_dict(config)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "marlhf", "reward", "config.yaml", "output_dir=two"],
-        cwd=world,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = sharding_everything(world) if profile == "zero3" else PROFILES / f"{profile}.yaml"
+    command = [*accelerate(path), "-m", "marlhf", "reward", "config.yaml", "output_dir=two"]
+    done = run(command, folder=world)
+    assert done.returncode == 0, first_error(done)
+    if profile == "zero3":
+        learner = (world / "two/checkpoints/step-3/model/learner.json").read_text()
+        assert "ZeRO-3 over 2 ranks" in learner
     for mine, theirs in zip(metrics(world), metrics(world, "two"), strict=True):
         assert mine.keys() == theirs.keys()
         for name in mine.keys() - {"step_seconds", "pairs_per_second", "peak_memory_gb"}:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launches_for_tests import PROFILES, accelerate, first_error, run, sharding_everything
 from models_for_tests import BYTES_VOCAB, CHATML, byte_tokenizer, tiny_causal_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +23,7 @@ from marlhf.errors import UserError
 from marlhf.loading import check_packing
 from marlhf.losses import sft_loss
 from marlhf.models import Policy
+from marlhf.supervised import check_batch_size, shares
 
 ROWS = [
     {"prompt": "say " + letter * (1 + i % 5), "completion": " " + letter * (1 + 2 * i % 7)}
@@ -305,9 +304,7 @@ def test_epochs_and_the_order_of_rows(world):
 
 def test_a_run_that_diverges_says_so(world):
     optimizer = {"learning_rate": 1e30, "eps": 1e-8, "max_skipped_steps": 3}
-    with pytest.raises(
-        FloatingPointError, match="training has diverged.*in 3 optimiser steps"
-    ):
+    with pytest.raises(FloatingPointError, match=r"training has diverged.*in 3 optimiser steps"):
         sft.run(configured(world, optimizer=optimizer, steps=9))
     skipped = [(row["skipped_steps"], row["grad_norm"]) for row in metrics(world)[1:]]
     assert [count for count, _ in skipped] == [0, 1, 1]
@@ -355,24 +352,38 @@ def test_keys_without_effect_are_refused(world, changes, fault):
         configured(world, **changes)
 
 
-def test_two_ranks_do_what_one_does(world):
-    config = configured(
-        world, output_dir=str(world / "run"), data={"eval_rows": 3}, steps=3, log={"eval_every": 2}
-    )
+SPREAD: dict[str, dict[str, Any]] = {
+    "zero1": {"packing": True, "batch_size": 2, "model": {"gradient_checkpointing": True}},
+    "zero3": {"model": {"lora": {"r": 2}}},
+}
+
+
+@pytest.mark.parametrize("profile", SPREAD)
+def test_two_ranks_stopped_and_resumed_do_what_one_does(world, profile):
+    """With an uneven number of held-out rows; the best model comes back at the end."""
+    changes = {
+        "data": {"eval_rows": 3},
+        "steps": 4,
+        "log": {"eval_every": 1},
+        "early_stopping": 9,
+        "optimizer": {"schedule": "constant", "learning_rate": 0.1},
+        "checkpoint": {"every": 1},
+        "overwrite": False,
+        **SPREAD[profile],
+    }
+    config = configured(world, **changes)
     sft.run(config)
     (world / "config.yaml").write_text(json.dumps(config_to_dict(config)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "marlhf", "sft", "config.yaml", "output_dir=two"],
-        cwd=world,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = sharding_everything(world) if profile == "zero3" else PROFILES / f"{profile}.yaml"
+    command = [*accelerate(path), "-m", "marlhf", "sft", "config.yaml", "output_dir=two"]
+    for steps in (2, 4):
+        done = run([*command, f"steps={steps}", "resume=auto"], folder=world)
+        assert done.returncode == 0, first_error(done)
+    assert "resuming from two/checkpoints/step-2 " in done.stderr
+    layout = json.loads((world / "two/checkpoints/step-4/model/learner.json").read_text())["layout"]
+    assert layout == ("ZeRO-1 over 2 ranks" if profile == "zero1" else "replicated")  # adapters are
     one, two = metrics(world), metrics(world, "two")
-    assert len(one) == 4
+    assert len(one) == 5
     for mine, theirs in zip(one, two, strict=True):
         assert mine.keys() == theirs.keys()
         for name in {"loss", "grad_norm", "trained_tokens", "eval_loss"} & mine.keys():
@@ -450,17 +461,24 @@ def test_a_resume_with_another_configuration_is_refused(world):
     assert [row["step"] for row in metrics(world)] == [0, 1, 2, 3]
 
 
+class Rank(Distributed):
+    """One of two."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    rank = property(lambda self: self.number)
+    world_size = 2
+
+
+def test_the_ranks_share_a_batch_evenly(world):
+    check_batch_size(configured(world, batch_size=6), Rank(0))
+    with pytest.raises(UserError, match="batch_size: given 7, must be a multiple of the 2 ranks"):
+        check_batch_size(configured(world, batch_size=7), Rank(0))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
 def test_every_rank_gets_as_many_passes_and_every_row_counts_once(rows):
-    from marlhf.supervised import shares
-
-    class Rank(Distributed):
-        def __init__(self, number):
-            self.number = number
-
-        rank = property(lambda self: self.number)
-        world_size = 2
-
     given = ["x" * (i + 1) for i in range(rows)]
     parts = [list(shares(given, 2, Rank(rank))) for rank in (0, 1)]
     assert len(parts[0]) == len(parts[1])

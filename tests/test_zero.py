@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,19 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from launches_for_tests import PROFILES, accelerate, assert_the_same, launch, run
+from launches_for_tests import (
+    PROFILES,
+    accelerate,
+    assert_the_same,
+    launch,
+    run,
+    sharding_everything,
+)
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 FIVE: dict[str, Any] = {"steps": 5, "resume": True}
 CHECKPOINTING: dict[str, Any] = {**FIVE, "model": {"gradient_checkpointing": True}}
 LORA: dict[str, Any] = {**FIVE, "model": {"lora": {"r": 4}}}
-
-
-def sharding_everything(folder: Path) -> Path:
-    """A ZeRO-3 profile that shards the small weights too, all that a tiny model has."""
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    (folder / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
-    profile = yaml.safe_load((PROFILES / "zero3.yaml").read_text())
-    profile["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero.json")}
-    (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
-    return folder / "profile.yaml"
 
 
 @pytest.fixture(scope="module")

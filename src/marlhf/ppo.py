@@ -201,7 +201,8 @@ class PPOTrainer:
     def evaluate(self) -> dict[str, Any]:
         """Scores of held-out prompts, each sampled with noise of its own that never changes."""
         metrics = Metrics()
-        self.distributed.together(lambda: self._evaluate_share(metrics))
+        waits = self.distributed.zero_stage == 3  # for weights
+        self.distributed.together(lambda: self._evaluate_share(metrics), waits)
         return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 
     def _evaluate_share(self, metrics: Metrics) -> None:

@@ -151,7 +151,8 @@ class RolloutWorker:
             )
             plain = [p.text for p in prompts]
             score = partial(self.reward, plain, responses.texts, reward_columns(prompts))
-            rewards = score() if held_out else self.distributed.together(score)
+            waits = held_out or self.distributed.zero_stage == 3  # for a reward model's weights
+            rewards = self.distributed.together(score, waits)
             scores = torch.tensor(rewards.scores, dtype=torch.float32)
             dense = torch.zeros(generation.response_mask.shape)
             if any(rewards.spans):

@@ -84,8 +84,9 @@ class RunState:
     def _write(self, root: Path, step: int, score: float | None) -> None:
         partial = root / f"step-{step}.partial"
         self._on_main(lambda: checkpoint.begin(root, step), root)
+        waits = self._distributed.zero_stage > 0  # engines save in step with each other
         for name, part in self._folders.items():
-            self._on_all(lambda part=part, name=name: part.save(partial / name), root)
+            self._on_all(lambda part=part, name=name: part.save(partial / name), root, waits)
         self._on_all(lambda: self._save_rank(partial), root)
         facts = {
             "score": score,
@@ -143,12 +144,12 @@ class RunState:
     def _on_main(self, work: Any, root: Path) -> None:
         self._on_all(work if self._distributed.is_main else lambda: None, root)
 
-    def _on_all(self, work: Any, root: Path) -> None:
+    def _on_all(self, work: Any, root: Path, waits: bool = False) -> None:
         def guarded() -> None:
             with writing(root):
                 work()
 
-        self._distributed.together(guarded)
+        self._distributed.together(guarded, waits)
 
 
 def claim(config: Any, distributed: Distributed) -> tuple[RunDirectory, Checkpoint | None]:

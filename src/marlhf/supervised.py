@@ -75,16 +75,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's rows of an optimiser step, for `Learner`."""
+    """This rank's rows of an optimiser step, for `Learner`.
+
+    device   where the model is
+    """
 
     given: Sequence[Any]
     collate: Callable[[Sequence[Any]], Batch]
+    device: torch.device
 
     @property
     def attention_mask(self) -> Tensor:
         """[B,L] bool: how long the rows are."""
-        lengths = torch.tensor([len(row) for row in self.given])
-        return torch.arange(int(lengths.max())) < lengths[:, None]
+        lengths = torch.tensor([len(row) for row in self.given], device=self.device)
+        return torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
 
     def rows(self, index: Tensor) -> Batch:
         """A batch of some of the rows."""
@@ -177,7 +181,8 @@ class SupervisedTrainer:
         places: Any = self.stream.batch(self.step_count, config.batch_size)
         ordered = sorted((task.rows[place] for place in places), key=len)
         # 1. a share like the others': its rows are as long as theirs
-        share = Share(ordered[distributed.rank :: distributed.world_size], task.collate)
+        mine = ordered[distributed.rank :: distributed.world_size]
+        share = Share(mine, task.collate, distributed.device)
         name = f"diverged-step-{self.step_count + 1}-rank-{distributed.rank}.pt"
         # 2. step
         with keeping_batch(self.run.path / name):

@@ -1,51 +1,27 @@
-"""Processes and devices: the only module that knows accelerate and DeepSpeed.
-
-How a model is spread over the ranks follows from what `accelerate launch` was told:
-
-  one process     nothing is spread
-  DDP             a copy each; gradients are summed
-  ZeRO-1, ZeRO-2  a copy each; optimiser states (2: and gradients) are sharded
-  ZeRO-3          weights are sharded too, those of frozen models included
-
-Policy and critic are two engines. Their gradients are then never alive together, each is clipped
-by its own norm, and an update that trains the critic alone leaves the policy's optimiser untouched:
-one engine over both would step Adam's moments of weights that have no gradient.
-
-With LoRA under ZeRO-3 the frozen base alone is sharded, once for all models on it. Two engines
-cannot share sharded weights, and sharding adapters, a hundredth of the whole, would gain nothing:
-they stay replicated, and DDP sums their gradients.
-"""
+"""The ranks of a launch: what they compute together, and how models are spread over them."""
 
 from __future__ import annotations
 
 import atexit
 import copy
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from marlhf.errors import UserError, one_line
+from marlhf.distributed.profile import check_precision, deepspeed_plugin
+from marlhf.distributed.trained import Engine, Replicated, Trained, is_engine
+from marlhf.errors import one_line
 
-# what a DeepSpeed configuration may not decide, and who does
-_OURS = {
-    "optimizer": "the optimizer section of the job's config",
-    "scheduler": "optimizer.schedule of the job's config",
-    "gradient_clipping": "optimizer.max_grad_norm of the job's config",
-    "gradient_accumulation_steps": "optimizer.micro_batch_size of the job's config",
-    "train_batch_size": "batch_size of the job's config",
-    "train_micro_batch_size_per_gpu": "optimizer.micro_batch_size of the job's config",
-    "fp16": "model.precision of the job's config",
-    "bf16": "model.precision of the job's config",
-}
 # Weights held at a time, in numbers. DeepSpeed's own defaults are 5 to 10 times as large, which a
 # model has to outgrow before ZeRO-3 saves anything.
 _BUFFERS = {
@@ -54,8 +30,6 @@ _BUFFERS = {
     "stage3_max_live_parameters": 100_000_000,
     "stage3_max_reuse_distance": 20_000_000,
 }
-_NO_ACCUMULATION = ("gradient_accumulation_steps", 1)  # what accelerate writes if not told
-
 Result = TypeVar("Result")
 
 
@@ -74,8 +48,8 @@ class Distributed:
     def __init__(self, precision: Literal["fp32", "bf16"] = "fp32") -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         on_cpu = not torch.cuda.is_available()
-        plugin = _deepspeed_plugin(on_cpu)
-        _check_precision(precision)
+        plugin = deepspeed_plugin(on_cpu)
+        check_precision(precision)
         handlers = []
         if on_cpu and (world > 1 or plugin is not None):
             # left to itself accelerate counts CPU ranks but does not connect them, silently
@@ -99,8 +73,8 @@ class Distributed:
         assert self.world_size == world, f"{self.world_size} of {world} ranks are connected"
         connected = torch.distributed.is_initialized()
         assert connected or world == 1, "the ranks are not connected"
-        if connected:  # threads of the connection that outlive the interpreter abort the process
-            atexit.register(self._accelerator.end_training)
+        if connected:
+            atexit.register(_disconnect, self._accelerator)
 
     @property
     def rank(self) -> int:
@@ -143,14 +117,16 @@ class Distributed:
         torch.distributed.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def together(self, work: Callable[[], Result], waits: bool = False) -> Result:
         """What `work` returns here; where it fails on any rank, all ranks raise and none waits.
 
         The rank that failed raises its own error, the others PeerError. `work` may be different on
-        every rank and must not wait for others. Under ZeRO-3 it does, to read weights: there a rank
-        that fails ends by itself, and the launcher ends the others.
+        every rank.
+
+        waits   `work` itself waits for other ranks, such as for weights that they hold. Then a rank
+                that fails ends by itself, and the launcher ends the others.
         """
-        if self.world_size == 1 or self.zero_stage == 3:
+        if self.world_size == 1 or waits:
             return work()
         result, failure = None, None
         try:
@@ -180,11 +156,11 @@ class Distributed:
     ) -> Trained:
         """Spread a model and its optimiser over the ranks, for training."""
         if self.zero_stage == 0 or self._is_sharded(module):
-            return _Replicated(module.to(self.device), optimizer, max_grad_norm, self._offloads)
+            return Replicated(module.to(self.device), optimizer, max_grad_norm, self._offloads)
         engine = self._engine(module, optimizer, max_grad_norm)
         if self.zero_stage == 3:
             self._offloads.append(engine.optimizer.parameter_offload)
-        return _Engine(engine)
+        return Engine(engine)
 
     def shard(self, module: Any, trunk: nn.Module) -> Any:
         """Place a frozen model: sharded under ZeRO-3, whole on this rank's device otherwise.
@@ -249,7 +225,7 @@ class Distributed:
 
     def unwrap(self, model: Any) -> Any:
         """The module that `train` was given."""
-        is_wrapped = isinstance(model, DistributedDataParallel) or _is_engine(model)
+        is_wrapped = isinstance(model, DistributedDataParallel) or is_engine(model)
         return model.module if is_wrapped else model
 
     def barrier(self) -> None:
@@ -287,149 +263,32 @@ class Distributed:
                 "lower_precision_safe_modules": [],
             }
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        assert _is_engine(engine)
+        assert is_engine(engine)
         assert engine.zero_optimization_stage() == self.zero_stage
         return engine
 
 
-class _Replicated:
-    """A model of which every rank holds all trained weights.
+def _disconnect(accelerator: Accelerator) -> None:
+    """Close the connection at exit, and let its threads come to rest.
 
-    offloads   DeepSpeed's keepers of frozen weights that may be below them, sharded
+    One that drops its last tensor after the interpreter has begun to end cannot take Python's lock,
+    and aborts the process: a run that is complete would fail.
     """
-
-    layout = "replicated"
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        max_grad_norm: float | None,
-        offloads: list[Any],
-    ) -> None:
-        held = {p: None for group in optimizer.param_groups for p in group["params"]}
-        self._weights = {name: p for name, p in module.named_parameters() if p in held}
-        self._max_grad_norm = max_grad_norm or float("inf")
-        self._offloads = offloads
-        self.optimizer = optimizer
-        self.model: Any = module
-        self._world_size = 1
-        if torch.distributed.is_initialized():
-            self._world_size = torch.distributed.get_world_size()
-            # Only the gradients that the optimiser reads cross ranks. DDP would wait for all others
-            # too, such as those of the critic's adapter in a base that the policy shares.
-            named = module.named_parameters(remove_duplicate=False)
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                module, [name for name, parameter in named if parameter not in held]
-            )
-            self.model = DistributedDataParallel(module)
-
-    def accumulate(self, last: bool) -> Any:
-        """Context of one micro-batch: gradients cross ranks after the last one only."""
-        is_parallel = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if is_parallel and not last else nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the *sum* of all ranks' losses (DDP would average it)."""
-        (loss * self._world_size).backward()
-        for offload in self._offloads:  # an engine would do this itself
-            offload.release_backward_leftovers()
-
-    def norm(self) -> float:
-        """Of the gradient, before it is clipped here."""
-        return float(nn.utils.clip_grad_norm_(self._weights.values(), self._max_grad_norm))
-
-    def step(self) -> None:
-        """Move the weights along the clipped gradient, and forget it."""
-        self.optimizer.step()
-        self.discard()
-
-    def discard(self) -> None:
-        """Forget the gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def save(self, folder: Path) -> None:
-        """Write trained weights and optimiser, on the first rank."""
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-            return
-        weights = {name: weight.detach().contiguous() for name, weight in self._weights.items()}
-        save_file(weights, folder / "weights.safetensors")
-        torch.save({"optimizer": self.optimizer.state_dict()}, folder / "optimizer.pt")
-
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on every rank."""
-        saved = load_file(folder / "weights.safetensors")
-        for name, weight in self._weights.items():
-            weight.copy_(saved[name])
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+    accelerator.end_training()
+    patience = time.monotonic() + 5
+    time.sleep(0.1)
+    while _others_run() and time.monotonic() < patience:
+        time.sleep(0.01)
 
 
-class _Engine:
-    """A model whose optimiser, at least, DeepSpeed shards over the ranks; as `_Replicated`."""
-
-    def __init__(self, engine: Any) -> None:
-        self.model = engine
-        self.optimizer = engine.optimizer
-        self._stage = int(engine.zero_optimization_stage())
-        ranks = torch.distributed.get_world_size()
-        self.layout = f"ZeRO-{self._stage} over {ranks} ranks"
-
-    def accumulate(self, last: bool) -> Any:
-        """Context of one micro-batch: an optimiser step follows the last one."""
-        self.model.set_gradient_accumulation_boundary(last)
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the *sum* of all ranks' losses (DeepSpeed averages it)."""
-        self.model.backward(loss * torch.distributed.get_world_size())
-
-    def norm(self) -> float:
-        """Of the gradient, before it is clipped in `step`; NaN where it is not finite."""
-        optimizer = self.optimizer
-        groups = optimizer._get_norm_groups() if self._stage == 3 else None
-        norm = float(groups[0] if groups else optimizer.scaled_global_norm())
-        return norm if 0 <= norm < float("inf") else float("nan")
-
-    def step(self) -> None:
-        """Move the weights along the clipped gradient, and forget it."""
-        self.model.step()
-        assert self.model.was_step_applied()
-
-    def discard(self) -> None:
-        """Forget the gradient: DeepSpeed does so by itself where it finds its norm not finite."""
-        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
-        not_finite = torch.tensor(-1.0)  # in DeepSpeed's words
-        setattr(self.optimizer, name, lambda: [not_finite] if self._stage == 3 else not_finite)
-        try:
-            self.model.step()
-        finally:
-            delattr(self.optimizer, name)
-        assert not self.model.was_step_applied()
-
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimiser."""
-        self.model.save_checkpoint(
-            str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True
-        )
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote on as many ranks."""
-        loaded, _ = self.model.load_checkpoint(
-            str(folder),
-            tag="engine",
-            load_module_strict=False,  # frozen weights are not in it
-            load_lr_scheduler_states=False,
-        )
-        assert loaded is not None
-
-
-Trained = _Replicated | _Engine
-
-
-def _is_engine(model: Any) -> bool:
-    return type(model).__name__ == "DeepSpeedEngine"
+def _others_run() -> bool:
+    """Whether another thread of this process runs or is about to; false where nothing tells."""
+    for task in Path("/proc/self/task").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            if state in "RD" and int(task.name) != threading.get_native_id():
+                return True
+    return False
 
 
 def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
@@ -453,52 +312,3 @@ def _without_hooks(offload: Any) -> Iterator[None]:
     finally:
         for hooks, number, hook in removed:
             hooks[number] = hook
-
-
-def _deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
-    """DeepSpeed's configuration, as accelerate puts it together; None for a launch without."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return None
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _without_extension("deepspeed_shm_comm")
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true":
-        raise UserError(
-            "accelerate's zero3_init_flag: given true, must be false; weights are read whole by "
-            "each rank and sharded then"
-        )
-    try:
-        plugin = DeepSpeedPlugin(zero3_init_flag=False)
-    except Exception as error:  # accelerate's checks, a missing file, broken JSON
-        raise UserError(f"accelerate's DeepSpeed configuration: {one_line(error)}") from error
-    config = plugin.deepspeed_config
-    for key, owner in _OURS.items():
-        given = config.pop(key, "auto")
-        enabled = given.get("enabled") if isinstance(given, dict) and "enabled" in given else given
-        if enabled not in ("auto", False, None) and (key, given) != _NO_ACCUMULATION:
-            raise UserError(f"DeepSpeed's {key}: given {given!r}, must be left to {owner}")
-    stage = config["zero_optimization"]["stage"]
-    if stage not in (1, 2, 3):
-        raise UserError(f"DeepSpeed's zero stage: given {stage!r}, must be 1, 2 or 3")
-    return plugin
-
-
-def _without_extension(name: str) -> None:
-    """Keep DeepSpeed from compiling one of its extensions at start.
-
-    That takes a compiler and a minute, and a process that is killed meanwhile leaves a lock for
-    which every later run on the machine would wait, without end.
-    """
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__[name] = False
-
-
-def _check_precision(precision: str) -> None:
-    """accelerate's mixed precision is "no" where nothing was said."""
-    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if given not in ("no", precision):
-        raise UserError(
-            f"model.precision: given {precision!r}, but accelerate's mixed_precision is {given!r}; "
-            "leave that out"
-        )

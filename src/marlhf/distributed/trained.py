@@ -1,0 +1,152 @@
+"""A model in training on its ranks: the same few operations with and without DeepSpeed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Replicated:
+    """A model of which every rank holds all trained weights.
+
+    offloads   DeepSpeed's keepers of frozen weights that may be below them, sharded
+    """
+
+    layout = "replicated"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+        offloads: list[Any],
+    ) -> None:
+        held = {p: None for group in optimizer.param_groups for p in group["params"]}
+        self._weights = {name: p for name, p in module.named_parameters() if p in held}
+        self._max_grad_norm = max_grad_norm or float("inf")
+        self._offloads = offloads
+        self.optimizer = optimizer
+        self.model: Any = module
+        self._world_size = 1
+        if torch.distributed.is_initialized():
+            self._world_size = torch.distributed.get_world_size()
+            # Only the gradients that the optimiser reads cross ranks. DDP would wait for all others
+            # too, such as those of the critic's adapter in a base that the policy shares.
+            named = module.named_parameters(remove_duplicate=False)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                module, [name for name, parameter in named if parameter not in held]
+            )
+            self.model = DistributedDataParallel(module)
+
+    def accumulate(self, last: bool) -> Any:
+        """Context of one micro-batch: gradients cross ranks after the last one only."""
+        is_parallel = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if is_parallel and not last else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of the *sum* of all ranks' losses (DDP would average it)."""
+        (loss * self._world_size).backward()
+        for offload in self._offloads:  # an engine would do this itself
+            offload.release_backward_leftovers()
+
+    def norm(self) -> float:
+        """Of the gradient, before it is clipped here."""
+        return float(nn.utils.clip_grad_norm_(self._weights.values(), self._max_grad_norm))
+
+    def step(self) -> None:
+        """Move the weights along the clipped gradient, and forget it."""
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, folder: Path) -> None:
+        """Write trained weights and optimiser, on the first rank."""
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+            return
+        weights = {name: weight.detach().contiguous() for name, weight in self._weights.items()}
+        save_file(weights, folder / "weights.safetensors")
+        torch.save({"optimizer": self.optimizer.state_dict()}, folder / "optimizer.pt")
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on every rank."""
+        saved = load_file(folder / "weights.safetensors")
+        for name, weight in self._weights.items():
+            weight.copy_(saved[name])
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Engine:
+    """A model whose optimiser, at least, DeepSpeed shards over the ranks; as `Replicated`."""
+
+    def __init__(self, engine: Any) -> None:
+        self.model = engine
+        self.optimizer = engine.optimizer
+        self._stage = int(engine.zero_optimization_stage())
+        ranks = torch.distributed.get_world_size()
+        self.layout = f"ZeRO-{self._stage} over {ranks} ranks"
+
+    def accumulate(self, last: bool) -> Any:
+        """Context of one micro-batch: an optimiser step follows the last one."""
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of the *sum* of all ranks' losses (DeepSpeed averages it)."""
+        self.model.backward(loss * torch.distributed.get_world_size())
+
+    def norm(self) -> float:
+        """Of the gradient, before it is clipped in `step`; NaN where it is not finite."""
+        optimizer = self.optimizer
+        groups = optimizer._get_norm_groups() if self._stage == 3 else None
+        norm = float(groups[0] if groups else optimizer.scaled_global_norm())
+        return norm if 0 <= norm < float("inf") else float("nan")
+
+    def step(self) -> None:
+        """Move the weights along the clipped gradient, and forget it."""
+        self.model.step()
+        assert self.model.was_step_applied()
+
+    def discard(self) -> None:
+        """Forget the gradient: DeepSpeed does so by itself where it finds its norm not finite."""
+        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        not_finite = torch.tensor(-1.0)  # in DeepSpeed's words
+        setattr(self.optimizer, name, lambda: [not_finite] if self._stage == 3 else not_finite)
+        try:
+            self.model.step()
+        finally:
+            delattr(self.optimizer, name)
+        assert not self.model.was_step_applied()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights and optimiser."""
+        self.model.save_checkpoint(
+            str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote on as many ranks."""
+        loaded, _ = self.model.load_checkpoint(
+            str(folder),
+            tag="engine",
+            load_module_strict=False,  # frozen weights are not in it
+            load_lr_scheduler_states=False,
+        )
+        assert loaded is not None
+
+
+Trained = Replicated | Engine
+
+
+def is_engine(model: Any) -> bool:
+    return type(model).__name__ == "DeepSpeedEngine"

@@ -1,7 +1,6 @@
 # make quickstart   set up, then watch a small language model learn (arguments: ARGS="--steps 20")
 # make setup        .venv with the tested versions and what the quickstart needs
 # make test         set up with the development tools, then run the tests
-# make test-slow    the whole pipeline on real text
 # make lint         style, formatting and types
 # make clean        remove .venv
 #
@@ -15,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 .DELETE_ON_ERROR:
-.PHONY: setup setup-dev quickstart test test-slow lint clean
+.PHONY: setup setup-dev quickstart test lint clean
 
 setup: .venv/.setup
 setup-dev: .venv/.setup-dev
@@ -25,9 +24,6 @@ quickstart: setup
 
 test: setup-dev
 	.venv/bin/python -m pytest -m 'not slow' -n auto --dist loadfile
-
-test-slow: setup-dev
-	.venv/bin/python -m pytest -m slow
 
 lint: setup-dev
 	$(BIN)/ruff check

@@ -1,13 +1,14 @@
 """Sampling: tokens a second, beside transformers' `generate` with its default cache.
 
     python benchmarks/generation.py --model PATH [--batch 8] [--prompt 64] [--new 48] [--rounds 5]
-                                    [--precision fp32|bf16] [--cpu-clock] [--json FILE]
+                                    [--cases NAME ...] [--precision fp32|bf16] [--cpu-clock]
+                                    [--json FILE]
 
 Three cases: responses of full length; four responses to each prompt; and responses of mixed length
 (geometric, mean a quarter of the limit, which is twice `--new`), at the same lengths on both sides.
 The first case is also run with each measure of ours left out. Sides take turns within every round,
-the first round is not counted, and the best of each is what it can do. Warm the machine down: on
-one that others use, `--cpu-clock` with OMP_NUM_THREADS=1 counts the process's own time.
+the first round is not counted, and the best of each is what it can do. On a
+machine that others use, `--cpu-clock` with OMP_NUM_THREADS=1 counts the process's own time.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=48, help="tokens of each response")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", help="of these alone")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--cpu-clock", action="store_true", help="CPU seconds; with one thread")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -127,18 +129,14 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id = None
-    results = measure(model, tokenizer, options)
     print(f"{'case':12} {'side':26} {'seconds':>8} {'tokens/s':>9} {'ratio':>6}")
-    for case, rows in results.items():
-        for name, row in rows.items():
-            figures = f"{row['seconds']:8.2f} {row['tokens_per_second']:9.1f} {row['ratio']:6.2f}"
-            print(f"{case:12} {name:26} {figures}")
+    results = measure(model, tokenizer, options)
     if options.json:
         options.json.write_text(json.dumps({**vars(options), "json": None} | results, indent=1))
 
 
 def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """case -> side -> seconds, tokens a second, and how often as fast as transformers."""
+    """case -> side -> seconds, tokens a second, and how often as fast as transformers; printed."""
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch, options.prompt)
     prompts = torch.randint(10, model.config.vocab_size, shape, generator=generator)
@@ -151,21 +149,19 @@ def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str
         "mixed length": (prompts, mixed.clamp(1, 2 * options.new), {}),
     }
     results: dict[str, Any] = {}
-    for case, (rows, lengths, without) in cases.items():
+    for case in options.cases or cases:
+        rows, lengths, without = cases[case]
         lengths = lengths[: len(rows)]
         ours = partial(our_side, model, tokenizer, rows, lengths)
         sides = {"transformers": partial(transformers_side, model, rows, lengths), "marlhf": ours}
         for name, how in without.items():
             sides[f"without {name}"] = partial(left_out, how, ours)
         tokens, seconds = int(lengths.sum()), best(sides, options)
-        results[case] = {
-            name: {
-                "seconds": s,
-                "tokens_per_second": tokens / s,
-                "ratio": seconds["transformers"] / s,
-            }
-            for name, s in seconds.items()
-        }
+        results[case] = {}
+        for name, s in seconds.items():
+            each, ratio = tokens / s, seconds["transformers"] / s
+            results[case][name] = {"seconds": s, "tokens_per_second": each, "ratio": ratio}
+            print(f"{case:12} {name:26} {s:8.2f} {each:9.1f} {ratio:6.2f}", flush=True)
     return results
 
 

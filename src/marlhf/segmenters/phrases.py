@@ -61,7 +61,7 @@ class Phrases(Segmenter):
         """Take up what is frequent in the responses of an update, and forget what is not."""
         lengths = _lengths_by_first(self._use)
         cut = [_cut(ids, self._use, lengths) for ids in responses]
-        used = Counter(part for parts in cut for part in parts if len(part) > 1)
+        used: Counter[Phrase] = Counter(part for parts in cut for part in parts if len(part) > 1)
         for phrase in self._use:
             self._use[phrase] = 0.9 * self._use[phrase] + used[phrase]
         met = Counter(a + b for parts in cut for a, b in pairwise(parts))

@@ -232,17 +232,18 @@ def marlhf_side(settings: Settings) -> None:
     )
     trainer = PPOTrainer(config, train_dataset=[TEXT] * settings.batch)
     lengths: list[int] = []
-    sample = generation._Sampler.__call__
+    sampler: Any = generation._Sampler
+    sample = sampler.__call__
 
-    def sample_until_lengths(sampler: Any, logits: Any, rows: Any, t: int) -> Any:
-        tokens = sample(sampler, logits, rows, t)
+    def sample_until_lengths(self: Any, logits: Any, rows: Any, t: int) -> Any:
+        tokens = sample(self, logits, rows, t)
         for i, row in enumerate(rows):
             if lengths[row] == t + 1:
                 tokens[i] = trainer.tokenizer.eos_token_id
         return tokens
 
     if settings.case == "mixed":
-        generation._Sampler.__call__ = sample_until_lengths
+        sampler.__call__ = sample_until_lengths
 
     def update(number: int) -> dict[str, float]:
         lengths[:] = settings.lengths(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from collections.abc import Callable
@@ -120,6 +121,7 @@ class Learner:
         self.model.train()
         total = torch.zeros((), device=self.distributed.device)
         for i, (minibatch, part, objective, counts) in enumerate(passes):
+            self._return_memory()
             with self.trained.accumulate(last=i == len(passes) - 1):
                 with self.distributed.autocast():
                     loss = objective(minibatch.rows(part), *counts)
@@ -150,6 +152,13 @@ class Learner:
     def discard(self) -> None:
         """Forget the gradient."""
         self.trained.discard()
+
+    def _return_memory(self) -> None:
+        """On a CPU, give freed memory back to the system. The C library keeps what scoring passes,
+        or the other model's step, have freed, in pieces that these passes may not fit into."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if self.distributed.device.type == "cpu" and trim is not None:
+            trim(0)
 
     def _all_finite(self, loss: float, norm: float) -> bool:
         """Whether these are finite on every rank: all must take the step, or none."""

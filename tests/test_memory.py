@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlhf.cli import main
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig, RolloutSettings
-from marlhf.distributed import _BUFFERS
+from marlhf.distributed.ranks import _BUFFERS
 from marlhf.fake_passes import LiveBytes, PassCounter, backward_moments, fake_models
 from marlhf.memory import (
     _BUCKET,

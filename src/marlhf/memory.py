@@ -29,7 +29,7 @@ STAGES: dict[Profile, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload
 
 FP32 = 4
 _MOMENTS = 2 * FP32
-# bytes that `distributed._BUFFERS` lets DeepSpeed hold
+# bytes that `distributed.ranks._BUFFERS` lets DeepSpeed hold
 _BUCKET, _REUSED, _PREFETCHED = FP32 * 50_000_000, FP32 * 20_000_000, FP32 * 20_000_000
 _STEPPED_AT_ONCE = FP32 * 1_000_000_000  # bytes of sub_group_size parameters
 

@@ -42,7 +42,8 @@ class Replicated:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 module, [name for name, parameter in named if parameter not in held]
             )
-            self.model = DistributedDataParallel(module)
+            # gradients lie in the buffers that cross ranks, instead of beside them
+            self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def accumulate(self, last: bool) -> Any:
         """Context of one micro-batch: gradients cross ranks after the last one only."""

@@ -63,16 +63,16 @@ def judge_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Ju
                 state.times.append(time.monotonic())
                 active[0] += 1
                 state.most_at_once = max(state.most_at_once, active[0])
+            found = state.answer(body, count)
+            time.sleep(found.delay)
+            with lock:  # before the answer leaves: with it the client may send its next request
+                active[0] -= 1
             try:
-                self.reply(state.answer(body, count))
+                self.reply(found)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client has hung up
-            finally:
-                with lock:
-                    active[0] -= 1
 
         def reply(self, answer: Answer) -> None:
-            time.sleep(answer.delay)
             if answer.hangs_up:
                 self.close_connection = True
                 return

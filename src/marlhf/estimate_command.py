@@ -27,7 +27,10 @@ for this rank's part of an offloaded run."""
 def main(words: Sequence[str]) -> None:
     """Print the table; nothing is loaded but the models' config.json."""
     options = _parse(words)
-    config = load_config(PPOConfig, options.config, options.overrides)
+    try:
+        config = load_config(PPOConfig, options.config, options.overrides)
+    except UserError as error:
+        raise UserError(f"{error} (estimate takes a config of marlhf ppo)") from None
     memory = round(options.gpu_memory * _GB)
     gpus = options.gpus
     counter = counter_of(config)

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -67,10 +67,8 @@ def judge_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Ju
             time.sleep(found.delay)
             with lock:  # before the answer leaves: with it the client may send its next request
                 active[0] -= 1
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client has hung up
                 self.reply(found)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client has hung up
 
         def reply(self, answer: Answer) -> None:
             if answer.hangs_up:

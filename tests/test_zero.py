@@ -14,6 +14,7 @@ from launches_for_tests import (
     accelerate,
     assert_the_same,
     launch,
+    metrics,
     run,
     sharding_everything,
 )
@@ -21,6 +22,14 @@ from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 FIVE: dict[str, Any] = {"steps": 5, "resume": True}
 CHECKPOINTING: dict[str, Any] = {**FIVE, "model": {"gradient_checkpointing": True}}
+# an update that may be given up half-way, texts beside it, and a reward that reads embeddings
+OPTIONS: dict[str, Any] = {
+    "ptx": {"batch_size": 6, "coef": 0.5, "max_length": 32},
+    "kl": {"target": 0.5, "horizon": 8},
+    "ppo": {"epochs": 4, "target_kl": 0.01},
+    "optimizer": {"micro_batch_size": 2, "learning_rate": 0.02, "eps": 0.1},
+    "reward": {"tokens": [{"name": "curiosity", "weight": 0.5, "learning_rate": 0.01}]},
+}
 LORA: dict[str, Any] = {**FIVE, "model": {"lora": {"r": 4}}}
 
 
@@ -67,6 +76,15 @@ def test_zero_3_does_what_one_process_does(alone: Path, tmp_path: Path) -> None:
     assert found["policy"] == found["critic"] == "DeepSpeedEngine"
     assert found["reference_here"] == 0  # no rank keeps a weight of it
     assert_the_same(tmp_path / "run", alone)
+
+
+def test_options_under_zero_3(tmp_path: Path) -> None:
+    launch(tmp_path / "one", [], OPTIONS)
+    found = launch(tmp_path / "run", accelerate(sharding_everything(tmp_path)), OPTIONS)
+    assert found["stage"] == 3
+    assert_the_same(tmp_path / "run", tmp_path / "one")
+    steps = [row.get("policy_steps") for row in metrics(tmp_path / "run")[1:]]
+    assert any(taken < 8 for taken in steps)  # of 4 epochs with 2 minibatches
 
 
 def test_adapters_on_a_base_sharded_by_zero_3(tmp_path: Path) -> None:

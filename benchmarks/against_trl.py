@@ -59,6 +59,11 @@ class Settings:
     threads: int
     trunk: str = "own"
 
+    def prompts(self) -> list[str]:
+        """One for each row, no two alike."""
+        words = TEXT.split()
+        return [" ".join(words[i:] + words[:i]) for i in range(self.batch)]
+
     def lengths(self, update: int) -> list[int]:
         """Tokens of each response of an update."""
         if self.case != "mixed":
@@ -230,7 +235,8 @@ def marlhf_side(settings: Settings) -> None:
             "log": {"progress": False, "tensorboard": False, "samples": 0},
         },
     )
-    trainer = PPOTrainer(config, train_dataset=[TEXT] * settings.batch)
+    prompts = settings.prompts()
+    trainer = PPOTrainer(config, train_dataset=prompts)
     lengths: list[int] = []
     sampler: Any = generation._Sampler
     sample = sampler.__call__
@@ -247,7 +253,7 @@ def marlhf_side(settings: Settings) -> None:
 
     def update(number: int) -> dict[str, float]:
         lengths[:] = settings.lengths(number)
-        row = trainer.step([TEXT] * settings.batch)
+        row = trainer.step(prompts)
         return {name: row[name] for name in row if name.endswith("_seconds")}
 
     serve(update)
@@ -291,7 +297,7 @@ def trl_side(settings: Settings) -> None:
     reward, value = classifier(), classifier()
     if lora:
         value = get_peft_model(value, LoraConfig(task_type="SEQ_CLS", **LORA))
-    ids = tokenizer(TEXT)["input_ids"][-PROMPT_TOKENS:]
+    ids = [row[-PROMPT_TOKENS:] for row in tokenizer(settings.prompts())["input_ids"]]
     rows = 1000 * settings.batch
     arguments = PPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -317,8 +323,8 @@ def trl_side(settings: Settings) -> None:
         ref_model=reference,
         reward_model=reward,
         value_model=value,
-        train_dataset=Dataset.from_dict({"input_ids": [ids] * rows}),
-        eval_dataset=Dataset.from_dict({"input_ids": [ids] * settings.batch}),
+        train_dataset=Dataset.from_dict({"input_ids": ids * 1000}),
+        eval_dataset=Dataset.from_dict({"input_ids": ids}),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if lora else None,
     )
     lengths: list[int] = []

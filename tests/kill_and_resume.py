@@ -3,6 +3,7 @@
     python tests/kill_and_resume.py --kills 50
     python tests/kill_and_resume.py --kills 20 --ranks 2
     python tests/kill_and_resume.py --kills 20 --profile configs/accelerate/zero2.yaml
+    python tests/kill_and_resume.py --kills 20 model.lora.r=4
 
 A tiny random model is trained by `marlhf ppo ... resume=auto`. A run is killed (kill -9, all
 its processes) after a random time between 0 and what a whole run takes, started again, and so
@@ -56,9 +57,9 @@ def prepare(work: Path) -> Path:
     return work / "config.yaml"
 
 
-def start(config: Path, folder: Path, launcher: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "marlhf", "ppo", str(config), f"output_dir={folder}"],
+        [*command, f"output_dir={folder}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -80,19 +81,28 @@ def step_reached(folder: Path) -> int:
     return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
 
 
+def weights(folder: Path) -> dict[str, bytes]:
+    """Of the model, or of its adapter, in `final/`."""
+    found = {file.name: file.read_bytes() for file in (folder / "final").glob("*.safetensors")}
+    assert found
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", type=Path, help="of accelerate, instead of --ranks")
+    parser.add_argument("overrides", nargs="*", help="keys of the run, such as model.lora.r=4")
     options = parser.parse_args()
     launcher = torchrun(options.ranks) if options.ranks > 1 else []
     launcher = accelerate(options.profile) if options.profile else launcher
     draw = random.Random(options.seed)
     work = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
-    config, began = prepare(work), time.monotonic()
-    whole = start(config, work / "whole", launcher)
+    job = ["-m", "marlhf", "ppo", str(prepare(work)), *options.overrides]
+    command, began = [sys.executable, *launcher, *job], time.monotonic()
+    whole = start(command, work / "whole")
     assert whole.wait() == 0, whole.stderr and whole.stderr.read()
     seconds = time.monotonic() - began
     wanted = contents(work / "whole")
@@ -102,7 +112,7 @@ def main() -> None:
         folder = work / f"run-{runs}"
         while True:
             began, limit = time.monotonic(), draw.uniform(0, seconds)
-            process = start(config, folder, launcher)
+            process = start(command, folder)
             try:
                 status = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -119,8 +129,7 @@ def main() -> None:
         found = contents(folder)
         for part, value in wanted.items():
             assert found[part] == value, f"{part} of {folder} differ from {work / 'whole'}"
-        weights = [f / "final" / "model.safetensors" for f in (folder, work / "whole")]
-        assert weights[0].read_bytes() == weights[1].read_bytes(), f"weights of {folder} differ"
+        assert weights(folder) == weights(work / "whole"), f"weights of {folder} differ"
         runs += 1
         print(f"run {runs} is what it would have been after {kills} kills", flush=True)
     print(f"{kills} kills in {runs} runs: no difference ({dict(when)})")

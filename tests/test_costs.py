@@ -20,6 +20,7 @@ from marlhf.ppo import PPOTrainer
 
 EPOCHS = 3
 LORA = {"model": {"lora": LoraSettings(r=2)}}
+NO_KL = {"kl": {"coef": 0.0}}
 
 
 def counted_update(trainer: PPOTrainer) -> tuple[Counter[str], int]:
@@ -36,7 +37,9 @@ def counted_update(trainer: PPOTrainer) -> tuple[Counter[str], int]:
         module.register_forward_hook(hook)
 
     policy: Any = trainer.policy.model
-    named = {"policy": policy.model, "reference": trainer.reference.model}
+    named = {"policy": policy.model}
+    if trainer.reference is not None:
+        named["reference"] = trainer.reference.model
     if policy.adapter is not None:
         named = {"base": policy.model.get_base_model()}
     for name, lm in named.items():
@@ -58,7 +61,7 @@ def counted_update(trainer: PPOTrainer) -> tuple[Counter[str], int]:
     return found, tokens[0]
 
 
-@pytest.mark.parametrize("case", ["full", "lora", "head on the policy"])
+@pytest.mark.parametrize("case", ["full", "lora", "head on the policy", "no KL", "lora, no KL"])
 def test_passes_and_logits_of_an_update(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +69,8 @@ def test_passes_and_logits_of_an_update(
         "full": {},
         "lora": LORA,
         "head on the policy": {**LORA, "critic": {"trunk": "policy"}},
+        "no KL": NO_KL,
+        "lora, no KL": {**LORA, **NO_KL},
     }[case]
     monkeypatch.setattr(batching, "_CPU_PASS_COST", 1000)  # all rows in a pass, whatever is padding
     trainer = tiny_trainer(
@@ -86,6 +91,12 @@ def test_passes_and_logits_of_an_update(
         },
         "lora": {"base": 3 + 2 * EPOCHS, "logits of base": (2 + EPOCHS) * logits},
         "head on the policy": {"base": 2 + EPOCHS, "logits of base": (2 + EPOCHS) * logits},
+        "no KL": {
+            "policy": 1 + EPOCHS,
+            "critic": 1 + EPOCHS,
+            "logits of policy": (1 + EPOCHS) * logits,
+        },
+        "lora, no KL": {"base": 2 + 2 * EPOCHS, "logits of base": (1 + EPOCHS) * logits},
     }[case]
     assert found == wanted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from runs_for_tests import PROMPTS, tiny_config, tiny_trainer
 
-from marlhf.config import KLSettings
+from marlhf.config import KLSettings, LoraSettings
 from marlhf.kl_control import KLCoefficient
 from marlhf.ppo import PPOTrainer
+from marlhf.rewards import TokenReward
+from marlhf.segmenters import NGram, from_lengths, from_text
+from marlhf.types import ResponseBatch
 
 
 def test_the_coefficient_follows_the_recurrence():
@@ -120,3 +124,82 @@ def test_keys_that_would_do_nothing_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=fault):
         tiny_config(tmp_path, **sections)
+
+
+class Silent(TokenReward):
+    """Zeros, from one that says nothing of what it requires."""
+
+    def __call__(self, rollout: Any) -> torch.Tensor:
+        return torch.zeros_like(rollout.entropy)
+
+
+def every_third(batch: ResponseBatch) -> torch.Tensor:
+    """What `ngram` does, from a function that does not say what it requires."""
+    assert batch.ref_logprobs is not None
+    return NGram(3)(batch)
+
+
+halves = from_text(lambda text: [len(text) // 2])
+pairs = from_lengths(lambda tokens: [2] * (len(tokens) // 2) + [1] * (len(tokens) % 2))
+NO_KL: dict[str, Any] = {"kl": {"coef": 0.0}}
+CASES: dict[str, dict[str, Any]] = {
+    "full": NO_KL,
+    "lora": {**NO_KL, "model": {"lora": LoraSettings(r=2)}},
+    "grpo": {
+        **NO_KL,
+        "ppo": {"estimator": "grpo"},
+        "rollout": {"batch_size": 4, "responses_per_prompt": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_a_penalty_the_reference_is_left_out_and_nothing_else_changes(
+    case: str, tmp_path: Path
+) -> None:
+    rows, trained = [], []
+    for segmenter in ({"name": "ngram", "n": 3}, "test_kl_control.every_third"):
+        folder = tmp_path / str(len(rows))
+        sections = {**CASES[case], "segmenter": segmenter, "log": {"eval_every": 1, "samples": 2}}
+        trainer = tiny_trainer(folder, **sections)
+        assert (trainer.reference is None) == isinstance(segmenter, dict)
+        trainer.eval_prompts = list(trainer.stream.prompts[:3])
+        trainer.train()
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines += [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
+        rows.append(lines)
+        modules = [learner.model for learner in (trainer.policy, trainer.critic) if learner]
+        trained.append([weight for module in modules for weight in module.state_dict().values()])
+    of_kl = ("kl_mean", "kl_k3_mean", "eval_kl_mean", "kl")
+    for without, beside in zip(*rows, strict=True):
+        assert without.keys() == beside.keys()
+        assert all(beside[key] is not None for key in of_kl if key in beside)
+        for key in without:
+            if key in of_kl:
+                assert without[key] is None
+            elif not key.endswith(("_seconds", "_per_second", "_gb")):
+                assert without[key] == beside[key], key
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        ({}, False),
+        ({"segmenter": "perplexity"}, True),
+        ({"segmenter": {"name": "perplexity", "logprobs": "policy"}}, False),
+        ({"segmenter": {"name": "union", "of": ["word", "perplexity"]}}, True),
+        ({"segmenter": {"name": "union", "of": ["word", "entropy_jump", "phrases"]}}, False),
+        ({"segmenter": "test_kl_control.halves"}, False),
+        ({"segmenter": "test_kl_control.pairs"}, False),
+        ({"token_reward": "curiosity"}, False),
+        ({"token_reward": Silent()}, True),
+    ],
+)
+def test_what_reads_the_reference_has_it_without_a_penalty(
+    arguments: dict[str, Any], needed: bool, tmp_path: Path
+) -> None:
+    trainer = tiny_trainer(tmp_path, **NO_KL, **arguments)
+    row = trainer.step(PROMPTS)
+    assert (row["kl_mean"] is not None) == needed
+    assert row["objective_mean"] is not None

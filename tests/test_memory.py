@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlhf.cli import main
-from marlhf.config import LoraSettings, ModelSettings, PPOConfig, RolloutSettings
+from marlhf.config import KLSettings, LoraSettings, ModelSettings, PPOConfig, RolloutSettings
 from marlhf.distributed.ranks import _BUFFERS
 from marlhf.fake_passes import LiveBytes, PassCounter, backward_moments, fake_models
 from marlhf.memory import (
@@ -142,12 +142,16 @@ def test_fake_tensors_count_as_real_ones():
 # -- a run -----------------------------------------------------------------------------------------
 
 
-def test_models_of_a_run_have_the_sizes_that_loading_gives_them(plain, with_adapters):
+def test_models_of_a_run_have_the_sizes_that_loading_gives_them(folder, plain, with_adapters):
     full = sum(p.numel() for p in tiny_causal_lm("llama", 300, **SHAPE).parameters())
     head = 300 * 64
     run = plain
     assert run.models["policy"] == Weights(0, full, full, head)
     assert run.models["reference"] == Weights(full, 0, full, head)
+    without = replace(config(folder), kl=KLSettings(coef=0.0))
+    assert "reference" not in PassCounter(without, fake_models(without)).run(2).models
+    reading = replace(without, segmenter="perplexity")
+    assert "reference" in PassCounter(reading, fake_models(reading)).run(2).models
     assert run.models["critic"].trained == full - head + 64  # a scalar head instead
 
     adapters = with_adapters.models

@@ -338,5 +338,6 @@ def test_the_reference_of_a_resumed_run_is_the_first_policy(tmp_path: Path) -> N
     train(tmp_path)
     made = trainer(tmp_path)
     fresh = tiny_causal_lm("llama", BYTES_VOCAB).state_dict()
+    assert made.reference is not None
     for name, value in made.reference.model.state_dict().items():
         assert (value == fresh[name]).all()

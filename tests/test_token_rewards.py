@@ -93,7 +93,7 @@ class Greedy(TokenReward):
 @pytest.mark.parametrize(
     ("spec", "fault"),
     [
-        (Greedy(), "Greedy: requires logits; possible: hidden_states, token_embeddings"),
+        (Greedy(), "Greedy: requires logits; possible: hidden_states, ref_logprobs, token"),
         (len, "token reward len: given <built-in function len>, must be a subclass"),
         (Surprise, "token reward Surprise: given <class .*, must be a subclass"),
         ({"weight": 1}, "token reward: given .*, but a mapping needs a `name`"),

@@ -53,6 +53,7 @@ def main() -> None:
     trainer.eval_prompts = list(trainer.stream.prompts[:3])  # an uneven share each
     trainer.train()
     distributed = trainer.distributed
+    assert trainer.reference is not None
     launch = {
         "ranks": distributed.world_size,
         "stage": distributed.zero_stage,

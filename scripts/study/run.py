@@ -98,11 +98,9 @@ class Task:
                 for row in run.rows[-20:]
                 if row["step"]
             ]
-            self.chosen[name] = {
-                "learning_rate": best,
-                "coef": sum(coefs) / len(coefs),
-                "kl": mean(by_rate[best], "eval_kl_mean"),
-            }
+            self.chosen[name] = {"learning_rate": best, "coef": sum(coefs) / len(coefs)}
+            if self.settings["equal_kl"]:
+                self.chosen[name]["kl"] = mean(by_rate[best], "eval_kl_mean")
             self._keep()
 
     def calibrate(self) -> None:

@@ -37,15 +37,18 @@ _OF_THE_UPDATE = (
 
 def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metrics) -> None:
     """Everything known before the update, which does not change it."""
-    generation, log_ratio, mask = rollout.generation, rollout.log_ratio, batch.segment_ids >= 0
+    generation, mask = rollout.generation, batch.segment_ids >= 0
+    log_ratio, objective = rollout.log_ratio, rollout.task_rewards.sum(1)
     metrics.mean("score_mean", rollout.scores)
     metrics.mean("score_square", rollout.scores.double() ** 2)
     lengths = generation.lengths.double().cpu()
     metrics.mean("length_square", lengths**2)
     metrics.mean("score_length", rollout.scores.double().cpu() * lengths)
-    metrics.mean("kl_mean", k1(log_ratio).sum(1))
-    metrics.mean("kl_k3_mean", k3(log_ratio).sum(1))
-    metrics.mean("objective_mean", rollout.task_rewards.sum(1) - kl_coef * log_ratio.sum(1))
+    metrics.mean("kl_mean", None if log_ratio is None else k1(log_ratio).sum(1))
+    metrics.mean("kl_k3_mean", None if log_ratio is None else k3(log_ratio).sum(1))
+    if log_ratio is not None:
+        objective = objective - kl_coef * log_ratio.sum(1)
+    metrics.mean("objective_mean", objective)
     metrics.mean("entropy", rollout.entropy, mask)
     metrics.mean("response_length_mean", generation.lengths)
     metrics.mean("eos_fraction", generation.finished)
@@ -131,9 +134,9 @@ def samples(
     batch   adds the advantage of each macro action: as the policy's loss used it, or, of held-out
             responses, without whitening (None where there is no critic to tell)
     """
-    responses, kl = rollout.responses, rollout.log_ratio[:limit].sum(1).tolist()
+    responses, log_ratio = rollout.responses, rollout.log_ratio
     ids = segment_ids(starts, responses.response_mask)
-    for i in range(len(kl)):
+    for i in range(min(limit, len(ids))):
         row_ids = ids[i, : responses.lengths[i]]
         begins = torch.nn.functional.pad(row_ids, (1, 0), value=-1).diff() > 0
         text = responses.texts[i]
@@ -144,7 +147,7 @@ def samples(
             "macro_actions": macro_pieces(text, responses.offsets[i], begins.tolist()),
             "macro_lengths": row_ids.unique_consecutive(return_counts=True)[1].tolist(),
             "score": float(rollout.scores[i]),
-            "kl": kl[i],
+            "kl": None if log_ratio is None else float(log_ratio[i].sum()),
             "finished": bool(rollout.generation.finished[i]),
         }
         if batch is not None:

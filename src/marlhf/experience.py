@@ -127,7 +127,7 @@ def macro_rewards(tokens: TokenRewards, ids: Tensor, macro: MacroSettings, gamma
 
 @dataclass(frozen=True)
 class Experience:
-    """Rows of a rollout as the losses read them; None where the estimator has no critic.
+    """Rows of a rollout as the losses read them; None without a reference, or without a critic.
 
     input_ids, attention_mask [B,P+T]; the others [B,T].
     """
@@ -137,7 +137,7 @@ class Experience:
     response_mask: Tensor
     segment_ids: Tensor
     logprobs: Tensor
-    ref_logprobs: Tensor
+    ref_logprobs: Tensor | None
     advantages: Tensor
     values: Tensor | None
     returns: Tensor | None

@@ -25,10 +25,12 @@ from marlhf import loading
 from marlhf.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.errors import UserError, one_line
+from marlhf.kl_control import reads_reference
 from marlhf.memory import Generation, Moment, Run, Training, Weights
 from marlhf.models import Critic, Policy, target_logprobs, trunk_forward, trunk_of, use_adapter
-from marlhf.rewards import reward_models
+from marlhf.rewards import build_token_rewards, reward_models
 from marlhf.rewards.model import sequence_scores
+from marlhf.segmenters import build_segmenter, segmenter_requires
 
 
 class LiveBytes(TorchDispatchMode):
@@ -369,6 +371,11 @@ def _sample(logits: Tensor, config: PPOConfig) -> None:
     torch.argmax(scores + noise.log_().neg_().log_().neg_().to(torch.float32), -1)
 
 
+def _has_reference(config: PPOConfig) -> bool:
+    required = segmenter_requires(build_segmenter(config.segmenter))
+    return reads_reference(config.kl, required | build_token_rewards(config.reward.tokens).requires)
+
+
 def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
     """Sizes of all models, a parameter that two share counted at the first."""
     policy, critic = models.policy, models.critic
@@ -392,7 +399,7 @@ def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
         )
 
     sizes = {"policy": size(policy, "policy" if adapters else None)}
-    if not adapters:
+    if not adapters and _has_reference(config):
         whole = sizes["policy"]
         sizes["reference"] = Weights(whole.trained, 0, whole.reads, whole.largest)
     if critic is not None:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from marlhf.config import KLSettings
+from marlhf.types import REF_LOGPROBS
 
 _LARGEST_ERROR = 0.2
+
+
+def reads_reference(settings: KLSettings, required: Collection[str]) -> bool:
+    """Whether an update reads the reference's log-probabilities: for the penalty, or because what a
+    segmenter and token rewards require has `ref_logprobs` in it."""
+    return settings.coef > 0 or not REF_LOGPROBS.isdisjoint(required)
 
 
 class KLCoefficient:

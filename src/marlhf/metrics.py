@@ -31,8 +31,11 @@ class Metrics:
         entry[0] += float(total)
         entry[1] += float(count)
 
-    def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add every value, or those under a mask."""
+    def mean(self, name: str, values: Tensor | None, mask: Tensor | None = None) -> None:
+        """Add every value, or those under a mask; None if there is nothing to count."""
+        if values is None:
+            self.add(name, 0.0, 0.0)
+            return
         kept = values[mask] if mask is not None else values
         self.add(name, kept.double().sum(), kept.numel())
 

@@ -46,6 +46,7 @@ def policy_objective(
         tokens,
     )
     if kl_coef > 0:
+        assert rows.ref_logprobs is not None
         loss = loss + kl_coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
     metrics.add("policy_loss", loss.detach() * tokens, mask.sum())
     ratios = macro_mask(rows.segment_ids) if config.macro.ratio == "macro_product" else mask

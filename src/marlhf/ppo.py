@@ -25,7 +25,7 @@ from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, prompt_
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.experience import MacroBatch, TokenRewards, macro_batch
-from marlhf.kl_control import KLCoefficient
+from marlhf.kl_control import KLCoefficient, reads_reference
 from marlhf.learner import Learner
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
@@ -34,8 +34,15 @@ from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
 from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards
 from marlhf.run_directory import writing
 from marlhf.run_state import RunState, claim, seed_generators
-from marlhf.segmenters import build_segmenter, learn, segment, segmenter_metrics
+from marlhf.segmenters import (
+    build_segmenter,
+    learn,
+    segment,
+    segmenter_metrics,
+    segmenter_requires,
+)
 from marlhf.signals import StopSignals, stop
+from marlhf.types import REF_LOGPROBS
 from marlhf.update import Update
 
 EVAL_STEP = -1  # held-out responses are always sampled with the same noise
@@ -94,7 +101,9 @@ class PPOTrainer:
             config, self.tokenizer, self._reward_model_path(), model, critic, lm_config, shard
         )
         self.reward.share(policy.model, config.model.path)
-        self.reference = loading.reference_of(policy, shard)
+        required = self.token_reward.requires | segmenter_requires(self.segmenter)
+        needed = reads_reference(config.kl, required)
+        self.reference = loading.reference_of(policy, shard) if needed else None
         rate = config.optimizer.learning_rate
         self.policy = self._learner("policy", policy, rate)
         critic_rate = config.optimizer.critic_learning_rate
@@ -109,7 +118,7 @@ class PPOTrainer:
             self.reward.to(self.distributed.device).load(shard),
             self.tokenizer,
             self.distributed,
-            self.token_reward.requires,
+            self.token_reward.requires - REF_LOGPROBS,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
         self.update = Update(
@@ -216,7 +225,8 @@ class PPOTrainer:
             rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), True, with_values=shown)
             counted = slice(max(0, own - start))
             metrics.mean("eval_score_mean", rollout.scores[counted])
-            metrics.mean("eval_kl_mean", rollout.log_ratio.sum(1)[counted])
+            log_ratio = rollout.log_ratio
+            metrics.mean("eval_kl_mean", None if log_ratio is None else log_ratio.sum(1)[counted])
             metrics.mean("eval_response_length_mean", rollout.generation.lengths[counted])
             if not shown:
                 continue
@@ -257,7 +267,7 @@ class PPOTrainer:
         config, mask = self.config, rollout.generation.response_mask
         tokens = TokenRewards(
             response_mask=mask,
-            kl_rewards=-self.kl.in_rewards_coef * rollout.log_ratio,
+            kl_rewards=rollout.kl_rewards(self.kl.in_rewards_coef),
             task_rewards=rollout.task_rewards,
             values=rollout.values,
             last_values=rollout.last_values,

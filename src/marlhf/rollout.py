@@ -32,7 +32,7 @@ from marlhf.types import Generation, ResponseBatch, Sequences
 class Rollout:
     """Sampled responses and what is known of them before macro actions.
 
-    responses       token ids, mask, logprobs, ref_logprobs, row ids, step, seed
+    responses       token ids, mask, logprobs, row ids, step, seed; ref_logprobs with a reference
     entropy         [B,T] of the policy, nats
     values          [B,T] and last_values [B], or None without a critic
     rewards         what the reward functions said
@@ -56,11 +56,18 @@ class Rollout:
     extras: dict[str, Tensor]
 
     @property
-    def log_ratio(self) -> Tensor:
-        """[B,T] log(policy / reference) of the sampled tokens, nats, 0 outside the mask."""
+    def log_ratio(self) -> Tensor | None:
+        """[B,T] log(policy / reference) of the sampled tokens, nats, 0 outside the mask; None
+        without a reference."""
+        if self.responses.ref_logprobs is None:
+            return None
         assert self.responses.logprobs is not None
-        assert self.responses.ref_logprobs is not None
         return self.responses.logprobs - self.responses.ref_logprobs
+
+    def kl_rewards(self, coef: float) -> Tensor:
+        """[B,T] -coef * log_ratio; zeros without a reference."""
+        ratio = self.log_ratio
+        return torch.zeros_like(self.task_rewards) if ratio is None else -coef * ratio
 
     @property
     def sequences(self) -> Sequences:
@@ -71,7 +78,6 @@ class Rollout:
         """What the update learns from, with the advantages of its macro actions."""
         sequences = self.sequences
         assert self.responses.logprobs is not None
-        assert self.responses.ref_logprobs is not None
         return Experience(
             input_ids=sequences.input_ids,
             attention_mask=sequences.attention_mask,
@@ -87,11 +93,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutWorker:
-    """Samples and scores: this rank's prompts in, its Rollout out."""
+    """Samples and scores: this rank's prompts in, its Rollout out.
+
+    reference   None where nothing reads its log-probabilities
+    extras      what else the policy's scoring pass returns, see `models.Policy`
+    """
 
     config: PPOConfig
     policy: nn.Module
-    reference: nn.Module
+    reference: nn.Module | None
     critic: nn.Module | None
     reward: CombinedReward
     tokenizer: Any
@@ -138,11 +148,14 @@ class RolloutWorker:
                 valued = self._score(self.critic, sequences)
             elif self.config.has_head and with_values:
                 valued = {name: scored.pop(name) for name in ("values", "last_values")}
+            of_reference: dict[str, Tensor] = {}
+            if self.reference is not None:
+                of_reference = self._score(self.reference, sequences)
             responses = ResponseBatch(
                 token_ids=generation.response_ids,
                 response_mask=generation.response_mask,
                 logprobs=scored.pop("logprobs"),
-                ref_logprobs=self._score(self.reference, sequences)["logprobs"],
+                ref_logprobs=of_reference.get("logprobs"),
                 entropy=scored["entropy"],
                 row_ids=torch.tensor(row_ids),
                 step=step,

@@ -21,6 +21,8 @@ from torch import Tensor
 from marlhf.errors import UserError
 from marlhf.tokenization import Span, decode_with_offsets
 
+REF_LOGPROBS = frozenset({"ref_logprobs"})  # what segmenters and token rewards may require
+
 
 @dataclass(frozen=True)
 class ResponseBatch:

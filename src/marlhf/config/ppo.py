@@ -106,7 +106,8 @@ class KLSettings:
     """The leash to the reference policy."""
 
     coef: NonNegative = 0.05
-    """Weight of the KL penalty."""
+    """Weight of the KL penalty. At 0 there is no reference, and KL metrics are null, unless the
+    segmenter or a token reward reads the reference's log-probabilities."""
     where: Literal["auto", "reward", "loss"] = "auto"
     """`reward`: -coef * log(pi/ref) on each token (k1); `loss`: coef times the k3 estimate;
     `auto`: `loss` for grpo, `reward` otherwise."""

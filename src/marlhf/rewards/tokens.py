@@ -19,6 +19,7 @@ from marlhf.advantages import AllReduceSum
 from marlhf.errors import UserError, one_line
 from marlhf.registry import Registry, construct, split_spec
 from marlhf.rewards.base import RewardError, free_name, is_pair, weight_of
+from marlhf.types import REF_LOGPROBS
 
 EXTRAS = frozenset({"hidden_states", "token_embeddings", "token_ranks"})
 
@@ -32,10 +33,12 @@ TOKEN_REWARDS = Registry(
 class TokenReward:
     """A reward for each token of a rollout. Subclasses give `__call__`; the rest is optional.
 
-    requires   names out of EXTRAS, which `rollout.extras` then holds (see `models.Policy.forward`)
+    requires   names out of EXTRAS, which `rollout.extras` then holds (see `models.Policy.forward`),
+               and `ref_logprobs`, which `rollout.responses` then has: a run whose `kl.coef` is 0
+               leaves them out where nothing requires them. One that says nothing gets these.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = REF_LOGPROBS
 
     def __call__(self, rollout: Any) -> Tensor:
         """Rewards [B,T] of a `Rollout`; outside the mask anything. Changes nothing."""
@@ -141,10 +144,10 @@ def _build(spec: Any) -> NamedTokenReward:
             f"token reward {name}: given {one_line(repr(found), 60)}, must be a subclass of "
             "marlhf.rewards.TokenReward, or an object of one"
         )
-    if unknown := sorted(frozenset(found.requires) - EXTRAS):
+    if unknown := sorted(frozenset(found.requires) - EXTRAS - REF_LOGPROBS):
         raise UserError(
             f"token reward {name}: requires {', '.join(unknown)}; possible: "
-            f"{', '.join(sorted(EXTRAS))}"
+            f"{', '.join(sorted(EXTRAS | REF_LOGPROBS))}"
         )
     return NamedTokenReward(name, found, weight)
 

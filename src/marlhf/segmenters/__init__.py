@@ -11,6 +11,7 @@ from marlhf.segmenters.base import (
     segment,
     segmenter_metrics,
     segmenter_name,
+    segmenter_requires,
     validate,
 )
 from marlhf.segmenters.entropy import EntropyJump
@@ -53,6 +54,7 @@ __all__ = [
     "segment",
     "segmenter_metrics",
     "segmenter_name",
+    "segmenter_requires",
     "token_starts",
     "validate",
 ]

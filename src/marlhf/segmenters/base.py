@@ -17,7 +17,7 @@ from torch import Tensor
 
 from marlhf.errors import UserError, one_line
 from marlhf.registry import Registry, Spec, construct, split_spec
-from marlhf.types import ResponseBatch
+from marlhf.types import REF_LOGPROBS, ResponseBatch
 
 SegmenterFn = Callable[[ResponseBatch], Tensor]
 
@@ -140,6 +140,11 @@ class Union(Segmenter):
             raise UserError(f"of: given {list(self.of)!r}, must be a list of segmenters")
         object.__setattr__(self, "of", tuple(build_segmenter(s) for s in self.of))
 
+    @property
+    def requires(self) -> frozenset[str]:
+        """What all of them require."""
+        return frozenset().union(*map(segmenter_requires, self.of))
+
     def starts(self, batch: ResponseBatch) -> Tensor:
         found = torch.zeros_like(batch.response_mask)
         for segmenter in self.of:
@@ -189,6 +194,12 @@ def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
             f"segmenter {name}: is not a class and takes no arguments; given {', '.join(arguments)}"
         )
     return factory
+
+
+def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
+    """`ref_logprobs`, where a segmenter reads them: its attribute `requires`. One that does not say
+    is taken to read them, so that they are left out for none that needs them."""
+    return getattr(segmenter, "requires", REF_LOGPROBS)
 
 
 def segmenter_name(segmenter: SegmenterFn) -> str:

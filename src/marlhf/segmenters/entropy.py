@@ -23,6 +23,8 @@ class EntropyJump(Segmenter):
     jump   nats; 0 cuts wherever entropy does not fall
     """
 
+    requires = frozenset()
+
     jump: float = 1.0
 
     def __post_init__(self) -> None:

@@ -16,6 +16,8 @@ from marlhf.types import ResponseBatch
 class Token(Segmenter):
     """Every token is a macro action: token-level PPO."""
 
+    requires = frozenset()
+
     def starts(self, batch: ResponseBatch) -> Tensor:
         return batch.response_mask.clone()
 
@@ -24,6 +26,8 @@ class Token(Segmenter):
 class Sequence(Segmenter):
     """The whole response is one macro action: the contextual bandit."""
 
+    requires = frozenset()
+
     def starts(self, batch: ResponseBatch) -> Tensor:
         return torch.zeros_like(batch.response_mask)
 
@@ -31,6 +35,8 @@ class Sequence(Segmenter):
 @dataclass(frozen=True)
 class NGram(Segmenter):
     """Every `n` tokens (MA-RLHF section 3.2, "fixed n-gram"; the paper uses 3, 5 and 10)."""
+
+    requires = frozenset()
 
     n: int = 5
 
@@ -52,6 +58,8 @@ class RandomNGram(Segmenter):
     seed      added to the run's seed; a row's draws depend on (seed, step, row id) alone, so that
               they are the same on every rank layout and after a resume
     """
+
+    requires = frozenset()
 
     lengths: tuple[int, ...] = (2, 3, 5, 10)
     seed: int = 0

@@ -61,6 +61,8 @@ class Parsing(Segmenter):
     model      for "benepar": an installed model; its language is read off its name
     """
 
+    requires = frozenset()
+
     cutoff: int = 5
     parser: str | Callable[[str], Any] = "spacy"
     pipeline: str = "en_core_web_sm"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marlhf.errors import UserError
 from marlhf.segmenters.base import Segmenter
-from marlhf.types import ResponseBatch
+from marlhf.types import REF_LOGPROBS, ResponseBatch
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Perplexity(Segmenter):
         super().__post_init__()
         if self.logprobs not in ("ref", "policy"):
             raise UserError(f"logprobs: given {self.logprobs!r}, must be 'ref' or 'policy'")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return REF_LOGPROBS if self.logprobs == "ref" else frozenset()
 
     def starts(self, batch: ResponseBatch) -> Tensor:
         logprobs = batch.ref_logprobs if self.logprobs == "ref" else batch.logprobs

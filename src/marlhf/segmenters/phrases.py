@@ -34,6 +34,8 @@ class Phrases(Segmenter):
     longest    tokens in a phrase, at most
     """
 
+    requires = frozenset()
+
     size: int = 500
     new: int = 20
     min_count: int = 4

@@ -34,6 +34,8 @@ from marlhf.types import ResponseBatch
 class TextSegmenter(Segmenter):
     """Base of the segmenters whose rule is a function of the text alone."""
 
+    requires = frozenset()
+
     @abc.abstractmethod
     def boundaries(self, text: str) -> list[int]:
         """Characters at which macro actions start, in order; 0 is implied."""
@@ -106,6 +108,7 @@ def from_text(
     def segmenter(batch: ResponseBatch) -> Tensor:
         return close(_starts_at_characters(batch, checked), batch.response_mask, max_length)
 
+    vars(segmenter)["requires"] = frozenset()
     return segmenter
 
 
@@ -136,6 +139,7 @@ def from_lengths(
             rows.append(list(accumulate(lengths, initial=0))[:-1])
         return close(starts_tensor(batch, rows), batch.response_mask, max_length)
 
+    vars(segmenter)["requires"] = frozenset()
     return segmenter
 
 

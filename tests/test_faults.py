@@ -143,12 +143,20 @@ def test_one_rank_goes_on_from_what_two_have_written_or_says_why_not(
         assert {k: row[k] for k in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-4)
 
 
-def test_a_reward_that_fails_on_one_rank_ends_both_with_its_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [
+        ("reward", ["scorer is out of order", "PeerError: rank 1 failed: reward DrawingReward"]),
+        ("learning", ["RewardError: token reward curiosity: raised RuntimeError: the learner is"]),
+    ],
+)
+def test_a_reward_that_fails_on_one_rank_ends_both_with_its_error(
+    fault: str, shown: list[str], tmp_path: Path
+) -> None:
     began = time.monotonic()
-    done = launch(tmp_path, "reward")
+    done = launch(tmp_path, fault)
     assert done.returncode != 0
     assert time.monotonic() - began < 60
-    assert "the scorer is out of order" in done.stderr
-    assert "PeerError: rank 1 failed: reward DrawingReward" in done.stderr
+    assert all(text in done.stderr for text in shown), first_error(done)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]

@@ -1,9 +1,11 @@
 """The run of `runs_that_die`, started once a rank: `python two_ranks_that_die.py FOLDER FAULT`.
 
 FAULT   none; `update`: rank 1 is killed in its fifth update; `checkpoint`: rank 0 is killed while
-        it writes the second checkpoint; `reward`: the reward fails on rank 1 in the third update
+        it writes the second checkpoint; `reward`: the reward fails on rank 1 in the third update;
+        `learning`: there the token reward fails while it learns, and rank 0 waits for its sums
 """
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,17 @@ import torch
 from runs_that_die import die, trainer
 
 from marlhf.learner import Learner
+
+
+def fails_in_the_third(update: Any) -> Any:
+    calls = itertools.count(1)
+
+    def failing(*args: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("the learner is out of order")
+        return update(*args)
+
+    return failing
 
 
 def main(folder: Path, fault: str) -> None:
@@ -32,6 +45,9 @@ def main(folder: Path, fault: str) -> None:
     if fault == "reward" and rank == 1:
         reward: Any = made.reward.rewards[0].function
         reward.fails_at = 4  # after the evaluation and two updates
+    if fault == "learning" and rank == 1:
+        curiosity: Any = made.token_reward.rewards[0].reward
+        curiosity.update = fails_in_the_third(curiosity.update)
     made.worker = worker  # type: ignore[assignment]
     Learner.save = save
     made.train()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,8 @@ def main() -> None:
         f"output_dir={out}/reward",
         "resume=auto",
     )
+    if args.no_ppo:
+        return
     for name, segmenter in SEGMENTERS.items():
         marlhf(
             out / name / "final",
@@ -115,17 +118,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/summaries_pipeline"))
     parser.add_argument("--rows", type=int, default=1000, help="rows to use of the data")
     parser.add_argument("--words", type=int, default=60, help="longest document to use, in words")
+    parser.add_argument("--first-words", type=int, help="use so many words of each document")
     parser.add_argument("--test-rows", type=int, default=100, help="held out from all training")
     parser.add_argument("--held-out", type=int, default=40, help="held-out rows of SFT and reward")
     parser.add_argument("--sft-epochs", type=float, default=2)
     parser.add_argument("--steps", type=int, default=20, help="PPO updates")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts of a PPO update")
+    parser.add_argument("--no-ppo", action="store_true", help="stop after the reward model")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def split_rows(rows: list[Row], args: argparse.Namespace) -> dict[str, list[Row]]:
     """Rows for each stage, none in two of them."""
+    if args.first_words:
+        rows = [row | {"document": beginning(row["document"], args.first_words)} for row in rows]
     rows = [row for row in rows if len(row["document"].split()) <= args.words]
     random.Random(args.seed).shuffle(rows)
     test, rows = rows[: args.test_rows], rows[args.test_rows : args.test_rows + args.rows]
@@ -134,6 +141,13 @@ def split_rows(rows: list[Row], args: argparse.Namespace) -> dict[str, list[Row]
     if min(map(len, parts.values())) <= args.held_out:
         sys.exit(f"{args.data}: too few rows of at most {args.words} words for a split")
     return parts
+
+
+def beginning(text: str, words: int) -> str:
+    """The first words of a text, with the white space between them."""
+    found = re.match(rf"(?:\s*\S+){{0,{words}}}", text)
+    assert found is not None
+    return found.group()
 
 
 def read_samples(folder: Path) -> list[str]:

@@ -3,8 +3,9 @@
     python scripts/study/run.py configs/study/summaries.yaml --phase all --parallel 2
 
 search      every arm at every learning rate, on seeds of their own, with the KL coefficient steered
-            so that all end at the KL of token PPO, where the task asks for equal KL
-calibrate   for each arm the fixed KL coefficient with which it ends within 10% of that KL
+            so that all end at the KL of token PPO, where the task asks for equal KL; of a task with
+            one learning rate token PPO alone, for its KL
+calibrate   for each other arm the fixed KL coefficient with which it ends within 10% of that KL
 final       every arm with what was chosen, on the seeds that are reported
 
 Every phase is a `marlhf sweep` below runs/study/TASK; started again, it goes on where it stopped.
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="some of the arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the final runs")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("overrides", nargs="*", help="keys for all runs, such as steps=20")
     args = parser.parse_args()
@@ -64,6 +66,7 @@ class Task:
         self.settings: dict[str, Any] = yaml.safe_load(args.task.read_text(encoding="utf-8"))
         self.folder: Path = args.out / args.task.stem
         self.parallel: int = args.parallel
+        self.threads: int = args.threads
         self.seeds: list[int] = args.seeds or self.settings["seeds"]
         given = dict(word.split("=", 1) for word in args.overrides)
         self.overrides = {key: yaml.safe_load(value) for key, value in given.items()}
@@ -78,10 +81,14 @@ class Task:
         """Choose the learning rate of each arm by its last held-out scores."""
         self._search({TOKEN: self.arms[TOKEN]})
         others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
+        if len(self.settings["learning_rates"]) == 1:
+            token = self.chosen[TOKEN]
+            self.chosen |= {name: dict(token) for name in others}
+            return self._keep()
         if self.settings["equal_kl"]:
             steer = {"kl.target": self.chosen[TOKEN]["kl"], "kl.horizon": self.settings["horizon"]}
             others = {name: {**keys, **steer} for name, keys in others.items()}
-        self._search(others)
+        return self._search(others)
 
     def _search(self, arms: Mapping[str, dict[str, Any]]) -> None:
         rates = {"optimizer.learning_rate": self.settings["learning_rates"]}
@@ -98,19 +105,26 @@ class Task:
                 for row in run.rows[-20:]
                 if row["step"]
             ]
-            self.chosen[name] = {"learning_rate": best, "coef": sum(coefs) / len(coefs)}
+            coef = sum(coefs) / len(coefs)
+            self.chosen[name] = {"learning_rate": best, "searched_coef": coef, "coef": coef}
             if self.settings["equal_kl"]:
                 self.chosen[name]["kl"] = mean(by_rate[best], "eval_kl_mean")
             self._keep()
 
     def calibrate(self) -> None:
-        """Choose the KL coefficient of each arm, by steps along log KL over log coefficient."""
+        """Choose the KL coefficient of each arm, by steps along log KL over log coefficient.
+
+        Started again, it takes the same steps, of which those that are done cost nothing.
+        """
         target = self.chosen[TOKEN]["kl"]
-        tried: dict[str, list[tuple[float, float]]] = {name: [] for name in self.arms}
+        others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
+        tried: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
+        for name in others:
+            self.chosen[name]["coef"] = self.chosen[name]["searched_coef"]
         for number in range(ROUNDS):
             left = {
                 name: keys
-                for name, keys in self.arms.items()
+                for name, keys in others.items()
                 if not tried[name] or abs(tried[name][-1][1] / target - 1) > WITHIN
             }
             if not left:
@@ -157,6 +171,7 @@ class Task:
             "grid": dict(grid or {}),
             "seeds": list(seeds),
             "parallel": self.parallel,
+            "threads": self.threads,
             "output_dir": str(folder),
         }
         file = self.folder / f"{phase}.yaml"

@@ -56,7 +56,7 @@ def pretrain(texts: Sequence[str], out: Path, seed: int = 0, overrides: Sequence
 
 
 def write_random_model(
-    texts: Sequence[str], folder: Path, seed: int = 0, vocab_size: int = 4096, **shape: Any
+    texts: Sequence[str], folder: Path, seed: int = 0, vocab_size: int = 2048, **shape: Any
 ) -> None:
     """A byte-level BPE tokenizer learned from the texts, and a Llama with random weights."""
     import torch

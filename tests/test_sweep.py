@@ -282,3 +282,15 @@ def test_real_runs_go_on_and_are_reported_by_arm(tmp_path, monkeypatch, capsys):
     assert sorted(group.label for group in groups) == ["pairs", "token"]
     assert all(group.runs[0].last_step == 1 for group in groups)
     assert "All done" in capsys.readouterr().out
+
+
+def test_the_file_of_a_run_in_a_grid_is_no_assignment(tmp_path, capsys):
+    folder = tmp_path / "optimizer.learning_rate=1e-06" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "job.yaml").write_text("model: {path: nowhere}\nsteps: none\n")
+    with pytest.raises(SystemExit):
+        main(["ppo", str(folder / "job.yaml")])
+    assert "steps: given 'none'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ppo", "steps=3"])
+    assert "usage: marlhf ppo CONFIG.yaml" in capsys.readouterr().err

@@ -41,15 +41,14 @@ def main() -> None:
     """Run the phases that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", type=Path, help="a file such as configs/study/summaries.yaml")
-    phases = parser.add_mutually_exclusive_group()
-    phases.add_argument("--phase", choices=["search", "calibrate", "final", "all"], default="all")
+    parser.add_argument("--phase", choices=["search", "calibrate", "final", "all"], default="all")
     parser.add_argument("--arms", nargs="+", help="some of the arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the final runs")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("overrides", nargs="*", help="keys for all runs, such as steps=20")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     task = Task(args)
     if args.phase in ("search", "all"):
         task.search()

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study/base"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="keys of configs/study/pretrain.yaml")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if not (args.out / "final").exists():
         pretrain(documents(args.data), args.out, args.seed, args.overrides)
     print(args.out / "final")

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--held-out", type=int, default=100, help="rows of SFT and reward model")
     parser.add_argument("pretraining", nargs="*", help="keys of configs/study/pretrain.yaml")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     base = args.out / "base"
     if not (base / "final").exists():
         pretrain(documents(args.data), base, overrides=args.pretraining)

@@ -127,7 +127,8 @@ def _run(job: str, words: list[str]) -> None:
     if any(word in ("-h", "--help") for word in words):
         print(job_help(job, config_class))
         return
-    if not words or "=" in words[0]:
+    # a folder of a sweep may have = in its name
+    if not words or ("=" in words[0] and not os.path.isfile(words[0])):
         raise UserError(f"usage: marlhf {job} CONFIG.yaml [key.sub=value ...]")
     config = load_config(config_class, words[0], words[1:])
     run = _imported(run_path)

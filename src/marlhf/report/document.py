@@ -145,10 +145,10 @@ def _parity(groups: Sequence[Group], baseline: Group) -> str:
             (
                 text(group.label) + (" (baseline)" if group is baseline else ""),
                 f"{steps.reached} of {len(steps.steps)}",
-                _median(steps),
-                _ratio(steps),
-                _median(seconds),
-                _ratio(seconds),
+                median_text(steps),
+                ratio_text(steps),
+                median_text(seconds),
+                ratio_text(seconds),
             )
         )
     heads = ["configuration", "runs that reach it", "updates", "ratio", "seconds", "ratio"]
@@ -162,12 +162,14 @@ def _parity(groups: Sequence[Group], baseline: Group) -> str:
     return title + tag("p", text(explained), class_="muted prose") + table(heads, rows)
 
 
-def _median(found: Parity) -> str:
+def median_text(found: Parity) -> str:
+    """The median with its interval."""
     interval = "" if found.low is None or found.high is None else _between(found.low, found.high)
     return _or_never(found.median) + interval
 
 
-def _ratio(found: Parity) -> str:
+def ratio_text(found: Parity) -> str:
+    """The ratio to the baseline with its interval."""
     if found.ratio is None:
         return "–"
     if found.ratio_low is None or found.ratio_high is None:

@@ -51,8 +51,30 @@ class Mean:
             return None
         if len(x) == 1:
             return Mean(float(x[0]), None, 1)
-        t = _T[len(x) - 2] if len(x) - 2 < len(_T) else 1.96 + 2.4 / (len(x) - 1)
-        return Mean(float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x))), len(x))
+        half = student_t(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+        return Mean(float(x.mean()), float(half), len(x))
+
+
+def student_t(freedom: float) -> float:
+    """Two-sided 95% quantile for at least one degree of freedom, of which fractions are cut."""
+    whole = int(freedom)
+    return _T[whole - 1] if whole <= len(_T) else 1.96 + 2.4 / whole
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean | None:
+    """Mean of `ours` minus mean of `theirs` with Welch's 95% interval, whose half is None where
+    one of the two is a single value; None of no values."""
+    a, b = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
+    if not len(a) or not len(b):
+        return None
+    value, count = float(a.mean() - b.mean()), min(len(a), len(b))
+    if count == 1:
+        return Mean(value, None, count)
+    parts = [x.var(ddof=1) / len(x) for x in (a, b)]
+    if not sum(parts):
+        return Mean(value, 0.0, count)
+    welch = sum(parts) ** 2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b), strict=True))
+    return Mean(value, float(student_t(welch) * math.sqrt(sum(parts))), count)
 
 
 # --- grouping
@@ -180,20 +202,29 @@ def smoothed(values: Mapping[int, float]) -> dict[int, float]:
     }
 
 
+def finals(group: Group, key: str = "eval_score_mean") -> list[float]:
+    """The final smoothed value of a held-out metric, of each run that has one."""
+    curves = [smoothed(run.values(key)) for run in group.runs]
+    return [list(curve.values())[-1] for curve in curves if curve]
+
+
 def target_of(baseline: Group) -> float | None:
     """The mean over the baseline's runs of their final smoothed held-out reward."""
-    finals = [list(curve.values())[-1] for run in baseline.runs if (curve := _curve(run))]
-    return float(np.mean(finals)) if finals else None
+    found = finals(baseline)
+    return float(np.mean(found)) if found else None
 
 
-def parity(group: Group, baseline: Group, seconds: bool = False) -> Parity | None:
-    """Steps (or seconds of updates) to parity; None where there are too few evaluations.
+def parity(
+    group: Group, baseline: Group, seconds: bool = False, target: float | None = None
+) -> Parity | None:
+    """Steps (or seconds of updates) to parity, or to another reward that is given as `target`; None
+    where there are too few evaluations.
 
     Intervals are percentiles of a bootstrap over runs, of both groups for the ratio. In the ratio a
     run of the baseline that never reaches its group's mean counts with its last step, which is too
     early and so favours the baseline.
     """
-    target = target_of(baseline)
+    target = target_of(baseline) if target is None else target
     if target is None:
         return None
     ours = [_first_at(run, target, seconds) for run in group.runs if _curve(run)]

@@ -42,18 +42,19 @@ def write_pngs(groups: Sequence[Group], folder: Path) -> list[Path]:
     for figures in sections(groups).values():
         for figure in figures:
             name = "".join(c if c.isalnum() or c in "-_." else "_" for c in figure.name)
-            written.append(_save(_draw(figure.by_step), folder / f"{name}.png"))
+            written.append(save(draw(figure.by_step), folder / f"{name}.png"))
             if figure.name in ("eval_score_mean", "score_mean"):
                 path = folder / f"{name}_by_seconds.png"
-                written.append(_save(_draw(figure.by_seconds), path))
+                written.append(save(draw(figure.by_seconds), path))
     if (chart := frontier(groups)) is not None:
-        written.append(_save(_draw(chart), folder / "frontier.png"))
+        written.append(save(draw(chart), folder / "frontier.png"))
     if any(macro_lengths(group)[0] for group in groups):
-        written.append(_save(_draw_lengths(groups), folder / "macro_lengths.png"))
+        written.append(save(_draw_lengths(groups), folder / "macro_lengths.png"))
     return written
 
 
-def _figure() -> tuple[Figure, Any]:
+def new_figure() -> tuple[Figure, Any]:
+    """An empty figure and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")  # no pyplot: no display
@@ -63,8 +64,9 @@ def _figure() -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _draw(chart: LineChart) -> Figure:
-    figure, axes = _figure()
+def draw(chart: LineChart) -> Figure:
+    """A chart of lines, told apart by colour, dashes and markers."""
+    figure, axes = new_figure()
     for line in chart.lines:
         if not line.x:
             continue
@@ -91,7 +93,7 @@ def _draw(chart: LineChart) -> Figure:
 
 
 def _draw_lengths(groups: Sequence[Group]) -> Figure:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for group in groups:
         lengths, _ = macro_lengths(group)
         if lengths:
@@ -112,6 +114,7 @@ def _plain(label: str) -> str:
     return label.replace("$", r"\$").lstrip("_")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write it, and say where."""
     figure.savefig(path)
     return path

@@ -1,0 +1,294 @@
+"""The study's tables and figures, from its packed metrics alone.
+
+    python scripts/study/analyse.py      # docs/study/*.jsonl.xz -> docs/study.md and docs/study/
+
+Of each task it writes TASK.json (every number), three PNGs, and what stands in docs/study.md
+between the markers `<!-- results: TASK -->` and `<!-- end: TASK -->`.
+
+reward      of held-out prompts, mean over a run's last 5 evaluations, mean over seeds with its 95%
+            interval (Student's t); against token PPO: the difference with Welch's 95% interval
+KL          likewise, and its ratio to token PPO's
+parity      updates until the held-out reward, averaged over 5 evaluations, reaches token PPO's
+            final mean; medians and their ratio to token PPO's with 95% bootstrap intervals; seconds
+            likewise (`marlhf.report.groups.parity`)
+variance of the advantages, explained variance and value loss: means over the updates of a run
+gradient    noise and cosine, see gradient_noise.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pack import Study, read
+
+from marlhf.charts import number
+from marlhf.report.document import mean, median_text, ratio_text
+from marlhf.report.figures import figure, frontier
+from marlhf.report.groups import Group, Mean, Parity, difference, finals, parity
+from marlhf.report.png import draw, new_figure, save
+
+TOKEN = "token"
+LEASH = 0.1  # of token PPO's KL: further off is marked
+NEAR = 0.9  # of a known optimum
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What there is to say of an arm; `against` are differences to token PPO."""
+
+    name: str
+    runs: int
+    learning_rate: float
+    kl_coef: float
+    reward: Mean
+    against: Mean | None
+    kl: Mean
+    kl_ratio: float
+    updates: Parity
+    seconds: Parity
+    near_optimum: Parity | None
+    advantage_variance: Mean | None
+    explained_variance: Mean | None
+    value_loss: Mean | None
+    gradient: dict[str, Any]
+
+
+def main() -> None:
+    """Write everything anew."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    docs: Path = parser.parse_args().docs
+    page = docs / "study.md"
+    for path in sorted((docs / "study").glob("*.jsonl.xz")):
+        study = read(path)
+        arms = analyse(study)
+        write_json(study, arms, docs / "study" / f"{study.task}.json")
+        draw_figures(study, arms, docs / "study")
+        text = fill(page.read_text(encoding="utf-8"), study.task, markdown(study, arms))
+        page.write_text(text, encoding="utf-8")
+        print(f"{study.task}: {len(arms)} arms")
+
+
+# --- numbers
+
+
+def groups_of(study: Study) -> dict[str, Group]:
+    """The final runs of each arm, in the order of the task's file."""
+    found = {name: study.runs("final", name) for name in study.settings["arms"]}
+    there = {name: runs for name, runs in found.items() if runs}
+    return {name: Group(name, i, runs) for i, (name, runs) in enumerate(there.items())}
+
+
+def analyse(study: Study) -> list[Arm]:
+    """Every arm that has runs with 5 evaluations; token PPO must be one of them."""
+    groups = groups_of(study)
+    if TOKEN not in groups or not finals(groups[TOKEN]):
+        raise SystemExit(f"{study.task}: no final run of {TOKEN!r} with 5 evaluations")
+    return [_arm(study, group, groups[TOKEN]) for group in groups.values() if finals(group)]
+
+
+def _arm(study: Study, group: Group, token: Group) -> Arm:
+    reward, kl = Mean.of(finals(group)), Mean.of(finals(group, "eval_kl_mean"))
+    leash = Mean.of(finals(token, "eval_kl_mean"))
+    updates, seconds = parity(group, token), parity(group, token, seconds=True)
+    assert reward is not None
+    assert kl is not None
+    assert leash is not None
+    assert updates is not None
+    assert seconds is not None
+    best = study.settings.get("optimum")
+    return Arm(
+        name=group.label,
+        runs=len(group.runs),
+        learning_rate=group.runs[0].config["optimizer"]["learning_rate"],
+        kl_coef=group.runs[0].config["kl"]["coef"],
+        reward=reward,
+        against=None if group is token else difference(finals(group), finals(token)),
+        kl=kl,
+        kl_ratio=kl.value / leash.value if leash.value else math.nan,
+        updates=updates,
+        seconds=seconds,
+        near_optimum=best and parity(group, token, target=NEAR * best),
+        advantage_variance=_over_updates(group, "advantage_std", 2),
+        explained_variance=_over_updates(group, "explained_variance"),
+        value_loss=_over_updates(group, "value_loss"),
+        gradient=study.gradient.get(group.label, {}),
+    )
+
+
+def _over_updates(group: Group, key: str, power: int = 1) -> Mean | None:
+    """The mean over runs of a metric's mean over updates."""
+    values = [list(run.values(key).values()) for run in group.runs]
+    return Mean.of(float(np.mean(np.power(found, power))) for found in values if found)
+
+
+def core_hours(study: Study) -> float:
+    """Of all runs of all phases, from start to end."""
+    return sum(t.seconds or 0.0 for t in study.trials) * study.threads / 3600
+
+
+def write_json(study: Study, arms: list[Arm], path: Path) -> None:
+    """Every number, unrounded; what is infinite is `never`."""
+    content = {
+        "task": study.task,
+        "runs": len(study.trials),
+        "core_hours": core_hours(study),
+        "chosen": study.chosen,
+        "arms": [dataclasses.asdict(arm) for arm in arms],
+    }
+    path.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "never" if value > 0 else None
+    return value
+
+
+# --- tables
+
+
+def markdown(study: Study, arms: list[Arm]) -> str:
+    """What stands in the page: counts, two tables, and the figures."""
+    final = sum(t.phase == "final" for t in study.trials)
+    rates = ", ".join(f"{rate:g}" for rate in study.settings["learning_rates"])
+    counts = (
+        f"{len(arms)} arms, {final} final runs, {len(study.trials) - final} runs of search and "
+        f"calibration, {number(core_hours(study))} core-hours. Learning rates tried: {rates}."
+    )
+    figures = "\n".join(
+        f"![{title}](study/{study.task}_{name}.png)"
+        for name, title in (
+            ("reward", "Held-out reward by update"),
+            ("frontier", "Held-out reward by KL"),
+            ("parity", "Updates to parity, as a ratio to token PPO's"),
+        )
+    )
+    return "\n\n".join([counts, outcome_table(arms), cause_table(arms), figures])
+
+
+def outcome_table(arms: list[Arm]) -> str:
+    """Reward, leash and parity."""
+    heads = ["arm", "seeds", "reward", "against token", "KL, nats", "KL to token's",
+             "reach parity", "updates", "ratio", "ratio of seconds"]  # fmt: skip
+    near = any(arm.near_optimum for arm in arms)
+    rows = [
+        [
+            arm.name,
+            str(arm.runs),
+            mean(arm.reward),
+            mean(arm.against),
+            mean(arm.kl),
+            _leash(arm.kl_ratio),
+            f"{arm.updates.reached} of {len(arm.updates.steps)}",
+            median_text(arm.updates),
+            ratio_text(arm.updates),
+            ratio_text(arm.seconds),
+            *([median_text(arm.near_optimum)] if arm.near_optimum else []),
+        ]
+        for arm in arms
+    ]
+    return _table([*heads, *([f"updates to {NEAR:.0%} of the optimum"] if near else [])], rows)
+
+
+def cause_table(arms: list[Arm]) -> str:
+    """What was chosen for an arm, and what its gradients and its critic are like."""
+    heads = ["arm", "learning rate", "KL coefficient", "variance of advantages",
+             "explained variance", "value loss", "gradient noise", "cosine"]  # fmt: skip
+    rows = [
+        [
+            arm.name,
+            f"{arm.learning_rate:g}",
+            number(arm.kl_coef),
+            mean(arm.advantage_variance),
+            mean(arm.explained_variance),
+            mean(arm.value_loss),
+            _with_error(arm.gradient, "noise"),
+            _with_error(arm.gradient, "cosine"),
+        ]
+        for arm in arms
+    ]
+    return _table(heads, rows)
+
+
+def _leash(ratio: float) -> str:
+    return f"{ratio:.2f}" + (" (!)" if abs(ratio - 1) > LEASH else "")
+
+
+def _with_error(found: dict[str, Any], key: str) -> str:
+    if found.get(key) is None:
+        return "–"
+    return f"{number(found[key])} ± {number(found[f'{key}_half'])}"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def fill(page: str, name: str, content: str) -> str:
+    """The page with this between the markers of that name."""
+    begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise SystemExit(f"docs/study.md: must hold {begin} and {end} once")
+    return pattern.sub(lambda _: f"{begin}\n\n{content}\n\n{end}", page)
+
+
+# --- figures
+
+
+def draw_figures(study: Study, arms: list[Arm], folder: Path) -> None:
+    """Curves and frontier of the arms that the task's file names, parity of all."""
+    groups = groups_of(study)
+    wanted = [name for name in study.settings["curves"] if name in groups]
+    shown = [Group(name, i, groups[name].runs) for i, name in enumerate(wanted)]
+    curves = figure(shown, "eval_score_mean", "Held-out reward").by_step
+    save(draw(curves), folder / f"{study.task}_reward.png")
+    if (chart := frontier(shown)) is not None:
+        save(draw(chart), folder / f"{study.task}_frontier.png")
+    save(draw_parity(arms), folder / f"{study.task}_parity.png")
+
+
+def draw_parity(arms: list[Arm]) -> Any:
+    """A row for each arm: the ratio of updates to parity with its interval; one that never gets
+    there is an arrow to the right."""
+    chart, axes = new_figure()
+    chart.set_size_inches(6.4, 1.4 + 0.24 * len(arms))
+    rows = [(arm.name, arm.updates) for arm in arms if arm.updates.ratio is not None]
+    known = [x for _, found in rows for x in (found.ratio, found.ratio_high) if _is_finite(x)]
+    edge = 1.15 * max([1.0, *known])
+    for y, (_, found) in enumerate(rows):
+        low, high = found.ratio_low, found.ratio_high
+        if low is not None and high is not None:
+            axes.plot([min(low, edge), min(high, edge)], [y, y], color="#5b5b5b", linewidth=1.4)
+        reaches = _is_finite(found.ratio)
+        x, marker = (found.ratio, "o") if reaches else (edge, ">")
+        axes.plot([x], [y], marker, color="#0072b2" if reaches else "#c24a00", markersize=6)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#5b5b5b", linewidth=1)
+    axes.axvline(0.5, color="#5b5b5b", linewidth=1, linestyle=":")
+    axes.set_xlim(0, edge * 1.03)
+    axes.set_xlabel("updates to parity, ratio to token PPO (arrow: never)")
+    return chart
+
+
+def _is_finite(x: float | None) -> bool:
+    return x is not None and math.isfinite(x)
+
+
+if __name__ == "__main__":
+    main()

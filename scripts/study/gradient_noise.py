@@ -1,0 +1,191 @@
+"""The variance of the policy's gradient, arm by arm, at one policy and on one critic's budget.
+
+    python scripts/study/gradient_noise.py configs/study/recall.yaml --arms token "n-gram 5"
+
+The policy stays what the task starts from. An arm's critic is trained on rollouts of it for
+`--critic-updates` updates and then stays too. Then the gradients g_1, ..., g_K of the policy's loss
+are taken on K independent rollouts, the same ones for every arm of as many responses a prompt.
+
+noise    tr Cov(g) / |E g|^2: how many rollouts an update must average for a gradient that is as
+         much signal as noise. |E g|^2 is the mean of g_k . g_l over k != l, which is unbiased where
+         the square of the mean gradient is too large by tr Cov(g) / K
+cosine   between E g and that of the reference arm, by the same unbiased products: how far the arm's
+         gradient points where the reward rises. The gradient of the default reference, token PPO
+         with lambda 1, has no bias from its critic
+
+Both have half of a 95% interval (jackknife over rollouts), and neither depends on the length of
+gradients, so that whitened advantages need no account. Results go to runs/study/TASK/gradient.json,
+arm by arm; arms that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from marlhf.config import PPOConfig
+from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
+from marlhf.ppo import PPOTrainer
+
+REFERENCE = "token, lambda 1"
+
+
+def main() -> None:
+    """Measure the arms that are not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", type=Path, help="a file such as configs/study/recall.yaml")
+    parser.add_argument("--arms", nargs="+", help="some of the arms")
+    parser.add_argument("--reference", default=REFERENCE)
+    parser.add_argument("--critic-updates", type=int, default=30)
+    parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("overrides", nargs="*", help="keys for all arms, such as seed=3")
+    args = parser.parse_intermixed_args()
+    settings = yaml.safe_load(args.task.read_text(encoding="utf-8"))
+    folder: Path = args.out / args.task.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    file, kept = folder / "gradient.json", folder / "gradient-reference.pt"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for name in dict.fromkeys([args.reference, *(args.arms or settings["arms"])]):
+        if name in found:
+            continue
+        total = args.critic_updates + args.rollouts
+        trainer = build(
+            Path(settings["config"]), settings["arms"][name], args.overrides, total, folder
+        )
+        gradients, rows = measure(trainer, args.critic_updates, args.rollouts)
+        if name == args.reference:
+            torch.save(gradients, kept)
+        found[name] = {
+            **summary(gradients, torch.load(kept, weights_only=True)),
+            "rollouts": args.rollouts,
+            "critic_updates": args.critic_updates,
+            **{key: average(rows, key) for key in ("advantage_std", "explained_variance")},
+        }
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(name, json.dumps(found[name]), flush=True)
+
+
+def build(
+    config: Path, arm: Mapping[str, Any], overrides: list[str], updates: int, folder: Path
+) -> PPOTrainer:
+    """A trainer of an arm, with a constant learning rate and gradients that are not clipped."""
+    own = {
+        "optimizer.schedule": "constant",
+        "optimizer.max_grad_norm": 1e9,
+        "ppo.epochs": 1,
+        "ppo.minibatches": 1,
+        "steps": updates,
+        "log.progress": False,
+        "log.samples": 0,
+        "output_dir": str(folder / "gradient"),
+        "overwrite": True,
+    }
+    words = [f"{key}={json.dumps(value)}" for key, value in {**arm, **own}.items()]
+    values = apply_overrides(PPOConfig, read_yaml(config), [*overrides, *words])
+    return PPOTrainer(config_from_dict(PPOConfig, values))
+
+
+def measure(
+    trainer: PPOTrainer, critic_updates: int, rollouts: int
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Gradients [K,N] of the policy on K rollouts, which no weight follows, and the metrics of
+    these; the critic is trained before."""
+    gradients: list[Tensor] = []
+
+    def keep() -> None:
+        gradients.append(torch.cat([_gradient(p) for p in trainer.policy.parameters]))
+        trainer.policy.discard()
+
+    _replace_step(trainer.policy, trainer.policy.discard)
+    rows = []
+    for update in range(critic_updates + rollouts):
+        if update == critic_updates:
+            _replace_step(trainer.policy, keep)
+            if trainer.critic is not None:
+                _replace_step(trainer.critic, trainer.critic.discard)
+        size = trainer.config.rollout.batch_size
+        rows.append(trainer.step(trainer.stream.batch(update, size)))
+    return torch.stack(gradients), rows[critic_updates:]
+
+
+def _replace_step(learner: Any, step: Callable[[], None]) -> None:
+    learner.step = step
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    grad = parameter.grad
+    return torch.zeros_like(parameter).flatten() if grad is None else grad.detach().flatten().cpu()
+
+
+def average(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The mean of a metric, None where it is not measured."""
+    found = [row[key] for row in rows if row.get(key) is not None]
+    return fmean(found) if found else None
+
+
+# --- from gradients to numbers
+
+
+def summary(gradients: Tensor, reference: Tensor) -> dict[str, float | None]:
+    """Noise of gradients [K,N] and their cosine with a reference [K,N] of the same rollouts, each
+    with half of its 95% interval; None where the signal is too small to tell."""
+    own, other, both = (
+        (a @ b.T).double()
+        for a, b in ((gradients, gradients), (reference, reference), (gradients, reference))
+    )
+    noise, noise_half = _jackknife(lambda i: noise_of(own[i][:, i]), len(gradients))
+    cosine, cosine_half = _jackknife(
+        lambda i: cosine_of(own[i][:, i], other[i][:, i], both[i][:, i]), len(gradients)
+    )
+    return {
+        "noise": noise,
+        "noise_half": noise_half,
+        "cosine": cosine,
+        "cosine_half": cosine_half,
+    }
+
+
+def noise_of(products: Tensor) -> float | None:
+    """tr Cov(g) / |E g|^2 from g_k . g_l [K,K]."""
+    signal = _apart(products)
+    return (float(products.diagonal().mean()) - signal) / signal if signal > 0 else None
+
+
+def cosine_of(own: Tensor, other: Tensor, both: Tensor) -> float | None:
+    """Of E g and E h from g_k . g_l, h_k . h_l and g_k . h_l [K,K]."""
+    lengths = _apart(own), _apart(other)
+    return _apart(both) / math.sqrt(lengths[0] * lengths[1]) if min(lengths) > 0 else None
+
+
+def _apart(products: Tensor) -> float:
+    """The mean over k != l."""
+    count = len(products)
+    return float(products.sum() - products.diagonal().sum()) / (count * (count - 1))
+
+
+def _jackknife(
+    statistic: Callable[[Tensor], float | None], count: int
+) -> tuple[float | None, float | None]:
+    everything = torch.arange(count)
+    value = statistic(everything)
+    without = [statistic(everything[everything != i]) for i in range(count)]
+    known = [x for x in without if x is not None]
+    if value is None or len(known) < count:
+        return None, None
+    centre = fmean(known)
+    variance = (count - 1) / count * sum((x - centre) ** 2 for x in known)
+    return value, 1.96 * math.sqrt(variance)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The study's scripts on runs made by hand, whose numbers are known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs_for_tests import tiny_trainer
+
+from marlhf import sweep
+from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, SweepConfig
+from marlhf.config_loading import load_config
+from marlhf.report.groups import difference, parity
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "study"
+sys.path.append(str(ROOT / "scripts" / "study"))
+
+import analyse  # noqa: E402
+import gradient_noise  # noqa: E402
+import pack  # noqa: E402
+import run  # noqa: E402
+
+ARMS = {
+    "token": {"segmenter": "token"},
+    "fast": {"segmenter": {"name": "ngram", "n": 5}},
+    "slow": {"segmenter": "sequence"},
+}
+RATES = {"token": 0.02, "fast": 0.04, "slow": 0.005}  # of held-out reward an update
+KLS = {"token": 2.0, "fast": 2.1, "slow": 3.0}
+STEPS, EVERY = 20, 2
+
+
+def rows(rate: float, kl: float, seed: int) -> list[dict[str, Any]]:
+    """Reward rises evenly, a little higher for later seeds; an update takes 2 seconds."""
+    noise = 0.01 * seed
+    found: list[dict[str, Any]] = [{"step": 0, "eval_score_mean": noise, "eval_kl_mean": 0.0}]
+    for step in range(1, STEPS + 1):
+        row = {"step": step, "step_seconds": 2.0, "advantage_std": 0.5, "value_loss": 1 / 3}
+        row |= {"explained_variance": step / STEPS, "unwanted": 1.0, "score_mean": rate * step}
+        if step % EVERY == 0:
+            row |= {"eval_score_mean": rate * step + noise, "eval_kl_mean": kl + noise}
+        found.append(row)
+    return found
+
+
+def write_task(folder: Path) -> Path:
+    """A task of three arms and three seeds as `run.py` leaves it; returns its file."""
+    for arm in ARMS:
+        write_trial(folder / "toy" / "search" / arm, f"{arm}, optimizer.learning_rate=0.1", arm, 9)
+        for seed in range(3):
+            write_trial(folder / "toy" / "final" / arm / f"seed-{seed}", arm, arm, seed)
+    (folder / "toy" / "final.yaml").write_text("threads: 2\n")
+    (folder / "toy" / "chosen.json").write_text(json.dumps({"token": {"learning_rate": 0.1}}))
+    (folder / "toy" / "gradient.json").write_text(
+        json.dumps({"token": {"noise": 4.0, "noise_half": 1.0, "cosine": None}})
+    )
+    settings = {"learning_rates": [0.1], "arms": ARMS, "curves": ["token", "fast"], "optimum": 0.5}
+    (folder / "toy.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return folder / "toy.yaml"
+
+
+def write_trial(folder: Path, label: str, arm: str, seed: int) -> None:
+    folder.mkdir(parents=True)
+    config = {
+        "model": {"path": "/home/somebody/model"},
+        "optimizer": {"learning_rate": 0.1},
+        "kl": {"coef": 0.05},
+        "seed": seed,
+        "output_dir": str(folder),
+        **ARMS[arm],
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    status = {"arm": label, "state": "done", "seconds": 90.0}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(status))
+    lines = [json.dumps(row) + "\n" for row in rows(RATES[arm], KLS[arm], seed)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The task as the packed file alone gives it."""
+    packed = tmp_path / "toy.jsonl.xz"
+    pack.write(pack.collect(write_task(tmp_path), tmp_path / "toy"), packed)
+    return pack.read(packed)
+
+
+# --- the packed file
+
+
+def test_the_packed_file_holds_all_that_the_analysis_reads(tmp_path, study):
+    unpacked = pack.collect(tmp_path / "toy.yaml", tmp_path / "toy")
+    from_folder, from_file = analyse.analyse(unpacked), analyse.analyse(study)
+    assert [a.name for a in from_file] == ["token", "fast", "slow"]
+    assert analyse.markdown(unpacked, from_folder) == analyse.markdown(study, from_file)
+    assert (study.threads, study.chosen) == (2, {"token": {"learning_rate": 0.1}})
+    final = [t for t in study.trials if t.phase == "final"]
+    assert len(final) == 9
+    assert final[0].run.rows[1]["value_loss"] == 0.333333
+    assert all("unwanted" not in row for t in study.trials for row in t.run.rows)
+    searched = next(t for t in study.trials if t.phase == "search")
+    assert searched.run.keys() == {"eval_score_mean", "eval_kl_mean"}
+
+
+def test_the_packed_file_is_reproducible_and_tells_nothing_of_the_machine(tmp_path, study):
+    again = tmp_path / "again.xz"
+    pack.write(study, again)
+    assert again.read_bytes() == (tmp_path / "toy.jsonl.xz").read_bytes()
+    assert "somebody" not in str(study.trials)
+    assert str(tmp_path) not in str(study)
+
+
+def test_runs_that_did_not_end_well_are_left_out_and_named(tmp_path, capsys):
+    file = write_task(tmp_path)
+    failed = tmp_path / "toy" / "final" / "slow" / "seed-1"
+    (failed / "sweep.yaml").write_text("arm: slow\nstate: failed\n")
+    found = pack.collect(file, tmp_path / "toy")
+    assert len(found.runs("final", "slow")) == 2
+    assert f"{failed}: left out, it is failed" in capsys.readouterr().out
+
+
+# --- the analysis
+
+
+def test_final_reward_and_leash_against_sums_by_hand(study):
+    """The last five evaluations are those at 12, 14, 16, 18 and 20: step 16 on average. Seeds add
+    0, 0.01 and 0.02, so that the interval's half is 4.303 (t for 2) * 0.01 / sqrt(3)."""
+    token, fast, slow = analyse.analyse(study)
+    half = 4.303 * 0.01 / math.sqrt(3)
+    for arm in (token, fast, slow):
+        assert arm.reward.value == pytest.approx(16 * RATES[arm.name] + 0.01)
+        assert arm.reward.half == pytest.approx(half)
+        assert arm.kl.value == pytest.approx(KLS[arm.name] + 0.01)
+    assert fast.kl_ratio == pytest.approx(2.11 / 2.01)
+    assert token.against is None
+    assert fast.against is not None
+    assert fast.against.value == pytest.approx(0.32)
+    # Welch: equal variances and counts give 4 degrees of freedom
+    assert fast.against.half == pytest.approx(2.776 * 0.01 * math.sqrt(2 / 3), rel=1e-3)
+
+
+def test_parity_against_steps_by_hand(study):
+    """Token ends at 0.33 on average. At 0.04 an update the average of five evaluations, which lags
+    by 4 updates, is there at 12.25, 12 and 11.75, that is at the evaluations 14, 12 and 12; at
+    0.005 never. Of token's own runs the first ends below the mean and counts as 20."""
+    token, fast, slow = analyse.analyse(study)
+    assert fast.updates.steps == [14, 12, 12]
+    assert fast.updates.ratio == 12 / 20
+    assert fast.seconds.steps == [28, 24, 24]
+    assert slow.updates.steps == [math.inf] * 3
+    assert slow.updates.reached == 0
+    assert token.updates.steps == [math.inf, 20, 20]
+    # 0.9 of the optimum of 0.5: the average reaches 0.45 at 15.25, 15 and 14.75
+    assert fast.near_optimum is not None
+    assert fast.near_optimum.steps == [16, 16, 16]
+    assert slow.near_optimum is not None
+    assert slow.near_optimum.reached == 0
+
+
+def test_a_target_that_is_given_replaces_the_baselines(study):
+    groups = analyse.groups_of(study)
+    found = parity(groups["fast"], groups["token"], target=0.16)
+    assert found is not None
+    assert found.steps == [8, 8, 8]
+
+
+def test_means_over_updates_and_core_hours(study):
+    (token, *_) = analyse.analyse(study)
+    assert token.advantage_variance is not None
+    assert token.advantage_variance.value == pytest.approx(0.25)
+    assert token.explained_variance is not None
+    assert token.explained_variance.value == pytest.approx(21 / 40)
+    assert analyse.core_hours(study) == pytest.approx(12 * 90 * 2 / 3600)
+
+
+def test_the_tables_say_never_and_mark_a_longer_leash(study):
+    token, fast, slow = analyse.markdown(study, analyse.analyse(study)).splitlines()[4:7]
+    assert token.startswith("| token | 3 | 0.33 ± 0.0248 | – | 2.01 ±")
+    assert "| 3 of 3 |" in fast
+    assert "(!)" not in fast
+    assert "1.50 (!)" in slow
+    assert "| 0 of 3 | never" in slow
+
+
+def test_the_page_is_filled_between_its_markers(study, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    docs = tmp_path / "docs"
+    (docs / "study").mkdir(parents=True)
+    pack.write(study, docs / "study" / "toy.jsonl.xz")
+    page = docs / "study.md"
+    page.write_text("before\n<!-- results: toy -->\nold\n<!-- end: toy -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["analyse.py", "--docs", str(docs)])
+    analyse.main()
+    first = page.read_text()
+    assert first.startswith("before\n<!-- results: toy -->\n\n3 arms, 9 final runs, 3 runs of")
+    assert first.endswith("<!-- end: toy -->\nafter\n")
+    assert "old" not in first
+    for name in ("reward", "frontier", "parity"):
+        assert f"(study/toy_{name}.png)" in first
+        assert (docs / "study" / f"toy_{name}.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((docs / "study" / "toy.json").read_text(), parse_constant=pytest.fail)
+    assert found["arms"][2]["updates"]["median"] == "never"
+    analyse.main()
+    assert page.read_text() == first
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="results: toy"):
+        analyse.main()
+
+
+def test_without_token_ppo_there_is_nothing_to_compare_with(study):
+    without = [t for t in study.trials if t.run.arm != "token"]
+    with pytest.raises(SystemExit, match="no final run of 'token'"):
+        analyse.analyse(pack.Study(**{**vars(study), "trials": without}))
+
+
+def test_welchs_interval_against_a_textbooks_formula():
+    ours, theirs = [1.0, 2.0, 4.0, 5.0], [0.0, 0.5]
+    found = difference(ours, theirs)
+    assert found is not None
+    assert found.value == pytest.approx(2.75)
+    a, b = (10 / 3) / 4, 0.125 / 2  # variances of the means
+    freedom = (a + b) ** 2 / (a**2 / 3 + b**2 / 1)
+    assert 3 <= freedom < 4
+    assert found.half == pytest.approx(3.182 * math.sqrt(a + b))
+    assert difference([1.0], theirs) is not None
+    assert difference([1.0], theirs).half is None  # type: ignore[union-attr]
+    assert difference([], theirs) is None
+
+
+# --- choosing the KL coefficient
+
+
+class FakeTask(run.Task):
+    """Runs cost nothing: a held-out KL is what a power law makes of the coefficient."""
+
+    def __init__(self, folder: Path, laws: dict[str, tuple[float, float]]) -> None:
+        self.laws = laws
+        self.asked: list[tuple[str, str, float]] = []
+        file = folder / "toy.yaml"
+        settings = {"equal_kl": True, "search_seeds": [7], "seeds": [0], "learning_rates": [1e-3]}
+        settings["arms"] = {name: {} for name in laws}
+        file.write_text(yaml.safe_dump({**settings, "config": "none.yaml"}))
+        options = {"task": file, "arms": None, "seeds": None, "parallel": 1, "threads": 1}
+        super().__init__(argparse.Namespace(**options, out=folder, overrides=[]))
+        self.folder.mkdir(exist_ok=True)
+
+    def _sweep(self, phase: str, arms: Any, seeds: Any, grid: Any = None) -> list[Any]:
+        found = []
+        for name, keys in arms.items():
+            coef = keys["kl.coef"]
+            self.asked.append((phase, name, coef))
+            scale, power = self.laws[name]
+            evaluated = [{"step": 2 * i, "eval_kl_mean": scale * coef**power} for i in range(6)]
+            found.append(run.Run(name, Path(name), {}, evaluated, [], arm=name))
+        return found
+
+
+LAWS = {"token": (1.0, -1.0), "same": (0.1, -1.0), "loose": (0.5, -0.6), "tight": (0.02, -1.4)}
+
+
+def test_calibration_ends_at_token_ppos_kl(tmp_path):
+    task = FakeTask(tmp_path, LAWS)
+    start = {"learning_rate": 1e-3, "searched_coef": 0.1, "coef": 0.1, "kl": 1.0}
+    task.chosen = {name: dict(start) for name in LAWS}
+    task.calibrate()
+    for name in ("same", "loose", "tight"):
+        scale, power = LAWS[name]
+        assert abs(scale * task.chosen[name]["coef"] ** power - 1.0) <= run.WITHIN
+    assert not any(name == "token" for _, name, _ in task.asked)
+    assert sum(name == "same" for _, name, _ in task.asked) == 1  # right at once
+
+    # started again, with what a stop in the middle left behind: the same steps
+    again = FakeTask(tmp_path, LAWS)
+    again.chosen = {name: {**found, "coef": 123.0} for name, found in task.chosen.items()}
+    again.calibrate()
+    assert again.asked == task.asked
+    assert again.chosen["tight"] == task.chosen["tight"]
+
+
+def test_the_next_coefficient_follows_the_last_two():
+    assert run.next_coefficient([(0.1, 2.0)], 1.0) == pytest.approx(0.2)
+    # KL = coef^-0.5
+    tried = [(1.0, 1.0), (4.0, 0.5)]
+    assert run.next_coefficient(tried, 0.25) == pytest.approx(16.0)
+
+
+# --- the noise of gradients
+
+
+def gradients_around(mean: torch.Tensor, scale: float, count: int, seed: int = 0) -> torch.Tensor:
+    noise = torch.randn((count, len(mean)), generator=torch.Generator().manual_seed(seed))
+    return mean + scale * noise
+
+
+def test_noise_and_cosine_of_gradients_with_known_ones():
+    """Noise of N weights with standard deviation s around m: N s^2 / |m|^2."""
+    mean, other = torch.zeros(400), torch.zeros(400)
+    mean[:4] = 1.0  # |m|^2 = 4
+    other[2:6] = 1.0  # half of it in common
+    ours = gradients_around(mean, 0.3, 200)
+    # the same rollouts: their noise is common to both, and must not count as agreement
+    theirs = ours - mean + other
+    found = gradient_noise.summary(ours, theirs)
+    assert found["noise"] == pytest.approx(400 * 0.09 / 4, rel=0.15)
+    assert found["cosine"] == pytest.approx(0.5, abs=0.1)
+    assert abs(found["noise"] - 9.0) < 1.5 * found["noise_half"]  # type: ignore[operator]
+    # the plain estimates are both far too good
+    plain = ours.mean(0).square().sum()
+    assert ours.var(0).sum() / plain < 0.98 * found["noise"]  # type: ignore[operator]
+    few = gradient_noise.summary(ours[:10], theirs[:10])
+    together = torch.nn.functional.cosine_similarity(ours[:10].mean(0), theirs[:10].mean(0), 0)
+    assert few["cosine"] is None or few["cosine"] < together
+    assert gradient_noise.summary(gradients_around(0 * mean, 1.0, 8), theirs[:8])["noise"] is None
+
+
+def test_gradients_are_of_a_policy_that_stays(tmp_path):
+    """With a macro action a token n-gram and token PPO have the same gradients; the critic learns
+    at first, then stays."""
+    found = []
+    for name, spec in (("token", "token"), ("ngram", {"name": "ngram", "n": 1})):
+        trainer = tiny_trainer(
+            tmp_path / name, segmenter=spec, ppo={"minibatches": 1, "epochs": 1}, steps=4
+        )
+        before = [p.detach().clone() for p in trainer.policy.parameters]
+        assert trainer.critic is not None
+        critic = [p.detach().clone() for p in trainer.critic.parameters]
+        gradients, metrics = gradient_noise.measure(trainer, critic_updates=1, rollouts=3)
+        assert gradients.shape == (3, sum(p.numel() for p in before))
+        assert len(metrics) == 3
+        assert gradients.abs().sum(1).min() > 0
+        assert not torch.equal(gradients[0], gradients[1])
+        for old, new in zip(before, trainer.policy.parameters, strict=True):
+            assert torch.equal(old, new)
+        moved = zip(critic, trainer.critic.parameters, strict=True)
+        assert any(not torch.equal(old, new) for old, new in moved)
+        found.append(gradients)
+    torch.testing.assert_close(found[0], found[1])
+
+
+# --- the configurations
+
+
+def test_the_studys_configurations_are_read():
+    jobs = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig, "evaluate": EvaluateConfig}
+    for path in CONFIGS.glob("*.yaml"):
+        if (job := path.stem.partition("_")[0]) in jobs:
+            load_config(jobs[job], path)
+    load_config(SFTConfig, CONFIGS / "pretrain.yaml")
+
+
+@pytest.mark.parametrize("task", ["recall", "summaries", "sentiment"])
+def test_every_arm_of_a_task_is_a_configuration_of_its_own(task, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = yaml.safe_load((CONFIGS / f"{task}.yaml").read_text())
+    keys = {"config": settings["config"], "arms": settings["arms"], "output_dir": "nowhere"}
+    trials = sweep.plan(SweepConfig(**keys, seeds=settings["seeds"]))
+    different = {json.dumps({**t.config, "output_dir": "", "seed": 0}) for t in trials}
+    assert len(different) == len(settings["arms"])
+    assert {"token", *settings["curves"]} <= settings["arms"].keys()
+    assert not set(settings["seeds"]) & set(settings["search_seeds"])

@@ -137,6 +137,7 @@ def test_final_reward_and_leash_against_sums_by_hand(study):
     for arm in (token, fast, slow):
         assert arm.reward.value == pytest.approx(16 * RATES[arm.name] + 0.01)
         assert arm.reward.half == pytest.approx(half)
+        assert arm.kl is not None
         assert arm.kl.value == pytest.approx(KLS[arm.name] + 0.01)
     assert fast.kl_ratio == pytest.approx(2.11 / 2.01)
     assert token.against is None
@@ -212,6 +213,17 @@ def test_the_page_is_filled_between_its_markers(study, tmp_path, monkeypatch):
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="results: toy"):
         analyse.main()
+
+
+def test_a_task_without_a_leash_has_no_kl(tmp_path, study):
+    for trial in study.trials:
+        for row in trial.run.rows:
+            row.pop("eval_kl_mean", None)
+    arms = analyse.analyse(study)
+    token = analyse.markdown(study, arms).splitlines()[4]
+    assert token.startswith("| token | 3 | 0.33 ± 0.0248 | – | – | – | 2 of 3 |")
+    analyse.draw_figures(study, arms, tmp_path)
+    assert not (tmp_path / "toy_frontier.png").exists()
 
 
 def test_without_token_ppo_there_is_nothing_to_compare_with(study):

@@ -7,7 +7,7 @@ between the markers `<!-- results: TASK -->` and `<!-- end: TASK -->`.
 
 reward      of held-out prompts, mean over a run's last 5 evaluations, mean over seeds with its 95%
             interval (Student's t); against token PPO: the difference with Welch's 95% interval
-KL          likewise, and its ratio to token PPO's
+KL          likewise, and its ratio to token PPO's; without a KL penalty nobody measures it
 parity      updates until the held-out reward, averaged over 5 evaluations, reaches token PPO's
             final mean; medians and their ratio to token PPO's with 95% bootstrap intervals; seconds
             likewise (`marlhf.report.groups.parity`)
@@ -50,8 +50,8 @@ class Arm:
     kl_coef: float
     reward: Mean
     against: Mean | None
-    kl: Mean
-    kl_ratio: float
+    kl: Mean | None
+    kl_ratio: float | None
     updates: Parity
     seconds: Parity
     near_optimum: Parity | None
@@ -96,12 +96,10 @@ def analyse(study: Study) -> list[Arm]:
 
 
 def _arm(study: Study, group: Group, token: Group) -> Arm:
-    reward, kl = Mean.of(finals(group)), Mean.of(finals(group, "eval_kl_mean"))
-    leash = Mean.of(finals(token, "eval_kl_mean"))
-    updates, seconds = parity(group, token), parity(group, token, seconds=True)
+    reward, updates = Mean.of(finals(group)), parity(group, token)
+    seconds = parity(group, token, seconds=True)
+    kl, leash = (Mean.of(finals(g, "eval_kl_mean")) for g in (group, token))
     assert reward is not None
-    assert kl is not None
-    assert leash is not None
     assert updates is not None
     assert seconds is not None
     best = study.settings.get("optimum")
@@ -113,7 +111,7 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
         reward=reward,
         against=None if group is token else difference(finals(group), finals(token)),
         kl=kl,
-        kl_ratio=kl.value / leash.value if leash.value else math.nan,
+        kl_ratio=kl.value / leash.value if kl and leash and leash.value else None,
         updates=updates,
         seconds=seconds,
         near_optimum=best and parity(group, token, target=NEAR * best),
@@ -175,6 +173,7 @@ def markdown(study: Study, arms: list[Arm]) -> str:
             ("frontier", "Held-out reward by KL"),
             ("parity", "Updates to parity, as a ratio to token PPO's"),
         )
+        if name != "frontier" or arms[0].kl
     )
     return "\n\n".join([counts, outcome_table(arms), cause_table(arms), figures])
 
@@ -223,7 +222,9 @@ def cause_table(arms: list[Arm]) -> str:
     return _table(heads, rows)
 
 
-def _leash(ratio: float) -> str:
+def _leash(ratio: float | None) -> str:
+    if ratio is None:
+        return "–"
     return f"{ratio:.2f}" + (" (!)" if abs(ratio - 1) > LEASH else "")
 
 
@@ -257,7 +258,8 @@ def draw_figures(study: Study, arms: list[Arm], folder: Path) -> None:
     shown = [Group(name, i, groups[name].runs) for i, name in enumerate(wanted)]
     curves = figure(shown, "eval_score_mean", "Held-out reward").by_step
     save(draw(curves), folder / f"{study.task}_reward.png")
-    if (chart := frontier(shown)) is not None:
+    chart = frontier(shown)
+    if arms[0].kl and chart is not None:
         save(draw(chart), folder / f"{study.task}_frontier.png")
     save(draw_parity(arms), folder / f"{study.task}_parity.png")
 

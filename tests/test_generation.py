@@ -8,11 +8,11 @@ import pytest
 import torch
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
-from marlhf import packing
+from marlhf import generation, packing
 from marlhf.config import RolloutSettings
-from marlhf.generation import generate, left_pad
+from marlhf.generation import KeysAndValues, generate, left_pad
 from marlhf.models import Policy
 from marlhf.types import Generation
 
@@ -77,6 +77,45 @@ def test_a_row_is_sampled_alike_in_any_batch(family: str) -> None:
     assert responses(turned) == together[::-1]
     others = sample(model, prompts=prompts, seeds=list(range(7, 19)), max_new_tokens=20)
     assert responses(others) != together
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma", "gemma2", "qwen2", "qwen3", "mistral"]
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bf16_keys_and_values_change_no_sample(
+    family: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention rounds what it reads to bf16 anyway: samples are those of a cache in fp32."""
+    window = {"sliding_window": 5} if family in ("gemma2", "mistral") else {}
+    model = tiny_causal_lm(family, BYTES_VOCAB, attn_implementation=attention, **window)
+    model.generation_config.eos_token_id = list(range(0, BYTES_VOCAB, 20))
+    logits: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    caches: list[Any] = []
+
+    def sampled(kind: type[DynamicCache], bf16: bool = True) -> tuple[list[list[int]], Tensor]:
+        def made(**arguments: Any) -> DynamicCache:
+            caches.append(kind(**arguments))
+            return caches[-1]
+
+        monkeypatch.setattr(generation, "KeysAndValues", made)
+        logits.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found = responses(sample(model, prompts=PROMPTS * 4, max_new_tokens=30))
+        return found, torch.cat([x[:, -1] for x in logits])
+
+    found, wanted, in_fp32 = (
+        sampled(KeysAndValues),
+        sampled(DynamicCache),
+        sampled(KeysAndValues, False),
+    )
+    assert found[0] == wanted[0]
+    assert torch.equal(found[1], wanted[1])
+    dtypes = [{x.dtype for layer in c.layers for x in (layer.keys, layer.values)} for c in caches]
+    before = torch.bfloat16 if family == "gpt2" else torch.float32  # its positions are not rotary
+    assert dtypes == [{torch.bfloat16}, {before}, {torch.float32}]
+    assert not torch.equal(found[1][: len(PROMPTS)].float(), in_fp32[1][: len(PROMPTS)])
 
 
 def rows_of_passes(model: Any, run: Any) -> list[tuple[int, ...]]:

@@ -194,6 +194,18 @@ def test_generation_keeps_keys_and_values_of_every_row(plain):
     assert plain.generation.rest > rows * 300 * (3 * 4 + 2 * 8)  # logits in fp32, noise in fp64
 
 
+def test_sampling_in_bf16_keeps_keys_values_and_gathered_matrices_in_it(folder, plain):
+    given = config(folder, precision="bf16")
+    counter = PassCounter(given, fake_models(given))
+    whole, sharded = counter.run(2).generation, counter.run(2, sharded=True).generation
+    assert whole.cache == sharded.cache == plain.generation.cache / 2
+    rows = 300 * 64 + (2 * 2 + 1) * 64  # embeddings and norms stay in fp32
+    matrices = plain.models["policy"].trained - rows
+    assert plain.generation.gathered == BYTES * (rows + matrices)
+    assert sharded.gathered == BYTES * rows + 2 * matrices
+    assert sharded.rest < whole.rest  # autocast keeps no copies
+
+
 def test_checkpointing_and_smaller_micro_batches_need_less(folder, plain):
     whole = plain.training["policy"]
     checkpointing = counted(folder, gradient_checkpointing=True).training["policy"]
@@ -230,7 +242,7 @@ def _run(count: int) -> Run:
     """A policy alone, whose training needs ten times its weights, gradients included."""
     size = Weights(0, count, count, count)
     passes = Training([Moment(10 * BYTES * count, BYTES * count, BYTES * count)], False)
-    return Run({"policy": size}, {"policy": passes}, {"policy": 0}, Generation(0, 0))
+    return Run({"policy": size}, {"policy": passes}, {"policy": 0}, Generation(0, 0, BYTES * count))
 
 
 def test_bytes_a_parameter_of_every_profile():
@@ -276,7 +288,7 @@ def test_gradients_of_every_profile_by_hand(profile, gradients, wanted):
     moments = [Moment(size, size, size) for size in sizes]
     size = Weights(0, count, 0, HUNDRED // BYTES // 4)
     run = Run(
-        {"policy": size}, {"policy": Training(moments, False)}, {"policy": 0}, Generation(0, 0)
+        {"policy": size}, {"policy": Training(moments, False)}, {"policy": 0}, Generation(0, 0, 0)
     )
     phase = estimate(run, profile, 3).phases["train policy"]
     assert phase.gradients + phase.activations == pytest.approx(HUNDRED * wanted)

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from marlhf import loading
 from marlhf.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
+from marlhf.distributed import in_bf16, linear_weights, reading
 from marlhf.errors import UserError, one_line
+from marlhf.generation import KeysAndValues
 from marlhf.kl_control import reads_reference
 from marlhf.memory import Generation, Moment, Run, Training, Weights
 from marlhf.models import Critic, Policy, target_logprobs, trunk_forward, trunk_of, use_adapter
@@ -245,8 +248,9 @@ class PassCounter:
         return self._counted[key]
 
     @contextmanager
-    def _counting(self, cache: bool) -> Iterator[LiveBytes]:
-        with torch.no_grad(), LiveBytes(self._known) as count, self._autocast(cache):
+    def _counting(self, cache: bool, beside: Sequence[Tensor] = ()) -> Iterator[LiveBytes]:
+        known = [*self._known, *beside]
+        with torch.no_grad(), LiveBytes(known) as count, self._autocast(cache):
             yield count
 
     def _autocast(self, cache: bool) -> Any:
@@ -289,11 +293,14 @@ class PassCounter:
         return count.peak
 
     def _generation(self, rows: int, cache: bool) -> Generation:
-        """Reading the prompts, and sampling the last token of the longest responses."""
+        """Reading the prompts, and sampling the last token of the longest responses; with weights
+        as `Distributed.gathered` has them where autocast must not keep copies."""
         policy, config = self._models.policy, self._config
         lm = _causal_lm(policy).eval()
+        base = {p for p in lm.parameters() if not (config.model.lora and p.requires_grad)}
+        rounded = {p: in_bf16(p) for p in linear_weights(lm) if p in base and not cache}
 
-        def read(ids: Tensor, mask: Tensor, past: Any = None) -> Any:
+        def read(ids: Tensor, mask: Tensor, past: KeysAndValues) -> Any:
             return lm(
                 input_ids=ids,
                 attention_mask=mask.long(),
@@ -302,16 +309,22 @@ class PassCounter:
                 logits_to_keep=1,
             )
 
-        with use_adapter(policy.model, policy.adapter):
-            with self._counting(cache) as first:
-                read(*_tokens(rows, config.rollout.max_prompt_length))
-            with self._counting(cache) as last:
-                past = read(*_tokens(rows, _length(config) - 1)).past_key_values
+        counting = partial(self._counting, cache, list(rounded.values()))
+        with use_adapter(policy.model, policy.adapter), reading(lm, rounded):
+            gathered = sum(p.nbytes for p in lm.parameters() if p in base.union(rounded.values()))
+            with counting() as first:
+                read(
+                    *_tokens(rows, config.rollout.max_prompt_length),
+                    KeysAndValues(config=lm.config),
+                )
+            with counting() as last:
+                past = KeysAndValues(config=lm.config)
+                read(*_tokens(rows, _length(config) - 1), past)
                 kept = sum(x.nbytes for layer in past.layers for x in (layer.keys, layer.values))
                 last.peak = last.live
                 ids, mask = _tokens(rows, _length(config))
                 _sample(read(ids[:, -1:], mask, past).logits, config)
-        return Generation(kept, max(first.peak, last.peak) - kept)
+        return Generation(kept, max(first.peak, last.peak) - kept, gathered)
 
 
 def _rows(config: PPOConfig, ranks: int) -> int:

@@ -137,7 +137,7 @@ class _Reader:
     def __init__(self, lm: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         """Read `prompt_ids [U,P]`."""
         self._lm, self._trunk, self._head = lm, trunk_of(lm), head_of(lm)
-        self._cache: Cache = DynamicCache(config=lm.config)
+        self._cache: Cache = KeysAndValues(config=lm.config)
         self._mask = prompt_mask.long()
         self._next = prompt_mask.sum(1)  # position of the next token
         self._logits = self._read(prompt_ids, (self._mask.cumsum(1) - 1).clamp(min=0))
@@ -174,6 +174,21 @@ class _Reader:
             use_cache=True,
         )
         return self._head(output.last_hidden_state[:, -1]).float()
+
+
+class KeysAndValues(DynamicCache):
+    """Keys and values as attention reads them: under autocast in its precision, to which products
+    would round them for every token again. A rotation of positions has made fp32 of keys."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add those of new tokens to a layer's; returns all of the layer's."""
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class _Buffer(DynamicLayer):

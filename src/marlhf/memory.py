@@ -80,10 +80,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Generation:
-    """Bytes of sampling responses: keys and values of all rows, and all else at its peak."""
+    """Bytes of sampling responses: keys and values of all rows, all else at its peak, and the
+    policy's weights where ZeRO-3 gathers them for it."""
 
     cache: int
     rest: int
+    gathered: int
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def estimate(run: Run, profile: Profile, ranks: int) -> Estimate:
     scorings = [
         Phase(_gathered(run.models[name], profile), 0, size) for name, size in run.scoring.items()
     ]
-    whole = FP32 * run.models["policy"].reads if is_sharded(profile) else 0
+    whole = run.generation.gathered if is_sharded(profile) else 0
     sampling = Phase(whole, 0, run.generation.cache + run.generation.rest)
     phases = {"generate": sampling, "score": max(scorings, key=_total)} | {
         f"train {name}": _training(run.models[name], size, profile, ranks)

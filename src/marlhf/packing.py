@@ -109,7 +109,9 @@ def _linear(
     for i, layer in enumerate(layers):
         if hasattr(layer, "base_layer"):
             update = layer.get_delta_weight(adapter)
-            weights[i] = weights[i] + (update.T if type(layer.base_layer) is Conv1D else update)
+            update = update.T if type(layer.base_layer) is Conv1D else update
+            # rounded before, as it already is where ZeRO-3 gathered it: samples stay the same
+            weights[i] = weights[i].to(dtype) + update
     bias = _bias_of(layers, weights, dtype)
     blocked = torch.ops.mkldnn._reorder_linear_weight(
         torch.cat([weight.to(dtype) for weight in weights]), rows

@@ -33,6 +33,35 @@ _BUFFERS = {
 Result = TypeVar("Result")
 
 
+def linear_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of linear layers, each once."""
+    parts = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return list(dict.fromkeys(p for part in parts for p in part.parameters(recurse=False)))
+
+
+def in_bf16(parameter: nn.Parameter) -> nn.Parameter:
+    """A copy without a gradient."""
+    return nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
+
+
+@contextmanager
+def reading(module: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Within, the linear layers of a module read `others` instead of their parameters. What reads
+    the same parameter, as embeddings may, goes on to read that."""
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                named = [(name, p) for name, p in part.named_parameters(recurse=False)]
+                replaced += [(part, name, p) for name, p in named if p in others]
+        for part, name, parameter in replaced:
+            part._parameters[name] = others[parameter]
+        yield
+    finally:
+        for part, name, parameter in replaced:
+            part._parameters[name] = parameter
+
+
 class PeerError(RuntimeError):
     """Another rank failed; the message says which and how."""
 
@@ -182,20 +211,31 @@ class Distributed:
         return module
 
     @contextmanager
-    def gathered(self, module: nn.Module) -> Iterator[None]:
+    def gathered(self, module: nn.Module, to_sample: bool = False) -> Iterator[None]:
         """Under ZeRO-3, have all of a module's weights here at once, so that a forward pass within
-        needs no other rank; elsewhere nothing happens. To be entered on all ranks alike."""
+        needs no other rank; elsewhere nothing happens. To be entered on all ranks alike.
+
+        to_sample   under autocast, have those of linear layers as copies in its precision, to which
+                    it would round them in every product
+        """
         parameters = {p for p in module.parameters() if hasattr(p, "ds_id")}
         if not parameters:
             yield
             return
         from deepspeed.runtime.zero import GatheredParameters
 
+        rounded: dict[nn.Parameter, nn.Parameter] = {}
+        for parameter in linear_weights(module) if to_sample and self._precision == "bf16" else ():
+            if parameter in parameters:
+                with _whole(parameter):  # one at a time
+                    rounded[parameter] = in_bf16(parameter)
         with ExitStack() as stack:
-            stack.enter_context(GatheredParameters(list(parameters)))
             for offload in self._offloads:
                 if not parameters.isdisjoint(offload.module.parameters()):
                     stack.enter_context(_without_hooks(offload))
+            stack.enter_context(reading(module, rounded))
+            others = [p for p in module.parameters() if p in parameters]
+            stack.enter_context(GatheredParameters(others))
             yield
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from launches_for_tests import (
     assert_the_same,
     launch,
     metrics,
+    responses,
     run,
     sharding_everything,
 )
@@ -76,6 +77,23 @@ def test_zero_3_does_what_one_process_does(alone: Path, tmp_path: Path) -> None:
     assert found["policy"] == found["critic"] == "DeepSpeedEngine"
     assert found["reference_here"] == 0  # no rank keeps a weight of it
     assert_the_same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("case", ["tied embeddings", "lora"])
+def test_zero_3_samples_in_bf16_what_one_process_does(case: str, tmp_path: Path) -> None:
+    """From copies of its matrices in bf16: autocast would round them so in every product. In fp32
+    stays what it leaves alone, tied embeddings too: the head reads a copy of them."""
+    lora = case == "lora"
+    model = {"precision": "bf16", **({"lora": {"r": 4}} if lora else {})}
+    sections: dict[str, Any] = {"model": model, "family": "qwen2" if lora else "gemma"}
+    alone = launch(tmp_path / "one", [], sections)
+    found = launch(tmp_path / "run", accelerate(sharding_everything(tmp_path)), sections)
+    assert found["stage"] == 3
+    assert responses(tmp_path / "run") == responses(tmp_path / "one")
+    linear = ["bfloat16", "float32"] if lora else ["bfloat16"]  # adapters are not sharded
+    assert found["sampled_in"].pop("Linear") == linear
+    assert alone["sampled_in"].pop("Linear") == ["float32"]
+    assert {*map(tuple, found["sampled_in"].values())} == {("float32",)}
 
 
 def test_options_under_zero_3(tmp_path: Path) -> None:

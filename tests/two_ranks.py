@@ -5,6 +5,7 @@ It leaves the run's files, the critic's weights, and `launch.json`: how the mode
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,22 @@ def goes_on_after_loading(trainer: PPOTrainer, folder: Path) -> bool:
     return first == second and all(torch.equal(a, b) for a, b in pairs)
 
 
+def noting_dtypes(trainer: PPOTrainer) -> dict[str, list[str]]:
+    """Of the policy's weights while it samples, by the kind of their layer."""
+    found: dict[str, list[str]] = {}
+    real = trainer.worker.generate
+
+    def generate(policy: Any, *arguments: Any) -> Any:
+        for part in policy.model.modules():
+            for parameter in part.parameters(recurse=False):
+                name = str(parameter.dtype).removeprefix("torch.")
+                found[type(part).__name__] = sorted({*found.get(type(part).__name__, []), name})
+        return real(policy, *arguments)
+
+    trainer.worker = replace(trainer.worker, generate=generate)
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -51,6 +68,7 @@ def main() -> None:
     resume = sections.pop("resume", False)
     trainer = tiny_trainer(folder, **sections)
     trainer.eval_prompts = list(trainer.stream.prompts[:3])  # an uneven share each
+    sampled_in = noting_dtypes(trainer)
     trainer.train()
     distributed = trainer.distributed
     assert trainer.reference is not None
@@ -60,6 +78,7 @@ def main() -> None:
         "policy": type(trainer.policy.model).__name__,
         "critic": trainer.critic and type(trainer.critic.model).__name__,
         "reference_here": sum(p.numel() for p in trainer.reference.parameters()),
+        "sampled_in": sampled_in,
         "goes_on": resume and goes_on_after_loading(trainer, folder),
     }
     critic = weights(trainer, trainer.critic.model) if trainer.critic else {}

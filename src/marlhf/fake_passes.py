@@ -318,7 +318,7 @@ class PassCounter:
                     KeysAndValues(config=lm.config),
                 )
             with counting() as last:
-                past = KeysAndValues(config=lm.config)
+                past: Any = KeysAndValues(config=lm.config)
                 read(*_tokens(rows, _length(config) - 1), past)
                 kept = sum(x.nbytes for layer in past.layers for x in (layer.keys, layer.values))
                 last.peak = last.live

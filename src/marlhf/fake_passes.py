@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from marlhf import loading
 from marlhf.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
-from marlhf.distributed import in_bf16, linear_weights, reading
+from marlhf.distributed import in_bf16, linear_layers, reading
 from marlhf.errors import UserError, one_line
 from marlhf.generation import KeysAndValues
 from marlhf.kl_control import reads_reference
@@ -298,7 +298,9 @@ class PassCounter:
         policy, config = self._models.policy, self._config
         lm = _causal_lm(policy).eval()
         base = {p for p in lm.parameters() if not (config.model.lora and p.requires_grad)}
-        rounded = {p: in_bf16(p) for p in linear_weights(lm) if p in base and not cache}
+        linear = [] if cache else linear_layers(lm)
+        weights = (p for layer in linear for p in layer.parameters(recurse=False) if p in base)
+        rounded = {p: in_bf16(p) for p in weights}
 
         def read(ids: Tensor, mask: Tensor, past: KeysAndValues) -> Any:
             return lm(
@@ -310,7 +312,7 @@ class PassCounter:
             )
 
         counting = partial(self._counting, cache, list(rounded.values()))
-        with use_adapter(policy.model, policy.adapter), reading(lm, rounded):
+        with use_adapter(policy.model, policy.adapter), reading(linear, rounded):
             gathered = sum(p.nbytes for p in lm.parameters() if p in base.union(rounded.values()))
             with counting() as first:
                 read(

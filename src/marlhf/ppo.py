@@ -239,7 +239,7 @@ class PPOTrainer:
         """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
         policy = self.distributed.unwrap(self.policy.model)
         write = partial(loading.save_policy, policy, self.tokenizer, Path(folder))
-        with self.distributed.gathered(policy), writing(self.run.path):
+        with self.distributed.whole_on_cpu(policy), writing(self.run.path):
             self.distributed.together(write if self.distributed.is_main else lambda: None)
 
     # -- one update ------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class RolloutWorker:
             )
             seeds = [row_seed(seed, step, row) for row in row_ids]
             policy: Policy = self.distributed.unwrap(self.policy)
-            with self.distributed.gathered(policy, to_sample=True), self.distributed.autocast():
+            with self.distributed.gathered(policy), self.distributed.autocast():
                 generation = self.generate(policy, self.tokenizer, encoded, seeds, settings)
         with timer("score"):
             sequences = Sequences.of(generation)

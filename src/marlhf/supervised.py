@@ -150,9 +150,9 @@ class SupervisedTrainer:
             run.close()
 
     def write_final(self, write: Callable[[], None]) -> None:
-        """Call `write` on the main rank, all weights at hand; whatever fails there ends all
+        """Call `write` on the main rank, all weights there; whatever fails there ends all
         ranks."""
-        with self.distributed.gathered(self.task.module), writing(self.run.path):
+        with self.distributed.whole_on_cpu(self.task.module), writing(self.run.path):
             self.distributed.together(write if self.distributed.is_main else lambda: None)
 
     def _train(self, signals: StopSignals) -> None:

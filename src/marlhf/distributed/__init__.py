@@ -16,6 +16,6 @@ cannot share sharded weights, and sharding adapters, a hundredth of the whole, w
 they stay replicated, and DDP sums their gradients.
 """
 
-from marlhf.distributed.ranks import Distributed, PeerError, in_bf16, linear_weights, reading
+from marlhf.distributed.ranks import Distributed, PeerError, in_bf16, linear_layers, reading
 
-__all__ = ["Distributed", "PeerError", "in_bf16", "linear_weights", "reading"]
+__all__ = ["Distributed", "PeerError", "in_bf16", "linear_layers", "reading"]

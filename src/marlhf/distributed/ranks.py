@@ -7,7 +7,7 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -33,10 +33,9 @@ _BUFFERS = {
 Result = TypeVar("Result")
 
 
-def linear_weights(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of linear layers, each once."""
-    parts = (part for part in module.modules() if isinstance(part, nn.Linear))
-    return list(dict.fromkeys(p for part in parts for p in part.parameters(recurse=False)))
+def linear_layers(module: nn.Module) -> list[nn.Linear]:
+    """Those of a module."""
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def in_bf16(parameter: nn.Parameter) -> nn.Parameter:
@@ -45,17 +44,20 @@ def in_bf16(parameter: nn.Parameter) -> nn.Parameter:
 
 
 @contextmanager
-def reading(module: nn.Module, others: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-    """Within, the linear layers of a module read `others` instead of their parameters. What reads
-    the same parameter, as embeddings may, goes on to read that."""
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+def reading(
+    parts: Iterable[nn.Module], others: Mapping[nn.Parameter, nn.Parameter]
+) -> Iterator[None]:
+    """Within, these modules, without what is below them, have `others` in the place of their
+    parameters. Another module that shares one, as embeddings may, goes on to have that."""
+    replaced = [
+        (part, name, parameter)
+        for part in parts
+        for name, parameter in part.named_parameters(recurse=False)
+        if parameter in others
+    ]
+    for part, name, parameter in replaced:
+        part._parameters[name] = others[parameter]
     try:
-        for part in module.modules():
-            if isinstance(part, nn.Linear):
-                named = [(name, p) for name, p in part.named_parameters(recurse=False)]
-                replaced += [(part, name, p) for name, p in named if p in others]
-        for part, name, parameter in replaced:
-            part._parameters[name] = others[parameter]
         yield
     finally:
         for part, name, parameter in replaced:
@@ -211,12 +213,11 @@ class Distributed:
         return module
 
     @contextmanager
-    def gathered(self, module: nn.Module, to_sample: bool = False) -> Iterator[None]:
+    def gathered(self, module: nn.Module) -> Iterator[None]:
         """Under ZeRO-3, have all of a module's weights here at once, so that a forward pass within
         needs no other rank; elsewhere nothing happens. To be entered on all ranks alike.
 
-        to_sample   under autocast, have those of linear layers as copies in its precision, to which
-                    it would round them in every product
+        In bf16 those of linear layers are copies, rounded as autocast would in every product.
         """
         parameters = {p for p in module.parameters() if hasattr(p, "ds_id")}
         if not parameters:
@@ -224,8 +225,9 @@ class Distributed:
             return
         from deepspeed.runtime.zero import GatheredParameters
 
+        linear = linear_layers(module) if self._precision == "bf16" else []
         rounded: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter in linear_weights(module) if to_sample and self._precision == "bf16" else ():
+        for parameter in (p for layer in linear for p in layer.parameters(recurse=False)):
             if parameter in parameters:
                 with _whole(parameter):  # one at a time
                     rounded[parameter] = in_bf16(parameter)
@@ -233,9 +235,22 @@ class Distributed:
             for offload in self._offloads:
                 if not parameters.isdisjoint(offload.module.parameters()):
                     stack.enter_context(_without_hooks(offload))
-            stack.enter_context(reading(module, rounded))
+            stack.enter_context(reading(linear, rounded))
             others = [p for p in module.parameters() if p in parameters]
             stack.enter_context(GatheredParameters(others))
+            yield
+
+    @contextmanager
+    def whole_on_cpu(self, module: nn.Module) -> Iterator[None]:
+        """Under ZeRO-3, have a module's weights on the CPU of the first rank, to write them: no
+        device need hold all. Elsewhere nothing happens. To be entered on all ranks alike."""
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        for parameter in module.parameters() if self._is_sharded(module) else ():
+            with _whole(parameter):
+                if self.is_main:
+                    whole = parameter.detach().to("cpu", copy=True)
+                    copies[parameter] = nn.Parameter(whole, parameter.requires_grad)
+        with reading(module.modules(), copies):
             yield
 
     @torch.no_grad()

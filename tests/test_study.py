@@ -256,7 +256,8 @@ class FakeTask(run.Task):
         self.laws = laws
         self.asked: list[tuple[str, str, float]] = []
         file = folder / "toy.yaml"
-        settings = {"equal_kl": True, "search_seeds": [7], "seeds": [0], "learning_rates": [1e-3]}
+        settings = {"equal_kl": True, "seeds": [0], "calibration_seeds": [7, 8]}
+        settings["learning_rates"] = [1e-3]
         settings["arms"] = {name: {} for name in laws}
         file.write_text(yaml.safe_dump({**settings, "config": "none.yaml"}))
         options = {"task": file, "arms": None, "seeds": None, "parallel": 1, "threads": 1}
@@ -266,26 +267,30 @@ class FakeTask(run.Task):
     def _sweep(self, phase: str, arms: Any, seeds: Any, grid: Any = None) -> list[Any]:
         found = []
         for name, keys in arms.items():
-            coef = keys["kl.coef"]
+            coef = keys.get("kl.coef", 0.1)
             self.asked.append((phase, name, coef))
             scale, power = self.laws[name]
-            evaluated = [{"step": 2 * i, "eval_kl_mean": scale * coef**power} for i in range(6)]
-            found.append(run.Run(name, Path(name), {}, evaluated, [], arm=name))
+            config = {"kl": {"coef": coef}}
+            for factor in (0.9, 1.1):  # seeds differ
+                kl = factor * scale * coef**power
+                evaluated = [{"step": 2 * i, "eval_kl_mean": kl} for i in range(6)]
+                found.append(run.Run(name, Path(name), config, evaluated, [], arm=name))
         return found
 
 
-LAWS = {"token": (1.0, -1.0), "same": (0.1, -1.0), "loose": (0.5, -0.6), "tight": (0.02, -1.4)}
+LAWS = {"token": (0.1, -1.0), "same": (0.1, -1.0), "loose": (0.5, -0.6), "tight": (0.02, -1.4)}
 
 
 def test_calibration_ends_at_token_ppos_kl(tmp_path):
     task = FakeTask(tmp_path, LAWS)
-    start = {"learning_rate": 1e-3, "searched_coef": 0.1, "coef": 0.1, "kl": 1.0}
-    task.chosen = {name: dict(start) for name in LAWS}
+    task.search()  # one learning rate: nothing to run
+    assert not task.asked
     task.calibrate()
     for name in ("same", "loose", "tight"):
         scale, power = LAWS[name]
         assert abs(scale * task.chosen[name]["coef"] ** power - 1.0) <= run.WITHIN
-    assert not any(name == "token" for _, name, _ in task.asked)
+    assert [asked for asked in task.asked if asked[1] == "token"] == [("calibrate-0", "token", 0.1)]
+    assert task.chosen["token"]["kl"] == pytest.approx(1.0)
     assert sum(name == "same" for _, name, _ in task.asked) == 1  # right at once
 
     # started again, with what a stop in the middle left behind: the same steps
@@ -376,4 +381,6 @@ def test_every_arm_of_a_task_is_a_configuration_of_its_own(task, monkeypatch):
     different = {json.dumps({**t.config, "output_dir": "", "seed": 0}) for t in trials}
     assert len(different) == len(settings["arms"])
     assert {"token", *settings["curves"]} <= settings["arms"].keys()
-    assert not set(settings["seeds"]) & set(settings["search_seeds"])
+    others = settings.get("search_seeds", []) + settings.get("calibration_seeds", [])
+    assert others
+    assert not set(settings["seeds"]) & set(others)

@@ -3,9 +3,10 @@
     python scripts/study/run.py configs/study/summaries.yaml --phase all --parallel 2
 
 search      every arm at every learning rate, on seeds of their own, with the KL coefficient steered
-            so that all end at the KL of token PPO, where the task asks for equal KL; of a task with
-            one learning rate token PPO alone, for its KL
-calibrate   for each other arm the fixed KL coefficient with which it ends within 10% of that KL
+            so that all end at the KL of token PPO, where the task asks for equal KL; left out where
+            the task has one learning rate alone
+calibrate   token PPO for its final KL, and for each other arm the fixed KL coefficient with which
+            it ends within 10% of that, on seeds that are not reported either
 final       every arm with what was chosen, on the seeds that are reported
 
 Every phase is a `marlhf sweep` below runs/study/TASK; started again, it goes on where it stopped.
@@ -78,12 +79,12 @@ class Task:
 
     def search(self) -> None:
         """Choose the learning rate of each arm by its last held-out scores."""
+        if len(self.settings["learning_rates"]) == 1:
+            (rate,) = self.settings["learning_rates"]
+            self.chosen |= {name: {"learning_rate": rate} for name in self.arms}
+            return self._keep()
         self._search({TOKEN: self.arms[TOKEN]})
         others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
-        if len(self.settings["learning_rates"]) == 1:
-            token = self.chosen[TOKEN]
-            self.chosen |= {name: dict(token) for name in others}
-            return self._keep()
         if self.settings["equal_kl"]:
             steer = {"kl.target": self.chosen[TOKEN]["kl"], "kl.horizon": self.settings["horizon"]}
             others = {name: {**keys, **steer} for name, keys in others.items()}
@@ -115,12 +116,16 @@ class Task:
 
         Started again, it takes the same steps, of which those that are done cost nothing.
         """
-        target = self.chosen[TOKEN]["kl"]
+        seeds, token = self.settings["calibration_seeds"], self.chosen[TOKEN]
+        rate = {"optimizer.learning_rate": token["learning_rate"]}
+        runs = self._sweep("calibrate-0", {TOKEN: self.arms[TOKEN] | rate}, seeds)
+        target = token["kl"] = mean(runs, "eval_kl_mean")
+        token["coef"] = runs[0].config["kl"]["coef"]
         others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
         tried: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
-        for name in others:
-            self.chosen[name]["coef"] = self.chosen[name]["searched_coef"]
-        for number in range(ROUNDS):
+        for chosen in map(self.chosen.__getitem__, others):
+            chosen["coef"] = chosen.get("searched_coef", token["coef"])
+        for number in range(1, ROUNDS + 1):
             left = {
                 name: keys
                 for name, keys in others.items()
@@ -129,7 +134,7 @@ class Task:
             if not left:
                 break
             arms = {name: {**keys, **self._settings(name)} for name, keys in left.items()}
-            runs = self._sweep(f"calibrate-{number}", arms, self.settings["search_seeds"])
+            runs = self._sweep(f"calibrate-{number}", arms, seeds)
             for name in left:
                 kl = mean([run for run in runs if run.arm == name], "eval_kl_mean")
                 tried[name].append((self.chosen[name]["coef"], kl))

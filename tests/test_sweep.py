@@ -233,7 +233,8 @@ def test_a_run_whose_end_was_not_recorded_is_done_if_its_model_is_there(tmp_path
 def test_a_signal_stops_the_runs_and_leaves_no_process(number, tmp_path, fake_job):
     """In a process of its own, as a signal would also hit pytest."""
     program = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 sys.path[:0] = {sys.path!r}
 from marlhf import sweep
 from marlhf.cli import main

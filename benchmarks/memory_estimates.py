@@ -7,7 +7,8 @@ if there is one, and reads the peak of each: the resident set on a CPU, on a GPU
 `torch.cuda.max_memory_allocated`. On a CPU a tiny model's run under the same profile is subtracted:
 Python, its libraries and the connection between ranks. The C library is told to give freed tensors
 back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built, as
-reading them is no part of an update. Needs about 14 GB; the cases with small models about 4.
+reading them is no part of an update. The copies of weights that only a CPU samples from are left
+out (`marlhf.packing`). Needs about 14 GB; the cases with small models about 4.
 """
 
 from __future__ import annotations
@@ -229,8 +230,10 @@ def run_rank(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    from marlhf import packing
     from marlhf.ppo import PPOTrainer
 
+    packing._FEWEST_TOKENS = sys.maxsize
     case = json.loads((folder / "case.json").read_text())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, []))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = ROOT / "examples" / "summaries_pipeline.py"
     paths = ["--data", str(DATA), "--model", str(MODEL), "--out", str(folder)]
     command = [sys.executable, str(script), *paths, *SIZES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    all_cores = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # see conftest
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=all_cores)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

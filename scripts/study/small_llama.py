@@ -1,7 +1,5 @@
 """A small Llama of the study's own: a tokenizer and a random model, trained on plain text.
 
-    python scripts/study/small_llama.py --data summaries.jsonl --out runs/study/base
-
 The text is the column `document` of a JSONL file. The model is trained by `marlhf sft` with
 configs/study/pretrain.yaml; started again, that goes on where it was stopped. Its chat template is
 the message and a line break, so that the same configurations serve it as an instruction model.
@@ -9,7 +7,6 @@ the message and a line break, so that the same configurations serve it as an ins
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,33 +22,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def main() -> None:
-    """Make the base model, unless it is there."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="JSONL with `document`")
-    parser.add_argument("--out", type=Path, default=Path("runs/study/base"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", help="keys of configs/study/pretrain.yaml")
-    args = parser.parse_intermixed_args()
-    if not (args.out / "final").exists():
-        pretrain(documents(args.data), args.out, args.seed, args.overrides)
-    print(args.out / "final")
-
-
 def documents(path: Path) -> list[str]:
     """The documents of a JSONL file."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line)["document"] for line in lines]
 
 
-def pretrain(texts: Sequence[str], out: Path, seed: int = 0, overrides: Sequence[str] = ()) -> None:
+def pretrain(texts: Sequence[str], out: Path, overrides: Sequence[str] = ()) -> None:
     """Write `out/random` and `out/texts.jsonl`, and train `out/final` on them."""
     if not (out / "texts.jsonl").exists():
-        write_random_model(texts, out / "random", seed)
+        write_random_model(texts, out / "random")
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (out / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
     paths = [f"model.path={out}/random", f"data.path={out}/texts.jsonl", f"output_dir={out}"]
-    words = ["sft", str(CONFIG), *paths, "resume=auto", f"seed={seed}", *overrides]
+    words = ["sft", str(CONFIG), *paths, "resume=auto", *overrides]
     subprocess.run([sys.executable, "-m", "marlhf", *words], check=True)
 
 
@@ -88,7 +72,3 @@ def write_random_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    main()

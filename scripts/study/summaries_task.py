@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     base = args.out / "base"
     if not (base / "final").exists():
-        pretrain(documents(args.data), base, overrides=args.pretraining)
+        pretrain(documents(args.data), base, args.pretraining)
     options: dict[str, object] = {
         "--data": args.data,
         "--model": base / "final",

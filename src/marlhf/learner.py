@@ -156,8 +156,10 @@ class Learner:
     def _return_memory(self) -> None:
         """On a CPU, give freed memory back to the system. The C library keeps what scoring passes,
         or the other model's step, have freed, in pieces that these passes may not fit into."""
+        if self.distributed.device.type != "cpu":
+            return
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if self.distributed.device.type == "cpu" and trim is not None:
+        if trim is not None:
             trim(0)
 
     def _all_finite(self, loss: float, norm: float) -> bool:

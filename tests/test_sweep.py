@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -115,6 +116,31 @@ def test_labels_that_make_one_name_get_folders_of_their_own(tmp_path, fake_job):
     arms = {"a b": {"steps": 1}, "a/b": {"steps": 2}, "a:b": {"steps": 3}}
     names = [t.name for t in sweep.plan(config(tmp_path, arms=arms))]
     assert names == ["a-b/seed-0", "a-b-2/seed-0", "a-b-2-2/seed-0"]
+
+
+def test_labels_without_a_letter_get_folders_of_their_own(tmp_path, fake_job):
+    arms = {"??": {"steps": 1}, "/": {"steps": 2}}
+    names = [t.name for t in sweep.plan(config(tmp_path, arms=arms))]
+    assert names == ["arm/seed-0", "arm-2/seed-0"]
+
+
+def test_a_value_given_twice_makes_one_run(tmp_path, fake_job):
+    trials = sweep.plan(config(tmp_path, grid={"steps": [1, 2, 1]}, seeds=[0, 0]))
+    assert [t.name for t in trials] == ["steps=1/seed-0", "steps=2/seed-0"]
+
+
+def test_values_arrive_as_they_were_written(tmp_path, fake_job):
+    template = "🙂 é: {prompt}\n"
+    keys = {"data.prompt_template": template, "data.path": datetime.date(2024, 1, 31)}
+    (trial,) = sweep.plan(config(tmp_path, overrides=keys))
+    assert trial.config["data"]["prompt_template"] == template
+    assert trial.config["data"]["path"] == "2024-01-31"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, fake_job):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match=r"output_dir: cannot write in .*seed-0"):
+        sweep.run(config(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Scale:
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        if high - low <= 1e-9 * max(abs(low), abs(high)):
+        if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):
             low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
             low = max(low, 0.0) if from_zero else low
         step = round_step((high - low) / count)

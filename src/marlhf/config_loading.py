@@ -57,6 +57,8 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
+    except ValueError as error:  # a date of no calendar, an integer of thousands of digits
+        raise UserError(f"{where}: not valid YAML: {one_line(error)}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

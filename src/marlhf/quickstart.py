@@ -123,4 +123,5 @@ def _before_after(
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # not splitlines: a text may hold U+2028
+        return [json.loads(line) for line in lines]

@@ -99,18 +99,18 @@ def plan(config: SweepConfig) -> list[Trial]:
     """Every run, its configuration checked. Raises UserError that names the run."""
     cls = _CONFIGS[config.job]
     base = read_yaml(config.config)
-    trials: list[Trial] = []
+    trials: dict[Path, Trial] = {}  # a value given twice makes one run
     used: dict[str, str | None] = {}
     for label, settings in _points(config):
-        slug = _slug(label or "")
+        slug = "" if label is None else _slug(label) or "arm"
         while slug and used.setdefault(slug, label) != label:
             slug += "-2"
-        for seed in dict.fromkeys(config.seeds):
+        for seed in config.seeds:
             name = "/".join(part for part in (slug, f"seed-{seed}") if part)
             folder = Path(config.output_dir).expanduser() / name
             own = {"seed": seed, "output_dir": str(folder), "overwrite": False, "resume": "auto"}
             given = {**config.overrides, **settings, **own}
-            assignments = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+            assignments = [f"{key}={_written(value)}" for key, value in given.items()]
             try:
                 values = apply_overrides(cls, base, assignments)
                 resolved = config_to_dict(config_from_dict(cls, values))
@@ -118,8 +118,8 @@ def plan(config: SweepConfig) -> list[Trial]:
                     build_segmenter(resolved["segmenter"])
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-            trials.append(Trial(folder, name, label, resolved))
-    return trials
+            trials[folder] = Trial(folder, name, label, resolved)
+    return [*trials.values()]
 
 
 def _points(config: SweepConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
@@ -138,6 +138,11 @@ def _points(config: SweepConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
         parts = [arm] if arm is not None else []
         parts += [f"{key}={spec_label(value)}" for key, value in point.items()]
         yield ", ".join(parts) or None, {**settings, **point}
+
+
+def _written(value: Any) -> str:
+    """A value as YAML: JSON, but of a character beyond 16 bits YAML takes no surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _slug(label: str) -> str:
@@ -203,10 +208,16 @@ def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Tri
 
 
 def _start(trial: Trial, job: str, threads: int) -> _Running:
-    trial.folder.mkdir(parents=True, exist_ok=True)
     job_file = trial.folder / "job.yaml"
-    job_file.write_text(yaml.safe_dump(trial.config, sort_keys=False, allow_unicode=True), "utf-8")
-    trial.write_status("running")
+    text = yaml.safe_dump(trial.config, sort_keys=False, allow_unicode=True)
+    try:
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        job_file.write_text(text, "utf-8")
+        trial.write_status("running")
+    except OSError as error:
+        raise UserError(
+            f"output_dir: cannot write in {str(trial.folder)!r}: {one_line(error)}"
+        ) from None
     count = str(threads)
     environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     environment["PYTHONUNBUFFERED"] = "1"  # the log in the order of events, and at once

@@ -6,6 +6,7 @@ Whatever is wrong with the data is one UserError line. Nothing local is looked u
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -156,7 +157,7 @@ def _read_json(file: Path, key: str) -> list[Row]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return list(_parse_lines(text.splitlines(), file, key))
+            return list(_parse_lines(io.StringIO(text), file, key))
         raise UserError(
             f"{key}: {file}, line {error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
         ) from None

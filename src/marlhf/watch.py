@@ -119,7 +119,7 @@ def fired(history: History) -> dict[str, tuple[int, str]]:
     """Rule -> the step at which it first fired in a whole history, and what it found."""
     found: dict[str, tuple[int, str]] = {}
     for end in range(1, len(history) + 1):
-        seen = _ends(history[:end])
+        seen = _ends(history, end)
         for name, rule in RULES.items():
             if name not in found and (message := rule(seen)):
                 found[name] = (int(history[end - 1].get("step", end)), message)
@@ -139,7 +139,7 @@ class Warnings:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take a row in and print what it shows."""
-        self._history = [*_ends([*self._history, row])]
+        self._history = [*_ends([*self._history, row], len(self._history) + 1)]
         for name, rule in RULES.items():
             if name not in self._said and (message := rule(self._history)):
                 self._said.add(name)
@@ -156,9 +156,9 @@ class Warnings:
         """Nothing is open."""
 
 
-def _ends(history: History) -> History:
-    """All that the rules look at: how it began, and the last rows."""
-    return history if len(history) <= 50 else [*history[:20], *history[-30:]]
+def _ends(history: History, end: int) -> History:
+    """All that the rules look at: how it began, and the last rows before `end`."""
+    return history[:end] if end <= 50 else [*history[:20], *history[end - 30 : end]]
 
 
 def _series(history: History, key: str) -> list[float]:

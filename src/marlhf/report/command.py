@@ -33,6 +33,10 @@ def main(words: Sequence[str]) -> None:
             print(f"PNGs: {len(write_pngs(groups, folder))} in {folder}")
         except UserError as error:
             print(error)
+        except OSError as error:
+            raise UserError(
+                f"--output: cannot write {error.filename!r}: {error.strerror}"
+            ) from None
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -11,7 +11,6 @@ import numpy as np
 from marlhf.charts import Line, LineChart
 from marlhf.report.groups import Group, Mean
 from marlhf.report.runs import Run
-from marlhf.watch import finite
 
 _POINTS = 120  # of a line; more would be neither seen nor quick to draw
 
@@ -175,4 +174,4 @@ def final(
 
 def total_seconds(run: Run) -> float:
     """Seconds of all updates."""
-    return sum(finite(row.get("step_seconds")) or 0.0 for row in run.rows)
+    return max(run.seconds().values(), default=0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,14 +81,15 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean | None:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs whose configurations agree in everything but seed and outputs belong together, in the
-    order in which they were given. A key that some run does not have (it was made by another
-    version) says nothing. A run without configuration is a group of its own."""
-    flat = {id(run): _flat(run.config) for run in runs}
+    order in which they were given. That a run does not have a key (it was made by another version)
+    tells it apart only where others differ in that key. A run without configuration is a group of
+    its own."""
     varying = what_varies(runs)
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        key = tuple(flat[id(run)][k] for k in varying) if run.config else (f"no config {run.path}",)
-        members.setdefault(key, []).append(run)
+        values = _flat(run.config)
+        key = tuple(_canonical(values[k]) if k in values else "" for k in varying)
+        members.setdefault(key if run.config else (f"no config {run.path}",), []).append(run)
     labels = [_label(group, varying) for group in members.values()]
     if any(len(label) > _LONG for label in labels):  # too much differs to be a name
         labels = [group[0].name for group in members.values()]
@@ -104,10 +104,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def what_varies(runs: Sequence[Run]) -> list[str]:
-    """Keys in which configurations differ, of those that all of them have."""
-    known = [_flat(run.config) for run in runs if run.config]
-    shared = set.intersection(*(set(f) for f in known)) if known else set()
-    return sorted(k for k in shared if len({f[k] for f in known}) > 1)
+    """Keys in which those configurations that have them differ."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in _flat(run.config).items():
+            found.setdefault(key, set()).add(_canonical(value))
+    return sorted(key for key, values in found.items() if len(values) > 1)
 
 
 def _label(group: Sequence[Run], varying: Sequence[str]) -> str:
@@ -116,35 +118,35 @@ def _label(group: Sequence[Run], varying: Sequence[str]) -> str:
         return group[0].name
     if not varying:
         return spec_label(config["segmenter"]) if "segmenter" in config else group[0].name
-    values = {key: value_of(config, key) for key in varying}
-    return ", ".join(
-        spec_label(v) if k == "segmenter" else f"{k}={spec_label(v)}" for k, v in values.items()
-    )
+    known = {key: spec_label(value) for key, value in _flat(config).items() if key in varying}
+    parts = [v if k == "segmenter" else f"{k}={v}" for k, v in sorted(known.items())]
+    return ", ".join(parts) or group[0].name
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted keys of sections -> values as text; a segmenter or a reward is one value."""
-    found = {}
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of sections -> values; a segmenter or a reward is one value."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if key in _NO_DIFFERENCE:
             continue
         if key != "segmenter" and isinstance(value, dict):
-            found.update({f"{key}.{k}": _canonical(v) for k, v in value.items()})
+            found.update({f"{key}.{k}": v for k, v in value.items()})
         else:
             spec = {"name": value} if key == "segmenter" and isinstance(value, str) else value
-            found[str(key)] = _canonical(spec)
+            found[str(key)] = spec
     return found
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    """A value as text, whatever the order of its keys."""
+    if isinstance(value, dict):
+        return repr(sorted(f"{key!r}: {_canonical(v)}" for key, v in value.items()))
+    return repr([*map(_canonical, value)] if isinstance(value, list) else value)
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key of `what_varies`."""
-    section, _, name = key.partition(".")
-    value = config[section]
-    return value[name] if name else value
+    """The value under a dotted key of `what_varies`; a dash where the run does not have it."""
+    return _flat(config).get(key, "–")
 
 
 def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:

@@ -41,7 +41,7 @@ def write_pngs(groups: Sequence[Group], folder: Path) -> list[Path]:
     written = []
     for figures in sections(groups).values():
         for figure in figures:
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in figure.name)
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in figure.name[:200])
             written.append(save(draw(figure.by_step), folder / f"{name}.png"))
             if figure.name in ("eval_score_mean", "score_mean"):
                 path = folder / f"{name}_by_seconds.png"

@@ -45,7 +45,7 @@ class Run:
         """Seconds of updates up to each step, without evaluations."""
         total, found = 0.0, {}
         for row in self.rows:
-            total += max(finite(row.get("step_seconds")) or 0.0, 0.0)
+            total += max(_drawable(row.get("step_seconds")) or 0.0, 0.0)
             found[row["step"]] = total
         return found
 
@@ -126,7 +126,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with path.open(encoding="utf-8", errors="replace") as file:
+            lines = list(file)  # not splitlines: a response may hold U+2028 and its like
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error.strerror}")
         return []
@@ -165,7 +166,7 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{path.name} cannot be read: {one_line(error, 100)}")
         return {}
     return value if isinstance(value, dict) else {}

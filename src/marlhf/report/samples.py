@@ -23,8 +23,8 @@ def before_after(run: Run) -> str:
     steps = sorted({s["step"] for s in held_out})
     parts = []
     if len(steps) > 1:
-        first = {s.get("row"): s for s in held_out if s["step"] == steps[0]}
-        last = {s.get("row"): s for s in held_out if s["step"] == steps[-1]}
+        first = {repr(s.get("row")): s for s in held_out if s["step"] == steps[0]}
+        last = {repr(s.get("row")): s for s in held_out if s["step"] == steps[-1]}
         pairs = [(first[row], last[row]) for row in first if row in last][:_PROMPTS]
         scale = _scale([s for pair in pairs for s in pair])
         for before, after in pairs:
@@ -39,9 +39,9 @@ def before_after(run: Run) -> str:
             )
         )
     trained = [s for s in run.samples if s.get("held_out") is False and _usable(s)]
-    recent = [s for s in trained if s["step"] == max(s["step"] for s in trained)][:_PROMPTS]
+    step = max((s["step"] for s in trained), default=0)
+    recent = [s for s in trained if s["step"] == step][:_PROMPTS]
     if recent:
-        step = recent[0]["step"]
         scale = _scale(recent)
         inner = "".join(_prompt(s, [(f"update {step}", s)], scale) for s in recent)
         parts.append(

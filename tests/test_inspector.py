@@ -74,6 +74,9 @@ def test_every_source_of_texts(lm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"uv wx")))
     main(["segment", *common])
     assert "uv| wx" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("ab", encoding="utf-8-sig")  # as Windows writes it
+    main(["segment", "--file", str(tmp_path / "text.txt"), *common[:2]])
+    assert "2 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,23 @@ def test_every_source_of_texts(lm, tmp_path, capsys, monkeypatch):
         (["--data", "ROWS", "--tokenizer", "LM"], "columns with text: reply"),
         (["--data", "ROWS", "--column", "id", "--tokenizer", "LM"], "given 'id'"),
         (["--data", "ROWS", "--column", "reply", "--rows", "0", "--tokenizer", "LM"], "at least 1"),
+        (["--data", "ROWS", "--rows", "x", "--tokenizer", "LM"], "given x, must be a whole number"),
         (["text", "--model", "LM", "--prompt", "x" * 300], "takes 256 tokens"),
+        (["text", "--model", ""], "--tokenizer is missing"),
+        (["text", "--tokenizer", "LM", "--prompt", "x"], "--model is not given"),
+        (
+            [
+                "--data",
+                "ROWS",
+                "--column",
+                "reply",
+                "--prompt-column",
+                "reply",
+                "--tokenizer",
+                "LM",
+            ],
+            "--model is not given",
+        ),
         (["text", "--tokenizer", "LM", "--html", "/dev/null/page.html"], "--html: cannot write"),
         (["text", "--tokeniser", "LM"], "unrecognized"),
     ],
@@ -178,6 +197,13 @@ def test_the_page_in_a_browser(lm, tmp_path):
         assert "macro action 1, token 1 of" in page.evaluate(
             "document.getElementById('tip').textContent"
         )
+
+
+def test_every_token_of_the_page_can_be_pointed_at():
+    """Also the later bytes of a character, and a special token, which write nothing."""
+    cut = segment_texts(["a🙂b</s>"], [NGram(5)], byte_tokenizer())
+    tokens = re.findall(r'<span class="t"[^>]*>([^<]*)</span>', inspector_page(cut, ["ngram"]))
+    assert tokens == ["a", "🙂", "∅", "∅", "∅", "b", "∅"]
 
 
 @pytest.mark.parametrize(

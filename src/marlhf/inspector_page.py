@@ -85,4 +85,5 @@ def _token(item: Segmented, t: int, index: int, tokens: range) -> str:
         nats = -item.logprobs[t]
         lines.append(f"perplexity {math.exp(min(nats, 700)):.3g} ({nats:.2f} nats)")
         style = f"--s:{min(nats / 8, 1):.2f}"
-    return tag("span", shown(item.pieces[t]), class_="t", data_tip=data(lines), style=style)
+    content = shown(item.pieces[t]) or "∅"  # a special token, or a later byte of a character
+    return tag("span", content, class_="t", data_tip=data(lines), style=style)

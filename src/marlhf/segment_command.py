@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> None:
     options = _parse(words)
     specs = [parse_yaml(spec, "--segmenter") for spec in options.segmenter or ["ngram"]]
     source = options.tokenizer or options.model
-    if source is None:
+    if not source:
         raise UserError(
             "segment: --tokenizer is missing: macro actions are made of tokens; name the policy "
             "(hub name or directory) whose tokenizer to use"
@@ -90,10 +90,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _at_least_one(given: str) -> int:
-    number = int(given)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"given {number}, must be at least 1")
-    return number
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"given {given}, must be a whole number, at least 1")
+    return int(given)
 
 
 def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
@@ -105,6 +104,9 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
     for name, value in (("column", options.column), ("prompt-column", options.prompt_column)):
         if value is not None and options.data is None:
             raise UserError(f"segment: --{name} names a column of --data, which is not given")
+    for name, value in (("prompt", options.prompt), ("prompt-column", options.prompt_column)):
+        if value is not None and options.model is None:
+            raise UserError(f"segment: --{name} is for a model to read; --model is not given")
     if options.data is not None:
         return _read_columns(options)
     text = options.text
@@ -113,7 +115,7 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
     elif text is None:
         if sys.stdin.isatty():
             raise UserError("segment: no text; give one, or --file, or --data with --column")
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
     if not text:
         raise UserError(f"segment: the text of {given[0] if given else 'standard input'} is empty")
     return [text], [options.prompt]
@@ -121,7 +123,7 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"--file: {str(path)!r} is not UTF-8 text") from None
     except OSError as error:
@@ -141,7 +143,9 @@ def _read_columns(options: argparse.Namespace) -> tuple[list[str], list[str | No
         texts = [value for value in values if isinstance(value, str)]
         if name is None or len(texts) < len(rows):
             shown = "is missing" if name is None else f"given {name!r}, which some row lacks"
-            raise UserError(f"{key}: {shown}; columns with text: {', '.join(text_columns)}")
+            raise UserError(
+                f"{key}: {shown}; columns with text: {', '.join(text_columns) or 'none'}"
+            )
         return texts
 
     texts = column("--column", options.column)

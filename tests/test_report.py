@@ -17,6 +17,7 @@ import yaml
 from browser_for_tests import browser, faults
 from runs_for_tests import tiny_trainer
 
+from marlhf.charts import STYLES, marker
 from marlhf.cli import main
 from marlhf.errors import UserError
 from marlhf.report.document import ADVICE, document
@@ -280,6 +281,20 @@ def test_macro_lengths_are_counted_over_samples(tmp_path):
     assert lengths == {1: 24, 2: 24, 3: 24}
 
 
+def test_one_update_is_marked_as_a_whole_number(tmp_path):
+    write_run(tmp_path / "run", [{"step": 1, "score_mean": 5.0}], segmenter="token")
+    groups = group_runs(read_runs([str(tmp_path)]))
+    html = document(groups, groups[0])
+    assert ">1</text>" in html
+    assert ">0.8</text>" not in html
+    assert "token; 1 update." in html
+
+
+def test_series_beyond_the_palette_have_marks_of_their_own():
+    looks = {(i % STYLES, re.findall(r'd="([^"]*)"', marker(i, 0, 0))[0]) for i in range(64)}
+    assert len(looks) == 64
+
+
 # --- broken and odd runs
 
 
@@ -447,6 +462,17 @@ def test_the_page_has_everything(tmp_path):
     assert html.count('class="band') >= 2
     # four prompts at most, of each of two groups, before and after, and the training responses
     assert html.count('class="a e0"') >= 2 * 2 * 3
+
+
+def test_the_sign_of_an_advantage_stays_on_its_line(tmp_path):
+    lines = {"macro_actions": ["one\n", "two", ""], "macro_advantages": [1.0, -1.0, 1.0]}
+    samples = [sample(step, 0, **lines) for step in (0, 20)]
+    write_run(tmp_path / "run", learning(0.1), samples, segmenter="line")
+    groups = group_runs(read_runs([str(tmp_path)]))
+    html = document(groups, groups[0])
+    assert '>one⏎<sup class="sign">+</sup>\n</span>' in html
+    assert '>two<sup class="sign">−</sup></span>' in html
+    assert '>∅<sup class="sign">+</sup></span>' in html
 
 
 def test_warning_signs_are_listed_with_advice(tmp_path):

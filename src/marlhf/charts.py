@@ -180,8 +180,18 @@ class LineChart:
     dots: bool = False
     from_zero: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether all lies at whole numbers of the axis, as updates do."""
+        return all(float(x).is_integer() for line in self.lines for x in line.x)
+
 
 STYLES = 8  # colours, dashes and markers of series
+
+
+def shape(index: int) -> int:
+    """Which of the markers a series has: its colour's, or another where colours repeat."""
+    return (index + index // STYLES) % STYLES
 
 
 def line_chart(chart: LineChart, **attributes: str) -> str:
@@ -189,7 +199,7 @@ def line_chart(chart: LineChart, **attributes: str) -> str:
     drawn = [line for line in chart.lines if len(line.x)]
     xs = [x for line in drawn for x in line.x]
     ys = [y for line in drawn for values in (line.y, line.low, line.high) for y in values or ()]
-    x_scale = Scale.over(xs, _LEFT + 4, WIDTH - _RIGHT - 4, tight=True)
+    x_scale = Scale.over(xs, _LEFT + 4, WIDTH - _RIGHT - 4, whole=chart.whole, tight=True)
     y_scale = Scale.over(ys, HEIGHT - _BOTTOM, _TOP, from_zero=chart.from_zero)
     x_marks = x_scale.marks()
     parts = [frame(x_marks, y_scale.marks(), chart.x_label, chart.title)]
@@ -238,7 +248,7 @@ def marker(index: int, x: float, y: float) -> str:
     )
     return (
         f'<path class="mark s{index % STYLES}" transform="translate({x:.1f} {y:.1f})" '
-        f'd="{shapes[index % STYLES]}"/>'
+        f'd="{shapes[shape(index)]}"/>'
     )
 
 

@@ -57,7 +57,8 @@ def document(groups: Sequence[Group], baseline: Group) -> str:
 def _lead(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     if len(runs) == 1:
-        return f"{groups[0].label}; {runs[0].last_step} updates."
+        updates = runs[0].last_step
+        return f"{groups[0].label}; {updates} update{'s' * (updates != 1)}."
     bands = any(len(group.runs) > 1 for group in groups)
     means = (
         " Lines are means over the runs of a configuration; bands are their 95% interval "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlhf.charts import STYLES, LineChart
+from marlhf.charts import STYLES, LineChart, shape
 from marlhf.errors import UserError
 from marlhf.report.figures import frontier, macro_lengths, sections
 from marlhf.report.groups import Group
@@ -77,7 +77,7 @@ def draw(chart: LineChart) -> Figure:
             line.y,
             color=_COLOURS[i],
             linestyle=_DASHES[i],
-            marker=_MARKERS[i],
+            marker=_MARKERS[shape(line.index)],
             markevery=every,
             markersize=5,
             linewidth=1.6,
@@ -85,6 +85,8 @@ def draw(chart: LineChart) -> Figure:
         )
         if line.low and line.high:
             axes.fill_between(line.x, line.low, line.high, color=_COLOURS[i], alpha=0.15, lw=0)
+    if chart.whole:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(_plain(chart.x_label))
     axes.set_title(_plain(chart.title), loc="left", fontsize=11)
     if len(chart.lines) > 1:
@@ -100,8 +102,9 @@ def _draw_lengths(groups: Sequence[Group]) -> Figure:
             i = group.index % STYLES
             x = list(range(1, max(lengths) + 1))
             shares = [lengths[n] / lengths.total() for n in x]
-            axes.plot(x, shares, color=_COLOURS[i], linestyle=_DASHES[i], marker=_MARKERS[i],
-                      label=_plain(group.label), drawstyle="steps-mid")  # fmt: skip
+            axes.plot(x, shares, color=_COLOURS[i], linestyle=_DASHES[i],
+                      marker=_MARKERS[shape(group.index)], label=_plain(group.label),
+                      drawstyle="steps-mid")  # fmt: skip
     axes.set_xlabel("tokens in a macro action")
     axes.set_title("Share of macro actions", loc="left", fontsize=11)
     if len(groups) > 1:

@@ -117,5 +117,7 @@ def _macro_action(
         style = f"--a:rgba(var(--{hue}),{min(abs(advantage) / scale, 1) * 0.55:.2f})"
         if abs(advantage) > 0.01 * scale:
             sign = tag("sup", "+" if advantage > 0 else "−", class_="sign")
-    content = (shown(piece) if piece else "∅") + sign
+    content = shown(piece) or "∅"
+    line = content.removesuffix("\n")  # the sign stays on it
+    content = line + sign + content[len(line) :]
     return tag("span", content, class_=f"a e{index % 4}", style=style, data_tip=data(tip))

@@ -1,4 +1,4 @@
-"""`marlhf report`: groups, bands and parity against plain formulas, and the page in a real browser."""
+"""`marlhf report`: groups, bands and parity against plain formulas, the page in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`marlhf report` of runs that are broken, odd or very long: a note or a line, never a traceback."""
+"""`marlhf report` of runs that are broken, odd or long: a note or a line, never a traceback."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from marlhf.errors import UserError
 from marlhf.loading import check_packing
 from marlhf.losses import sft_loss
 from marlhf.models import Policy
-from marlhf.supervised import check_batch_size, shares
+from marlhf.supervised import EarlyStopping, check_batch_size, shares
 
 ROWS = [
     {"prompt": "say " + letter * (1 + i % 5), "completion": " " + letter * (1 + 2 * i % 7)}
@@ -140,8 +140,9 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "gemma2", "qwen2", "qwen3"])
 def test_packed_examples_have_the_loss_and_gradient_of_separate_ones(family):
-    """gemma2's window of 4 tokens also has to stay inside an example."""
-    changes = {"sliding_window": 4} if family == "gemma2" else {}
+    """gemma2's window of 4 tokens also has to stay inside an example; gpt2 has no more positions
+    than the longest example, and padding after a shorter one must not ask for more."""
+    changes = {"gemma2": {"sliding_window": 4}, "gpt2": {"n_positions": 18}}.get(family, {})
     model = tiny_causal_lm(family, **changes)
     count = float(sum(sum(e.trained) for e in EXAMPLES))
     rows = [sft.Row(group) for group in pack(EXAMPLES, 24)]
@@ -245,6 +246,18 @@ def test_early_stopping_brings_back_the_best_model(world):
     final = AutoModelForCausalLM.from_pretrained(world / "run/final").double()
     with torch.no_grad():
         assert plain_loss(final, held_out.rows).item() == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_without_a_finite_held_out_loss_there_is_nothing_to_bring_back():
+    module = torch.nn.Linear(2, 1)
+    before = module.weight.detach().clone()
+    stopping = EarlyStopping(module, 2, Distributed())
+    for loss in (math.nan, math.inf):
+        assert not stopping.is_over
+        stopping.see(loss)
+    assert stopping.is_over
+    stopping.restore()
+    assert torch.equal(module.weight, before)
 
 
 @pytest.mark.parametrize("key", ["eval_every", "eval_rows"])

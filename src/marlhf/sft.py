@@ -90,6 +90,8 @@ def collate(rows: Sequence[Row]) -> Batch:
     """A batch of rows padded on their right.
 
     input_ids, position_ids [B,L]   positions count from 0 in each example, and on over the padding
+                                    as far as those of the longest example: the model may know no
+                                    more
     response_mask [B,L-1]           for each token but the first: is it trained on?
     labels [B,L-1]                  the token, or NOT_TRAINED
     """
@@ -105,6 +107,8 @@ def collate(rows: Sequence[Row]) -> Batch:
             ids[i, start:end] = torch.tensor(example.ids)
             trained[i, start:end] = torch.tensor(example.trained)
             positions[i, start:] = torch.arange(length - start)
+    longest = max(len(example) for row in rows for example in row.examples)
+    positions.clamp_(max=longest - 1)
     mask = trained[:, 1:]
     return {
         "input_ids": ids,

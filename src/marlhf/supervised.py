@@ -255,8 +255,8 @@ class EarlyStopping:
             self._stale += 1
 
     def restore(self) -> None:
-        """Bring the best weights back."""
-        if self._patience is not None:
+        """Bring the best weights back, where an evaluation found any."""
+        if self._best < math.inf:
             self._distributed.set_trained_weights(self._module, self._weights)
 
     def save(self, folder: Path) -> None:

@@ -15,6 +15,8 @@ from runs_for_tests import PROMPTS, tiny_trainer
 
 from marlhf.config import PTXSettings
 from marlhf.errors import UserError
+from marlhf.metrics import Metrics
+from marlhf.objectives import text_objective
 from marlhf.ptx import TextRows, TextStream, text_ids
 
 BOS, EOS = 0, 1
@@ -125,3 +127,16 @@ def test_what_cannot_be_modelled_is_refused(
 
 def test_a_limit_reads_the_first_rows(tmp_path: Path) -> None:
     assert set(lengths(stream(texts(tmp_path), limit=2).batch(0))) == {3, 4}
+
+
+def test_a_pass_over_texts_gives_every_weight_a_gradient(tmp_path: Path) -> None:
+    """The critic's head too, or under ZeRO its gradients of two steps are added up."""
+    trainer = tiny_trainer(
+        tmp_path / "run",
+        ptx={"path": texts(tmp_path), "batch_size": 4},
+        critic={"trunk": "policy"},
+    )
+    policy, batch = trainer.policy.model, trainer.texts.batch(0)
+    text_objective(policy, trainer.config, Metrics(), batch, float(batch.counts())).backward()
+    assert all(weight.grad is not None for weight in trainer.policy.parameters)
+    assert not policy.head.weight.grad.any()

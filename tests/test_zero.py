@@ -23,8 +23,10 @@ from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 FIVE: dict[str, Any] = {"steps": 5, "resume": True}
 CHECKPOINTING: dict[str, Any] = {**FIVE, "model": {"gradient_checkpointing": True}}
-# an update that may be given up half-way, texts beside it, and a reward that reads embeddings
+# an update that may be given up half-way, texts beside it that the critic's head has no part in,
+# and a reward that reads embeddings
 OPTIONS: dict[str, Any] = {
+    "critic": {"trunk": "policy"},
     "ptx": {"batch_size": 6, "coef": 0.5, "max_length": 32},
     "kl": {"target": 0.5, "horizon": 8},
     "ppo": {"epochs": 4, "target_kl": 0.01},

@@ -33,7 +33,7 @@ def policy_objective(
         rows.attention_mask,
         mask,
         temperature=config.policy_temperature,
-        extras=("values",) if config.has_head else (),
+        extras=_of_head(config),
     )
     loss, stats = policy_loss(
         logprobs,
@@ -60,13 +60,21 @@ def policy_objective(
 
 
 def text_objective(
-    policy: nn.Module, coef: float, metrics: Metrics, rows: TextRows, tokens: float
+    policy: nn.Module, config: PPOConfig, metrics: Metrics, rows: TextRows, tokens: float
 ) -> Tensor:
-    """`coef` times the cross-entropy of texts, nats a token."""
-    logprobs, _ = policy(rows.input_ids, rows.attention_mask, rows.loss_mask)
+    """`ptx.coef` times the cross-entropy of texts, nats a token.
+
+    A critic's head on the policy gets a gradient of 0. Without one in every pass, DeepSpeed would
+    add what it gets in a later pass to its gradient of the optimiser step before.
+    """
+    assert config.ptx is not None
+    logprobs, found = policy(
+        rows.input_ids, rows.attention_mask, rows.loss_mask, extras=_of_head(config)
+    )
     loss = sft_loss(logprobs, rows.loss_mask, max(tokens, 1.0))
     metrics.add("ptx_loss", loss.detach() * tokens, rows.loss_mask.sum())
-    return coef * loss
+    loss = config.ptx.coef * loss
+    return loss + 0.0 * found["values"].sum() if config.has_head else loss
 
 
 def value_objective(
@@ -80,6 +88,11 @@ def value_objective(
     """The clipped regression of values on returns, by tokens or by macro actions."""
     values, _ = critic(rows.input_ids, rows.attention_mask, rows.response_mask)
     return _regression(values, config, metrics, rows, tokens, macro_actions)
+
+
+def _of_head(config: PPOConfig) -> tuple[str, ...]:
+    """What the policy's pass returns for a critic that is a head on it."""
+    return ("values",) if config.has_head else ()
 
 
 def _regression(

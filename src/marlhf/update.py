@@ -58,9 +58,8 @@ class Update:
         objective = partial(policy_objective, model, self.config, self.kl.in_loss_coef, here)
         terms: list[Term] = [(minibatch, objective)]
         if self.texts is not None:
-            of_texts = partial(text_objective, model, self.texts.settings.coef, metrics)
-            # first: ranks exchange gradients in the last pass, which must give every weight one
-            terms.insert(0, (self.texts.batch(step), of_texts))
+            of_texts = partial(text_objective, model, self.config, metrics)
+            terms.append((self.texts.batch(step), of_texts))
         norm = self.policy.accumulate(*terms)
         is_finite = count_step("grad_norm_policy", norm, metrics)
         metrics.include(here)

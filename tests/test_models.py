@@ -99,7 +99,7 @@ def test_gradients_are_those_of_a_plain_log_softmax(family: str) -> None:
                 model.model, sequences.input_ids, sequences.attention_mask
             )[:, -T - 1 : -1]
             plain = (models.head_of(model)(hidden) / TEMPERATURE).log_softmax(-1)
-            logprobs = plain.gather(-1, sequences.response_ids[..., None]).squeeze(-1)
+            logprobs = plain.gather(-1, sequences.input_ids[:, -T:, None]).squeeze(-1)
             logprobs = logprobs.where(sequences.response_mask, 0.0)
         (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
         return {name: p.grad for name, p in model.named_parameters()}

@@ -133,7 +133,7 @@ def test_a_pass_over_texts_gives_every_weight_a_gradient(tmp_path: Path) -> None
     """The critic's head too, or under ZeRO its gradients of two steps are added up."""
     trainer = tiny_trainer(
         tmp_path / "run",
-        ptx={"path": texts(tmp_path), "batch_size": 4},
+        ptx={"path": texts(tmp_path), "batch_size": 4, "max_length": 32},
         critic={"trunk": "policy"},
     )
     policy, batch = trainer.policy.model, trainer.texts.batch(0)

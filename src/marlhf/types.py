@@ -118,21 +118,12 @@ class Sequences:
     attention_mask: Tensor
     response_mask: Tensor
 
-    @property
-    def response_ids(self) -> Tensor:
-        """[B,T]"""
-        return self.input_ids[:, -self.response_mask.shape[1] :]
-
     def rows(self, index: Tensor) -> Sequences:
         """Some rows, without the columns that are padding in all of them."""
         index = index.to(self.input_ids.device)
         attention, mask = self.attention_mask[index], self.response_mask[index]
         whole, response = kept_columns(attention, mask)
         return Sequences(self.input_ids[index][:, whole], attention[:, whole], mask[:, response])
-
-    def counts(self) -> Tensor:
-        """Response tokens, float64 [1]."""
-        return self.response_mask.sum().double()[None]
 
     @staticmethod
     def of(generation: Generation) -> Sequences:

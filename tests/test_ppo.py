@@ -18,8 +18,9 @@ from models_for_tests import (
 )
 from runs_for_tests import PROMPTS, tiny_config, tiny_trainer, vowels
 
-from marlhf import loading
+from marlhf import loading, ppo
 from marlhf.config import LoraSettings
+from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.ppo import PPOTrainer
 from marlhf.rewards import RewardError
@@ -371,3 +372,22 @@ def test_a_batch_that_cannot_be_cut_into_minibatches_is_refused_early(tmp_path: 
     rollout = {"batch_size": 3, "responses_per_prompt": 2}
     with pytest.raises(ValueError, match=r"ppo\.minibatches: given 2, must divide"):
         tiny_config(tmp_path, rollout=rollout)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_before_a_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneOfThree(Distributed):
+        def __init__(self, precision: Any) -> None:
+            super().__init__(precision)
+            self.ranks = 3
+
+        @property
+        def world_size(self) -> int:
+            return vars(self).get("ranks", 1)
+
+    monkeypatch.setattr(ppo, "Distributed", OneOfThree)
+    monkeypatch.setattr(loading, "build_models", None)
+    fault = r"rollout\.batch_size: given 8 prompts, must be a multiple of 6 \(3 ranks x"
+    with pytest.raises(UserError, match=fault):
+        tiny_trainer(tmp_path)

@@ -136,6 +136,7 @@ def test_a_pass_over_texts_gives_every_weight_a_gradient(tmp_path: Path) -> None
         ptx={"path": texts(tmp_path), "batch_size": 4, "max_length": 32},
         critic={"trunk": "policy"},
     )
+    assert trainer.texts is not None
     policy, batch = trainer.policy.model, trainer.texts.batch(0)
     text_objective(policy, trainer.config, Metrics(), batch, float(batch.counts())).backward()
     assert all(weight.grad is not None for weight in trainer.policy.parameters)

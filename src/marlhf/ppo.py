@@ -246,13 +246,9 @@ class PPOTrainer:
 
     def _share(self, prompts: list[Prompt]) -> tuple[list[Prompt], list[int]]:
         """This rank's responses to sample: prompts, repeated, and their rows in the batch."""
-        world, minibatches = self.distributed.world_size, self.config.ppo.minibatches
-        if len(prompts) % (world * minibatches):
-            raise UserError(
-                f"rollout.batch_size: given {len(prompts)} prompts, must be a multiple of "
-                f"{world * minibatches} ({world} ranks x ppo.minibatches={minibatches})"
-            )
-        each, copies = len(prompts) // world, self.config.rollout.responses_per_prompt
+        self._check_batch(len(prompts))
+        each = len(prompts) // self.distributed.world_size
+        copies = self.config.rollout.responses_per_prompt
         first = self.distributed.rank * each
         mine = [p for p in prompts[first : first + each] for _ in range(copies)]
         return mine, list(range(first * copies, first * copies + len(mine)))
@@ -285,12 +281,22 @@ class PPOTrainer:
     # -- set-up ----------------------------------------------------------------------------------
 
     def _check(self, prompts: list[Prompt], positions: int | None) -> None:
-        """What the data must have for the model and for the rewards. Raises UserError."""
+        """What ranks, model and rewards ask of the batch and the data. Raises UserError."""
         data, rollout = self.config.data, self.config.rollout
+        self._check_batch(rollout.batch_size)
         check_prompts(prompts, self.tokenizer, data, rollout, positions)
         for prompt in prompts[:1]:
             messages = ["messages"] if prompt.messages is not None else []
             self.reward.check_columns([*prompt.columns, *messages])
+
+    def _check_batch(self, prompts: int) -> None:
+        """Every rank gets as many prompts of each minibatch. Raises UserError."""
+        world, minibatches = self.distributed.world_size, self.config.ppo.minibatches
+        if prompts % (world * minibatches):
+            raise UserError(
+                f"rollout.batch_size: given {prompts} prompts, must be a multiple of "
+                f"{world * minibatches} ({world} ranks x ppo.minibatches={minibatches})"
+            )
 
     def _reward_model_path(self) -> str | None:
         functions = (reward.function for reward in self.reward.rewards)

@@ -98,7 +98,8 @@ class PPOSettings:
     """Temperature of log-probabilities: that of sampling, or 1 (the released code)."""
     target_kl: Positive | None = None
     """Take no further policy step in an update once `approx_kl`, the new policy's KL from the one
-    that sampled, is above this (nats) at the start of a step; the critic goes on."""
+    that sampled, is above this (nats) at the start of a step; a critic that is no head on the
+    policy goes on."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import json
 import struct
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from marlhf import quickstart
 from marlhf.display import (
     BeforeAfter,
     before_after_panel,
@@ -210,3 +212,22 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match=r"pip install marlhf\[demo\]"):
         plot_reward_kl([], tmp_path / "plot.png", "title")
+
+
+def test_the_end_of_the_quickstart_shows_any_text(tmp_path):
+    pytest.importorskip("matplotlib")
+    metrics = [
+        {"step": step, "eval_score_mean": 0.1 * step, "eval_kl_mean": 0.0} for step in (0, 2)
+    ]
+    sample = {"row": 0, "held_out": True, "prompt": "Say", "score": 0.5}
+    samples = [
+        {**sample, "step": 0, "macro_actions": ["before"]},
+        {**sample, "step": 2, "macro_actions": ["one\u2028two", "\x85"]},
+    ]
+    for name, rows in (("metrics", metrics), ("samples", samples)):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    console = Console(file=io.StringIO(), width=100)
+    quickstart.show(tmp_path, console)
+    assert "before" in console.file.getvalue()
+    assert "two|" in console.file.getvalue()

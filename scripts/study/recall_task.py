@@ -1,15 +1,16 @@
-"""The study's task with a known optimum: say the prompt's letter 48 times.
+"""The study's task with a known optimum: say a code of 8 letters, then go on for 40 more.
 
     python scripts/study/recall_task.py --out runs/study/recall
 
-A prompt is a letter and a colon. The reward, given once, at the end, is the share of response
-tokens that are that letter: every token counts alike. The policy to start from has learned, from
-demonstrations that are right at half of their places, to be right about half of the time; the best
-possible reward is 1.
+The reward, given once, after the last of 48 letters, is the share of the first 8 that are the
+code's, which only the reward knows. The policy to start from has learned, from demonstrations whose
+code is right at half of its places and whose other letters are drawn evenly, to be right about half
+of the time; the best possible reward is 1.
 
-With one value for all states GAE gives a token's own part in the reward a weight of lambda to the
-power of the number of macro actions after its own. Token-level PPO at lambda 0.95 hears of the last
-letters 11 times as loud as of the first; with n-grams of 5 it is 1.6 times.
+With one value for all states GAE gives a letter's part in the reward a weight of lambda to the
+power of the number of macro actions after its own: of the code about 0.1 under token-level PPO at
+lambda 0.95, where the last letters, which do nothing for the reward, have 1. With n-grams of 5 the
+code's weight is 0.64.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PROMPT = ":"
 LETTERS = "abcdefgh"
 LENGTH = 48
+CODE = random.Random(0).sample(LETTERS, k=8)
 CONFIG = Path(__file__).parents[2] / "configs" / "study" / "sft_recall.yaml"
 
 
-def share_right(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """The share of letters that are the prompt's."""
-    return [
-        completion.replace(" ", "").count(prompt[0]) / LENGTH
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+def share_of_code(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """The share of the code's letters that a completion begins with."""
+    return [sum(map(str.__eq__, text.split(), CODE)) / len(CODE) for text in completions]
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         draw = random.Random(0)
         rows = [demonstration(draw, args.right) for _ in range(2000)]
         write(out / "demonstrations.jsonl", rows)
-        write(out / "prompts.jsonl", [{"prompt": f"{draw.choice(LETTERS)} :"} for _ in range(4096)])
+        write(out / "prompts.jsonl", [{"prompt": PROMPT}] * 4096)
         write_random_model(out / "random")
         paths = [f"model.path={out}/random", f"data.path={out}/demonstrations.jsonl"]
         words = ["sft", str(CONFIG), *paths, f"output_dir={out}/base", "resume=auto"]
@@ -57,18 +57,20 @@ def main() -> None:
 
 
 def demonstration(draw: random.Random, right: float) -> dict[str, str]:
-    """A prompt and a completion with this share of right letters, the others drawn evenly."""
-    letter = draw.choice(LETTERS)
-    others = LETTERS.replace(letter, "")
-    said = [letter if draw.random() < right else draw.choice(others) for _ in range(LENGTH)]
-    return {"prompt": f"{letter} :", "completion": " " + " ".join(said)}
+    """A completion with this share of the code; all other letters are drawn evenly."""
+    code = [
+        letter if draw.random() < right else draw.choice(LETTERS.replace(letter, ""))
+        for letter in CODE
+    ]
+    rest = draw.choices(LETTERS, k=LENGTH - len(CODE))
+    return {"prompt": PROMPT, "completion": " " + " ".join(code + rest)}
 
 
 def write_random_model(folder: Path) -> None:
-    """A tokenizer of letters, and a Llama with random weights."""
+    """A tokenizer of letters, and a GPT-2 with random weights."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     words = ["<eos>", "<pad>", ":", *LETTERS]
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
@@ -78,20 +80,21 @@ def write_random_model(folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = GPT2Config(  # with learned positions: what is to be learned is a letter for each
         vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
         tie_word_embeddings=False,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    GPT2LMHeadModel(config).save_pretrained(folder)
 
 
 def write(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from marlhf.charts import histogram, number
 from marlhf.inspector import Segmented, Summary, summarise
-from marlhf.page import data, macro_span, page, shown, table, tag, text
+from marlhf.page import data, macro_span, page, shown_token, table, tag, text
 
 
 def inspector_page(segmented: Sequence[Segmented], labels: Sequence[str]) -> str:
@@ -85,5 +85,4 @@ def _token(item: Segmented, t: int, index: int, tokens: range) -> str:
         nats = -item.logprobs[t]
         lines.append(f"perplexity {math.exp(min(nats, 700)):.3g} ({nats:.2f} nats)")
         style = f"--s:{min(nats / 8, 1):.2f}"
-    content = shown(item.pieces[t]) or "∅"  # a special token, or a later byte of a character
-    return tag("span", content, class_="t", data_tip=data(lines), style=style)
+    return tag("span", shown_token(item.pieces[t]), class_="t", data_tip=data(lines), style=style)

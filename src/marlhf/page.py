@@ -100,6 +100,11 @@ def shown(piece: str) -> str:
     return text(visible(piece, "⏎\n"))
 
 
+def shown_token(piece: str) -> str:
+    """As `shown`, with a mark for what writes nothing: special tokens, parts of a character."""
+    return shown(piece) or "∅"
+
+
 def data(value: Any) -> str:
     """Plain data for an attribute, which a script reads."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

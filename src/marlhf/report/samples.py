@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from marlhf.charts import number
-from marlhf.page import data, shown, tag, text
+from marlhf.page import data, shown, shown_token, tag, text
 from marlhf.report.runs import Run
 from marlhf.watch import finite
 
@@ -117,7 +117,7 @@ def _macro_action(
         style = f"--a:rgba(var(--{hue}),{min(abs(advantage) / scale, 1) * 0.55:.2f})"
         if abs(advantage) > 0.01 * scale:
             sign = tag("sup", "+" if advantage > 0 else "−", class_="sign")
-    content = shown(piece) or "∅"
+    content = shown_token(piece)
     line = content.removesuffix("\n")  # the sign stays on it
     content = line + sign + content[len(line) :]
     return tag("span", content, class_=f"a e{index % 4}", style=style, data_tip=data(tip))

@@ -62,6 +62,9 @@ def test_the_reward_of_a_program_that_reads_and_prints(code, completion, expecte
     [
         ("def largest(xs): return max(xs)", 1.0),
         ("class Solution:\n    def largest(self, xs: list): return max(xs)", 1.0),
+        ("class Solution:\n    def largest(self, xs: List[int]) -> int: return max(xs)", 1.0),
+        ("def largest(xs): return max(xs)\nif __name__ == '__main__':\n    largest(input())", 1.0),
+        ("from __future__ import annotations\ndef largest(xs): return nlargest(1, xs)[0]", 1.0),
         ("def largest(xs): return 3", 1.3 / 2 - 0.3),
         ("def largest(xs): print(max(xs))", -0.3),
         ("def largest(xs): return xs[1]", -0.6),

@@ -7,6 +7,7 @@ import socket
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -95,6 +96,7 @@ def denied(outcome: Outcome, error: str = "PermissionError") -> bool:
 
 def test_a_program_runs_once_for_each_stdin(sandbox):
     assert run(sandbox, "print(int(input()) + 1)", "1", "41") == Outcome("ok", ("2\n", "42\n"))
+    assert run(sandbox, "print(input())", "half a pair: \ud800").outputs == ("half a pair: ?\n",)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,8 @@ def test_a_program_runs_once_for_each_stdin(sandbox):
         ("1 / 0", "error", "ZeroDivisionError"),
         ("import sys; sys.exit(3)", "error", ""),
         ("import sys; sys.exit()", "ok", ""),
+        ("exit()", "ok", ""),
+        ("quit(1)", "error", ""),
         ("import os; print(1, flush=True); os._exit(0)", "ok", ""),
         ("import os; os.abort()", "error", "killed by"),
         ("import ctypes; ctypes.string_at(0)", "error", "killed by SIGSEGV"),
@@ -417,6 +421,21 @@ def test_a_server_that_dies_costs_one_program(sandbox):
     killer.start()
     outcomes = sandbox.run([Script("import time; time.sleep(2)")] * 2)
     assert {o.detail for o in outcomes} == {"its sandbox was killed"}
+
+
+def test_a_program_does_not_outlive_its_server(sandbox):
+    source = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ntime.sleep(2000)"
+    servers = [psutil.Process(server._process.pid) for server in sandbox._servers]
+    with ThreadPoolExecutor(1) as pool:
+        outcomes = pool.submit(sandbox.run, [Script(source)] * 2)
+        jails: list[psutil.Process] = []
+        while len(jails) < 2:
+            jails = [j for s in servers for handler in s.children() for j in handler.children()]
+        time.sleep(0.7)  # for the programs to start
+        for server in servers:
+            server.kill()
+        assert {o.detail for o in outcomes.result()} == {"its sandbox was killed"}
+    assert psutil.wait_procs(jails, timeout=10)[1] == []
 
 
 def test_many_programs_one_after_another(sandbox):

@@ -65,6 +65,8 @@ _DENIED = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
     "io_uring_setup": (425, 425),
+    # by which a program could outlive the process that watches it
+    "prctl": (157, 167),
 }
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _CLONE_THREAD = 0x00010000

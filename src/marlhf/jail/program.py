@@ -96,13 +96,17 @@ def run_script(source: str, in_fd: int, out_fd: int, err_fd: int) -> None:
     _use_streams(in_fd, out_fd, err_fd)
     code = _compile(source, "program.py")
     os.write(2, COMPILED)
-    _finish(lambda: exec(code, _main_module()))
+    _finish(lambda: exec(code, _module("__main__")))
 
 
-def serve_calls(source: str, function: str, in_fd: int, out_fd: int, err_fd: int) -> None:
+def serve_calls(
+    source: str, function: str, prelude: str, in_fd: int, out_fd: int, err_fd: int
+) -> None:
     """Run a program, then answer each line `[arguments, keywords]` with what its function returns.
 
-    The function is the program's own, or a method of its class `Solution`. Does not return.
+    The function is the program's own, or a method of its class `Solution`. The program runs after
+    the code `prelude` and as if imported: what it guards by `__name__ == "__main__"` does not run.
+    Does not return.
     """
     requests, replies = os.fdopen(in_fd, encoding="utf-8"), os.fdopen(out_fd, "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDWR)
@@ -111,7 +115,8 @@ def serve_calls(source: str, function: str, in_fd: int, out_fd: int, err_fd: int
     os.write(2, COMPILED)
 
     def serve() -> None:
-        names = _main_module()
+        names = _module("program")
+        exec(prelude, names)
         exec(code, names)
         target = _find(names, function)
         for line in requests:
@@ -145,7 +150,7 @@ def run_check(test: str, helpers: str, function: str, in_fd: int, out_fd: int, e
 
     status = TESTS_BROKEN
     try:
-        names = _main_module()
+        names = _module("__main__")
         for each in code:
             exec(each, names)
         names[function] = candidate
@@ -178,9 +183,10 @@ def _compile(source: str, name: str) -> types.CodeType:
         os._exit(FAILED)
 
 
-def _main_module() -> dict[str, Any]:
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
+def _module(name: str) -> dict[str, Any]:
+    """The names of a new module, which takes the place of the server's own `__main__`."""
+    module = types.ModuleType(name)
+    sys.modules["__main__"] = sys.modules[name] = module
     sys.argv = ["program.py"]
     return module.__dict__
 

@@ -12,6 +12,7 @@ process compares.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import gc
@@ -132,6 +133,8 @@ def main() -> None:
 def _prepare(strong: bool) -> None:
     for name in _COMMON:
         importlib.import_module(name)
+    for name in ("exit", "quit"):  # the work of `site`, which this process goes without
+        setattr(builtins, name, sys.exit)
     os.environ.clear()
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)  # the limit on CPU time bounds long numbers as well
@@ -205,7 +208,7 @@ def _script(cell: _Cell, job: dict[str, Any], _: socket.socket) -> dict[str, Any
         with _pipe() as (in_read, in_write), _pipe() as (out_read, out_write):
             run = functools.partial(program.run_script, job["source"])
             jail = cell.start(run, in_read, out_write)
-            output, reason = cell.watch([jail], stdin.encode(), in_write, out_read)
+            output, reason = cell.watch([jail], stdin.encode(errors="replace"), in_write, out_read)
         status, detail = cell.judge(jail, reason)
         if status != "ok":
             break
@@ -217,7 +220,8 @@ def _calls(cell: _Cell, job: dict[str, Any], _: socket.socket) -> dict[str, Any]
     """Have a program's function answer every request, in one process."""
     requests = "".join(json.dumps(request) + "\n" for request in job["requests"])
     with _pipe() as (in_read, in_write), _pipe() as (out_read, out_write):
-        run = functools.partial(program.serve_calls, job["source"], job["function"])
+        names = job["source"], job["function"], job["prelude"]
+        run = functools.partial(program.serve_calls, *names)
         jail = cell.start(run, in_read, out_write)
         output, reason = cell.watch([jail], requests.encode(), in_write, out_read)
     status, detail = cell.judge(jail, reason)
@@ -229,7 +233,7 @@ def _check(cell: _Cell, job: dict[str, Any], control: socket.socket) -> dict[str
     """Run a test in one jail against a program in another."""
     function = job["function"]
     with _pipe() as (call_read, call_write), _pipe() as (reply_read, reply_write):
-        run = functools.partial(program.serve_calls, job["source"], function)
+        run = functools.partial(program.serve_calls, job["source"], function, "")
         jail = cell.start(run, call_read, reply_write)
         tests = receive(control)  # only now: the program's memory does not hold them
         check = functools.partial(program.run_check, tests["test"], tests["helpers"], function)

@@ -22,6 +22,16 @@ _FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]
 _PYTHON = ("python", "python3", "py", "py3")
 # of a decimal number that a program prints, as in APPS's own evaluation
 _RELATIVE, _ABSOLUTE = 1e-5, 1e-8
+# names that the sites of APPS's functions give, and its own evaluation too
+_APPS_PRELUDE = """
+import collections, fractions, heapq, itertools, math, random, sys, time
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
+from functools import lru_cache
+from heapq import *
+from itertools import accumulate, combinations, permutations, product
+from math import ceil, cos, exp, fabs, floor, gcd, log, log2, sin, sqrt, tan
+from typing import *
+"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class Code:
 
     format="apps": `tests_column` holds JSON text, or a mapping, with `inputs`, `outputs` and
     perhaps `fn_name`: without it each input is a stdin and each output what must be printed (see
-    `same_output`); with it each input is a list of arguments to that function. None where empty.
+    `same_output`); with it each input is a list of arguments to that function, which may use names
+    that APPS's own evaluation imports (`List`, `Counter`, `math`). None where empty.
 
     format="humaneval": `check_column` holds code that defines `check(candidate)`, which either
     passes or fails; `entry_point_column` the function's name; `prefix_column` the code before the
@@ -222,7 +233,7 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
         raise ValueError(f"column {column!r}: inputs for fn_name must be lists of arguments")
     arguments = tuple(tuple(_integer_keys(x) for x in each) for each in inputs)
     return Problem(
-        lambda source: Calls(source, function, arguments),
+        lambda source: Calls(source, function, arguments, _APPS_PRELUDE),
         lambda outcome: _share(same_value, outcome.outputs, outputs),
     )
 

@@ -71,11 +71,12 @@ class Script:
 @dataclass(frozen=True)
 class Calls:
     """A program whose `function` (or method of its class `Solution`) is called with each of
-    `arguments`, plain data, in one process."""
+    `arguments`, plain data, in one process. The code `prelude` gives it names before it runs."""
 
     source: str
     function: str
     arguments: tuple[tuple[Any, ...], ...]
+    prelude: str = ""
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ def _messages(job: Job) -> list[dict[str, Any]]:
                 "kind": "calls",
                 "source": job.source,
                 "function": job.function,
+                "prelude": job.prelude,
                 "requests": [{"tuple": request} for request in requests],
             }
         ]

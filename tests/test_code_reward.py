@@ -115,6 +115,7 @@ def test_long_integers(code):
         ({"inputs": ["1"], "outputs": []}, "must be lists of one length"),
         ({"inputs": [1], "outputs": ["1"]}, "1 must be text"),
         ({"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}, "must be lists of arguments"),
+        ({"inputs": [["1"]], "outputs": ["1"], "fn_name": 3}, "must be the name of a function"),
     ],
 )
 def test_tests_in_another_format_stop_the_run_with_the_row(code, tests, fault):

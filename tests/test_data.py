@@ -110,6 +110,15 @@ FORMATS = [
 ]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_half_of_a_cut_emoji_stops_no_run(tmp_path, name):
+    rows = [{"prompt": "cut \ud83d", "\udc00": ["\ud83d"]}, {"prompt": "whole \U0001f600"}]
+    prompts, _ = load(write_jsonl(tmp_path / name, rows))
+    assert texts(prompts) == ["cut ?", "whole \U0001f600"]
+    assert prompts[0].columns == {"?": ["?"]}
+    encode(texts(prompts), byte_tokenizer(), 100)
+
+
 @pytest.mark.parametrize("save", FORMATS)
 def test_every_format_gives_the_same_prompts(tmp_path, save):
     train, held_out = load(save(tmp_path))

@@ -90,6 +90,9 @@ def test_a_human_summary_is_the_reference_and_can_be_the_demonstration(tmp_path)
 def test_optional_fields_of_a_post(tmp_path):
     (row,) = one(TLDR, article_row(3), tmp_path, "ppo")
     assert row["prompt"] == "ARTICLE\nThe mayor opened bridge 3 on Monday, in the rain.\nTL;DR: "
+    empty = article_row(3)
+    empty["info"] |= {"post": ""}
+    assert one(TLDR, empty, tmp_path, "ppo") == [row]
     bare = {"info": {"post": "Help."}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
     assert one(TLDR, bare, tmp_path, "sft") == [
         {"prompt": "POST\nHelp.\nTL;DR: ", "completion": "b"}
@@ -181,6 +184,21 @@ def test_problems(tmp_path):
 def test_a_problem_without_tests_is_no_prompt(tmp_path, none):
     assert one(APPS, problem_row(0, input_output=none), tmp_path, "ppo") == []
     assert len(one(APPS, problem_row(0, input_output=none), tmp_path, "sft")) == 2
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        {"inputs": [1], "outputs": [2]},
+        {"inputs": ["1"], "outputs": ["2"], "fn_name": "f"},
+        {"inputs": [["1"]], "outputs": ["2"], "fn_name": 3},
+        {"inputs": ["1"]},
+        [1],
+    ],
+)
+def test_tests_that_the_reward_could_not_read_break_the_row(tmp_path, tests):
+    with pytest.raises(UserError, match=r"break the schema.*input_output"):
+        one(APPS, problem_row(0, input_output=json.dumps(tests)), tmp_path, "ppo")
 
 
 @pytest.mark.parametrize("none", ["", None, "[]", '[" "]'])

@@ -19,6 +19,7 @@ from marlhf.errors import UserError, one_line
 Row = dict[str, Any]
 
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped; nothing else is in JSON's UTF-8
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 
 
@@ -94,6 +95,16 @@ def _local(path: str, files: Files) -> Path:
     return inside if inside.is_dir() else source
 
 
+def parse_json(text: str) -> Any:
+    """`json.loads`, with a question mark for half of an escaped pair, such as of an emoji that was
+    cut in two: it is no character, and no tokenizer takes it."""
+    value = json.loads(text)
+    if _SURROGATE.search(text):
+        whole = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        value = json.loads(whole)
+    return value
+
+
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist can only have meant a local one, never a hub dataset."""
     return not _HUB_NAME.match(path) or path.startswith(".") or Path(path).suffix in _READERS
@@ -137,7 +148,7 @@ def _parse_lines(lines: Any, file: Path, key: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{key}: {file}, line {number}: not valid JSON: {error.msg}, column {error.colno}"
@@ -154,7 +165,7 @@ def _read_json(file: Path, key: str) -> list[Row]:
     """A list of objects; JSON lines under the wrong name are read too."""
     text = file.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return list(_parse_lines(io.StringIO(text), file, key))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from typing import Any, Literal
 
 from marlhf.data_presets.base import Example, RowError, Source, value
 from marlhf.errors import UserError
-from marlhf.tables import Files, Row
+from marlhf.rewards.code import apps_problem
+from marlhf.tables import Files, Row, parse_json
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,12 @@ def _solutions(row: Row) -> list[str]:
 
 def _tests(row: Row) -> dict[str, Any]:
     found = _json(row, "input_output", {})
-    fine = isinstance(found, dict) and all(
-        isinstance(found.get(key, []), list) for key in ("inputs", "outputs")
-    )
-    if not fine or len(found.get("inputs", [])) != len(found.get("outputs", [])):
-        raise RowError("input_output is no object with as many `inputs` as `outputs`")
+    if not isinstance(found, dict):
+        raise RowError("input_output is no object with `inputs` and `outputs`")
+    try:
+        apps_problem(found)
+    except ValueError as error:
+        raise RowError(str(error)) from None
     return found
 
 
@@ -92,7 +93,7 @@ def _json(row: Row, key: str, empty: Any) -> Any:
         return empty
     try:
         with _long_numbers():
-            return json.loads(text)
+            return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{key} is not valid JSON: {error}") from None
 

@@ -55,11 +55,10 @@ def _prompt(row: Row) -> tuple[str, str]:
     """The post or article, and the prompt that the released code makes of it."""
     post = value(row, "info.post", str, optional=True)
     article = value(row, "info.article", str, optional=True)
-    text = post if post is not None else article
+    kind, text = ("POST", post) if (post or "").strip() else ("ARTICLE", article)
     if text is None or not text.strip():
         raise RowError("info.post and info.article are both null or empty")
     subreddit = value(row, "info.subreddit", str, optional=True)
-    kind = "ARTICLE" if post is None else "POST"
     where = "" if subreddit is None else f"Subreddit: r/{subreddit}\n"
     return text, f"{kind}\n{where}{text}\nTL;DR: "
 

@@ -216,7 +216,7 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
         return None
     if not isinstance(tests, Mapping) or not {"inputs", "outputs"} <= tests.keys():
         raise ValueError(f"column {column!r} must have the keys inputs and outputs")
-    inputs, outputs, function = tests["inputs"], tests["outputs"], tests.get("fn_name")
+    inputs, outputs, function = tests["inputs"], tests["outputs"], tests.get("fn_name") or None
     lists = isinstance(inputs, list) and isinstance(outputs, list)
     if not lists or len(inputs) != len(outputs):
         raise ValueError(f"column {column!r}: inputs and outputs must be lists of one length")
@@ -229,6 +229,8 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
             lambda source: Script(source, stdins),
             lambda outcome: _share(same_output, outcome.outputs, expected),
         )
+    if not isinstance(function, str):
+        raise ValueError(f"column {column!r}: fn_name must be the name of a function")
     if not all(isinstance(x, list) for x in inputs):
         raise ValueError(f"column {column!r}: inputs for fn_name must be lists of arguments")
     arguments = tuple(tuple(_integer_keys(x) for x in each) for each in inputs)

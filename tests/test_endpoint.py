@@ -76,6 +76,7 @@ FAULTS = {
     "no choices": Answer({"choices": []}),
     "no text": says(None),
     "not UTF-8": Answer(b'{"choices": "\xff\xfe'),
+    "length of no number": Answer(b"{}", headers={"Content-Length": "\xb2"}),
     "nested": Answer(b"[" * 100_000),
     "no end": Answer(b"x" * 2**21),
 }
@@ -149,6 +150,7 @@ def in_the_future(seconds: float) -> str:
         (lambda: "-3", 0, 0),
         (lambda: "soon", 0.005, 0.01),
         (lambda: "nan", 0.005, 0.01),
+        (lambda: f"Mon, 1 Jan {10**30} 00:00:00 GMT", 0.005, 0.01),
     ],
 )
 def test_a_server_says_how_long_to_wait(header, low, high, monkeypatch):
@@ -206,6 +208,8 @@ def test_failed_requests_cost_nothing_and_tokens_are_guessed_where_not_counted()
         reply = endpoint.ask(ASK)
     assert reply.tokens_in == token_estimate(ASK)
     assert 90 < reply.tokens_out < 120
+    with judge_server(lambda body, count: says("x", prompt_tokens=10**400)) as server:
+        assert client(server.url, price_in=1.0, price_out=1.0).ask(ASK).tokens_in < 1000
     assert endpoint.cost == pytest.approx((reply.tokens_in + reply.tokens_out) / 1e6)
 
 

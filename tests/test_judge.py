@@ -193,6 +193,48 @@ def test_what_fails_is_left_out_and_asked_the_next_time(tmp_path):
         assert len(server.bodies) == before + 2
 
 
+def test_answers_on_their_way_when_it_is_interrupted_are_kept(tmp_path):
+    def slow(body, count):
+        answer = longer(body, count)
+        answer.delay = 0.3 if count else 0.0
+        return answer
+
+    def interrupted(futures, what):
+        yield futures[0]
+        raise KeyboardInterrupt
+
+    records = Records(tmp_path / "judgements.jsonl", ["key"])
+    with judge_server(slow) as server:
+        judge = Judge(settings(server.url, concurrency=4), records)
+        with pytest.raises(KeyboardInterrupt):
+            judge.ask(judge.open_questions(PAIRS), interrupted)
+        assert len(server.bodies) == len(records.path.read_text().splitlines()) < 22
+
+
+def test_the_estimate_knows_the_key_that_limits_answers(tmp_path):
+    with judge_server(longer) as server:
+        extra = {"max_tokens": None, "max_completion_tokens": 9000}
+        judge = Judge(settings(server.url, extra=extra), Records(tmp_path / "j.jsonl", ["key"]))
+    text = judge.estimate(judge.open_questions(PAIRS[:2]))
+    assert "at most 18,000 to write" in text
+    assert text.endswith("; each up to 2 times more while it gets no verdict")
+
+
+def test_a_refusal_and_half_a_character_are_answers(tmp_path):
+    refusal = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+
+    def answer(body, count):
+        if "prompt 5" in body["messages"][1]["content"]:
+            return Answer({"choices": [{"message": refusal}]})
+        return says("Cut: \ud83d\nVerdict: A")
+
+    with judge_server(answer) as server:
+        found, notice = judged(tmp_path, server.url, reasks=0)
+        assert (notice, found["invalid"]) == (None, 1)
+        assert judged(tmp_path, server.url, reasks=0)[0] == found
+        assert len(server.bodies) == 22
+
+
 def test_requests_are_concurrent_up_to_the_limit(tmp_path):
     def slow(body, count):
         answer = longer(body, count)

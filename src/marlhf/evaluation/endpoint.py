@@ -24,6 +24,7 @@ Messages = Sequence[Mapping[str, str]]
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 300.0  # seconds between tries
 _LARGEST_REPLY = 2**20  # bytes
+_MOST_TOKENS = 2**32  # of one request; a server that counts more cannot count
 _RETRIED = {408, 409, 429}
 _HOPELESS = {401, 403, 404, 405}  # no other request will fare better
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -112,6 +113,13 @@ class Endpoint:
         # null takes a key away: some servers want max_completion_tokens instead of max_tokens
         return {k: v for k, v in (body | settings.extra).items() if v is not None}
 
+    @property
+    def longest_answer(self) -> int:
+        """The limit on an answer, in tokens, by the key of the body that has it."""
+        limits = map(self.body([]).get, ("max_tokens", "max_completion_tokens"))
+        given = [limit for limit in limits if isinstance(limit, int)]
+        return max(given, default=self.settings.max_tokens)
+
     def price(self, tokens_in: int, tokens_out: int) -> float:
         """Of so many tokens; 0 without prices."""
         prices = self.settings.price_in or 0.0, self.settings.price_out or 0.0
@@ -136,7 +144,7 @@ class Endpoint:
 
     def _try(self, messages: Messages) -> Reply:
         estimate = token_estimate(messages)
-        reserved = self.price(estimate, self.settings.max_tokens)
+        reserved = self.price(estimate, self.longest_answer)
         with self._lock:
             cap, most = self.settings.max_cost, self.settings.max_requests
             if self._stop.is_set():
@@ -172,7 +180,7 @@ class Endpoint:
             raise self._refusal(error, deadline) from None
         except TimeoutError:
             raise _RetryError(f"no answer within {timeout:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise _RetryError(f"no answer within {timeout:g} s") from None
@@ -182,7 +190,7 @@ class Endpoint:
         """What a status other than 2xx means."""
         try:
             said = _read(error, deadline).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException, ValueError):
             said = ""
         message = f"status {error.code} {self._shown(said or error.reason)}"
         if error.code in _RETRIED or error.code >= 500:
@@ -193,19 +201,23 @@ class Endpoint:
         """What the server answered. A body that is no answer may be one the next time."""
         try:
             body = json.loads(data)
-            text = body["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            message = body["choices"][0]["message"]
+            text = message["content"]
+            if text is None:  # and what is said instead is an answer, if no verdict
+                text = message.get("refusal")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             text, body = None, None
         if not isinstance(text, str) or not isinstance(body, dict):
             raise _RetryError(
                 f"no chat completion: {self._shown(data[:500].decode(errors='replace'))}"
             )
+        text = text.encode("utf-8", "replace").decode()  # JSON can say half of a character
         usage = body.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         guesses = estimate, token_estimate([{"content": text}])
         tokens = [
-            count if isinstance(count, int) and count >= 0 else guess
+            count if isinstance(count, int) and 0 <= count <= _MOST_TOKENS else guess
             for count, guess in zip(counts, guesses, strict=True)
         ]
         return Reply(self.without_key(text), *tokens)
@@ -236,7 +248,7 @@ def _read(response: Any, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError
     expected = response.headers.get("Content-Length", "")
-    if expected.isdigit() and size < int(expected):
+    if expected.isdecimal() and size < int(expected):
         raise http.client.HTTPException("the answer is cut short")
     return b"".join(parts)
 
@@ -250,7 +262,7 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             when = parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         when = when if when.tzinfo is not None else when.replace(tzinfo=timezone.utc)
         seconds = (when - datetime.now(timezone.utc)).total_seconds()

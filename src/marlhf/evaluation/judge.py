@@ -146,7 +146,7 @@ class Judge:
     def estimate(self, questions: Sequence[Question]) -> str:
         """What asking will come to, before anything is asked."""
         tokens_in = sum(token_estimate(question.messages) for question in questions)
-        tokens_out = len(questions) * self.settings.max_tokens
+        tokens_out = len(questions) * self.endpoint.longest_answer
         text = (
             f"judge {self.settings.model}: {len(questions)} requests, about {tokens_in:,} tokens "
             f"to read and at most {tokens_out:,} to write"
@@ -154,6 +154,8 @@ class Judge:
         if self.settings.price_in is not None:
             text += f", at most about {self.endpoint.price(tokens_in, tokens_out):.2f}"
         caps = {"max_cost": self.settings.max_cost, "max_requests": self.settings.max_requests}
+        if self.settings.reasks:
+            text += f"; each up to {self.settings.reasks} times more while it gets no verdict"
         given = [f"judge.{name}={cap:g}" for name, cap in caps.items() if cap is not None]
         return text + (f" (capped by {', '.join(given)})" if given else "")
 
@@ -168,9 +170,11 @@ class Judge:
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             futures = [pool.submit(self._answer, question) for question in questions]
             done: Iterator[Future[Line]] = as_completed(futures)
+            unseen = set(futures)
             try:
                 for _ in track(futures, "judging"):
                     future = next(done)
+                    unseen.remove(future)
                     fault = future.exception()
                     if isinstance(fault, StoppedError):
                         capped = str(fault)
@@ -186,8 +190,9 @@ class Judge:
                         in_a_row = 0
             finally:  # after an interrupt, too
                 self.endpoint.stop()
-                for future in futures:
-                    future.cancel()
+                pool.shutdown(cancel_futures=True)
+                came = [f for f in unseen if not f.cancelled() and f.exception() is None]
+                self._cache.append([future.result() for future in came])  # they are paid for
         faults = [f"{failed} requests failed, the last with: {last}"] if failed else []
         return "; ".join([*faults, *([capped] if capped else [])]) or None
 

@@ -1,0 +1,31 @@
+"""The processes of a sandbox end with it, and programs with them."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+
+from marlhf.rewards.sandbox import Sandbox, Script
+
+
+def test_a_sandbox_that_is_closed_leaves_no_process():
+    box = Sandbox(workers=2, allow_weak=True)
+    servers = [server._process for server in box._servers]
+    box.close()
+    assert None not in [server.poll() for server in servers]
+
+
+def test_a_program_does_not_outlive_its_server():
+    source = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ntime.sleep(2000)"
+    with Sandbox(workers=1, allow_weak=True) as box, ThreadPoolExecutor(1) as pool:
+        server = psutil.Process(box._servers[0]._process.pid)
+        outcomes = pool.submit(box.run, [Script(source)])
+        jails: list[psutil.Process] = []
+        while not jails:
+            jails = [jail for handler in server.children() for jail in handler.children()]
+        time.sleep(0.7)  # for the program to start
+        server.kill()
+        assert outcomes.result()[0].detail == "its sandbox was killed"
+        assert psutil.wait_procs(jails, timeout=10)[1] == []

@@ -25,6 +25,7 @@ class Plain:
     estimator: str = "gae"
     copies: int = 1  # responses to each prompt
     temperature: float = 1.0
+    min_tokens: int = 0  # before which EOS has no probability
     score_clip: float | None = None
     gamma: float = 0.97
     lam: float = 0.95
@@ -74,6 +75,8 @@ def log_softmaxes(lm: Any, row: Row, s: Plain) -> list[torch.Tensor]:
     found = []
     for t in range(len(row.response)):
         scaled = logits[min(first + t, len(logits) - 1)] / s.temperature
+        if t < s.min_tokens:
+            scaled = torch.stack([x - 1e9 if i == EOS else x for i, x in enumerate(scaled)])
         found.append(scaled - scaled.exp().sum().log())
     return found
 

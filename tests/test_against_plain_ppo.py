@@ -269,6 +269,7 @@ CASES: dict[str, tuple[Plain, dict[str, Any]]] = {
         Plain(temperature=0.7),
         {"rollout": {"temperature": 0.7, "top_k": 40}},
     ),
+    "min_new_tokens": (Plain(min_tokens=4), {"rollout": {"min_new_tokens": 4}}),
     "value_loss macro": (Plain(value_loss="macro"), {"macro": {"value_loss": "macro"}}),
     "ratio macro_product": (
         Plain(ratio="macro_product"),
@@ -375,6 +376,7 @@ def test_a_mistake_would_be_found(mistake: dict[str, Any]) -> None:
         ("kl target, in the rewards", {"kl_horizon": 32}),
         ("kl target, in the rewards", {"kl_target": 1e9, "kl_horizon": 1e9}),
         ("target_kl", {"target_kl": 1e9}),
+        ("min_new_tokens", {"min_tokens": 3}),
         ("ptx", {"ptx_coef": 0.8}),
         ("ptx", {"texts": tuple((ids, 2) for ids, _ in TEXTS)}),
         ("ptx", {"texts": tuple((ids[:-1], 1) for ids, _ in TEXTS)}),

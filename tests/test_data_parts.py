@@ -201,7 +201,10 @@ BROKEN = {
         ({"question": None}, "question is null"),
         ({"solutions": "print(1)"}, "solutions is not valid JSON"),
         ({"solutions": '{"a": 1}'}, "solutions is no list of texts"),
-        ({"input_output": '{"inputs": [1], "outputs": []}'}, "column .input_output.: .* must be lists of one length"),
+        (
+            {"input_output": '{"inputs": [1], "outputs": []}'},
+            "column .input_output.: .* must be lists of one length",
+        ),
         ({"input_output": "[" * 100000}, "input_output is not valid JSON"),
     ],
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,40 @@ def test_logprobs_are_those_of_a_plain_forward_pass(family: str) -> None:
         found = extras["hidden_states"][row, : response + 1]
         torch.testing.assert_close(found, states, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(extras["token_embeddings"][row, :response], embeddings)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: after its softcap
+def test_eos_has_no_probability_before_min_tokens(family: str) -> None:
+    sequences, least, eos_ids = batch(), 3, [2, 60]
+
+    def ours(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        policy = Policy(model, eos_ids=eos_ids)
+        arguments = {"temperature": TEMPERATURE, "min_tokens": least, "extras": EVERY}
+        logprobs, extras = forward(policy, sequences, **arguments)
+        return logprobs, extras["entropy"]
+
+    def plain(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        T = sequences.response_mask.shape[1]
+        hidden = models.trunk_forward(model.model, sequences.input_ids, sequences.attention_mask)
+        logits = models.head_of(model)(hidden[:, -T - 1 : -1]) / TEMPERATURE
+        possible = torch.ones(T, logits.shape[-1], dtype=torch.bool)
+        possible[:least, eos_ids] = False
+        log_p = logits.where(possible, -1e9).log_softmax(-1)
+        mask = sequences.response_mask
+        logprobs = log_p.gather(-1, sequences.input_ids[:, -T:, None]).squeeze(-1)
+        return logprobs.where(mask, 0.0), -(log_p.exp() * log_p).sum(-1).where(mask, 0.0)
+
+    found, wanted = tiny_causal_lm(family), tiny_causal_lm(family)
+    for logprobs, _ in (ours(found), plain(wanted)):
+        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+    for x, y in zip(ours(found), plain(wanted), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    gradients = {name: p.grad for name, p in wanted.named_parameters()}
+    for name, parameter in found.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-5)
+    without, _ = forward(Policy(found), sequences, temperature=TEMPERATURE)
+    assert (ours(found)[0] - without)[:, :least].abs().max() > 1e-3
+    torch.testing.assert_close(ours(found)[0][:, least:], without[:, least:])
 
 
 def test_a_final_softcap_is_applied() -> None:

@@ -364,7 +364,7 @@ def _forward(
         hidden = trunk_forward(trunk_of(lm), ids, mask)
         # `Policy.forward` picks these by the mask, which fake tensors cannot do
         before, targets = hidden[:, -T - 1 : -1].flatten(0, 1), ids[:, -T:].flatten()
-        temperature = config.policy_temperature
+        temperature = config.sampled_from["temperature"]
         return target_logprobs(lm, before, targets, temperature, extras)[0]
 
 

@@ -110,11 +110,11 @@ def load_causal_lm(
     return model
 
 
-def load_policy(settings: ModelSettings, config: Any, key: str) -> Policy:
+def load_policy(settings: ModelSettings, tokenizer: Any, config: Any, key: str) -> Policy:
     """A policy to sample from, not to train. Raises UserError."""
     model = load_causal_lm(settings, config, key).requires_grad_(False).eval()
     _check_forward(model, key)
-    return Policy(model)
+    return Policy(model, eos_ids=eos_token_ids(model, tokenizer))
 
 
 def load_classifier(settings: ModelSettings, key: str, base: str | None = None) -> PreTrainedModel:
@@ -282,7 +282,7 @@ def build_policy(
     _check_forward(lm)
     if settings.gradient_checkpointing:
         enable_checkpointing(lm)
-    policy = Policy(lm)
+    policy = Policy(lm, eos_ids=eos_token_ids(lm, tokenizer))
     if settings.lora is not None:
         shard(policy, trunk_of(lm))
         policy.model = add_adapter(lm, settings.lora, "policy")
@@ -400,9 +400,9 @@ def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:
 def reference_of(policy: Policy, shard: Shard = lambda module, trunk: module) -> Policy:
     """The policy as it is now, frozen: a copy, or with LoRA the shared base without adapter."""
     if hasattr(policy.model, "peft_config"):
-        return Policy(policy.model, adapter=None)
-    reference = Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval()
-    return shard(reference, trunk_of(reference.model))
+        return Policy(policy.model, adapter=None, eos_ids=policy.eos_ids)
+    reference = Policy(copy.deepcopy(policy.model), eos_ids=policy.eos_ids)
+    return shard(reference.requires_grad_(False).eval(), trunk_of(reference.model))
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -7,7 +7,7 @@ frozen base: each forward switches to its own adapter, the reference to none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,15 +26,21 @@ class Policy(nn.Module):
     model     a transformers causal LM, or a PEFT model around one
     adapter   with PEFT: the adapter to run with, None for the bare base (the reference)
     head      Linear(H, 1) of a critic that reads this policy's hidden states
+    eos_ids   every token that ends a response
     """
 
     def __init__(
-        self, model: nn.Module, adapter: str | None = None, head: nn.Linear | None = None
+        self,
+        model: nn.Module,
+        adapter: str | None = None,
+        head: nn.Linear | None = None,
+        eos_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.adapter = adapter
         self.head = head
+        self.eos_ids = list(eos_ids)
 
     def forward(
         self,
@@ -42,12 +48,15 @@ class Policy(nn.Module):
         attention_mask: Tensor | None,
         response_mask: Tensor,
         temperature: float = 1.0,
+        min_tokens: int = 0,
         extras: Collection[str] = (),
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`(logprobs [B,T], extras)`, logprobs in fp32 and nats, 0 outside the mask.
 
         input_ids, attention_mask [B,P+T] as in `Sequences`; logits are divided by `temperature`.
+        As one of the first `min_tokens` tokens of a response EOS has no probability, as in
+        sampling: nothing would ever push down a probability that no sample can show.
         position_ids [B,P+T] instead of an attention mask: rows without padding on their left. Where
         positions start again at 0 another example starts, which attends to itself alone.
         Logits exist for response positions only, and for a chunk of those at a time.
@@ -65,7 +74,13 @@ class Policy(nn.Module):
             hidden = trunk_forward(trunk_of(causal_lm), input_ids, attention_mask, position_ids)
             before = hidden[:, -T - 1 : -1][response_mask]
             targets = input_ids[:, -T:][response_mask]
-            logprobs, of_logits = target_logprobs(causal_lm, before, targets, temperature, extras)
+            impossible = None
+            if min_tokens and self.eos_ids:
+                early = torch.arange(T, device=hidden.device) < min_tokens
+                impossible = early.expand_as(response_mask)[response_mask], self.eos_ids
+            logprobs, of_logits = target_logprobs(
+                causal_lm, before, targets, temperature, extras, impossible
+            )
             found = {}
             if "hidden_states" in extras:
                 found["hidden_states"] = hidden[:, -T - 1 :]
@@ -212,21 +227,32 @@ def trunk_forward(
 
 
 def target_logprobs(
-    causal_lm: Any, hidden: Tensor, targets: Tensor, temperature: float, extras: Collection[str]
+    causal_lm: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    extras: Collection[str],
+    impossible: tuple[Tensor, Sequence[int]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], the logits of a chunk of tokens
     at a time. In training all chunks but the last, with which the backward pass begins, are
     computed again there.
+
+    impossible   which of the tokens ([N] bool) could not have been which ids
     """
     head = head_of(causal_lm)
     size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
 
     names = [name for name in ("entropy", "token_ranks") if name in extras]
 
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    limited, ids = impossible or (targets, [])
+
+    def chunk(hidden: Tensor, targets: Tensor, limited: Tensor) -> tuple[Tensor, ...]:
         logits = head(hidden).float()
         if temperature != 1.0:
             logits = logits / temperature
+        if ids:  # a probability of 0 has a gradient of 0: autograd need not know
+            logits.detach()[limited.nonzero(), ids] = torch.finfo(logits.dtype).min
         found, fixed = [], logits.detach()
         if "entropy" in names:
             found.append(fixed.logsumexp(-1) - (torch.softmax(fixed, -1) * fixed).sum(-1))
@@ -240,7 +266,7 @@ def target_logprobs(
         return nothing, dict.fromkeys(names, nothing)
     sizes = [size] * ((len(targets) - 1) // size)
     sizes = [len(targets) - sum(sizes), *sizes]
-    chunks = list(zip(hidden.split(sizes), targets.split(sizes), strict=True))
+    chunks = list(zip(*(x.split(sizes) for x in (hidden, targets, limited)), strict=True))
     recomputed = len(chunks) - 1 if torch.is_grad_enabled() else 0
     parts = [checkpoint(chunk, *part, use_reentrant=False) for part in chunks[:recomputed]]
     parts += [chunk(*part) for part in chunks[recomputed:]]

@@ -32,7 +32,7 @@ def policy_objective(
         rows.input_ids,
         rows.attention_mask,
         mask,
-        temperature=config.policy_temperature,
+        **config.sampled_from,
         extras=_of_head(config),
     )
     loss, stats = policy_loss(

@@ -195,7 +195,7 @@ class RolloutWorker:
         """Run a policy or critic over micro-batches; its results by name, put together again."""
         model = self.distributed.unwrap(module)
         if isinstance(model, Policy):
-            arguments["temperature"] = self.config.policy_temperature
+            arguments |= self.config.sampled_from
         T = sequences.response_mask.shape[1]
         passes = self._passes(sequences.attention_mask)
         parts = []

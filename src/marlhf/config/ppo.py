@@ -303,10 +303,11 @@ class PPOConfig:
             )
 
     @property
-    def policy_temperature(self) -> float:
-        """What divides the logits in every log-probability."""
+    def sampled_from(self) -> dict[str, Any]:
+        """What makes the distribution of every log-probability, as arguments of `Policy`."""
         one = self.ppo.logprob_temperature == "one"
-        return 1.0 if one else self.rollout.temperature
+        temperature = 1.0 if one else self.rollout.temperature
+        return {"temperature": temperature, "min_tokens": self.rollout.min_new_tokens}
 
     @property
     def has_head(self) -> bool:

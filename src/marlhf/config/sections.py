@@ -135,7 +135,7 @@ class RolloutSettings:
     max_new_tokens: Count = 128
     """Length limit of a response, in tokens."""
     min_new_tokens: Natural = 0
-    """No EOS before this many tokens."""
+    """No EOS before this many tokens, in sampling and in every log-probability alike."""
     temperature: Positive = 1.0
     """Divides the logits, in sampling and in every log-probability alike."""
     top_k: Natural = 0

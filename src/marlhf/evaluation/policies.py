@@ -34,7 +34,7 @@ class Source:
 
     def load(self) -> Any:
         """The weights. Raises UserError."""
-        return loading.load_policy(self.settings, self.lm_config, self.key)
+        return loading.load_policy(self.settings, self.tokenizer, self.lm_config, self.key)
 
 
 def labelled(policies: str | Sequence[str] | dict[str, str]) -> dict[str, str]:

@@ -97,13 +97,16 @@ def _sampled(bench: Bench, policy: Policy, source: Source, keys: Sequence[Key]) 
 def sequence_logprobs(
     bench: Bench, policy: Policy, generation: Generation, temperature: float
 ) -> list[float]:
-    """[B] log pi(response | prompt) at `temperature`, nats, by a forward pass."""
+    """[B] log pi(response | prompt) as sampled at `temperature`, nats, by a forward pass."""
     sequences = Sequences.of(generation)
     found = [0.0] * len(sequences.input_ids)
-    size = bench.config.rollout.micro_batch_size or len(found)
+    settings = bench.config.rollout
+    size, least = settings.micro_batch_size or len(found), settings.min_new_tokens
     for rows in micro_batches(sequences.attention_mask, size):
         with bench.distributed.autocast():
-            logprobs, _ = forward(policy, sequences.rows(rows), temperature=temperature)
+            logprobs, _ = forward(
+                policy, sequences.rows(rows), temperature=temperature, min_tokens=least
+            )
         for row, value in zip(rows.tolist(), logprobs.double().sum(1).tolist(), strict=True):
             found[row] = value
     return found

@@ -139,9 +139,10 @@ class RolloutSettings:
     temperature: Positive = 1.0
     """Divides the logits, in sampling and in every log-probability alike."""
     top_k: Natural = 0
-    """Sample from the k most likely tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: from all. Log-probabilities stay those of all, so
+    that the probability of what is never drawn drifts: keep a KL penalty."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens with this probability."""
+    """Sample from the smallest set of tokens with this probability. See `top_k`."""
     stop_strings: list[Text] = Field(default_factory=list)
     """Also stop at these; their tokens stay in the response, which counts as finished."""
     micro_batch_size: Count | None = None

@@ -227,7 +227,7 @@ def marlhf_side(settings: Settings) -> None:
                 "batch_size": settings.batch,
                 "max_prompt_length": PROMPT_TOKENS,
                 "max_new_tokens": longest,
-                "min_new_tokens": longest,
+                "min_new_tokens": 0 if settings.case == "mixed" else longest,
             },
             "critic": {"trunk": settings.trunk},
             "ppo": {"epochs": settings.epochs},
@@ -242,10 +242,12 @@ def marlhf_side(settings: Settings) -> None:
     sample = sampler.__call__
 
     def sample_until_lengths(self: Any, logits: Any, rows: Any, t: int) -> Any:
+        eos = trainer.tokenizer.eos_token_id
+        logits[:, eos] = float("-inf")
         tokens = sample(self, logits, rows, t)
         for i, row in enumerate(rows):
             if lengths[row] == t + 1:
-                tokens[i] = trainer.tokenizer.eos_token_id
+                tokens[i] = eos
         return tokens
 
     if settings.case == "mixed":

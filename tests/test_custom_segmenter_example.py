@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from responses_for_tests import piece_batch, pieces
 from tokenizers_for_tests import byte_level
 
@@ -50,6 +51,26 @@ def test_own_tokenizer_text_and_segmenter(tmp_path: Path):
     found = run("--tokenizer", str(tmp_path), "--text", "One two. Three", "--segmenter", "sentence")
     assert [text for _, text in found] == ["One two.", " Three"]
     assert sum(count for count, _ in found) == len(byte_level()("One two. Three").input_ids)
+
+
+def test_the_command_finds_a_package_of_the_working_folder(tmp_path: Path):
+    """The segmenter of the README, with the installed command, which Python starts elsewhere."""
+    readme = (EXAMPLE.parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# my_package/segmenters.py.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "segmenters.py").write_text(code, encoding="utf-8")
+    byte_tokenizer().save_pretrained(tmp_path)
+    tiny_causal_lm("llama", BYTES_VOCAB).config.save_pretrained(tmp_path)
+    command = [str(Path(sys.executable).with_name("marlhf")), "segment", "One, two; three"]
+    result = subprocess.run(
+        [*command, "--tokenizer", str(tmp_path), "--segmenter", "my_package.segmenters.clauses"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "One,| two;| three" in result.stdout
 
 
 def test_segmenters_of_the_page_work():

@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"marlhf {__version__}")
         return
+    if "" not in sys.path:  # import paths may name modules of the working folder
+        sys.path.append("")
     try:
         _run(words[0], words[1:])
     except KeyboardInterrupt:

@@ -129,9 +129,8 @@ def _logprobs(
         if row:
             ids = torch.tensor([[*context, *row]])
             with torch.no_grad():
-                part, extras = policy(
-                    ids, torch.ones_like(ids).bool(), mask[i : i + 1, : len(row)], 1.0, ("entropy",)
-                )
+                whole, response = torch.ones_like(ids).bool(), mask[i : i + 1, : len(row)]
+                part, extras = policy(ids, whole, response, extras=("entropy",))
             found[:, i, : len(row)] = torch.cat((part, extras["entropy"]))
     return found
 

@@ -101,6 +101,16 @@ def test_a_sweeps_own_names_are_used(tmp_path):
     assert labels == {"slow", "fast"}
 
 
+def test_a_sweeps_own_names_are_used_beside_other_runs_too(tmp_path):
+    for arm in ("slow", "fast"):
+        config = {"kl": {"coef": len(arm) + ord(arm[0])}, "output": {"note": "x" * 80}}
+        run = write_run(tmp_path / arm / "seed-0", learning(1), **config)
+        (run / "sweep.yaml").write_text(f"arm: {arm}\n")
+    write_run(tmp_path / "mine", learning(1), kl={"coef": 1}, output={"note": "y" * 80})
+    labels = {group.label for group in group_runs(read_runs([str(tmp_path)]))}
+    assert labels == {"slow", "fast", f"{tmp_path.name}/mine"}
+
+
 # --- numbers
 
 
@@ -132,6 +142,16 @@ def test_lines_are_means_by_step_and_by_seconds(tmp_path):
     assert line.low is not None
     assert line.y[2] - line.low[2] == pytest.approx(4.303 * 0.01 / math.sqrt(3), rel=1e-6)
     assert mean_line(groups[1], "score_mean", seconds=True).x[:3] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("key", "low"), [("response_length_mean", 0), ("reward_length_mean", -1)])
+def test_bands_end_at_zero_where_nothing_is_less(key, low, tmp_path):
+    for seed, value in enumerate([0.0, 0.1]):
+        write_run(tmp_path / str(seed), [{"step": 1, key: value}], segmenter="token", seed=seed)
+    (group,) = group_runs(read_runs([str(tmp_path)]))
+    line = mean_line(group, key)
+    assert line.low is not None
+    assert math.ceil(line.low[0] - 0.5) == low
 
 
 def test_long_runs_are_drawn_in_few_points_that_keep_the_mean(tmp_path):

@@ -55,7 +55,6 @@ SECTIONS = {
     },
 }
 _NEVER_NEGATIVE = ("_seconds", "_length_mean", "_count_mean", "_fraction", "_per_second", "_gb")
-_FROM_ZERO = (*_NEVER_NEGATIVE, "kl_mean")  # where a small wiggle should look small
 _NAMED = {key for section in SECTIONS.values() for key in section}
 
 
@@ -89,7 +88,7 @@ def figure(groups: Sequence[Group], key: str, title: str) -> Figure:
             label,
             [mean_line(group, key, seconds) for group in groups],
             dots=few,
-            from_zero=key.endswith(_FROM_ZERO),
+            from_zero=_never_negative(key) or key.endswith("kl_mean"),  # a small wiggle looks small
         )
         for label, seconds in (("update", False), ("seconds of updates", True))
     ]
@@ -109,10 +108,15 @@ def mean_line(group: Group, key: str, seconds: bool = False) -> Line:
         x.append(float(np.mean(times)) if seconds else float(step))
         y.append(mean.value)
         bottom = mean.value - (mean.half or 0.0)
-        low.append(max(bottom, 0.0) if key.endswith(_NEVER_NEGATIVE) else bottom)
+        low.append(max(bottom, 0.0) if _never_negative(key) else bottom)
         high.append(mean.value + (mean.half or 0.0))
     banded = low != high
     return Line(group.label, group.index, x, y, low if banded else None, high if banded else None)
+
+
+def _never_negative(key: str) -> bool:
+    """`reward_length_mean` is a reward."""
+    return key.endswith(_NEVER_NEGATIVE) and not key.startswith("reward_")
 
 
 def _curve(run: Run, key: str) -> dict[int, float]:

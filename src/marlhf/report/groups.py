@@ -91,12 +91,13 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         key = tuple(_canonical(values[k]) if k in values else "" for k in varying)
         members.setdefault(key if run.config else (f"no config {run.path}",), []).append(run)
     labels = [_label(group, varying) for group in members.values()]
-    if any(len(label) > _LONG for label in labels):  # too much differs to be a name
+    arms = [_arm(group) for group in members.values()]
+    too_long = any(len(label) > _LONG for label in labels)
+    if too_long:  # too much differs to be a name
         labels = [group[0].name for group in members.values()]
-    arms = [{run.arm for run in group} for group in members.values()]
-    named = [arm for arm in arms if len(arm) == 1 and None not in arm]
-    if len(named) == len(labels) and len(set().union(*named)) == len(labels):
-        labels = [str(*arm) for arm in arms]  # a sweep's own names tell the groups apart
+    if too_long or None not in arms:  # a sweep's own names, where they tell the groups apart
+        named = [arm or label for arm, label in zip(arms, labels, strict=True)]
+        labels = named if len(set(named)) == len(named) else labels
     return [
         Group(label, i, group)
         for i, (label, group) in enumerate(zip(labels, members.values(), strict=True))
@@ -110,6 +111,12 @@ def what_varies(runs: Sequence[Run]) -> list[str]:
         for key, value in _flat(run.config).items():
             found.setdefault(key, set()).add(_canonical(value))
     return sorted(key for key, values in found.items() if len(values) > 1)
+
+
+def _arm(group: Sequence[Run]) -> str | None:
+    """The arm of a sweep that all runs of a group belong to."""
+    arms = {run.arm for run in group}
+    return arms.pop() if len(arms) == 1 else None
 
 
 def _label(group: Sequence[Run], varying: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 # In tokens, measured with SmolLM2-135M on two cores: what a forward and backward pass costs beside
 # its tokens, and how many a pass needs no more than: longer ones take memory and save little time.
 _CPU_PASS_COST = 24
-_CPU_PASS_LIMIT = 384
+_CPU_PASS_LIMIT = 512
 
 
 def minibatches(rows: int, group_size: int, count: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 
@@ -23,8 +24,9 @@ def test_a_program_does_not_outlive_its_server():
         server = psutil.Process(box._servers[0]._process.pid)
         outcomes = pool.submit(box.run, [Script(source)])
         jails: list[psutil.Process] = []
-        while not jails:
-            jails = [jail for handler in server.children() for jail in handler.children()]
+        while not jails and not outcomes.done():
+            with suppress(psutil.NoSuchProcess):  # the handler of the sandbox's trial ends
+                jails = [jail for handler in server.children() for jail in handler.children()]
         time.sleep(0.7)  # for the program to start
         server.kill()
         assert outcomes.result()[0].detail == "its sandbox was killed"

@@ -44,7 +44,8 @@ def rows(rate: float, kl: float, seed: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"step": 0, "eval_score_mean": noise, "eval_kl_mean": 0.0}]
     for step in range(1, STEPS + 1):
         row = {"step": step, "step_seconds": 2.0, "advantage_std": 0.5, "value_loss": 1 / 3}
-        row |= {"explained_variance": step / STEPS, "unwanted": 1.0, "score_mean": rate * step}
+        row |= {"explained_variance": step / STEPS, "macro_length_mean": 1.0 + step}
+        row |= {"unwanted": 1.0, "score_mean": rate * step}
         if step % EVERY == 0:
             row |= {"eval_score_mean": rate * step + noise, "eval_kl_mean": kl + noise}
         found.append(row)
@@ -54,7 +55,9 @@ def rows(rate: float, kl: float, seed: int) -> list[dict[str, Any]]:
 def write_task(folder: Path) -> Path:
     """A task of three arms and three seeds as `run.py` leaves it; returns its file."""
     for arm in ARMS:
-        write_trial(folder / "toy" / "search" / arm, f"{arm}, optimizer.learning_rate=0.1", arm, 9)
+        for seed in (8, 9):
+            label = f"{arm}, optimizer.learning_rate=0.1"
+            write_trial(folder / "toy" / "search" / arm / f"seed-{seed}", label, arm, seed)
         for seed in range(3):
             write_trial(folder / "toy" / "final" / arm / f"seed-{seed}", arm, arm, seed)
     (folder / "toy" / "final.yaml").write_text("threads: 2\n")
@@ -178,7 +181,27 @@ def test_means_over_updates_and_core_hours(study):
     assert token.advantage_variance.value == pytest.approx(0.25)
     assert token.explained_variance is not None
     assert token.explained_variance.value == pytest.approx(21 / 40)
-    assert analyse.core_hours(study) == pytest.approx(12 * 90 * 2 / 3600)
+    assert analyse.core_hours(study) == pytest.approx(15 * 90 * 2 / 3600)
+    assert token.macro_length is not None
+    assert token.macro_length.value == pytest.approx(1 + 21 / 2)
+
+
+def test_single_seeds_and_other_learning_rates(study):
+    token, fast, slow = analyse.analyse(study)
+    assert slow.by_seed == pytest.approx([0.08, 0.09, 0.1])
+    # the search's seeds are 8 and 9
+    assert fast.by_rate == {"0.1": pytest.approx(0.64 + 0.085)}
+    # the median of token's runs is at 0.33 too; without its last two runs it is at 0.32
+    assert token.to_median == token.updates
+    lone = pack.Study(**{**vars(study), "trials": []})
+    for trial in study.trials:
+        if (trial.phase, trial.run.arm) != ("final", "token") or trial.run.config["seed"] == 0:
+            lone.trials.append(trial)
+    assert analyse.analyse(lone)[1].to_median.steps == [12, 12, 12]
+    lines = analyse.markdown(study, analyse.analyse(study)).splitlines()
+    (head,) = [line for line in lines if "search: 0.1" in line]
+    row = lines[lines.index(head) + 2]
+    assert row == "| token | 11.5 | 0.32, 0.33, 0.34 | – | 0.405 |"
 
 
 def test_the_tables_say_never_and_mark_a_longer_leash(study):
@@ -200,7 +223,7 @@ def test_the_page_is_filled_between_its_markers(study, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["analyse.py", "--docs", str(docs)])
     analyse.main()
     first = page.read_text()
-    assert first.startswith("before\n<!-- results: toy -->\n\n3 arms, 9 final runs, 3 runs of")
+    assert first.startswith("before\n<!-- results: toy -->\n\n3 arms, 9 final runs, 6 runs of")
     assert first.endswith("<!-- end: toy -->\nafter\n")
     assert "old" not in first
     for name in ("reward", "frontier", "parity"):

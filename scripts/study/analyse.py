@@ -10,8 +10,11 @@ reward      of held-out prompts, mean over a run's last 5 evaluations, mean over
 KL          likewise, and its ratio to token PPO's; without a KL penalty nobody measures it
 parity      updates until the held-out reward, averaged over 5 evaluations, reaches token PPO's
             final mean; medians and their ratio to token PPO's with 95% bootstrap intervals; seconds
-            likewise (`marlhf.report.groups.parity`)
-variance of the advantages, explained variance and value loss: means over the updates of a run
+            likewise (`marlhf.report.groups.parity`); once more with the median of token PPO's runs
+            as the bar, on which one run that failed has no say
+search      the last 5 evaluations of the search's runs, at every learning rate
+variance of the advantages, explained variance, value loss, macro length: means over the updates of
+            a run
 gradient    noise and cosine, see gradient_noise.py
 """
 
@@ -34,6 +37,7 @@ from marlhf.report.document import mean, median_text, ratio_text
 from marlhf.report.figures import figure, frontier
 from marlhf.report.groups import Group, Mean, Parity, difference, finals, parity
 from marlhf.report.png import draw, new_figure, save
+from marlhf.report.runs import Run
 
 TOKEN = "token"
 LEASH = 0.1  # of token PPO's KL: further off is marked
@@ -42,23 +46,32 @@ NEAR = 0.9  # of a known optimum
 
 @dataclass(frozen=True)
 class Arm:
-    """What there is to say of an arm; `against` are differences to token PPO."""
+    """What there is to say of an arm; `against` are differences to token PPO.
+
+    by_seed      final reward of each run
+    to_median    parity with the median of token PPO's runs
+    by_rate      learning rate -> reward at the end of the search, mean over its seeds
+    """
 
     name: str
     runs: int
     learning_rate: float
     kl_coef: float
     reward: Mean
+    by_seed: list[float]
     against: Mean | None
     kl: Mean | None
     kl_ratio: float | None
     updates: Parity
     seconds: Parity
+    to_median: Parity
     near_optimum: Parity | None
     advantage_variance: Mean | None
     explained_variance: Mean | None
     value_loss: Mean | None
+    macro_length: Mean | None
     gradient: dict[str, Any]
+    by_rate: dict[str, float]
 
 
 def main() -> None:
@@ -98,10 +111,12 @@ def analyse(study: Study) -> list[Arm]:
 def _arm(study: Study, group: Group, token: Group) -> Arm:
     reward, updates = Mean.of(finals(group)), parity(group, token)
     seconds = parity(group, token, seconds=True)
+    to_median = parity(group, token, target=float(np.median(finals(token))))
     kl, leash = (Mean.of(finals(g, "eval_kl_mean")) for g in (group, token))
     assert reward is not None
     assert updates is not None
     assert seconds is not None
+    assert to_median is not None
     best = study.settings.get("optimum")
     return Arm(
         name=group.label,
@@ -109,17 +124,32 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
         learning_rate=group.runs[0].config["optimizer"]["learning_rate"],
         kl_coef=group.runs[0].config["kl"]["coef"],
         reward=reward,
+        by_seed=finals(group),
         against=None if group is token else difference(finals(group), finals(token)),
         kl=kl,
         kl_ratio=kl.value / leash.value if kl and leash and leash.value else None,
         updates=updates,
         seconds=seconds,
+        to_median=to_median,
         near_optimum=best and parity(group, token, target=NEAR * best),
         advantage_variance=_over_updates(group, "advantage_std", 2),
         explained_variance=_over_updates(group, "explained_variance"),
         value_loss=_over_updates(group, "value_loss"),
+        macro_length=_over_updates(group, "macro_length_mean"),
         gradient=study.gradient.get(group.label, {}),
+        by_rate=_by_rate(study, group.label),
     )
+
+
+def _by_rate(study: Study, name: str) -> dict[str, float]:
+    """What the search saw of an arm, at each learning rate that it tried."""
+    found: dict[str, list[Run]] = {}
+    for trial in study.trials:
+        if trial.phase == "search" and (trial.run.arm or "").startswith(f"{name}, optimizer."):
+            rate = trial.run.config["optimizer"]["learning_rate"]
+            found.setdefault(f"{rate:g}", []).append(trial.run)
+    ends = {rate: finals(Group(name, 0, runs)) for rate, runs in found.items()}
+    return {rate: float(np.mean(values)) for rate, values in ends.items() if values}
 
 
 def _over_updates(group: Group, key: str, power: int = 1) -> Mean | None:
@@ -159,7 +189,7 @@ def _finite(value: Any) -> Any:
 
 
 def markdown(study: Study, arms: list[Arm]) -> str:
-    """What stands in the page: counts, two tables, and the figures."""
+    """What stands in the page: counts, three tables, and the figures."""
     final = sum(t.phase == "final" for t in study.trials)
     rates = ", ".join(f"{rate:g}" for rate in study.settings["learning_rates"])
     counts = (
@@ -175,7 +205,8 @@ def markdown(study: Study, arms: list[Arm]) -> str:
         )
         if name != "frontier" or arms[0].kl
     )
-    return "\n\n".join([counts, outcome_table(arms), cause_table(arms), figures])
+    tables = [outcome_table(arms), cause_table(arms), check_table(study, arms)]
+    return "\n\n".join([counts, *tables, figures])
 
 
 def outcome_table(arms: list[Arm]) -> str:
@@ -220,6 +251,24 @@ def cause_table(arms: list[Arm]) -> str:
         for arm in arms
     ]
     return _table(heads, rows)
+
+
+def check_table(study: Study, arms: list[Arm]) -> str:
+    """What single seeds and other learning rates say."""
+    searched = any(arm.by_rate for arm in arms)
+    rates = [f"{rate:g}" for rate in study.settings["learning_rates"]] if searched else []
+    heads = ["arm", "macro length", "reward of each seed", "ratio to token's median run"]
+    rows = [
+        [
+            arm.name,
+            "–" if arm.macro_length is None else number(arm.macro_length.value),
+            ", ".join(f"{value:.3g}" for value in arm.by_seed),
+            ratio_text(arm.to_median),
+            *(number(arm.by_rate[rate]) if rate in arm.by_rate else "–" for rate in rates),
+        ]
+        for arm in arms
+    ]
+    return _table([*heads, *(f"search: {rate}" for rate in rates)], rows)
 
 
 def _leash(ratio: float | None) -> str:

@@ -32,6 +32,7 @@ log: {progress: false, tensorboard: false, eval_every: 0, samples: 0}
 """
 FAULTY = """\
 import torch
+from marlhf import Segmenter
 
 NUMBER = 3
 
@@ -50,9 +51,21 @@ def floats(batch): return batch.response_mask.float()
 def no_start(batch): return torch.zeros_like(batch.response_mask)
 def raises(batch): raise KeyError("clauses\\nof two lines")
 def takes_nothing(): ...
+def fine_starts(batch):
+    starts = torch.zeros_like(batch.response_mask)
+    starts[:, 0] = batch.response_mask[:, 0]
+    return starts
+
+class Slim(Segmenter):
+    def starts(self, batch): return batch.entropy.mean(1, keepdim=True) > 0
+
+class Forgets:
+    def __call__(self, batch): return fine_starts(batch)
+    def learn(self, responses): raise RuntimeError("what was it")
 
 def fine(prompts, completions): return [0.0] * len(prompts)
 def needs_answer(prompts, completions, answer): return [0.0] * len(prompts)
+def by_place(responses, summary): return [0.0] * len(responses)
 def too_few(prompts, completions): return [0.0]
 def not_a_list(prompts, completions): return 1.0
 def texts(prompts, completions): return ["good"] * len(prompts)

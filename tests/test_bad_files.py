@@ -47,12 +47,12 @@ model.lora.extra={bias: some} -> model.lora.extra.bias: must stay none
 critic.path=./nowhere -> critic.path: given './nowhere', which does not exist
 critic.path=empty_folder -> critic.path: directory 'empty_folder' must hold
 critic.path=labels_rm -> critic.path: 'labels_rm' has 2 labels, must have 1
-critic.path=lm -> critic.path: 'lm' has 2 labels, must have 1 (a sequence classifier trained
+critic.path=lm -> critic.path: 'lm' is a LlamaForCausalLM, has 2 labels, must have 1 (a sequence
 critic.path=other_rm -> critic.path: 'other_rm': & a vocabulary of 300 tokens, the policy 260
 critic.path=other_rm ;; model.lora.r=2 -> a vocabulary of 300 tokens, the policy 260
 reward.models=other_rm ;; critic.init=reward -> reward.models: 'other_rm': & 300 tokens
 reward.models=labels_rm -> 'labels_rm' has 2 labels, must have 1
-reward.models=lm -> reward lm: path: 'lm' has 2 labels, must have 1
+reward.models=lm -> reward lm: path: 'lm' is a LlamaForCausalLM, has 2 labels, must have 1
 reward.models=small_rm -> reward small_rm: path: the tokenizer has 259 tokens, the model 64
 reward.models=empty_folder -> reward empty_folder: path: directory 'empty_folder'
 reward.models=org/no-such-model -> reward org/no-such-model: path: cannot load 'org/no-such-model'

@@ -141,7 +141,11 @@ def test_a_name_opens_up_into_a_mapping(written, overrides, segmenter):
 
 
 def test_a_reward_opens_up_as_well():
-    assert loaded("reward.models.weight=2").reward.models == {"name": "sentiment", "weight": 2}
+    given = {"models": "sentiment"}
+    assert loaded("reward.models.weight=2", reward=given).reward.models == {
+        "name": "sentiment",
+        "weight": 2,
+    }
     given = {"models": {"name": "length", "target": 3}}
     assert loaded("reward.models.target=5", reward=given).reward.models == {
         "name": "length",

@@ -24,6 +24,7 @@ from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.ppo import PPOTrainer
 from marlhf.rewards import RewardError
+from marlhf.segmenters import NGram
 
 GOLDEN = Path(__file__).parent / "data" / "golden_ppo.json"
 ONE_STEP: dict[str, Any] = {
@@ -315,6 +316,26 @@ def test_a_faulty_segmenter_is_named(tmp_path: Path) -> None:
     trainer.segmenter = mine
     with pytest.raises(UserError, match="segmenter mine: the first response token of row 0"):
         trainer.step(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["entropy", "score_mean", "ratio_max", "grad_norm_policy"])
+def test_a_segmenters_metric_must_not_be_called_as_another(name: str, tmp_path: Path) -> None:
+    class Mine(NGram):
+        def metrics(self) -> dict[str, float]:
+            return {name: 1.0}
+
+    trainer = tiny_trainer(tmp_path)
+    trainer.segmenter = Mine(2)
+    with pytest.raises(UserError, match=f"segmenter: its metric '{name}' has the name of another"):
+        trainer.step(PROMPTS)
+
+
+def test_what_is_no_configuration_or_no_model_is_refused(tmp_path: Path) -> None:
+    wrong: Any = "run.yaml"
+    with pytest.raises(UserError, match=r"config: given a str.* load_config\(PPOConfig"):
+        PPOTrainer(wrong)
+    with pytest.raises(UserError, match=r"model: given 'tiny'.*config\.model\.path"):
+        tiny_trainer(tmp_path, lm="tiny")
 
 
 def test_a_finished_model_object_needs_no_path(tmp_path: Path) -> None:

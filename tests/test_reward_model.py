@@ -9,6 +9,9 @@ import pytest
 import torch
 from models_for_tests import BYTES_VOCAB, CHATML, byte_tokenizer, tiny_sequence_classifier
 
+from marlhf.classifier import build_classifier
+from marlhf.config import ModelSettings
+from marlhf.loading import load_model_config
 from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rewards.model import encode_for_reward, reward_texts, right_pad, sequence_scores
 from marlhf.types import UserError
@@ -203,3 +206,10 @@ def test_gradients_flow_through_sequence_scores():
     input_ids, mask = right_pad([[5, 6, 7], [8]])
     sequence_scores(model, input_ids, mask).sum().backward()
     assert model.score.weight.grad.abs().sum() > 0
+
+
+def test_an_encoder_cannot_be_a_policy_s_reward_model(tmp_path):
+    tiny_sequence_classifier("bert", BYTES_VOCAB).save_pretrained(tmp_path)
+    settings = ModelSettings(path=str(tmp_path))
+    with pytest.raises(UserError, match="no linear `score` head"):
+        build_classifier(settings, load_model_config(settings), byte_tokenizer())

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from marlhf import ppo, reward_model, sft
 from marlhf.classifier import build_classifier
-from marlhf.config import ModelSettings, PPOConfig, RewardConfig, SFTConfig
+from marlhf.config import PPOConfig, RewardConfig, SFTConfig
 from marlhf.config_loading import config_from_dict, config_to_dict
 from marlhf.errors import UserError
 from marlhf.loading import load_model_config
@@ -486,13 +486,12 @@ def test_what_cannot_work_is_refused(world, rows, changes, fault):
         reward_model.run(configured(world, **changes))
 
 
+def test_without_a_chat_template_none_can_be_applied(world):
+    (world / "lm" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"model\.chat_template: must be given"):
+        reward_model.run(configured(world, data={"apply_chat_template": True}))
+
+
 def test_full_texts_have_no_prompts(world):
     with pytest.raises(UserError, match=r"data\.prompt_template: given .* data\.full_texts"):
         configured(world, data={"full_texts": True, "prompt_template": "{a}"})
-
-
-def test_an_encoder_cannot_be_a_policy_s_reward_model(world):
-    tiny_sequence_classifier("bert", BYTES_VOCAB).save_pretrained(world / "lm")
-    settings = ModelSettings(path=str(world / "lm"))
-    with pytest.raises(UserError, match="no linear `score` head"):
-        build_classifier(settings, load_model_config(settings), byte_tokenizer())

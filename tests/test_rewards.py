@@ -289,7 +289,7 @@ def test_two_rewards_of_one_name_are_told_apart():
         ({"name": "rouge", "metric": "rouge3"}, "metric: given 'rouge3'"),
         ({"name": "sentiment", "extra": 1}, "given extra; its parameters are none"),
         ({"target": 3}, "needs a `name`"),
-        ([], "empty list"),
+        ([], "reward.models: missing"),
         (3, "given 3, must be a name"),
         ([lengths, 0.5], "given 0.5, must be a name"),
         ("./no/such/model", "not a directory that exists"),

@@ -316,43 +316,6 @@ def test_close_leaves_its_argument_alone():
     assert starts.tolist() == [[False, True, True]]
 
 
-@pytest.mark.parametrize(
-    ("starts", "message"),
-    [
-        ([[True, False]], "returned list, must be a bool tensor"),
-        (None, "returned NoneType"),
-        (torch.ones(2, 3).bool(), r"shape \(2, 3\), must be \(2, 2\)"),
-        (torch.ones(2).bool(), r"shape \(2,\)"),
-        (torch.ones(2, 2), "torch.float32, must be torch.bool"),
-        (torch.tensor([[1, 0], [1, 0]]), "torch.int64"),
-        (torch.tensor([[True, True], [True, True]]), "row 1 has a start on padding, beyond its 1"),
-        (torch.tensor([[True, False], [False, False]]), "first response token of row 1"),
-    ],
-)
-def test_validator_names_the_segmenter_and_the_fault(starts, message: str):
-    batch = piece_batch(["a", "b"], ["c"])
-    with pytest.raises(UserError, match=f"segmenter faulty: .*{message}"):
-        validate(starts, batch, "faulty")
-
-
-def test_validator_accepts_and_returns_what_is_right():
-    batch = piece_batch(["a", "b"], [], ["c"])
-    starts = torch.tensor([[True, True], [False, False], [True, False]])
-    assert validate(starts, batch, "fine") is starts
-    empty = piece_batch([], [])
-    assert validate(Token()(empty), empty, "token").shape == (2, 0)
-
-
-def test_union_validates_its_parts_by_name():
-    def broken(batch):
-        return batch.response_mask.float()
-
-    with pytest.raises(UserError, match=r"segmenter broken: starts is torch.float32"):
-        Union(of=(NGram(2), broken))(piece_batch(["a"]))
-    with pytest.raises(UserError, match="must be a list of segmenters"):
-        Union(of=())
-
-
 def test_names_in_yaml():
     assert build_segmenter("token") == Token()
     assert build_segmenter({"name": "ngram", "n": 3, "max_length": 2}) == NGram(3, max_length=2)

@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from marlhf.config import PPOConfig as PPOConfig
+    from marlhf.config_loading import config_from_dict as config_from_dict
     from marlhf.config_loading import load_config as load_config
     from marlhf.errors import UserError as UserError
     from marlhf.ppo import PPOTrainer as PPOTrainer
+    from marlhf.segmenters import EntropyJump as EntropyJump
     from marlhf.segmenters import Line as Line
     from marlhf.segmenters import NGram as NGram
     from marlhf.segmenters import Parsing as Parsing
     from marlhf.segmenters import Perplexity as Perplexity
+    from marlhf.segmenters import Phrases as Phrases
     from marlhf.segmenters import RandomNGram as RandomNGram
     from marlhf.segmenters import Segmenter as Segmenter
     from marlhf.segmenters import Sentence as Sentence
     from marlhf.segmenters import Sequence as Sequence
+    from marlhf.segmenters import TextSegmenter as TextSegmenter
     from marlhf.segmenters import Token as Token
     from marlhf.segmenters import Union as Union
     from marlhf.segmenters import Word as Word
+    from marlhf.segmenters import from_lengths as from_lengths
+    from marlhf.segmenters import from_text as from_text
     from marlhf.types import ResponseBatch as ResponseBatch
 
 __version__ = "0.1.0"
@@ -40,21 +46,27 @@ _CONFIGS = (
     "OptimizerSettings",
     "PPOConfig",
     "PPOSettings",
+    "PTXSettings",
     "RewardSettings",
     "RolloutSettings",
 )
 _SEGMENTERS = (
+    "EntropyJump",
     "Line",
     "NGram",
     "Parsing",
     "Perplexity",
+    "Phrases",
     "RandomNGram",
     "Segmenter",
     "Sentence",
     "Sequence",
+    "TextSegmenter",
     "Token",
     "Union",
     "Word",
+    "from_lengths",
+    "from_text",
 )
 _HOMES = {
     **dict.fromkeys(_CONFIGS, "marlhf.config"),
@@ -62,6 +74,7 @@ _HOMES = {
     "PPOTrainer": "marlhf.ppo",
     "ResponseBatch": "marlhf.types",
     "UserError": "marlhf.errors",
+    "config_from_dict": "marlhf.config_loading",
     "load_config": "marlhf.config_loading",
 }
 

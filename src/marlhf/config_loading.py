@@ -97,8 +97,8 @@ def override(
 ) -> dict[str, Any]:
     """Apply one `key.sub=value`; the value is read as YAML.
 
-    names: the keys that hold a name or a mapping, with their defaults. Such a name may be opened
-    up: after `segmenter: ngram` (written, or by default), `segmenter.n=3` makes it
+    names: the keys that hold a name or a mapping, with their default names or None. Such a name
+    may be opened up: after `segmenter: ngram` (written, or by default), `segmenter.n=3` makes it
     `{name: ngram, n: 3}`.
     """
     key, equals, text = assignment.partition("=")
@@ -132,9 +132,9 @@ def apply_overrides(cls: Any, values: dict[str, Any], overrides: Sequence[str]) 
     """Plain data for a configuration class with `key.sub=value` on top, a later one
     wins. Raises UserError."""
     names = {
-        f.key: json.loads(f.default)
+        f.key: json.loads(f.default) if f.default.startswith('"') else None
         for f in config_fields(cls)
-        if f.default.startswith('"') and "mapping" in f.type
+        if "text or mapping" in f.type
     }
     for assignment in overrides:
         values = override(values, assignment, names)
@@ -187,7 +187,9 @@ def _explain(cls: Any, error: ValidationError) -> str:
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     here = [f for f in findings if [str(part) for part in f["loc"]][: len(location)] == location]
     needs = {requirement(f) for f in here if repr(f["input"]) == repr(given)}
-    return f"{key}: given {shown}, must be {' or '.join(sorted(needs))}"
+    below = _siblings(fields, location) if finding["type"] == "dataclass_type" else []
+    keys = f": {', '.join(below)}" if below else ""
+    return f"{key}: given {shown}, must be {' or '.join(sorted(needs))}{keys}"
 
 
 def _siblings(fields: Mapping[str, ConfigField], parent: Sequence[str]) -> list[str]:

@@ -118,11 +118,7 @@ def apply_template(messages: Messages, tokenizer: Any, for_answer: bool = False)
 
     for_answer   leave it open for the assistant: a turn of its own, or the end of its last one
     """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "model.chat_template: must be given, because the prompts are conversations and the "
-            "model's tokenizer has no chat template"
-        )
+    check_template(tokenizer)
     continues = for_answer and messages[-1]["role"] == "assistant"
     try:
         return tokenizer.apply_chat_template(
@@ -137,6 +133,15 @@ def apply_template(messages: Messages, tokenizer: Any, for_answer: bool = False)
             f"model.chat_template: the chat template refuses the prompt {_excerpt(text)}: "
             f"{one_line(error)}"
         ) from error
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise UserError where a tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "model.chat_template: must be given, because the prompts are conversations, in the "
+            "data or by data.apply_chat_template, and the model's tokenizer has no chat template"
+        )
 
 
 def check_prompts(

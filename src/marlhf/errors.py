@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import os
+import traceback
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+_NOT_THEIRS = (str(Path(__file__).parent) + os.sep, importlib.__file__, "<frozen importlib")
 
 
 class UserError(ValueError):
@@ -13,11 +20,32 @@ class UserError(ValueError):
     """
 
 
+class Parser(argparse.ArgumentParser):
+    """A command's arguments, whose complaints are UserErrors too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        name = self.prog.removeprefix("marlhf ")
+        raise UserError(f"{name}: {message}; see {self.prog} --help")
+
+
 def one_line(text: object, length: int = 300) -> str:
     """A text, or what an exception says, on one line of at most `length` characters."""
     words = " ".join(str(text).split())
     words = words or (type(text).__name__ if isinstance(text, BaseException) else "")
     return words if len(words) <= length else words[: length - 3] + "..."
+
+
+def raised(error: BaseException) -> str:
+    """What the code of a plug-in raised, and where: its name, what it says, and the last line of
+    the file that this library called, as far as that is not its own."""
+    text = f"raised {type(error).__name__}: {one_line(error)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    if not theirs:
+        return text
+    line = next(f.lineno for f in reversed(theirs) if f.filename == theirs[0].filename)
+    return f"{text} ({Path(theirs[0].filename).name}, line {line})"
 
 
 _REQUIREMENTS = {

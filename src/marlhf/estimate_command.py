@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from marlhf.config import PPOConfig
 from marlhf.config_loading import load_config
-from marlhf.errors import UserError
+from marlhf.errors import Parser, UserError
 from marlhf.memory import PROFILES, Estimate, Profile, Run, estimate, is_sharded
 
 if TYPE_CHECKING:
@@ -50,13 +50,8 @@ def main(words: Sequence[str]) -> None:
         print(f"  {change}\n    {profile}: {least.peak / _GB:.4g} GB{_mark(least, memory)}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"estimate: {message}; see marlhf estimate --help")
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="marlhf estimate",
         usage="marlhf estimate CONFIG.yaml [key.sub=value ...] --gpus N --gpu-memory GB",
         description="How much memory `marlhf ppo CONFIG.yaml` needs on each GPU, without running "

@@ -144,7 +144,8 @@ def _check_names(config: EvaluateConfig, measures: Sequence[Measure]) -> None:
     names = [m.name.removeprefix("reward_") for m in measures if m.weight is not None]
     if wanted is not None and wanted not in names:
         raise UserError(
-            f"pass_at.reward: given {wanted!r}, must be one of the rewards: {', '.join(names)}"
+            f"pass_at.reward: given {wanted!r}, must be the name of one of the rewards, of an "
+            f"import path its last part: {', '.join(names)}"
         )
 
 

@@ -7,6 +7,7 @@ can be wrong short of the weights' numbers is found before any weight is read.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,16 +55,14 @@ def model_source(path: str, key: str) -> dict[str, Any]:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(f.name for f in files) or "neither"
+        final = folder / "final"
+        hint = f"; did you mean {str(final)!r}?" if (final / "config.json").is_file() else ""
         raise UserError(
             f"{key}: directory {path!r} must hold a config.json or exactly one .gguf "
-            f"file; found {found}"
+            f"file; found {found}{hint}"
         )
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError(
-            f"{key}: reading {files[0].name} needs: pip install 'marlhf[gguf]'"
-        ) from None
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{key}: reading {files[0].name} needs: pip install 'marlhf[gguf]'")
     return {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0].name}
 
 
@@ -84,9 +83,10 @@ def load_classifier_config(settings: ModelSettings, key: str, weights: bool = Tr
     """The configuration of a model with one label, as `load_model_config`. Raises UserError."""
     config = load_model_config(settings, key, weights)
     if config.num_labels != 1:
+        kind = "".join(f"is a {n}, " for n in config.architectures or [] if "CausalLM" in n)
         raise UserError(
-            f"{key}: {settings.path!r} has {config.num_labels} labels, must have 1 (a sequence "
-            "classifier trained as a reward model)"
+            f"{key}: {settings.path!r} {kind}has {config.num_labels} labels, must have 1 (a "
+            "sequence classifier trained as a reward model)"
         )
     return config
 
@@ -155,7 +155,10 @@ def _from_pretrained(
             **arguments,
         )
     except Exception as error:  # of transformers, safetensors, the hub, or a model's own code
-        raise UserError(f"{key}: cannot load {what}{settings.path!r}: {one_line(error)}") from error
+        here = Path(settings.path).expanduser().exists()
+        source = "" if here else ", which is no folder here, from the hub"
+        given = f"{what}{settings.path!r}{source}"
+        raise UserError(f"{key}: cannot load {given}: {one_line(error)}") from error
 
 
 def _load_weights(
@@ -305,9 +308,8 @@ def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "mode
                 lm_config, trust_remote_code=settings.trust_remote_code
             )
     except Exception as error:
-        raise UserError(
-            f"{key}: {settings.path!r} is no causal language model: {one_line(error)}"
-        ) from error
+        fault = f"is no causal language model: {one_line(error)}"
+        raise UserError(f"{key}: {settings.path!r} {fault}") from error
     if settings.lora is not None:
         add_adapter(model, settings.lora, "policy")
 
@@ -347,10 +349,8 @@ def critic_source(
 def _check_vocabulary(critic: str, config: Any, vocabulary: int) -> None:
     own = config.get_text_config().vocab_size
     if own != vocabulary:
-        raise UserError(
-            f"{critic}: the critic has a vocabulary of {own} tokens, the policy {vocabulary}; "
-            "they must be the same"
-        )
+        fault = f"has a vocabulary of {own} tokens, the policy {vocabulary}; they must be the same"
+        raise UserError(f"{critic}: the critic {fault}")
 
 
 def critic_from_classifier(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marlhf.errors import UserError
+from marlhf.errors import Parser, UserError
 
 
 def main(words: Sequence[str]) -> None:
     """Run the command. Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="marlhf merge", description="Write the model that an adapter makes of its base."
     )
     parser.add_argument("adapter", help="an adapter's folder, or a run that trained one")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from marlhf.advantages import AllReduceSum
+from marlhf.errors import UserError
 
 
 class Metrics:
@@ -30,6 +31,13 @@ class Metrics:
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] += float(total)
         entry[1] += float(count)
+
+    def add_new(self, values: Mapping[str, float], source: str) -> None:
+        """Add numbers under names that nothing else is counted under. Raises UserError."""
+        for name, value in values.items():
+            if name in self._sums or name in self._maxima:
+                raise UserError(f"{source}: its metric {name!r} has the name of another; rename it")
+            self.add(name, value)
 
     def mean(self, name: str, values: Tensor | None, mask: Tensor | None = None) -> None:
         """Add every value, or those under a mask; None if there is nothing to count."""

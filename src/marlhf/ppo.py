@@ -55,7 +55,8 @@ class PPOTrainer:
     reward          instead of config.reward.models: a callable, name, path, or a list of these
     token_reward    instead of config.reward.tokens: a TokenReward, a name, or a list of these
     segmenter       instead of config.segmenter: a callable `ResponseBatch -> starts`, or a name
-    train_dataset   instead of config.data: a list of prompts or rows, or a `datasets.Dataset`
+    train_dataset   instead of config.data: a list of prompts or rows, or a `datasets.Dataset`;
+                    nothing is held out of it
     eval_dataset    held-out prompts, likewise
     model           a transformers causal LM instead of config.model.path; give `tokenizer` with it
     critic          a transformers sequence classifier to start the critic from
@@ -77,6 +78,7 @@ class PPOTrainer:
         tokenizer: Any = None,
         critic: Any = None,
     ) -> None:
+        _check_kinds(config, model)
         self.config = config
         self.distributed = Distributed(config.model.precision)
         self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
@@ -197,8 +199,7 @@ class PPOTrainer:
         diagnostics.measure(rollout, batch, self.kl.coef, metrics)
         if config.kl.target is not None:
             metrics.add("kl_coef", self.kl.coef)
-        for name, value in segmenter_metrics(self.segmenter).items():
-            metrics.add(name, value)
+        metrics.add_new(segmenter_metrics(self.segmenter), "segmenter")
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
             self.run.write_sample({"step": self.step_count, "held_out": False, **sample})
         reduced = metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
@@ -315,6 +316,18 @@ class PPOTrainer:
 
     def _write(self, row: dict[str, Any]) -> None:
         self.distributed.together(lambda: self.run.write(row))
+
+
+def _check_kinds(config: Any, model: Any) -> None:
+    if not isinstance(config, PPOConfig):
+        raise UserError(
+            f"config: given a {type(config).__name__}, must be a PPOConfig; "
+            "load_config(PPOConfig, 'my_run.yaml') reads a file, config_from_dict a dict"
+        )
+    if isinstance(model, str | Path):
+        raise UserError(
+            f"model: given {str(model)!r}, must be a model; a path goes into config.model.path"
+        )
 
 
 def run(config: PPOConfig) -> None:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from marlhf.config import PairDataSettings, RewardConfig
-from marlhf.data import Prompt, load_records, prompts_of, source_labels, text_or_messages
+from marlhf.data import (
+    Prompt,
+    check_template,
+    load_records,
+    prompts_of,
+    source_labels,
+    text_or_messages,
+)
 from marlhf.errors import UserError, one_line
 from marlhf.rewards.model import encode_for_reward, reward_texts
 from marlhf.tables import Row, read_rows
@@ -43,6 +50,8 @@ class Preferences:
 def load_preferences(config: RewardConfig, tokenizer: Any) -> Preferences:
     """Pairs and demonstrations of a configuration. Raises UserError, naming the row."""
     data, reader = config.data, _Reader(config, tokenizer)
+    if data.apply_chat_template:
+        check_template(tokenizer)
     rows, held_out = load_records(data, "reward")
     train_label, held_out_label = source_labels(data, len(rows))
     pairs = reader.pairs(rows, *train_label)

@@ -7,14 +7,14 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from marlhf.config import PPOConfig
 from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
 from marlhf.display import BeforeAfter, before_after_panel, plot_reward_kl
-from marlhf.errors import UserError
+from marlhf.errors import Parser, UserError
 from marlhf.quiet import hide_loading_bars
 from marlhf.registry import spec_label
 
@@ -76,13 +76,8 @@ def show(run: Path, console: Console) -> None:
     console.print(f"Trained model: {run / 'final'}", soft_wrap=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"quickstart: {message}; see marlhf quickstart --help")
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="marlhf quickstart",
         description="Watch a small real language model learn by macro-action PPO.",
     )

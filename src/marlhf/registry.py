@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from marlhf.errors import UserError, one_line, requirement
+from marlhf.errors import UserError, one_line, raised, requirement
 
 Spec = str | dict[str, Any]
 
@@ -85,9 +85,7 @@ def import_path(path: str, kind: str) -> Any:
     except ModuleNotFoundError as error:
         raise UserError(f"{kind}: cannot import {path!r}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the module's own code does
-        raise UserError(
-            f"{kind}: cannot import {path!r}: the module raises {_shown(error)}"
-        ) from error
+        raise UserError(f"{kind}: cannot import {path!r}: the module {raised(error)}") from error
     if not hasattr(module, attribute):
         raise UserError(f"{kind}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
@@ -98,7 +96,7 @@ def _load(entry: EntryPoint, kind: str) -> Any:
         return entry.load()
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"{kind} {entry.name}: cannot import {entry.value!r}: {_shown(error)}"
+            f"{kind} {entry.name}: cannot import {entry.value!r}: the module {raised(error)}"
         ) from error
 
 
@@ -146,14 +144,10 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # whatever a plug-in's own code does
-        raise UserError(f"{where}: raised {_shown(error)}") from error
+        raise UserError(f"{where}: {raised(error)}") from error
     if not callable(built):
         raise UserError(f"{where}: an object of {type(built).__name__} cannot be called")
     return built
-
-
-def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from marlhf.config_loading import parse_yaml
-from marlhf.errors import UserError
+from marlhf.errors import Parser, UserError
 from marlhf.inspector import segment_texts, show
 from marlhf.inspector_page import inspector_page
 from marlhf.page import write_page
@@ -46,13 +45,8 @@ def main(words: Sequence[str]) -> None:
     print(f"Wrote {path}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"segment: {message}; see marlhf segment --help")
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="marlhf segment",
         description="Show where macro actions start, for one or several segmenters side by side.",
         epilog="example: marlhf segment 'One, two. Three!' --tokenizer HuggingFaceTB/"

@@ -154,9 +154,9 @@ class RolloutSettings:
 class RewardSettings:
     """Where scores come from, and what is done to them."""
 
-    models: Spec | list[Spec] = "sentiment"
+    models: Spec | list[Spec] = Field(default_factory=list)
     """A reward-model path, a reward's name, an import path, a mapping with `name`, arguments and
-    `weight`, or a list of these, added up."""
+    `weight`, or a list of these, added up. Must be given, unless Python code passes `reward`."""
     tokens: Spec | list[Spec] = Field(default_factory=list)
     """Rewards that look inside the policy, token by token: `curiosity`, an import path, a mapping
     with `name`, arguments and `weight`, or a list of these. They are added to the others, unclipped

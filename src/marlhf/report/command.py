@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from marlhf.errors import UserError
+from marlhf.errors import Parser, UserError
 
 
 def main(words: Sequence[str]) -> None:
@@ -47,13 +46,8 @@ def _folder(options: argparse.Namespace) -> Path:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"report: {message}; see marlhf report --help")
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="marlhf report",
         description="One HTML page, with nothing to load from anywhere, about one run or several: "
         "curves, reward against KL, macro actions, samples before and after, steps to parity. Runs "

@@ -27,6 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from marlhf.errors import raised
 from marlhf.registry import Registry, Spec, construct, import_path, split_spec
 from marlhf.tokenization import Span
 from marlhf.types import UserError
@@ -128,9 +129,17 @@ class CombinedReward:
         return RewardResult(scores, spans, by_name)
 
     def check_columns(self, available: Iterable[str]) -> None:
-        """Raise UserError where a reward needs a column that the data does not have."""
+        """Raise UserError where a reward needs a column that the data does not have, or calls a
+        column what is given prompts or completions."""
         available = sorted(available)
         for reward in self.rewards:
+            for column in _texts_by_place(reward.function):
+                if column in available:
+                    raise UserError(
+                        f"reward {reward.name}: its parameter {column!r} is given prompts or "
+                        f"completions, but the data has a column {column!r} too; call the two "
+                        "`prompts` and `completions`"
+                    )
             for column in needed_columns(reward.function):
                 if column not in available:
                     raise UserError(
@@ -181,7 +190,10 @@ def build_rewards(spec: Any) -> CombinedReward:
         return spec
     specs = [spec] if not isinstance(spec, list | tuple) or is_pair(spec) else list(spec)
     if not specs:
-        raise UserError("reward: given an empty list, must name at least one reward")
+        raise UserError(
+            "reward.models: missing; must be a reward's name, a reward model's path, an import "
+            "path, or a list of these"
+        )
     rewards: list[NamedReward] = []
     for each in specs:
         reward = _build(each)
@@ -352,6 +364,15 @@ def _by_keyword(parameters: Sequence[inspect.Parameter]) -> bool:
     return any(p.name == "completions" and p.kind != p.POSITIONAL_ONLY for p in parameters)
 
 
+def _texts_by_place(function: RewardFn) -> list[str]:
+    """Names that a reward has for prompts and completions, where it does not name them so."""
+    parameters = _parameters(function)
+    if _by_keyword(parameters):
+        return []
+    texts = ("prompts", "completions")
+    return [p.name for p in parameters[:2] if p.name not in texts and p.kind != p.VAR_KEYWORD]
+
+
 def _call(
     function: RewardFn, prompts: list[str], completions: list[str], columns: Columns
 ) -> Sequence[Any]:
@@ -381,8 +402,7 @@ def _evaluate(
         raise
     except Exception as error:
         row, cause = _first_failure(reward.function, prompts, completions, columns, error)
-        fault = f"raised {type(cause).__name__}: {_one_line(str(cause), 200)}"
-        raise _error(reward, row, prompts, fault) from cause
+        raise _error(reward, row, prompts, raised(cause)) from cause
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple):
         fault = f"returned {type(values).__name__}, must be a list with one entry a row"

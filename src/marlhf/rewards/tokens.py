@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from marlhf.advantages import AllReduceSum
-from marlhf.errors import UserError, one_line
+from marlhf.errors import UserError, one_line, raised
 from marlhf.registry import Registry, construct, split_spec
 from marlhf.rewards.base import RewardError, free_name, is_pair, weight_of
 from marlhf.types import REF_LOGPROBS
@@ -158,8 +158,7 @@ def _faults_named(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fault = f"{type(error).__name__}: {one_line(error)}"
-        raise RewardError(f"token reward {name}: raised {fault}") from error
+        raise RewardError(f"token reward {name}: {raised(error)}") from error
 
 
 def _checked(rewards: Any, mask: Tensor) -> Tensor:

@@ -8,14 +8,15 @@ is run by the trainer on every result, so that a wrong segmenter fails loudly an
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError, one_line
+from marlhf.errors import UserError, raised
 from marlhf.registry import Registry, Spec, construct, split_spec
 from marlhf.types import REF_LOGPROBS, ResponseBatch
 
@@ -60,7 +61,8 @@ class Segmenter(abc.ABC):
 
     def __call__(self, batch: ResponseBatch) -> Tensor:
         """`[B,T]` bool: where macro actions start. An empty response has no start."""
-        return close(self.starts(batch), batch.response_mask, self.max_length)
+        starts = _check_form(self.starts(batch), batch.response_mask, segmenter_name(self))
+        return close(starts, batch.response_mask, self.max_length)
 
 
 def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) -> Tensor:
@@ -77,16 +79,20 @@ def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) 
 
 def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
     """A segmenter's `starts`, validated; every fault of its own is a UserError that names it."""
-    name = segmenter_name(segmenter)
-    try:
+    with _faults_named(segmenter):
         starts = segmenter(batch)
+    return validate(starts, batch, segmenter_name(segmenter))
+
+
+@contextmanager
+def _faults_named(segmenter: SegmenterFn) -> Iterator[None]:
+    """Whatever a segmenter raises becomes a UserError with its name."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"segmenter {name}: raised {type(error).__name__}: {one_line(error)}"
-        ) from error
-    return validate(starts, batch, name)
+        raise UserError(f"segmenter {segmenter_name(segmenter)}: {raised(error)}") from error
 
 
 def learn(
@@ -95,12 +101,29 @@ def learn(
     """Show a segmenter that learns (it has a method `learn`) the responses of an update: token ids
     of all ranks, in the order of the rows, so that every rank learns the same."""
     if (method := getattr(segmenter, "learn", None)) is not None:
-        method(gather(batch.unpadded))
+        responses = gather(batch.unpadded)
+        with _faults_named(segmenter):
+            method(responses)
 
 
 def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
     """`starts` unchanged, or a UserError that names the segmenter and its fault."""
     mask = batch.response_mask
+    starts = _check_form(starts, mask, name)
+    if (fault := (starts & ~mask).any(1)).any():
+        row = int(fault.nonzero()[0])
+        raise UserError(
+            f"segmenter {name}: row {row} has a start on padding, beyond its "
+            f"{int(mask[row].sum())} response tokens"
+        )
+    if (fault := mask[:, 0] & ~starts[:, 0] if mask.shape[1] else mask.any(1)).any():
+        row = int(fault.nonzero()[0])
+        raise UserError(f"segmenter {name}: the first response token of row {row} is not a start")
+    return starts
+
+
+def _check_form(starts: Any, mask: Tensor, name: str) -> Tensor:
+    """`starts` beside `mask`, a bool tensor of its shape, or a UserError."""
     if not isinstance(starts, Tensor):
         raise UserError(
             f"segmenter {name}: returned {type(starts).__name__}, must be a bool tensor"
@@ -112,17 +135,7 @@ def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
         )
     if starts.dtype != torch.bool:
         raise UserError(f"segmenter {name}: starts is {starts.dtype}, must be torch.bool")
-    starts = starts.to(mask.device)
-    if (fault := (starts & ~mask).any(1)).any():
-        row = int(fault.nonzero()[0])
-        raise UserError(
-            f"segmenter {name}: row {row} has a start on padding, beyond its "
-            f"{int(mask[row].sum())} response tokens"
-        )
-    if (fault := mask[:, 0] & ~starts[:, 0] if mask.shape[1] else mask.any(1)).any():
-        row = int(fault.nonzero()[0])
-        raise UserError(f"segmenter {name}: the first response token of row {row} is not a start")
-    return starts
+    return starts.to(mask.device)
 
 
 @dataclass(frozen=True)
@@ -178,9 +191,11 @@ class Union(Segmenter):
 def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
     """A segmenter from a name, an import path, a mapping with `name`, or itself.
 
-    A class is built with the mapping's other keys; a plain function is used as it is and takes
-    none. Raises UserError.
+    A class is built with the mapping's other keys, or without any; a plain function is used as it
+    is and takes none. Raises UserError.
     """
+    if isinstance(spec, type):
+        return construct(spec, {}, f"segmenter {spec.__name__}")
     if not isinstance(spec, str | dict):
         if not callable(spec):
             raise UserError(f"segmenter: given {spec!r}, must be a name, a mapping or a callable")
@@ -203,11 +218,15 @@ def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
 
 
 def segmenter_name(segmenter: SegmenterFn) -> str:
-    """What messages call a segmenter: a dataclass by its fields, a function by its name."""
-    return getattr(segmenter, "__name__", None) or repr(segmenter)
+    """What messages call a segmenter: a dataclass by its fields, a function by its name, an object
+    of any other class by that."""
+    own = repr(segmenter) if is_dataclass(segmenter) else type(segmenter).__name__
+    return getattr(segmenter, "__name__", None) or own
 
 
 def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:
-    """What a segmenter reports of its last batch: its optional method `metrics`."""
-    method: Callable[[], dict[str, float]] = getattr(segmenter, "metrics", dict)
-    return method()
+    """What a segmenter reports of its last batch: its optional method `metrics`. Raises
+    UserError."""
+    method: Callable[[], Mapping[str, float]] = getattr(segmenter, "metrics", dict)
+    with _faults_named(segmenter):
+        return {name: float(value) for name, value in method().items()}

@@ -36,7 +36,7 @@ class EntropyJump(Segmenter):
         if batch.entropy is None:
             raise UserError(
                 "segmenter entropy_jump: needs the policy's entropy before the response tokens, "
-                "and the ResponseBatch has none"
+                "and the ResponseBatch has none (marlhf segment: give --model)"
             )
         starts = torch.zeros_like(batch.response_mask)
         starts[:, 1:] = batch.entropy[:, 1:] - batch.entropy[:, :-1] >= self.jump

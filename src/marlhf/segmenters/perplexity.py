@@ -43,7 +43,7 @@ class Perplexity(Segmenter):
             whose = "the reference model's" if self.logprobs == "ref" else "the policy's"
             raise UserError(
                 f"segmenter perplexity: needs {whose} log-probabilities of the "
-                "response tokens, and the ResponseBatch has none"
+                "response tokens, and the ResponseBatch has none (marlhf segment: give --model)"
             )
         # exp is monotone, so log-probabilities compare as perplexities do, without overflow.
         # The mask matters before the shift: padding must not move a boundary into the response.

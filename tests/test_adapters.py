@@ -17,7 +17,7 @@ from marlhf import batching, cli, loading
 from marlhf.adapters import add_adapter
 from marlhf.classifier import build_classifier, save_classifier
 from marlhf.config import LoraSettings, ModelSettings
-from marlhf.models import Critic
+from marlhf.models import Critic, use_adapter
 from marlhf.ppo import PPOTrainer
 from marlhf.rewards import RewardModel
 
@@ -163,6 +163,8 @@ def test_an_adapter_of_another_base_keeps_a_base_of_its_own(
         ({"bias": "all"}, "must stay none"),
         ({"init_lora_weights": "pissa"}, "others change the base"),
         ({"inference_mode": True}, "is chosen by the library"),
+        ({"lora_bias": True}, "must stay false"),
+        ({"trainable_token_indices": [3]}, "PEFT loses it"),
     ],
 )
 def test_settings_that_would_change_the_reference_are_refused(
@@ -173,25 +175,52 @@ def test_settings_that_would_change_the_reference_are_refused(
 
 
 @pytest.mark.parametrize(
-    "extra",
+    ("modules", "extra"),
+    [(["lm_head"], {}), (["embed_tokens"], {}), ([], {"modules_to_save": ["lm_head"]})],
+)
+def test_one_weight_for_embeddings_and_head_takes_no_adapter(
+    modules: list[str], extra: dict[str, Any]
+) -> None:
+    lora = LoraSettings(target_modules=["q_proj", *modules], extra=extra)
+    with pytest.raises(ValueError, match="one weight in this model"):
+        add_adapter(tiny_causal_lm("llama", tie_word_embeddings=True), lora, "policy")
+
+
+@pytest.mark.parametrize(
+    ("modules", "extra"),
     [
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
-        {"layers_to_transform": [1]},
+        ([], {"use_rslora": True}),
+        ([], {"use_dora": True}),
+        ([], {"modules_to_save": ["lm_head"]}),
+        ([], {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ([], {"layers_to_transform": [1]}),
+        ([], {"target_parameters": ["mlp.up_proj.weight"]}),
+        (["lm_head"], {}),
+        (["embed_tokens"], {}),
     ],
     ids=json.dumps,
 )
-def test_settings_of_peft_are_passed_through(extra: dict[str, Any], tmp_path: Path) -> None:
-    run = tiny_trainer(
-        tmp_path,
-        model={"lora": LoraSettings(r=2, extra=extra, target_modules=["q_proj", "v_proj"])},
-        lm=tiny_causal_lm("llama", BYTES_VOCAB, tie_word_embeddings=False),
-    )
-    config = run.policy.model.model.peft_config["policy"]
+def test_settings_of_peft_are_passed_through(
+    modules: list[str], extra: dict[str, Any], tmp_path: Path
+) -> None:
+    """All of the adapter is trained, and `final/` is the policy that was trained."""
+    lora = LoraSettings(r=2, extra=extra, target_modules=["q_proj", "v_proj", *modules])
+    lm = tiny_causal_lm("llama", BYTES_VOCAB, tie_word_embeddings=False)
+    run = tiny_trainer(tmp_path, model={"lora": lora}, lm=lm, optimizer={"learning_rate": 3e-2})
+    model = run.policy.model.model
+    config = model.peft_config["policy"]
     assert {name: getattr(config, name) for name in extra} == extra
+    own = {n: p.detach().clone() for n, p in model.named_parameters() if "policy" in n.split(".")}
     row = run.step(PROMPTS)
     assert row["ratio_max"] > 1
+    assert [n for n, p in model.named_parameters() if n in own and torch.equal(p, own[n])] == []
+    run.save(tmp_path / "saved")
+    with use_adapter(model, "policy"):
+        trained = logits(model)
+    with use_adapter(model, None):
+        assert (logits(model) - trained).abs().max() > 0.01
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.allclose(logits(saved), trained, atol=1e-4)
 
 
 def test_gradient_checkpointing_runs_every_layer_twice(

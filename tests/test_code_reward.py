@@ -160,6 +160,10 @@ def test_bad_settings_are_refused(arguments, fault):
         ("~~~python title='a'\nx = '```'\n```\n~~~", "x = '```'\n```\n"),
         ("````python\nx = 1\n```\n````", "x = 1\n```\n"),
         ("1. Do\n\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        (
+            '```py\nf = """\n    ```\n    f()\n    ```\n"""\n   ```\n',
+            'f = """\n    ```\n    f()\n    ```\n"""\n',
+        ),
         ("```python\nx = 1", "x = 1"),
         ("```python", ""),
         ("use ```x``` here", "use ```x``` here"),

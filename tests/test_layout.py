@@ -49,6 +49,7 @@ ORDER = [
     "marlhf.models",
     "marlhf.adapters",
     "marlhf.loading",
+    "marlhf.critics",
     "marlhf.classifier",
     "marlhf.jail.kernel",
     "marlhf.jail.program",

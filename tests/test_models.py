@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_for_tests import FAMILIES, tiny_causal_lm, tiny_sequence_classifier
 
-from marlhf import adapters, loading, models
+from marlhf import adapters, critics, loading, models
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.errors import UserError
 from marlhf.models import Critic, Policy, forward
@@ -147,7 +147,7 @@ def test_gradients_are_those_of_a_plain_log_softmax(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_belong_to_the_state_before_each_token(family: str) -> None:
     classifier, sequences = tiny_sequence_classifier(family), batch()
-    critic = loading.critic_from_classifier(classifier)
+    critic = critics.critic_from_classifier(classifier)
     critic.offset = 0.25
     with torch.no_grad():
         values, last_values = forward(critic, sequences)
@@ -163,7 +163,7 @@ def test_values_belong_to_the_state_before_each_token(family: str) -> None:
 
 def test_a_critic_from_the_policy_starts_at_zero_and_shares_nothing() -> None:
     model = tiny_causal_lm("llama")
-    critic = loading.critic_from_policy(model)
+    critic = critics.critic_from_policy(model)
     values, _ = forward(critic, batch())
     assert not values.any()
     storages = {p.data_ptr() for p in model.parameters()}
@@ -175,7 +175,7 @@ def lora_models() -> tuple[torch.nn.Module, Policy, Policy, Critic]:
     settings = LoraSettings(r=4, extra={"init_lora_weights": False})  # adapters that do something
     adapted = loading.add_adapter(base, settings, "policy")
     policy = Policy(adapted, "policy")
-    critic = loading.critic_on_shared_base(adapted, settings)
+    critic = critics.critic_on_shared_base(adapted, settings)
     return base, policy, loading.reference_of(policy), critic
 
 

@@ -18,7 +18,7 @@ from models_for_tests import (
 )
 from runs_for_tests import PROMPTS, tiny_config, tiny_trainer, vowels
 
-from marlhf import loading, ppo
+from marlhf import critics, loading, ppo
 from marlhf.config import LoraSettings
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
@@ -354,6 +354,13 @@ def test_every_schedule_warms_up(schedule: str, factors: list[float], tmp_path: 
     assert rates == pytest.approx([1e-3 * factor for factor in factors])
 
 
+def test_a_generation_config_that_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    lm = tiny_causal_lm("llama", BYTES_VOCAB)
+    lm.generation_config.temperature = 0.9  # without do_sample
+    with pytest.raises(UserError, match=r"model: its generation_config: .*temperature"):
+        tiny_trainer(tmp_path, lm=lm)
+
+
 def test_models_given_as_objects_are_trained_as_loaded_ones_are(tmp_path: Path) -> None:
     dropout: dict[str, Any] = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
     lm = tiny_causal_lm("gpt2", BYTES_VOCAB, **dropout).to(torch.bfloat16)
@@ -362,17 +369,17 @@ def test_models_given_as_objects_are_trained_as_loaded_ones_are(tmp_path: Path) 
     assert trainer.step(PROMPTS)["ratio_max"] == pytest.approx(1, abs=1e-4)
     critic = tiny_sequence_classifier("llama", 64)
     with pytest.raises(UserError, match=r"critic: .* vocabulary of 64 tokens, the policy 260"):
-        loading.build_models(trainer.config, trainer.tokenizer, None, lm, critic)
+        critics.build_models(trainer.config, trainer.tokenizer, None, lm, critic)
     adapted = loading.add_adapter(tiny_causal_lm("llama", BYTES_VOCAB), LoraSettings(), "mine")
     with pytest.raises(UserError, match="model: given a PEFT model"):
-        loading.build_models(trainer.config, trainer.tokenizer, None, adapted)
+        critics.build_models(trainer.config, trainer.tokenizer, None, adapted)
 
 
 def test_gradient_checkpointing_is_for_the_critic_too(tmp_path: Path) -> None:
     critic = tiny_sequence_classifier("llama", BYTES_VOCAB)
     config = tiny_trainer(tmp_path, model={"gradient_checkpointing": True}).config
     lm = tiny_causal_lm("llama", BYTES_VOCAB)
-    for model in loading.build_models(config, byte_tokenizer(), None, lm, critic):
+    for model in critics.build_models(config, byte_tokenizer(), None, lm, critic):
         assert model is not None
         assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
@@ -408,7 +415,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_a_model_is_built(
             return vars(self).get("ranks", 1)
 
     monkeypatch.setattr(ppo, "Distributed", OneOfThree)
-    monkeypatch.setattr(loading, "build_models", None)
+    monkeypatch.setattr(critics, "build_models", None)
     fault = r"rollout\.batch_size: given 8 prompts, must be a multiple of 6 \(3 ranks x"
     with pytest.raises(UserError, match=fault):
         tiny_trainer(tmp_path)

@@ -220,9 +220,9 @@ def test_what_cannot_go_on_is_refused_before_anything_is_touched(
     changes: dict[str, Any], fault: str, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     was = contents(finished)
-    from marlhf import loading
+    from marlhf import critics
 
-    monkeypatch.setattr(loading, "build_models", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(critics, "build_models", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=fault):
         trainer(finished, **changes)
     assert contents(finished) == was

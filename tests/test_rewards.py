@@ -381,17 +381,17 @@ def test_keyword_finds_whole_words():
 
 def test_rouge_against_values_by_hand():
     pytest.importorskip("rouge_score")
-    columns = {"gold": ["the cat sat", "the cat sat", None]}
-    completions = ["the cat", "sat cat the", "anything"]
+    columns = {"gold": ["the cat sat", "the cat sat", None, " "]}  # an empty cell of a CSV file
+    completions = ["the cat", "sat cat the", "anything", "anything"]
 
     def scores(metric):
         reward = {"name": "rouge", "column": "gold", "metric": metric}
         return evaluate(reward, completions, **columns).by_name["rouge"]
 
     # precision 2/2, recall 2/3; then the same three words in reverse order
-    assert scores("rouge1") == pytest.approx([0.8, 1.0, None])
-    assert scores("rouge2") == pytest.approx([2 / 3, 0.0, None])
-    assert scores("rougeL") == pytest.approx([0.8, 1 / 3, None])
+    assert scores("rouge1") == pytest.approx([0.8, 1.0, None, None])
+    assert scores("rouge2") == pytest.approx([2 / 3, 0.0, None, None])
+    assert scores("rougeL") == pytest.approx([0.8, 1 / 3, None, None])
 
 
 def test_rouge_names_a_row_whose_column_is_no_text():
@@ -411,7 +411,7 @@ def test_embedding_similarity(batch_size):
         "My grandmother bakes apple cake.",
         "x",
     ]
-    gold = ["A tool that compresses files."] * 3 + [None]
+    gold = ["A tool that compresses files."] * 3 + [""]
     scores = evaluate(reward, completions, gold=gold).by_name["embedding_similarity"]
     assert scores[0] == pytest.approx(1, abs=1e-5)
     assert 1 > scores[1] > 0.5 > 0.2 > scores[2]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from marlhf.config import RewardSettings
-from marlhf.rollout import score_to_rewards
+from marlhf.data import as_prompts
+from marlhf.rollout import reward_columns, score_to_rewards
 from marlhf.types import Generation, Sequences
 
 
@@ -23,6 +24,16 @@ def test_a_score_sits_on_the_last_response_token() -> None:
     settings = RewardSettings(clip=2.0, missing_eos_penalty=0.25)
     rewards = score_to_rewards(scores, generation, settings, lambda x: x)
     assert rewards.tolist() == [[0, 0, 0, 2.0], [0.75, 0, 0, 0], [0, -0.5, 0, 0]]
+
+
+def test_only_a_prompts_own_conversation_is_called_messages() -> None:
+    """A data set of pairs may have a column of that name, with the answer that was preferred."""
+    turns = [{"role": "user", "content": "Hi?"}]
+    chosen = [*turns, {"role": "assistant", "content": "preferred"}]
+    row = {"messages": chosen, "topic": "x"}
+    plain, talk = as_prompts([{"prompt": "Hi?", **row}, {"prompt": turns, **row}])
+    assert reward_columns([plain]) == {"topic": ["x"]}
+    assert reward_columns([plain, talk]) == {"topic": ["x", "x"], "messages": [None, turns]}
 
 
 def test_scores_can_be_whitened() -> None:

@@ -20,6 +20,8 @@ _OWN_LORA_KEYS = {
     "inference_mode": "is chosen by the library",
     "bias": "must stay none: the reference is the base with the adapters off",
     "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
+    "lora_bias": "must stay false: merging fails at layers without a bias",
+    "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
 }
 _HEAD = "base_model.model.score.weight"
 
@@ -36,6 +38,7 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, adapter_name=name)
+        _check_embeddings(model.get_base_model())
     except UserError:
         raise
     except Exception as error:  # peft raises whatever its checks come to
@@ -44,6 +47,23 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
     for parameter in trained_before:
         parameter.requires_grad_(True)
     return model
+
+
+def _check_embeddings(base: Any) -> None:
+    """One weight for embeddings and head, and an adapter of one of them: merged, it would change
+    the other too. Raises UserError."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    head = base.get_output_embeddings()
+    if head is None or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    for module in (head, base.get_input_embeddings()):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise UserError(
+                "model.lora: adapts the embeddings or the head, which are one weight in this model "
+                "(tie_word_embeddings); take them out of target_modules and extra.modules_to_save"
+            )
 
 
 def _lora_config(lora: LoraSettings, task: str) -> Any:
@@ -76,7 +96,7 @@ def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[
         parameter
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
-        and (adapter is None or f".{adapter}." in name or name.startswith("head."))
+        and (adapter is None or adapter in name.split(".") or name.startswith("head."))
     ]
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from marlhf import loading
+from marlhf import critics, loading
 from marlhf.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.distributed import in_bf16, linear_layers, reading
@@ -151,9 +151,9 @@ def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> 
     """Puts the policy's adapter in, too: the critic may share its base."""
     settings = config.model
     vocabulary = _causal_lm(policy).config.get_text_config().vocab_size
-    adapter, source = loading.critic_adapter(config, reward_path), None
+    adapter, source = critics.critic_adapter(config, reward_path), None
     if adapter is None:
-        source = loading.critic_source(config, vocabulary, reward_path, weights=False)
+        source = critics.critic_source(config, vocabulary, reward_path, weights=False)
     if settings.gradient_checkpointing:
         loading.enable_checkpointing(policy.model)
     if settings.lora is not None:
@@ -168,14 +168,14 @@ def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> 
         model = _meta(AutoModelForSequenceClassification, source, own, "critic.path")
         if settings.gradient_checkpointing:
             loading.enable_checkpointing(model)
-        return loading.critic_from_classifier(model, settings.lora)
+        return critics.critic_from_classifier(model, settings.lora)
     if settings.lora is not None:
-        return loading.critic_on_shared_base(policy.model, settings.lora)
-    return loading.critic_from_policy(_causal_lm(policy))
+        return critics.critic_on_shared_base(policy.model, settings.lora)
+    return critics.critic_from_policy(_causal_lm(policy))
 
 
 def _on_shared_base(model: Any, folder: str, name: str) -> Critic:
-    """What `loading.classifier_on_shared_base` makes, from the adapter's configuration alone."""
+    """What `critics.classifier_on_shared_base` makes, from the adapter's configuration alone."""
     saved = saved_adapter(folder)
     assert saved is not None
     targets = saved.target_modules

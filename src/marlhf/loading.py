@@ -25,10 +25,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from marlhf.adapters import add_adapter, attach, is_adapter_of, merged, saved_adapter
-from marlhf.config import LoraSettings, ModelSettings, PPOConfig
+from marlhf.adapters import add_adapter, merged, saved_adapter
+from marlhf.config import LoraSettings, ModelSettings
 from marlhf.errors import UserError, one_line
-from marlhf.models import Critic, Policy, head_of, trunk_forward, trunk_of
+from marlhf.models import Policy, head_of, trunk_forward, trunk_of
 
 # (frozen module, the part of it that every forward pass begins with) -> the module, placed
 Shard = Callable[[Any, nn.Module], Any]
@@ -206,62 +206,17 @@ def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
         raise UserError(
             f"{argument}: given a PEFT model; must be a plain one, with its adapter in model.lora"
         )
+    try:  # as it will be when the model is saved, after all training
+        if model.can_generate():
+            model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(f"{argument}: its generation_config: {one_line(error)}") from error
     for part in (model.config, model.config.get_text_config(), *model.modules()):
         _zero_dropout(part)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model if lora is not None else model.float()
-
-
-def build_models(
-    config: PPOConfig,
-    tokenizer: Any,
-    reward_path: str | None = None,
-    model: Any = None,
-    critic: Any = None,
-    lm_config: Any = None,
-    shard: Shard = lambda module, trunk: module,
-) -> tuple[Policy, Critic | None]:
-    """The policy, and the critic where the estimator has one that is more than the policy's head.
-
-    reward_path   the reward model that `critic.init` may start from
-    model         a causal LM to use instead of loading `config.model.path`
-    critic        a sequence classifier to use as the critic
-    lm_config     the policy's, from `load_model_config`, where the caller has it already
-    shard         places the frozen base of adapters over the ranks, as `Distributed.shard`
-
-    Vocabularies and LoRA targets are compared before any weight is read. Raises UserError.
-    """
-    settings = config.model
-    lm_config = model.config if model is not None else lm_config or load_model_config(settings)
-    check_tokenizer(tokenizer, lm_config)
-    vocabulary = lm_config.get_text_config().vocab_size
-    adapter = source = None
-    if critic is not None and config.has_head:
-        raise UserError("critic.trunk: given 'policy' beside a critic; give only one of them")
-    if critic is None and (adapter := critic_adapter(config, reward_path)) is None:
-        source = critic_source(config, vocabulary, reward_path)
-
-    policy = build_policy(settings, tokenizer, lm_config, model, shard)
-    lm: Any = policy.model
-    if not config.has_critic_model:
-        policy.head = _zero_head(lm) if config.has_head else None
-        return policy, None
-    if adapter is not None:
-        return policy, classifier_on_shared_base(lm, adapter, "critic")
-    if source is not None:
-        critic = load_classifier(source, "critic.path")
-    elif critic is not None:
-        _check_vocabulary("critic", critic.config, vocabulary)
-        critic = as_loaded(critic, settings.lora, "critic")
-    if critic is not None:
-        if settings.gradient_checkpointing:
-            enable_checkpointing(critic)
-        return policy, critic_from_classifier(critic, settings.lora, shard)
-    if settings.lora is not None:
-        return policy, critic_on_shared_base(lm, settings.lora)
-    return policy, critic_from_policy(lm)
 
 
 def build_policy(
@@ -314,89 +269,6 @@ def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "mode
         add_adapter(model, settings.lora, "policy")
 
 
-def critic_adapter(config: PPOConfig, reward_path: str | None) -> str | None:
-    """The folder of the reward model's adapter that the critic starts from, where both are to be
-    adapters of the policy's base."""
-    path, settings = config.critic.path, config.critic
-    if path is None and settings.init != "policy":
-        path = reward_path
-    if path is None or config.model.lora is None or not config.has_critic_model:
-        return None
-    return path if is_adapter_of(path, config.model.path) else None
-
-
-def critic_source(
-    config: PPOConfig, vocabulary: int, reward_path: str | None, weights: bool = True
-) -> ModelSettings | None:
-    """What the critic is loaded from, its vocabulary checked; None for the policy's own trunk.
-    Arguments as of `build_models` and `load_model_config`. Raises UserError."""
-    settings, path = config.critic, config.critic.path
-    if path is None and settings.init != "policy":
-        if settings.init == "reward" and reward_path is None:
-            raise UserError("critic.init: given 'reward', but reward.models has no reward model")
-        path = reward_path if settings.init == "reward" or config.model.lora is None else None
-    if path is None or not config.has_critic_model:
-        return None
-    source = replace(config.model, path=path, revision=None)
-    key = "critic.path" if settings.path else "reward.models"
-    own_config = load_classifier_config(source, key, weights)
-    if settings.path is None and settings.init == "auto":
-        return source if own_config.get_text_config().vocab_size == vocabulary else None
-    _check_vocabulary(f"{key}: {path!r}", own_config, vocabulary)
-    return source
-
-
-def _check_vocabulary(critic: str, config: Any, vocabulary: int) -> None:
-    own = config.get_text_config().vocab_size
-    if own != vocabulary:
-        fault = f"has a vocabulary of {own} tokens, the policy {vocabulary}; they must be the same"
-        raise UserError(f"{critic}: the critic {fault}")
-
-
-def critic_from_classifier(
-    model: Any, lora: LoraSettings | None = None, shard: Shard = lambda module, trunk: module
-) -> Critic:
-    """A critic that starts as a reward model: V of a prefix is its (centred) score."""
-    offset = float(getattr(model.config, "score_offset", 0.0))
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"critic.path: {type(model).__name__} has no linear `score` head; must be a "
-            "decoder-only sequence classifier"
-        )
-    if lora is None:
-        return Critic(trunk_of(model), head, offset)
-    head = copy.deepcopy(head).requires_grad_(True)
-    adapted = add_adapter(shard(model, trunk_of(model)), lora, "critic", task="SEQ_CLS")
-    base = adapted.get_base_model()
-    return Critic(trunk_of(base), head, offset, model=adapted, adapter="critic")
-
-
-def critic_from_policy(model: PreTrainedModel) -> Critic:
-    """A critic with a copy of the policy's trunk and a head of zeros."""
-    return Critic(copy.deepcopy(trunk_of(model)), _zero_head(model))
-
-
-def classifier_on_shared_base(model: Any, folder: str, name: str) -> Critic:
-    """A saved adapter of a reward model, on the policy's frozen base. Raises UserError."""
-    weight = attach(model, folder, name)
-    if weight is None:
-        raise UserError(f"the adapter {folder!r} has no `score` head: it is not a reward model's")
-    head = nn.Linear(weight.shape[1], 1, bias=False)
-    head.weight.data.copy_(weight)
-    head.to(model.device)
-    config = load_model_config(ModelSettings(path=folder), "adapter")
-    offset = float(getattr(config, "score_offset", 0.0))
-    return Critic(trunk_of(model.get_base_model()), head, offset, model=model, adapter=name)
-
-
-def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:
-    """A critic that is one more adapter on the policy's frozen base, and a head of zeros."""
-    model = add_adapter(model, lora, "critic")
-    base = model.get_base_model()
-    return Critic(trunk_of(base), _zero_head(base), model=model, adapter="critic")
-
-
 def reference_of(policy: Policy, shard: Shard = lambda module, trunk: module) -> Policy:
     """The policy as it is now, frozen: a copy, or with LoRA the shared base without adapter."""
     if hasattr(policy.model, "peft_config"):
@@ -415,7 +287,9 @@ def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     model: Any = policy.model
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder / "adapter", selected_adapters=[policy.adapter])
-        model = copy.deepcopy(model).merge_and_unload(adapter_names=[policy.adapter])
+        model = copy.deepcopy(model)
+        model.set_adapter(policy.adapter)  # modules_to_save are those of the active one
+        model = model.merge_and_unload(adapter_names=[policy.adapter])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -456,12 +330,6 @@ def _zero_dropout(owner: Any) -> None:
     for name, value in list(vars(owner).items()):
         if "drop" in name and isinstance(value, float):
             setattr(owner, name, 0.0)
-
-
-def _zero_head(model: Any) -> nn.Linear:
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False)
-    nn.init.zeros_(head.weight)
-    return head
 
 
 def _without_quantization(model: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from marlhf import diagnostics, loading
+from marlhf import critics, diagnostics, loading
 from marlhf.batching import held_out_share
 from marlhf.config import PPOConfig
 from marlhf.data import Prompt, PromptStream, as_prompts, check_prompts, prompt_sets
@@ -31,7 +31,7 @@ from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
 from marlhf.ptx import TextStream
 from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
-from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards
+from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards, reward_columns
 from marlhf.run_directory import writing
 from marlhf.run_state import RunState, claim, seed_generators
 from marlhf.segmenters import (
@@ -99,7 +99,7 @@ class PPOTrainer:
 
         seed_generators(config.seed)
         shard = self.distributed.shard
-        policy, value_model = loading.build_models(
+        policy, value_model = critics.build_models(
             config, self.tokenizer, self._reward_model_path(), model, critic, lm_config, shard
         )
         self.reward.share(policy.model, config.model.path)
@@ -286,9 +286,7 @@ class PPOTrainer:
         data, rollout = self.config.data, self.config.rollout
         self._check_batch(rollout.batch_size)
         check_prompts(prompts, self.tokenizer, data, rollout, positions)
-        for prompt in prompts[:1]:
-            messages = ["messages"] if prompt.messages is not None else []
-            self.reward.check_columns([*prompt.columns, *messages])
+        self.reward.check_columns(reward_columns(prompts[:1]))
 
     def _check_batch(self, prompts: int) -> None:
         """Every rank gets as many prompts of each minibatch. Raises UserError."""

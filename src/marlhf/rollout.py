@@ -6,7 +6,7 @@ sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -269,9 +269,10 @@ def _widen(x: Tensor, columns: int) -> Tensor:
 
 
 def reward_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The rows' other columns as lists, and `messages` where rows are conversations."""
-    names: Iterator[str] = iter(dict.fromkeys(n for p in prompts for n in p.columns))
-    columns = {name: [p.columns.get(name) for p in prompts] for name in names}
+    """The rows' other columns as lists, and `messages` where rows are conversations. A column of
+    that name is left out: rewards take it for the prompt."""
+    names = dict.fromkeys(n for p in prompts for n in p.columns if n != "messages")
+    columns: dict[str, list[Any]] = {n: [p.columns.get(n) for p in prompts] for n in names}
     if any(p.messages is not None for p in prompts):
         columns["messages"] = [p.messages for p in prompts]
     return columns

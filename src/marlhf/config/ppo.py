@@ -38,7 +38,8 @@ class CriticSettings:
 
     init: Literal["auto", "policy", "reward"] = "auto"
     """Start from the policy or from the reward model (the paper); `auto`: the reward model where
-    one with the policy's vocabulary is given."""
+    one with the policy's vocabulary is given, and with `model.lora` only one that is an adapter of
+    the same base (any other would be a second model in memory: ask for it by `reward`)."""
     path: Text | None = None
     """Start from this sequence-classification model instead."""
     warmup_steps: Natural = 0

@@ -87,8 +87,8 @@ class Distributed:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         self._accelerator = Accelerator(
             mixed_precision="no",
-            # for accelerate, `cpu` means that there is no DeepSpeed either
-            cpu=on_cpu and world > 1 and plugin is None,
+            # else Apple's GPU, which has no float64; but `cpu` means no DeepSpeed either
+            cpu=on_cpu and plugin is None,
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,
         )

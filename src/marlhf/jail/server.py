@@ -110,7 +110,9 @@ class Jail:
 
 
 def main() -> None:
-    """Serve until the socket's other end is closed."""
+    """Serve until the socket's other end is closed, whatever signals ask the job to stop."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
     mode, fd, limits = sys.argv[1], int(sys.argv[2]), Limits(**json.loads(sys.argv[3]))
     del sys.path[0]
     strong = mode == "strong"

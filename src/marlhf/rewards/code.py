@@ -184,10 +184,17 @@ def _blocks(text: str) -> tuple[list[tuple[bool, str]], re.Match[str] | None]:
     for fence in _FENCE.finditer(text):
         if opening is None:
             opening = fence
-        elif fence["marks"].startswith(opening["marks"]) and not fence["info"].strip():
+        elif _closes(fence, opening):
             blocks.append(_block(opening, text[opening.end() + 1 : fence.start()]))
             opening = None
     return blocks, opening
+
+
+def _closes(fence: re.Match[str], opening: re.Match[str]) -> bool:
+    """As in CommonMark: as many marks, no language, and indented by 3 at most; a fence inside a
+    docstring is not at the margin."""
+    indent = len(fence["indent"]) - len(opening["indent"])
+    return fence["marks"].startswith(opening["marks"]) and not fence["info"].strip() and indent <= 3
 
 
 def _block(opening: re.Match[str], text: str) -> tuple[bool, str]:

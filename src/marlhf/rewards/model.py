@@ -90,11 +90,11 @@ class RewardModel:
 
     def share(self, policy: Any, base: str) -> None:
         """Score with the frozen base of a PEFT model, where this is an adapter of that base."""
-        from marlhf import adapters, loading
+        from marlhf import adapters, critics
 
         if hasattr(policy, "peft_config") and adapters.is_adapter_of(self.path, base):
             name = f"reward_{len(policy.peft_config)}"
-            model = loading.classifier_on_shared_base(policy, self.path, name)
+            model = critics.classifier_on_shared_base(policy, self.path, name)
             model.head.requires_grad_(False)
             for parameter in adapters.trainable_parameters(policy, name):
                 parameter.requires_grad_(False)

@@ -47,9 +47,9 @@ class Rouge:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None]:
-        references = columns[self.column]
+        references = _references(columns[self.column], self.column)
         return [
-            None if reference is None else self._score(_text(reference, self.column), completion)
+            None if reference is None else self._score(reference, completion)
             for reference, completion in zip(references, completions, strict=True)
         ]
 
@@ -125,9 +125,9 @@ class EmbeddingSimilarity:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None]:
-        references = columns[self.column]
+        references = _references(columns[self.column], self.column)
         rows = [i for i, reference in enumerate(references) if reference is not None]
-        expected = self.embed([_text(references[i], self.column) for i in rows])
+        expected = self.embed([text for text in references if text is not None])
         actual = self.embed([completions[i] for i in rows])
         scores: list[float | None] = [None] * len(references)
         for row, score in zip(rows, (expected * actual).sum(1).tolist(), strict=True):
@@ -165,7 +165,9 @@ class EmbeddingSimilarity:
         return min(self._state["tokenizer"].model_max_length, 512)
 
 
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"column {column!r} holds {type(value).__name__}, must be text")
-    return value
+def _references(values: Sequence[Any], column: str) -> list[str | None]:
+    """A column's texts, None where there is none. Raises TypeError for what is no text."""
+    for value in values:
+        if not isinstance(value, str | None):
+            raise TypeError(f"column {column!r} holds {type(value).__name__}, must be text")
+    return [value if value and value.strip() else None for value in values]

@@ -217,6 +217,7 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the trainer, which ends its update first
             )
         self._socket.settimeout(_GRACE_SECONDS)
         self._greeting = False

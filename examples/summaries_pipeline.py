@@ -68,7 +68,7 @@ def main() -> None:
         reward,
         "reward",
         args.configs / "reward_summaries.yaml",
-        f"model.path={sft}",
+        f"model.path={args.reward_base or sft}",
         f"data.path={out}/data/pairs.jsonl",
         f"data.eval_rows={2 * args.held_out}",
         f"output_dir={out}/reward",
@@ -120,6 +120,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=60, help="longest document to use, in words")
     parser.add_argument("--first-words", type=int, help="use so many words of each document")
     parser.add_argument("--test-rows", type=int, default=64, help="held out from all training")
+    parser.add_argument("--reward-base", help="what the reward model starts from; default: SFT's")
     parser.add_argument("--held-out", type=int, default=24, help="held-out rows of SFT and reward")
     parser.add_argument("--sft-epochs", type=float, default=1)
     parser.add_argument("--steps", type=int, default=12, help="PPO updates")

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from runs_for_tests import tiny_trainer
+from transformers import LlamaForCausalLM
 
 from marlhf import sweep
 from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, SweepConfig
@@ -27,6 +29,7 @@ import analyse  # noqa: E402
 import gradient_noise  # noqa: E402
 import pack  # noqa: E402
 import run  # noqa: E402
+import smollm2  # noqa: E402
 
 ARMS = {
     "token": {"segmenter": "token"},
@@ -385,6 +388,18 @@ def test_gradients_are_of_a_policy_that_stays(tmp_path):
 
 
 # --- the configurations
+
+
+def test_the_first_layers_of_a_model(tmp_path):
+    lm = tiny_causal_lm("llama", BYTES_VOCAB)
+    lm.save_pretrained(tmp_path / "whole")
+    byte_tokenizer().save_pretrained(tmp_path / "whole")
+    first = smollm2.write(tmp_path / "first", tmp_path / "whole", layers=1)
+    cut = LlamaForCausalLM.from_pretrained(first)
+    assert (len(lm.model.layers), len(cut.model.layers)) == (2, 1)
+    lm.model.layers = lm.model.layers[:1]
+    ids = torch.arange(3, 9)[None]
+    assert torch.equal(cut(input_ids=ids).logits, lm(input_ids=ids).logits)
 
 
 def test_the_studys_configurations_are_read():

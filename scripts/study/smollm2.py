@@ -25,13 +25,14 @@ def write(folder: Path, source: Path | None = None, layers: int | None = None) -
     from marlhf.loading import load_model_config, load_policy, load_tokenizer, save_policy
 
     settings = ModelSettings(path=str(source))
-    policy = load_policy(settings, load_model_config(settings), "model.path")
+    tokenizer = load_tokenizer(settings)
+    policy = load_policy(settings, tokenizer, load_model_config(settings), "model.path")
     if layers is not None:
         model: Any = policy.model
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
     partial = folder.with_suffix(".partial")
-    save_policy(policy, load_tokenizer(settings), partial)
+    save_policy(policy, tokenizer, partial)
     partial.rename(folder)
     return folder
 

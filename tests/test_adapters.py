@@ -163,7 +163,7 @@ def test_an_adapter_of_another_base_keeps_a_base_of_its_own(
         ({"bias": "all"}, "must stay none"),
         ({"init_lora_weights": "pissa"}, "others change the base"),
         ({"inference_mode": True}, "is chosen by the library"),
-        ({"lora_bias": True}, "must stay false"),
+        ({"lora_bias": True}, "q_proj has no bias"),
         ({"trainable_token_indices": [3]}, "PEFT loses it"),
     ],
 )

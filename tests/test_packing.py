@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,7 +43,10 @@ def logits(model: Any, adapter: str | None = None) -> Tensor:
 
 def with_adapter(**extra: Any) -> Any:
     torch.manual_seed(0)
-    model = add_adapter(tiny_causal_lm("llama"), LoraSettings(r=4, extra=extra), "policy")
+    family, lora = "llama", LoraSettings(r=4, extra=extra)
+    if "lora_bias" in extra:  # which needs biases
+        family, lora = "qwen2", replace(lora, target_modules=["q_proj", "k_proj", "v_proj"])
+    model = add_adapter(tiny_causal_lm(family), lora, "policy")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from runs_for_tests import PROMPTS, tiny_trainer
 
+from marlhf import reward_model, sft
+from marlhf.config import RewardConfig, SFTConfig
+from marlhf.config_loading import config_from_dict
 from marlhf.watch import RULES, Warnings, fired
 
 DOC = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -121,8 +125,8 @@ def test_a_run_warns_if_asked_to(warnings, tmp_path, capsys):
 
 
 def documented() -> set[str]:
-    """Metrics in the first column of the first table of docs/metrics.md."""
-    text = DOC.read_text(encoding="utf-8").partition("## Warning signs")[0]
+    """Metrics of a ppo run: the first column of the first table of docs/metrics.md."""
+    text = DOC.read_text(encoding="utf-8").partition("## `marlhf sft`")[0]
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
 
@@ -143,6 +147,26 @@ def test_every_metric_of_a_run_is_documented_and_nothing_else(tmp_path):
     found = {re.sub(r"^reward_\w+_mean$", "reward_NAME_mean", key) for key in found}
     of_plug_ins = {"parsing_fallback_fraction", "curiosity_error", "curiosity_rewarded_fraction"}
     assert documented() - of_plug_ins - {"ptx_loss"} == found
+
+
+def test_every_metric_of_supervised_jobs_is_documented_and_nothing_else(tmp_path):
+    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(tmp_path / "lm")
+    byte_tokenizer().save_pretrained(tmp_path / "lm")
+    row = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    (tmp_path / "data.jsonl").write_text((json.dumps(row) + "\n") * 6)
+    found = set()
+    for job, cls in (("sft", SFTConfig), ("reward", RewardConfig)):
+        values = {"model": {"path": str(tmp_path / "lm")}, "output_dir": str(tmp_path / job)}
+        values |= {"data": {"path": str(tmp_path / "data.jsonl"), "eval_rows": 2}, "steps": 1}
+        values |= {"log": {"progress": False, "tensorboard": False}, "batch_size": 2}
+        {"sft": sft, "reward": reward_model}[job].run(config_from_dict(cls, values))
+        lines = (tmp_path / job / "metrics.jsonl").read_text().splitlines()
+        found |= {key for line in lines for key in json.loads(line)}
+    text = DOC.read_text(encoding="utf-8").partition("## `marlhf sft`")[2]
+    section = text.partition("## Warning signs")[0]
+    assert {name for name in found - {"step"} if f"`{name}`" not in section} == set()
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) - found == set()
 
 
 def test_every_rule_is_documented():

@@ -20,7 +20,6 @@ _OWN_LORA_KEYS = {
     "inference_mode": "is chosen by the library",
     "bias": "must stay none: the reference is the base with the adapters off",
     "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
-    "lora_bias": "must stay false: merging fails at layers without a bias",
     "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
 }
 _HEAD = "base_model.model.score.weight"
@@ -38,7 +37,7 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, adapter_name=name)
-        _check_embeddings(model.get_base_model())
+        _check_merging(model.get_base_model(), config)
     except UserError:
         raise
     except Exception as error:  # peft raises whatever its checks come to
@@ -49,12 +48,16 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
     return model
 
 
-def _check_embeddings(base: Any) -> None:
-    """One weight for embeddings and head, and an adapter of one of them: merged, it would change
-    the other too. Raises UserError."""
+def _check_merging(base: Any, config: Any) -> None:
+    """The adapter can be merged: into layers with a bias if it has one, and not into a weight that
+    is embeddings and head in one, as it would change both. Raises UserError."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    layers = [(n, m.get_base_layer()) for n, m in base.named_modules() if hasattr(m, "lora_A")]
+    for name, layer in layers if config.lora_bias else ():
+        if getattr(layer, "bias", None) is None:
+            raise UserError(f"model.lora.extra.lora_bias: given true, but {name} has no bias")
     head = base.get_output_embeddings()
     if head is None or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return

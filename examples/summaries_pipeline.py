@@ -62,15 +62,16 @@ def main() -> None:
         "rollout.responses_per_prompt=1",
         f"output_dir={samples}",
     )
-    write(out / "data" / "pairs.jsonl", preference_pairs(split["reward"], read_samples(samples)))
+    pairs = preference_pairs(split["reward"], read_samples(samples), args.samples_only)
+    write(out / "data" / "pairs.jsonl", pairs)
     reward = out / "reward" / "final"
     marlhf(
         reward,
         "reward",
         args.configs / "reward_summaries.yaml",
-        f"model.path={args.reward_base or sft}",
+        f"model.path={sft}",
         f"data.path={out}/data/pairs.jsonl",
-        f"data.eval_rows={2 * args.held_out}",
+        f"data.eval_rows={(1 if args.samples_only else 2) * args.held_out}",
         f"output_dir={out}/reward",
         "resume=auto",
     )
@@ -120,11 +121,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=60, help="longest document to use, in words")
     parser.add_argument("--first-words", type=int, help="use so many words of each document")
     parser.add_argument("--test-rows", type=int, default=64, help="held out from all training")
-    parser.add_argument("--reward-base", help="what the reward model starts from; default: SFT's")
     parser.add_argument("--held-out", type=int, default=24, help="held-out rows of SFT and reward")
     parser.add_argument("--sft-epochs", type=float, default=1)
     parser.add_argument("--steps", type=int, default=12, help="PPO updates")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts of a PPO update")
+    parser.add_argument("--samples-only", action="store_true", help="no pairs of two documents")
     parser.add_argument("--no-ppo", action="store_true", help="stop after the reward model")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -157,11 +158,11 @@ def read_samples(folder: Path) -> list[str]:
     return [line["response"] for line in lines]
 
 
-def preference_pairs(rows: list[Row], samples: list[str]) -> list[Row]:
+def preference_pairs(rows: list[Row], samples: list[str], samples_only: bool) -> list[Row]:
     """For each document its human summary, preferred to the model's and to another document's."""
     pairs = []
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        for worse in (sample, rows[i - 1]["summary"]):
+        for worse in (sample,) if samples_only else (sample, rows[i - 1]["summary"]):
             if worse.strip() and worse.strip() != row["summary"]:
                 pair = {"prompt": row["document"], "chosen": row["summary"], "rejected": worse}
                 pairs.append(pair)

@@ -29,7 +29,7 @@ import analyse  # noqa: E402
 import gradient_noise  # noqa: E402
 import pack  # noqa: E402
 import run  # noqa: E402
-import smollm2  # noqa: E402
+import sentiment_task  # noqa: E402
 
 ARMS = {
     "token": {"segmenter": "token"},
@@ -390,16 +390,14 @@ def test_gradients_are_of_a_policy_that_stays(tmp_path):
 # --- the configurations
 
 
-def test_the_first_layers_of_a_model(tmp_path):
+def test_the_model_of_the_sentiment_task_is_unpacked(tmp_path):
     lm = tiny_causal_lm("llama", BYTES_VOCAB)
-    lm.save_pretrained(tmp_path / "whole")
-    byte_tokenizer().save_pretrained(tmp_path / "whole")
-    first = smollm2.write(tmp_path / "first", tmp_path / "whole", layers=1)
-    cut = LlamaForCausalLM.from_pretrained(first)
-    assert (len(lm.model.layers), len(cut.model.layers)) == (2, 1)
-    lm.model.layers = lm.model.layers[:1]
+    lm.save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    sentiment_task.unpack(tmp_path / "source", tmp_path / "base")
     ids = torch.arange(3, 9)[None]
-    assert torch.equal(cut(input_ids=ids).logits, lm(input_ids=ids).logits)
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(found(input_ids=ids).logits, lm(input_ids=ids).logits)
 
 
 def test_the_studys_configurations_are_read():

@@ -3,11 +3,10 @@
     python scripts/study/summaries_task.py --data summaries.jsonl --out runs/study/summaries
 
 The data has rows with a `document` and a human `summary`. A small Llama learns the language of the
-documents (small_llama.py); it is fine-tuned on summaries of the first words of documents; of what
-it then writes preference pairs are made, and of these a reward model (all this by
-examples/summaries_pipeline.py). The reward model starts from the first layers of SmolLM2-135M: from
-the small Llama itself it does not learn to tell people's summaries from its own. Started again,
-the script goes on where it was stopped.
+documents (small_llama.py); it is fine-tuned for a few steps on summaries of the first words of
+documents, so that it has seen what a summary looks like and is not good at it; of what it then
+writes, and of people's summaries, preference pairs are made, and of these a reward model (all this
+by examples/summaries_pipeline.py). Started again, it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import smollm2
 from small_llama import documents, pretrain
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = ROOT / "examples" / "summaries_pipeline.py"
-REWARD_LAYERS = 4
 
 
 def main() -> None:
@@ -45,14 +42,14 @@ def main() -> None:
         "--configs": ROOT / "configs" / "study",
         "--out": args.out,
         "--rows": args.rows,
-        "--first-words": 30,
+        "--first-words": 20,
         "--test-rows": args.test_rows,
         "--held-out": args.held_out,
-        "--sft-epochs": 3,
-        "--reward-base": smollm2.write(args.out / "reward_base", layers=REWARD_LAYERS),
+        "--sft-epochs": 0.11,  # 6 steps
     }
     words = [str(word) for option in options.items() for word in option]
-    subprocess.run([sys.executable, str(PIPELINE), *words, "--no-ppo"], check=True)
+    words += ["--samples-only", "--no-ppo"]
+    subprocess.run([sys.executable, str(PIPELINE), *words], check=True)
     print(f"reward model: {accuracy(args.out / 'reward'):.1%} of held-out pairs right")
 
 

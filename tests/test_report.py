@@ -255,8 +255,8 @@ def test_series_beyond_the_palette_have_marks_of_their_own():
 def test_the_page_has_everything(tmp_path):
     groups = group_runs(read_runs(some_runs(tmp_path)))
     html = document(groups, choose_baseline(groups, None))
-    headings = "Reward and leash;Time and memory;Reward and KL;Lengths of macro actions;to parity"
-    for heading in [*headings.split(";"), "Samples before and after"]:
+    headings = "Reward, KL and responses;Time and memory;Reward and KL;Lengths of macro actions"
+    for heading in [*headings.split(";"), "to parity", "Samples before and after"]:
         assert heading in html
     assert not re.search(r"""(src|href)="(?!data:,)""", html)
     assert "<b>One</b>" not in html

@@ -105,7 +105,7 @@ class PPOSettings:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class KLSettings:
-    """The leash to the reference policy."""
+    """The KL penalty, which keeps the policy near the reference."""
 
     coef: NonNegative = 0.05
     """Weight of the KL penalty. At 0 there is no reference, and KL metrics are null, unless the
@@ -193,7 +193,7 @@ class PPOConfig:
     reward: RewardSettings = Field(default_factory=RewardSettings)
     """Scores."""
     kl: KLSettings = Field(default_factory=KLSettings)
-    """The leash."""
+    """KL penalty."""
     macro: MacroSettings = Field(default_factory=MacroSettings)
     """Macro actions."""
     ppo: PPOSettings = Field(default_factory=PPOSettings)

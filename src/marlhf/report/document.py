@@ -226,7 +226,7 @@ def _frontier(groups: Sequence[Group]) -> str:
     explained = (
         "What each configuration reaches at a given distance from the reference; points are "
         "evaluations in the order of training. Compare configurations at equal KL: a higher reward "
-        "further to the right may only be a longer leash."
+        "further to the right may only be the work of a weaker KL penalty."
     )
     drawn = tag("figure", tag("figcaption", text(chart.title)) + line_chart(chart), class_="card")
     return (

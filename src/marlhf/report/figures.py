@@ -15,7 +15,7 @@ from marlhf.report.runs import Run
 _POINTS = 120  # of a line; more would be neither seen nor quick to draw
 
 SECTIONS = {
-    "Reward and leash": {
+    "Reward, KL and responses": {
         "eval_score_mean": "Reward, held-out prompts",
         "score_mean": "Reward, training batch",
         "eval_kl_mean": "KL to the reference, held-out (nats)",

@@ -327,6 +327,15 @@ def test_calibration_ends_at_token_ppos_kl(tmp_path):
     assert again.chosen["tight"] == task.chosen["tight"]
 
 
+def test_learning_rates_are_chosen_by_the_objective():
+    def runs(coef: float, score: float, kl: float) -> list[run.Run]:
+        rows = [{"step": i, "eval_score_mean": score, "eval_kl_mean": kl} for i in range(6)]
+        return [run.Run("x", Path("x"), {"kl": {"coef": coef}}, rows, [], arm="x")]
+
+    assert run.objective(runs(0.2, 1.0, 3.0)) == pytest.approx(0.4)
+    assert run.objective(runs(0.0, 1.0, 3.0)) == 1.0
+
+
 def test_the_next_coefficient_follows_the_last_two():
     assert run.next_coefficient([(0.1, 2.0)], 1.0) == pytest.approx(0.2)
     # KL = coef^-0.5

@@ -78,7 +78,7 @@ class Task:
         self.chosen: Chosen = json.loads(found)
 
     def search(self) -> None:
-        """Choose the learning rate of each arm by its last held-out scores."""
+        """Choose the learning rate of each arm by its last held-out objectives."""
         if len(self.settings["learning_rates"]) == 1:
             (rate,) = self.settings["learning_rates"]
             self.chosen |= {name: {"learning_rate": rate} for name in self.arms}
@@ -98,7 +98,7 @@ class Task:
             for run in runs:
                 if (run.arm or "").startswith(f"{name}, optimizer."):
                     by_rate.setdefault(run.config["optimizer"]["learning_rate"], []).append(run)
-            best = max(by_rate, key=lambda rate: mean(by_rate[rate], "eval_score_mean"))
+            best = max(by_rate, key=lambda rate: objective(by_rate[rate]))
             coefs = [
                 row.get("kl_coef", run.config["kl"]["coef"])
                 for run in by_rate[best]
@@ -193,6 +193,13 @@ def mean(runs: Sequence[Run], metric: str) -> float:
     found = [[row[metric] for row in run.rows if row.get(metric) is not None] for run in runs]
     last = [value for values in found for value in values[-LAST:]]
     return sum(last) / len(last)
+
+
+def objective(runs: Sequence[Run]) -> float:
+    """What PPO maximises, on held-out prompts: score less KL, at the configuration's coefficient,
+    which is that of token PPO, whatever a run steered its own to."""
+    score, coef = mean(runs, "eval_score_mean"), runs[0].config["kl"]["coef"]
+    return score - coef * mean(runs, "eval_kl_mean") if coef else score
 
 
 def next_coefficient(tried: Sequence[tuple[float, float]], target: float) -> float:

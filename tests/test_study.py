@@ -327,13 +327,17 @@ def test_calibration_ends_at_token_ppos_kl(tmp_path):
     assert again.chosen["tight"] == task.chosen["tight"]
 
 
-def test_learning_rates_are_chosen_by_the_objective():
-    def runs(coef: float, score: float, kl: float) -> list[run.Run]:
+def test_the_choice_of_a_learning_rate():
+    def runs(score: float, kl: float, coef: float = 0.2) -> list[run.Run]:
         rows = [{"step": i, "eval_score_mean": score, "eval_kl_mean": kl} for i in range(6)]
         return [run.Run("x", Path("x"), {"kl": {"coef": coef}}, rows, [], arm="x")]
 
-    assert run.objective(runs(0.2, 1.0, 3.0)) == pytest.approx(0.4)
-    assert run.objective(runs(0.0, 1.0, 3.0)) == 1.0
+    by_rate = {1e-4: runs(0.0, 2.0), 1e-3: runs(1.0, 5.0), 1e-2: runs(2.0, 11.0)}
+    assert run.choose(by_rate, None) == 1e-3  # less 0.2 * KL: -0.4, 0 and -0.2
+    assert run.choose(by_rate, 10.0) == 1e-2
+    assert run.choose(by_rate, 4.5) == 1e-3
+    assert run.choose(by_rate, 1.0) == 1e-4  # none is near
+    assert run.choose({1e-3: runs(1.0, 9.0, 0.0), 1e-2: runs(2.0, 99.0, 0.0)}, None) == 1e-2
 
 
 def test_the_next_coefficient_follows_the_last_two():

@@ -32,6 +32,7 @@ from marlhf.report.runs import Run, read_runs
 
 TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over
+NEAR = 1.2  # times token PPO's KL: a learning rate that ends further off is not compared
 WITHIN = 0.07  # of token PPO's KL: seeds add their own noise to it
 ROUNDS = 5  # of calibration
 
@@ -78,7 +79,7 @@ class Task:
         self.chosen: Chosen = json.loads(found)
 
     def search(self) -> None:
-        """Choose the learning rate of each arm by its last held-out objectives."""
+        """Choose the learning rate of each arm, that of token PPO first."""
         if len(self.settings["learning_rates"]) == 1:
             (rate,) = self.settings["learning_rates"]
             self.chosen |= {name: {"learning_rate": rate} for name in self.arms}
@@ -98,7 +99,8 @@ class Task:
             for run in runs:
                 if (run.arm or "").startswith(f"{name}, optimizer."):
                     by_rate.setdefault(run.config["optimizer"]["learning_rate"], []).append(run)
-            best = max(by_rate, key=lambda rate: objective(by_rate[rate]))
+            target = self.chosen.get(TOKEN, {}).get("kl") if name != TOKEN else None
+            best = choose(by_rate, target)
             coefs = [
                 row.get("kl_coef", run.config["kl"]["coef"])
                 for run in by_rate[best]
@@ -195,11 +197,21 @@ def mean(runs: Sequence[Run], metric: str) -> float:
     return sum(last) / len(last)
 
 
-def objective(runs: Sequence[Run]) -> float:
-    """What PPO maximises, on held-out prompts: score less KL, at the configuration's coefficient,
-    which is that of token PPO, whatever a run steered its own to."""
-    score, coef = mean(runs, "eval_score_mean"), runs[0].config["kl"]["coef"]
-    return score - coef * mean(runs, "eval_kl_mean") if coef else score
+def choose(by_rate: Mapping[float, Sequence[Run]], target: float | None) -> float:
+    """The learning rate with the highest last held-out score among those that ended near the KL
+    that was steered to, or nearer to the reference; without one, that with the highest score less
+    KL, at the configuration's coefficient."""
+    scores = {rate: mean(runs, "eval_score_mean") for rate, runs in by_rate.items()}
+    coef = next(iter(by_rate.values()))[0].config["kl"]["coef"]
+    if not coef:
+        return max(scores, key=scores.__getitem__)
+    kls = {rate: mean(runs, "eval_kl_mean") for rate, runs in by_rate.items()}
+    if target is None:
+        return max(scores, key=lambda rate: scores[rate] - coef * kls[rate])
+    near = [rate for rate in scores if kls[rate] <= NEAR * target] or [
+        min(kls, key=kls.__getitem__)
+    ]
+    return max(near, key=scores.__getitem__)
 
 
 def next_coefficient(tried: Sequence[tuple[float, float]], target: float) -> float:

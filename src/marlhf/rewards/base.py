@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from marlhf.errors import raised
+from marlhf.errors import one_line, raised
 from marlhf.registry import Registry, Spec, construct, import_path, split_spec
 from marlhf.tokenization import Span
 from marlhf.types import UserError
@@ -489,9 +489,4 @@ def _error(reward: NamedReward, row: int | None, prompts: Sequence[str], fault: 
 
 
 def _shown(value: Any) -> str:
-    return _one_line(repr(value), 60)
-
-
-def _one_line(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return one_line(repr(value), 60)

@@ -332,11 +332,14 @@ def test_the_choice_of_a_learning_rate():
         rows = [{"step": i, "eval_score_mean": score, "eval_kl_mean": kl} for i in range(6)]
         return [run.Run("x", Path("x"), {"kl": {"coef": coef}}, rows, [], arm="x")]
 
-    by_rate = {1e-4: runs(0.0, 2.0), 1e-3: runs(1.0, 5.0), 1e-2: runs(2.0, 11.0)}
-    assert run.choose(by_rate, None) == 1e-3  # less 0.2 * KL: -0.4, 0 and -0.2
-    assert run.choose(by_rate, 10.0) == 1e-2
-    assert run.choose(by_rate, 4.5) == 1e-3
-    assert run.choose(by_rate, 1.0) == 1e-4  # none is near
+    by_rate = {1e-4: runs(0.0, 2.0), 1e-3: runs(1.0, 5.0), 1e-2: runs(2.1, 11.0)}
+    assert run.choose(by_rate, None) == 1e-3  # less 0.2 * KL: -0.4, 0 and -0.1
+    assert run.choose(by_rate, 10.0) == 1e-3  # which ended at half the target
+    assert run.choose(by_rate, 10.5) == 1e-2  # less than half cannot be brought there
+    assert run.choose(by_rate, 2.4) == 1e-4  # and neither can more than twice as much
+    assert run.choose(by_rate, 0.1) == 1e-4  # none is near: the nearest
+    assert run.choose({1e-3: runs(1.0, -0.1)}, 1.0) == 1e-3  # an estimate may be negative
+    assert run.choose({1e-3: runs(1.0, -0.1)}, None) == 1e-3
     assert run.choose({1e-3: runs(1.0, 9.0, 0.0), 1e-2: runs(2.0, 99.0, 0.0)}, None) == 1e-2
 
 

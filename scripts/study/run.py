@@ -32,7 +32,7 @@ from marlhf.report.runs import Run, read_runs
 
 TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over
-NEAR = 1.2  # times token PPO's KL: a learning rate that ends further off is not compared
+NEAR = 2.0  # times or part of the KL steered to: a learning rate that ends further off is out
 WITHIN = 0.07  # of token PPO's KL: seeds add their own noise to it
 ROUNDS = 5  # of calibration
 
@@ -198,20 +198,18 @@ def mean(runs: Sequence[Run], metric: str) -> float:
 
 
 def choose(by_rate: Mapping[float, Sequence[Run]], target: float | None) -> float:
-    """The learning rate with the highest last held-out score among those that ended near the KL
-    that was steered to, or nearer to the reference; without one, that with the highest score less
-    KL, at the configuration's coefficient."""
+    """The learning rate with the highest last held-out score less KL, at the configuration's
+    coefficient, among those that ended near the KL that was steered to, if any."""
     scores = {rate: mean(runs, "eval_score_mean") for rate, runs in by_rate.items()}
     coef = next(iter(by_rate.values()))[0].config["kl"]["coef"]
-    if not coef:
-        return max(scores, key=scores.__getitem__)
-    kls = {rate: mean(runs, "eval_kl_mean") for rate, runs in by_rate.items()}
-    if target is None:
-        return max(scores, key=lambda rate: scores[rate] - coef * kls[rate])
-    near = [rate for rate in scores if kls[rate] <= NEAR * target] or [
-        min(kls, key=kls.__getitem__)
-    ]
-    return max(near, key=scores.__getitem__)
+    kls = {rate: mean(runs, "eval_kl_mean") if coef else 0.0 for rate, runs in by_rate.items()}
+    near = list(scores)
+    if coef and target is not None:
+        # an estimate may be negative, and has a logarithm here
+        off = {rate: abs(math.log(max(kl / target, 0.01))) for rate, kl in kls.items()}
+        near = [rate for rate in near if off[rate] <= math.log(NEAR)]
+        near = near or [min(off, key=off.__getitem__)]
+    return max(near, key=lambda rate: scores[rate] - coef * kls[rate])
 
 
 def next_coefficient(tried: Sequence[tuple[float, float]], target: float) -> float:

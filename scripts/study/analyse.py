@@ -31,13 +31,13 @@ from typing import Any
 
 import numpy as np
 from pack import Study, read
+from run import by_rate
 
 from marlhf.charts import number
 from marlhf.report.document import mean, median_text, ratio_text
 from marlhf.report.figures import figure, frontier
 from marlhf.report.groups import Group, Mean, Parity, difference, finals, parity
 from marlhf.report.png import draw, new_figure, save
-from marlhf.report.runs import Run
 
 TOKEN = "token"
 LEASH = 0.1  # of token PPO's KL: further off is marked
@@ -143,12 +143,9 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
 
 def _by_rate(study: Study, name: str) -> dict[str, float]:
     """What the search saw of an arm, at each learning rate that it tried."""
-    found: dict[str, list[Run]] = {}
-    for trial in study.trials:
-        if trial.phase == "search" and (trial.run.arm or "").startswith(f"{name}, optimizer."):
-            rate = trial.run.config["optimizer"]["learning_rate"]
-            found.setdefault(f"{rate:g}", []).append(trial.run)
-    ends = {rate: finals(Group(name, 0, runs)) for rate, runs in found.items()}
+    searched = [trial.run for trial in study.trials if trial.phase == "search"]
+    tried = by_rate(searched, name).items()
+    ends = {f"{rate:g}": finals(Group(name, 0, runs)) for rate, runs in tried}
     return {rate: float(np.mean(values)) for rate, values in ends.items() if values}
 
 

@@ -95,22 +95,19 @@ class Task:
         rates = {"optimizer.learning_rate": self.settings["learning_rates"]}
         runs = self._sweep("search", arms, self.settings["search_seeds"], rates)
         for name in arms:
-            by_rate: dict[float, list[Run]] = {}
-            for run in runs:
-                if (run.arm or "").startswith(f"{name}, optimizer."):
-                    by_rate.setdefault(run.config["optimizer"]["learning_rate"], []).append(run)
+            tried = by_rate(runs, name)
             target = self.chosen.get(TOKEN, {}).get("kl") if name != TOKEN else None
-            best = choose(by_rate, target)
+            best = choose(tried, target)
             coefs = [
                 row.get("kl_coef", run.config["kl"]["coef"])
-                for run in by_rate[best]
+                for run in tried[best]
                 for row in run.rows[-20:]
                 if row["step"]
             ]
             coef = sum(coefs) / len(coefs)
             self.chosen[name] = {"learning_rate": best, "searched_coef": coef, "coef": coef}
             if self.settings["equal_kl"]:
-                self.chosen[name]["kl"] = mean(by_rate[best], "eval_kl_mean")
+                self.chosen[name]["kl"] = mean(tried[best], "eval_kl_mean")
             self._keep()
 
     def calibrate(self) -> None:
@@ -190,6 +187,15 @@ class Task:
         return read_runs([str(folder)])
 
 
+def by_rate(runs: Sequence[Run], arm: str) -> dict[float, list[Run]]:
+    """An arm's runs among those of the search, which `marlhf sweep` calls by arm and rate."""
+    found: dict[float, list[Run]] = {}
+    for run in runs:
+        if (run.arm or "").startswith(f"{arm}, optimizer."):
+            found.setdefault(run.config["optimizer"]["learning_rate"], []).append(run)
+    return found
+
+
 def mean(runs: Sequence[Run], metric: str) -> float:
     """Mean over runs of a held-out metric's last values."""
     found = [[row[metric] for row in run.rows if row.get(metric) is not None] for run in runs]
@@ -197,12 +203,12 @@ def mean(runs: Sequence[Run], metric: str) -> float:
     return sum(last) / len(last)
 
 
-def choose(by_rate: Mapping[float, Sequence[Run]], target: float | None) -> float:
+def choose(tried: Mapping[float, Sequence[Run]], target: float | None) -> float:
     """The learning rate with the highest last held-out score less KL, at the configuration's
     coefficient, among those that ended near the KL that was steered to, if any."""
-    scores = {rate: mean(runs, "eval_score_mean") for rate, runs in by_rate.items()}
-    coef = next(iter(by_rate.values()))[0].config["kl"]["coef"]
-    kls = {rate: mean(runs, "eval_kl_mean") if coef else 0.0 for rate, runs in by_rate.items()}
+    scores = {rate: mean(runs, "eval_score_mean") for rate, runs in tried.items()}
+    coef = next(iter(tried.values()))[0].config["kl"]["coef"]
+    kls = {rate: mean(runs, "eval_kl_mean") if coef else 0.0 for rate, runs in tried.items()}
     near = list(scores)
     if coef and target is not None:
         # an estimate may be negative, and has a logarithm here

@@ -54,8 +54,9 @@ def _check_merging(base: Any, config: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [(n, m.get_base_layer()) for n, m in base.named_modules() if hasattr(m, "lora_A")]
-    for name, layer in layers if config.lora_bias else ():
+    modules = base.named_modules() if config.lora_bias else ()
+    layers = [(n, m.get_base_layer()) for n, m in modules if hasattr(m, "lora_A")]
+    for name, layer in layers:
         if getattr(layer, "bias", None) is None:
             raise UserError(f"model.lora.extra.lora_bias: given true, but {name} has no bias")
     head = base.get_output_embeddings()

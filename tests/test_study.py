@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -276,7 +276,10 @@ def test_welchs_interval_against_a_textbooks_formula():
 
 
 class FakeTask(run.Task):
-    """Runs cost nothing: a held-out KL is what a power law makes of the coefficient."""
+    """Runs cost nothing: a held-out KL is what a power law makes of the coefficient. `slower` are
+    the laws of other learning rates than the one chosen."""
+
+    slower: ClassVar[dict[tuple[str, float], tuple[float, float]]] = {}
 
     def __init__(self, folder: Path, laws: dict[str, tuple[float, float]]) -> None:
         self.laws = laws
@@ -295,7 +298,8 @@ class FakeTask(run.Task):
         for name, keys in arms.items():
             coef = keys.get("kl.coef", 0.1)
             self.asked.append((phase, name, coef))
-            scale, power = self.laws[name]
+            rate = keys.get("optimizer.learning_rate")
+            scale, power = self.slower.get((name, rate), self.laws[name])
             config = {"kl": {"coef": coef}}
             for factor in (0.9, 1.1):  # seeds differ
                 kl = factor * scale * coef**power
@@ -325,6 +329,33 @@ def test_calibration_ends_at_token_ppos_kl(tmp_path):
     again.calibrate()
     assert again.asked == task.asked
     assert again.chosen["tight"] == task.chosen["tight"]
+
+
+def test_an_arm_that_stays_too_far_tries_smaller_learning_rates(tmp_path, monkeypatch):
+    """At 1e-3 the KL of `stuck` is 3 whatever the coefficient, that of `never` at 1e-4 as well."""
+    stuck, fine = (3.0, 0.0), (0.1, -1.0)
+    laws = {"token": fine, "stuck": stuck, "never": stuck, "fine": fine}
+    monkeypatch.setattr(FakeTask, "slower", {("stuck", 1e-4): (0.4, -1.0)})
+
+    def calibrated() -> FakeTask:
+        task = FakeTask(tmp_path, laws)
+        task.search()
+        task.settings["learning_rates"] = [1e-5, 1e-4, 1e-3]
+        return task
+
+    task = calibrated()
+    task.calibrate()
+    rates = {name: found["learning_rate"] for name, found in task.chosen.items()}
+    assert rates == {"token": 1e-3, "stuck": 1e-4, "never": 1e-5, "fine": 1e-3}
+    assert 0.4 / task.chosen["stuck"]["coef"] == pytest.approx(1.0, rel=run.WITHIN)
+    phases = [phase for phase, name, _ in task.asked if name == "stuck"]
+    assert phases[:6] == [f"calibrate-{i}" for i in range(1, 7)]
+
+    # started again: the same steps from the same learning rates
+    again = calibrated()
+    again.chosen = task.chosen
+    again.calibrate()
+    assert again.asked == task.asked
 
 
 def test_the_choice_of_a_learning_rate():

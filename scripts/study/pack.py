@@ -90,7 +90,8 @@ def main() -> None:
 
 def collect(file: Path, folder: Path) -> Study:
     """A task's runs as `run.py` left them. Those that did not end well are left out and named."""
-    phases = [folder / "search", *sorted(folder.glob("calibrate-[0-9]")), folder / "final"]
+    calibration = sorted(p for p in folder.glob("calibrate-*") if p.is_dir())
+    phases = [folder / "search", *calibration, folder / "final"]
     found = [trial for phase in phases if phase.is_dir() for trial in _trials(phase)]
     sweep = yaml.safe_load((folder / "final.yaml").read_text(encoding="utf-8"))
     return Study(

@@ -34,7 +34,8 @@ TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over
 NEAR = 2.0  # times or part of the KL steered to: a learning rate that ends further off is out
 WITHIN = 0.07  # of token PPO's KL: seeds add their own noise to it
-ROUNDS = 5  # of calibration
+TOO_FAR = 1.1  # times token PPO's KL
+ROUNDS = 5  # of calibration, at one learning rate
 
 Chosen = dict[str, dict[str, float]]
 
@@ -111,29 +112,37 @@ class Task:
             self._keep()
 
     def calibrate(self) -> None:
-        """Choose the KL coefficient of each arm, by steps along log KL over log coefficient.
+        """Choose the KL coefficient of each arm; one that no coefficient brings to token PPO's KL
+        tries again at the next smaller learning rate.
 
         Started again, it takes the same steps, of which those that are done cost nothing.
         """
         seeds, token = self.settings["calibration_seeds"], self.chosen[TOKEN]
         rate = {"optimizer.learning_rate": token["learning_rate"]}
         runs = self._sweep("calibrate-0", {TOKEN: self.arms[TOKEN] | rate}, seeds)
-        target = token["kl"] = mean(runs, "eval_kl_mean")
+        token["kl"] = mean(runs, "eval_kl_mean")
         token["coef"] = runs[0].config["kl"]["coef"]
-        others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
-        tried: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
-        for chosen in map(self.chosen.__getitem__, others):
-            chosen["coef"] = chosen.get("searched_coef", token["coef"])
-        for number in range(1, ROUNDS + 1):
-            left = {
-                name: keys
-                for name, keys in others.items()
-                if not tried[name] or abs(tried[name][-1][1] / target - 1) > WITHIN
-            }
+        left = [name for name in self.arms if name != TOKEN]
+        for name in left:
+            found = self.chosen[name]
+            found["learning_rate"] = found.get("searched_rate", found["learning_rate"])
+            found["coef"] = found.get("searched_coef", token["coef"])
+        first = 1
+        while left:
+            left = [name for name in self._calibrate(left, first) if self._slow_down(name)]
+            first += ROUNDS
+
+    def _calibrate(self, names: Sequence[str], first: int) -> list[str]:
+        """Step along log KL over log coefficient, in sweeps from number `first` on; returns the
+        arms whose KL stayed too large."""
+        target = self.chosen[TOKEN]["kl"]
+        tried: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for number in range(first, first + ROUNDS):
+            left = [n for n in names if not tried[n] or abs(tried[n][-1][1] / target - 1) > WITHIN]
             if not left:
                 break
-            arms = {name: {**keys, **self._settings(name)} for name, keys in left.items()}
-            runs = self._sweep(f"calibrate-{number}", arms, seeds)
+            arms = {name: {**self.arms[name], **self._settings(name)} for name in left}
+            runs = self._sweep(f"calibrate-{number}", arms, self.settings["calibration_seeds"])
             for name in left:
                 kl = mean([run for run in runs if run.arm == name], "eval_kl_mean")
                 kl = max(kl, 0.01 * target)  # an estimate may be negative, and has a logarithm here
@@ -142,6 +151,16 @@ class Task:
                 if abs(kl / target - 1) > WITHIN:
                     self.chosen[name]["coef"] = next_coefficient(tried[name], target)
             self._keep()
+        return [name for name in names if min(kl for _, kl in tried[name]) > TOO_FAR * target]
+
+    def _slow_down(self, name: str) -> bool:
+        """Take the next smaller learning rate, and token PPO's coefficient, if there is one."""
+        chosen = self.chosen[name]
+        smaller = [r for r in self.settings["learning_rates"] if r < chosen["learning_rate"]]
+        if smaller:
+            chosen.setdefault("searched_rate", chosen["learning_rate"])
+            chosen |= {"learning_rate": max(smaller), "coef": self.chosen[TOKEN]["coef"]}
+        return bool(smaller)
 
     def final(self) -> None:
         """The runs that are reported."""

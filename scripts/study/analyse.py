@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 from pack import Study, read
-from run import by_rate
+from run import OFF, TOKEN, by_rate
 
 from marlhf.charts import number
 from marlhf.report.document import mean, median_text, ratio_text
@@ -39,8 +39,6 @@ from marlhf.report.figures import figure, frontier
 from marlhf.report.groups import Group, Mean, Parity, difference, finals, parity
 from marlhf.report.png import draw, new_figure, save
 
-TOKEN = "token"
-LEASH = 0.1  # of token PPO's KL: further off is marked
 NEAR = 0.9  # of a known optimum
 
 
@@ -112,7 +110,7 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
     reward, updates = Mean.of(finals(group)), parity(group, token)
     seconds = parity(group, token, seconds=True)
     to_median = parity(group, token, target=float(np.median(finals(token))))
-    kl, leash = (Mean.of(finals(g, "eval_kl_mean")) for g in (group, token))
+    kl, of_token = (Mean.of(finals(g, "eval_kl_mean")) for g in (group, token))
     assert reward is not None
     assert updates is not None
     assert seconds is not None
@@ -127,7 +125,7 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
         by_seed=finals(group),
         against=None if group is token else difference(finals(group), finals(token)),
         kl=kl,
-        kl_ratio=kl.value / leash.value if kl and leash and leash.value else None,
+        kl_ratio=kl.value / of_token.value if kl and of_token and of_token.value else None,
         updates=updates,
         seconds=seconds,
         to_median=to_median,
@@ -207,7 +205,7 @@ def markdown(study: Study, arms: list[Arm]) -> str:
 
 
 def outcome_table(arms: list[Arm]) -> str:
-    """Reward, leash and parity."""
+    """Reward, KL and parity."""
     heads = ["arm", "seeds", "reward", "against token", "KL, nats", "KL to token's",
              "reach parity", "updates", "ratio", "ratio of seconds"]  # fmt: skip
     near = any(arm.near_optimum for arm in arms)
@@ -218,7 +216,7 @@ def outcome_table(arms: list[Arm]) -> str:
             mean(arm.reward),
             mean(arm.against),
             mean(arm.kl),
-            _leash(arm.kl_ratio),
+            _kl_ratio(arm.kl_ratio),
             f"{arm.updates.reached} of {len(arm.updates.steps)}",
             median_text(arm.updates),
             ratio_text(arm.updates),
@@ -268,10 +266,10 @@ def check_table(study: Study, arms: list[Arm]) -> str:
     return _table([*heads, *(f"search: {rate}" for rate in rates)], rows)
 
 
-def _leash(ratio: float | None) -> str:
+def _kl_ratio(ratio: float | None) -> str:
     if ratio is None:
         return "–"
-    return f"{ratio:.2f}" + (" (!)" if abs(ratio - 1) > LEASH else "")
+    return f"{ratio:.2f}" + (" (!)" if abs(ratio - 1) > OFF else "")
 
 
 def _with_error(found: dict[str, Any], key: str) -> str:

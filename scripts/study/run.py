@@ -34,7 +34,7 @@ TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over
 NEAR = 2.0  # times or part of the KL steered to: a learning rate that ends further off is out
 WITHIN = 0.07  # of token PPO's KL: seeds add their own noise to it
-TOO_FAR = 1.1  # times token PPO's KL
+OFF = 0.1  # of token PPO's KL: what an arm reaches further off is no evidence
 ROUNDS = 5  # of calibration, at one learning rate
 
 Chosen = dict[str, dict[str, float]]
@@ -151,7 +151,7 @@ class Task:
                 if abs(kl / target - 1) > WITHIN:
                     self.chosen[name]["coef"] = next_coefficient(tried[name], target)
             self._keep()
-        return [name for name in names if min(kl for _, kl in tried[name]) > TOO_FAR * target]
+        return [name for name in names if min(kl for _, kl in tried[name]) > (1 + OFF) * target]
 
     def _slow_down(self, name: str) -> bool:
         """Take the next smaller learning rate, and token PPO's coefficient, if there is one."""

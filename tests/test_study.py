@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
-from runs_for_tests import tiny_trainer
 from transformers import LlamaForCausalLM
 
 from marlhf import sweep
@@ -26,7 +25,6 @@ CONFIGS = ROOT / "configs" / "study"
 sys.path.append(str(ROOT / "scripts" / "study"))
 
 import analyse  # noqa: E402
-import gradient_noise  # noqa: E402
 import pack  # noqa: E402
 import run  # noqa: E402
 import sentiment_task  # noqa: E402
@@ -39,6 +37,19 @@ ARMS = {
 RATES = {"token": 0.02, "fast": 0.04, "slow": 0.005}  # of held-out reward an update
 KLS = {"token": 2.0, "fast": 2.1, "slow": 3.0}
 STEPS, EVERY = 20, 2
+SHARES = {
+    "arm": "token, lambda 1",
+    "noise": 30.64,
+    "noise_half": 8.0,
+    "weighted": 14.3,
+    "weighted_half": 3.0,
+    "lam": 0.95,
+    "groups": [
+        {"from": 0, "signal": 0.875, "signal_half": 0.1, "noise": 0.04, "noise_half": 0.004},
+        {"from": 1, "signal": 0.125, "signal_half": 0.1, "noise": 0.26, "noise_half": 0.02},
+        {"from": 4, "signal": None, "signal_half": None, "noise": 0.7, "noise_half": 0.02},
+    ],
+}
 
 
 def rows(rate: float, kl: float, seed: int) -> list[dict[str, Any]]:
@@ -68,6 +79,7 @@ def write_task(folder: Path) -> Path:
     (folder / "toy" / "gradient.json").write_text(
         json.dumps({"token": {"noise": 4.0, "noise_half": 1.0, "cosine": None}})
     )
+    (folder / "toy" / "shares.json").write_text(json.dumps(SHARES))
     settings = {"learning_rates": [0.1], "arms": ARMS, "curves": ["token", "fast"], "optimum": 0.5}
     (folder / "toy.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return folder / "toy.yaml"
@@ -107,6 +119,7 @@ def test_the_packed_file_holds_all_that_the_analysis_reads(tmp_path, study):
     assert [a.name for a in from_file] == ["token", "fast", "slow"]
     assert analyse.markdown(unpacked, from_folder) == analyse.markdown(study, from_file)
     assert (study.threads, study.chosen) == (2, {"token": {"learning_rate": 0.1}})
+    assert study.shares == SHARES
     final = [t for t in study.trials if t.phase == "final"]
     assert len(final) == 9
     assert final[0].run.rows[1]["value_loss"] == 0.333333
@@ -214,6 +227,21 @@ def test_the_tables_say_never_and_mark_a_longer_leash(study):
     assert "(!)" not in fast
     assert "1.50 (!)" in slow
     assert "| 0 of 3 | never" in slow
+
+
+def test_where_the_gradient_comes_from(study):
+    text = analyse.markdown(study, analyse.analyse(study))
+    assert "of `token, lambda 1`, and how it divides: 30.6 ± 8; with tokens" in text
+    assert "weighted by 0.95^distance: 14.3 ± 3." in text
+    lines = text.splitlines()
+    (head,) = [line for line in lines if "share of its signal" in line]
+    assert lines[lines.index(head) + 2 :][:3] == [
+        "| 0 | 0.875 ± 0.1 | 0.04 ± 0.004 |",
+        "| 1 to 3 | 0.125 ± 0.1 | 0.26 ± 0.02 |",
+        "| 4 and more | – | 0.7 ± 0.02 |",
+    ]
+    without = pack.Study(**{**vars(study), "shares": {}})
+    assert "share of its" not in analyse.markdown(without, analyse.analyse(without))
 
 
 def test_the_page_is_filled_between_its_markers(study, tmp_path, monkeypatch):
@@ -379,59 +407,6 @@ def test_the_next_coefficient_follows_the_last_two():
     # KL = coef^-0.5
     tried = [(1.0, 1.0), (4.0, 0.5)]
     assert run.next_coefficient(tried, 0.25) == pytest.approx(16.0)
-
-
-# --- the noise of gradients
-
-
-def gradients_around(mean: torch.Tensor, scale: float, count: int, seed: int = 0) -> torch.Tensor:
-    noise = torch.randn((count, len(mean)), generator=torch.Generator().manual_seed(seed))
-    return mean + scale * noise
-
-
-def test_noise_and_cosine_of_gradients_with_known_ones():
-    """Noise of N weights with standard deviation s around m: N s^2 / |m|^2."""
-    mean, other = torch.zeros(400), torch.zeros(400)
-    mean[:4] = 1.0  # |m|^2 = 4
-    other[2:6] = 1.0  # half of it in common
-    ours = gradients_around(mean, 0.3, 200)
-    # the same rollouts: their noise is common to both, and must not count as agreement
-    theirs = ours - mean + other
-    found = gradient_noise.summary(ours, theirs)
-    assert found["noise"] == pytest.approx(400 * 0.09 / 4, rel=0.15)
-    assert found["cosine"] == pytest.approx(0.5, abs=0.1)
-    assert abs(found["noise"] - 9.0) < 1.5 * found["noise_half"]  # type: ignore[operator]
-    # the plain estimates are both far too good
-    plain = ours.mean(0).square().sum()
-    assert ours.var(0).sum() / plain < 0.98 * found["noise"]  # type: ignore[operator]
-    few = gradient_noise.summary(ours[:10], theirs[:10])
-    together = torch.nn.functional.cosine_similarity(ours[:10].mean(0), theirs[:10].mean(0), 0)
-    assert few["cosine"] is None or few["cosine"] < together
-    assert gradient_noise.summary(gradients_around(0 * mean, 1.0, 8), theirs[:8])["noise"] is None
-
-
-def test_gradients_are_of_a_policy_that_stays(tmp_path):
-    """With a macro action a token n-gram and token PPO have the same gradients; the critic learns
-    at first, then stays."""
-    found = []
-    for name, spec in (("token", "token"), ("ngram", {"name": "ngram", "n": 1})):
-        trainer = tiny_trainer(
-            tmp_path / name, segmenter=spec, ppo={"minibatches": 1, "epochs": 1}, steps=4
-        )
-        before = [p.detach().clone() for p in trainer.policy.parameters]
-        assert trainer.critic is not None
-        critic = [p.detach().clone() for p in trainer.critic.parameters]
-        gradients, metrics = gradient_noise.measure(trainer, critic_updates=1, rollouts=3)
-        assert gradients.shape == (3, sum(p.numel() for p in before))
-        assert len(metrics) == 3
-        assert gradients.abs().sum(1).min() > 0
-        assert not torch.equal(gradients[0], gradients[1])
-        for old, new in zip(before, trainer.policy.parameters, strict=True):
-            assert torch.equal(old, new)
-        moved = zip(critic, trainer.critic.parameters, strict=True)
-        assert any(not torch.equal(old, new) for old, new in moved)
-        found.append(gradients)
-    torch.testing.assert_close(found[0], found[1])
 
 
 # --- the configurations

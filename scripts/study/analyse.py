@@ -15,7 +15,7 @@ parity      updates until the held-out reward, averaged over 5 evaluations, reac
 search      the last 5 evaluations of the search's runs, at every learning rate
 variance of the advantages, explained variance, value loss, macro length: means over the updates of
             a run
-gradient    noise and cosine, see gradient_noise.py
+gradient    noise and cosine, see gradient_noise.py; where they come from, see gradient_shares.py
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def _finite(value: Any) -> Any:
 
 
 def markdown(study: Study, arms: list[Arm]) -> str:
-    """What stands in the page: counts, three tables, and the figures."""
+    """What stands in the page: counts, the tables, and the figures."""
     final = sum(t.phase == "final" for t in study.trials)
     rates = ", ".join(f"{rate:g}" for rate in study.settings["learning_rates"])
     counts = (
@@ -201,6 +202,8 @@ def markdown(study: Study, arms: list[Arm]) -> str:
         if name != "frontier" or arms[0].kl
     )
     tables = [outcome_table(arms), cause_table(arms), check_table(study, arms)]
+    if study.shares:
+        tables.insert(2, shares_table(study.shares))
     return "\n\n".join([counts, *tables, figures])
 
 
@@ -264,6 +267,23 @@ def check_table(study: Study, arms: list[Arm]) -> str:
         for arm in arms
     ]
     return _table([*heads, *(f"search: {rate}" for rate in rates)], rows)
+
+
+def shares_table(found: dict[str, Any]) -> str:
+    """What tokens at a distance from the end add to the gradient of token PPO with lambda 1."""
+    starts = [group["from"] for group in found["groups"]]
+    ends = [f" to {start - 1}" if start - 1 > begin else "" for begin, start in pairwise(starts)]
+    rows = [
+        [f"{start}{end}", _with_error(group, "signal"), _with_error(group, "noise")]
+        for start, end, group in zip(starts, [*ends, " and more"], found["groups"], strict=True)
+    ]
+    whole, weighted = (_with_error(found, key) for key in ("noise", "weighted"))
+    noises = (
+        f"Gradient noise of `{found['arm']}`, and how it divides: {whole}; with tokens weighted by "
+        f"{found['lam']:g}^distance: {weighted}."
+    )
+    heads = ["tokens from the end", "share of its signal", "share of its noise"]
+    return f"{noises}\n\n{_table(heads, rows)}"
 
 
 def _kl_ratio(ratio: float | None) -> str:

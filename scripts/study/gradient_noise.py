@@ -139,52 +139,53 @@ def average(rows: list[dict[str, Any]], key: str) -> float | None:
 def summary(gradients: Tensor, reference: Tensor) -> dict[str, float | None]:
     """Noise of gradients [K,N] and their cosine with a reference [K,N] of the same rollouts, each
     with half of its 95% interval; None where the signal is too small to tell."""
-    own, other, both = (
-        (a @ b.T).double()
-        for a, b in ((gradients, gradients), (reference, reference), (gradients, reference))
-    )
-    noise, noise_half = _jackknife(lambda i: noise_of(own[i][:, i]), len(gradients))
-    cosine, cosine_half = _jackknife(
-        lambda i: cosine_of(own[i][:, i], other[i][:, i], both[i][:, i]), len(gradients)
-    )
-    return {
-        "noise": noise,
-        "noise_half": noise_half,
-        "cosine": cosine,
-        "cosine_half": cosine_half,
-    }
+    own, other = products(gradients, gradients), products(reference, reference)
+    both = products(gradients, reference)
+    return estimate("noise", noise_of, own) | estimate("cosine", cosine_of, own, other, both)
 
 
-def noise_of(products: Tensor) -> float | None:
+def noise_of(own: Tensor) -> float | None:
     """tr Cov(g) / |E g|^2 from g_k . g_l [K,K]."""
-    signal = _apart(products)
-    return (float(products.diagonal().mean()) - signal) / signal if signal > 0 else None
+    return covariance(own) / signal(own) if signal(own) > 0 else None
 
 
 def cosine_of(own: Tensor, other: Tensor, both: Tensor) -> float | None:
     """Of E g and E h from g_k . g_l, h_k . h_l and g_k . h_l [K,K]."""
-    lengths = _apart(own), _apart(other)
-    return _apart(both) / math.sqrt(lengths[0] * lengths[1]) if min(lengths) > 0 else None
+    lengths = signal(own), signal(other)
+    return signal(both) / math.sqrt(lengths[0] * lengths[1]) if min(lengths) > 0 else None
 
 
-def _apart(products: Tensor) -> float:
-    """The mean over k != l."""
+def products(ours: Tensor, theirs: Tensor) -> Tensor:
+    """g_k . h_l [K,K], float64."""
+    return (ours @ theirs.T).double()
+
+
+def signal(products: Tensor) -> float:
+    """E g . E h: the mean over k != l."""
     count = len(products)
     return float(products.sum() - products.diagonal().sum()) / (count * (count - 1))
 
 
-def _jackknife(
-    statistic: Callable[[Tensor], float | None], count: int
-) -> tuple[float | None, float | None]:
+def covariance(products: Tensor) -> float:
+    """tr Cov(g, h)."""
+    return float(products.diagonal().mean()) - signal(products)
+
+
+def estimate(
+    name: str, statistic: Callable[..., float | None], *products: Tensor
+) -> dict[str, float | None]:
+    """A statistic of products [K,K], and half of its 95% interval (jackknife over rollouts)."""
+    count = len(products[0])
     everything = torch.arange(count)
-    value = statistic(everything)
-    without = [statistic(everything[everything != i]) for i in range(count)]
-    known = [x for x in without if x is not None]
+    value = statistic(*products)
+    without = [everything[everything != i] for i in range(count)]
+    left = [statistic(*(p[i][:, i] for p in products)) for i in without]
+    known = [x for x in left if x is not None]
     if value is None or len(known) < count:
-        return None, None
+        return {name: None, f"{name}_half": None}
     centre = fmean(known)
     variance = (count - 1) / count * sum((x - centre) ** 2 for x in known)
-    return value, 1.96 * math.sqrt(variance)
+    return {name: value, f"{name}_half": 1.96 * math.sqrt(variance)}
 
 
 if __name__ == "__main__":

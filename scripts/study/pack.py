@@ -3,9 +3,9 @@
     python scripts/study/pack.py configs/study/recall.yaml     # -> docs/study/recall.jsonl.xz
 
 The first line is the task: its file, what was chosen, how many threads a run had, and what
-gradient_noise.py measured. Every other line is a run: its phase, arm, seed and configuration, the
-seconds it took, and its metrics as columns, six digits each: all that analyse.py reads. Of runs of
-the search and of the calibration only the evaluations are kept.
+gradient_noise.py and gradient_shares.py measured. Every other line is a run: its phase, arm, seed
+and configuration, the seconds it took, and its metrics as columns, six digits each: all that
+analyse.py reads. Of runs of the search and of the calibration only the evaluations are kept.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Study:
     chosen     learning rate and KL coefficient of each arm
     threads    CPU threads that each run had
     gradient   what gradient_noise.py measured, by arm
+    shares     what gradient_shares.py measured, empty where it did not
     """
 
     task: str
@@ -66,6 +67,7 @@ class Study:
     chosen: dict[str, dict[str, float]]
     threads: int
     gradient: dict[str, dict[str, Any]]
+    shares: dict[str, Any]
     trials: list[Trial]
 
     def runs(self, phase: str, arm: str) -> list[Run]:
@@ -100,6 +102,7 @@ def collect(file: Path, folder: Path) -> Study:
         chosen=_read_json(folder / "chosen.json"),
         threads=sweep["threads"],
         gradient=_read_json(folder / "gradient.json"),
+        shares=_read_json(folder / "shares.json"),
         trials=found,
     )
 
@@ -130,6 +133,7 @@ def write(study: Study, path: Path) -> None:
         "chosen": study.chosen,
         "threads": study.threads,
         "gradient": study.gradient,
+        "shares": study.shares,
     }
     lines = [head, *map(_packed, study.trials)]
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)

@@ -1,0 +1,135 @@
+"""Which tokens of a response the policy's gradient comes from: its signal and its noise by the
+distance of a token from the end.
+
+    python scripts/study/gradient_shares.py configs/study/summaries.yaml
+
+As in gradient_noise.py the policy stays what the task starts from, and the critic is trained first
+and then stays too. The arm is token PPO with lambda 1, where every token's advantage holds all of
+the reward that is still to come. A rollout's gradient g is the sum of the g_b of the tokens at some
+distances b from the end, so that |E g|^2 and tr Cov(g) are sums over b too:
+
+signal     E g_b . E g as a share of |E g|^2
+noise      tr Cov(g_b, g) as a share of tr Cov(g)
+weighted   noise over signal, as in gradient_noise.py, of the sum over tokens of lambda^distance
+           times their gradient: GAE with that lambda and a critic that gives all states one value
+
+Signals are means over pairs of rollouts, so that they are unbiased and may come out below 0; each
+has half of a 95% interval (jackknife over rollouts). Results go to runs/study/TASK/shares.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from gradient_noise import (
+    REFERENCE,
+    build,
+    covariance,
+    estimate,
+    measure,
+    noise_of,
+    products,
+    signal,
+)
+from torch import Tensor
+
+from marlhf.experience import Experience
+from marlhf.metrics import Metrics
+from marlhf.update import Update
+
+EDGES = [0, 1, 4, 8, 16, 32]  # tokens from the end at which a group begins
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", type=Path, help="a file such as configs/study/summaries.yaml")
+    parser.add_argument("--critic-updates", type=int, default=30)
+    parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--lam", type=float, default=0.95)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("overrides", nargs="*", help="keys such as seed=3")
+    args = parser.parse_intermixed_args()
+    settings = yaml.safe_load(args.task.read_text(encoding="utf-8"))
+    folder: Path = args.out / args.task.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    updates = args.critic_updates + args.rollouts
+    arm = settings["arms"][REFERENCE]
+    trainer: Any = build(Path(settings["config"]), arm, args.overrides, updates, folder)
+    limit = trainer.config.rollout.max_new_tokens
+    edges = [edge for edge in EDGES if edge < limit]
+    trainer.update = SplitUpdate(trainer.update, args.critic_updates, edges, args.lam)
+    gradients, _ = measure(trainer, args.critic_updates, args.rollouts)
+    found = summary(gradients.unflatten(0, (args.rollouts, len(edges) + 1)), edges)
+    keys = {"arm": REFERENCE, "lam": args.lam}
+    found |= keys | {"rollouts": args.rollouts, "critic_updates": args.critic_updates}
+    (folder / "shares.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+
+
+@dataclass(frozen=True)
+class SplitUpdate:
+    """An update that takes the steps of each group of tokens apart, from update `first` on; the
+    last is that of all tokens, weighted by lam^distance."""
+
+    update: Update
+    first: int
+    edges: Sequence[int]
+    lam: float
+
+    def __call__(self, experience: Experience, update: int, metrics: Metrics) -> None:
+        if update < self.first:
+            return self.update(experience, update, metrics)
+        for weights in token_weights(experience.response_mask, self.edges, self.lam):
+            part = replace(experience, advantages=experience.advantages * weights)
+            self.update(part, update, Metrics())
+        return None
+
+
+def token_weights(mask: Tensor, edges: Sequence[int], lam: float) -> list[Tensor]:
+    """For each group of distances from the end its tokens [B,T], and lam^distance."""
+    distance = mask.sum(1, keepdim=True) - 1 - torch.arange(mask.shape[1], device=mask.device)
+    ends = [*edges[1:], mask.shape[1]]
+    groups = [(distance >= edge) & (distance < end) for edge, end in zip(edges, ends, strict=True)]
+    return [group.float() for group in groups] + [lam ** distance.clamp(min=0).float()]
+
+
+def summary(gradients: Tensor, edges: Sequence[int]) -> dict[str, Any]:
+    """From the gradients [K,G+1,N] of K rollouts: those of G groups of tokens, and weighted."""
+    *parts, weighted = gradients.unbind(1)
+    whole = torch.stack(parts).sum(0)
+    own = products(whole, whole)
+    crossed = [products(part, whole) for part in parts]
+    return {
+        **estimate("noise", noise_of, own),
+        **estimate("weighted", noise_of, products(weighted, weighted)),
+        "groups": [
+            {
+                "from": edge,
+                **estimate("signal", signal_share, cross, own),
+                **estimate("noise", noise_share, cross, own),
+            }
+            for edge, cross in zip(edges, crossed, strict=True)
+        ],
+    }
+
+
+def signal_share(part: Tensor, whole: Tensor) -> float | None:
+    """E g_b . E g / |E g|^2 from g_b . g and g . g, [K,K] each."""
+    return signal(part) / signal(whole) if signal(whole) > 0 else None
+
+
+def noise_share(part: Tensor, whole: Tensor) -> float | None:
+    """tr Cov(g_b, g) / tr Cov(g)."""
+    return covariance(part) / covariance(whole) if covariance(whole) > 0 else None
+
+
+if __name__ == "__main__":
+    main()

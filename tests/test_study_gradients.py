@@ -66,6 +66,17 @@ def test_gradients_are_of_a_policy_that_stays(tmp_path):
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_one_weight_in_several_is_kept_of_each_parameter(tmp_path):
+    keys: dict[str, Any] = {"ppo": {"minibatches": 1, "epochs": 1}, "steps": 3}
+    whole, thin = (
+        gradient_noise.measure(tiny_trainer(tmp_path / str(every), **keys), 1, 2, every)[0]
+        for every in (1, 7)
+    )
+    sizes = [p.numel() for p in tiny_trainer(tmp_path / "sizes", **keys).policy.parameters]
+    parts = [part[:, ::7] for part in whole.split(sizes, 1)]
+    torch.testing.assert_close(thin, torch.cat(parts, 1))
+
+
 def test_shares_of_groups_with_known_means_and_noise():
     """Means of 1, 3 and 0 along one weight, standard deviations of 0.3, 0.1 and 0.5 in all 50: of
     a signal of 4 * 4 the shares are 4, 12 and 0, of the noise those of the variances."""

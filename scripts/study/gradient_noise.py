@@ -14,8 +14,9 @@ cosine   between E g and that of the reference arm, by the same unbiased product
          with lambda 1, has no bias from its critic
 
 Both have half of a 95% interval (jackknife over rollouts), and neither depends on the length of
-gradients, so that whitened advantages need no account. Results go to runs/study/TASK/gradient.json,
-arm by arm; arms that are there are not measured again.
+gradients, so that whitened advantages need no account. All gradients are kept in memory; of a large
+model `--every 17` keeps one weight in 17, which estimates the same two ratios. Results go to
+runs/study/TASK/gradient.json, arm by arm; arms that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--reference", default=REFERENCE)
     parser.add_argument("--critic-updates", type=int, default=30)
     parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--every", type=int, default=1, help="weights, of which one is kept")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("overrides", nargs="*", help="keys for all arms, such as seed=3")
     args = parser.parse_intermixed_args()
@@ -62,7 +64,7 @@ def main() -> None:
         trainer = build(
             Path(settings["config"]), settings["arms"][name], args.overrides, total, folder
         )
-        gradients, rows = measure(trainer, args.critic_updates, args.rollouts)
+        gradients, rows = measure(trainer, args.critic_updates, args.rollouts, args.every)
         if name == args.reference:
             torch.save(gradients, kept)
         found[name] = {
@@ -96,14 +98,14 @@ def build(
 
 
 def measure(
-    trainer: PPOTrainer, critic_updates: int, rollouts: int
+    trainer: PPOTrainer, critic_updates: int, rollouts: int, every: int = 1
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Gradients [K,N] of the policy on K rollouts, which no weight follows, and the metrics of
-    these; the critic is trained before."""
+    these; the critic is trained before. Of each parameter one weight in `every` is there."""
     gradients: list[Tensor] = []
 
     def keep() -> None:
-        gradients.append(torch.cat([_gradient(p) for p in trainer.policy.parameters]))
+        gradients.append(torch.cat([_gradient(p)[::every] for p in trainer.policy.parameters]))
         trainer.policy.discard()
 
     _replace_step(trainer.policy, trainer.policy.discard)

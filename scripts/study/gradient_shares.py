@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("task", type=Path, help="a file such as configs/study/summaries.yaml")
     parser.add_argument("--critic-updates", type=int, default=30)
     parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--every", type=int, default=1, help="weights, of which one is kept")
     parser.add_argument("--lam", type=float, default=0.95)
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("overrides", nargs="*", help="keys such as seed=3")
@@ -66,7 +67,7 @@ def main() -> None:
     limit = trainer.config.rollout.max_new_tokens
     edges = [edge for edge in EDGES if edge < limit]
     trainer.update = SplitUpdate(trainer.update, args.critic_updates, edges, args.lam)
-    gradients, _ = measure(trainer, args.critic_updates, args.rollouts)
+    gradients, _ = measure(trainer, args.critic_updates, args.rollouts, args.every)
     found = summary(gradients.unflatten(0, (args.rollouts, len(edges) + 1)), edges)
     keys = {"arm": REFERENCE, "lam": args.lam}
     found |= keys | {"rollouts": args.rollouts, "critic_updates": args.critic_updates}

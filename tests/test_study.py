@@ -313,8 +313,8 @@ class FakeTask(run.Task):
         self.laws = laws
         self.asked: list[tuple[str, str, float]] = []
         file = folder / "toy.yaml"
-        settings = {"equal_kl": True, "seeds": [0], "calibration_seeds": [7, 8]}
-        settings["learning_rates"] = [1e-3]
+        seeds = {"seeds": [0], "search_seeds": [6], "calibration_seeds": [7, 8]}
+        settings: dict[str, Any] = {**seeds, "equal_kl": True, "learning_rates": [1e-3]}
         settings["arms"] = {name: {} for name in laws}
         file.write_text(yaml.safe_dump({**settings, "config": "none.yaml"}))
         options = {"task": file, "arms": None, "seeds": None, "parallel": 1, "threads": 1}
@@ -357,6 +357,21 @@ def test_calibration_ends_at_token_ppos_kl(tmp_path):
     again.calibrate()
     assert again.asked == task.asked
     assert again.chosen["tight"] == task.chosen["tight"]
+
+
+def test_the_search_has_token_ppos_kl_where_the_seeds_are_the_same(tmp_path):
+    task = FakeTask(tmp_path, LAWS)
+    task.settings |= {"learning_rates": [0.1, 0.2], "search_seeds": [7, 8]}
+    for seed in (7, 8):
+        folder = task.folder / "search" / f"token-{seed}"
+        write_trial(folder, "token, optimizer.learning_rate=0.1", "token", seed)
+    task.chosen = {name: {"learning_rate": 0.1} for name in LAWS}
+    task.calibrate()
+    assert not [asked for asked in task.asked if asked[1] == "token"]
+    assert task.chosen["token"] == {"learning_rate": 0.1, "kl": pytest.approx(2.075), "coef": 0.05}
+    task.settings["search_seeds"] = [7]
+    task.calibrate()
+    assert [asked for asked in task.asked if asked[1] == "token"] == [("calibrate-0", "token", 0.1)]
 
 
 def test_an_arm_that_stays_too_far_tries_smaller_learning_rates(tmp_path, monkeypatch):

@@ -5,8 +5,9 @@
 search      every arm at every learning rate, on seeds of their own, with the KL coefficient steered
             so that all end at the KL of token PPO, where the task asks for equal KL; left out where
             the task has one learning rate alone
-calibrate   token PPO for its final KL, and for each other arm the fixed KL coefficient with which
-            it ends within 10% of that, on seeds that are not reported either
+calibrate   token PPO for its final KL (the search has it where both have the same seeds), and for
+            each other arm the fixed KL coefficient with which it ends within 10% of that, on seeds
+            that are not reported either
 final       every arm with what was chosen, on the seeds that are reported
 
 Every phase is a `marlhf sweep` below runs/study/TASK; started again, it goes on where it stopped.
@@ -117,9 +118,7 @@ class Task:
 
         Started again, it takes the same steps, of which those that are done cost nothing.
         """
-        seeds, token = self.settings["calibration_seeds"], self.chosen[TOKEN]
-        rate = {"optimizer.learning_rate": token["learning_rate"]}
-        runs = self._sweep("calibrate-0", {TOKEN: self.arms[TOKEN] | rate}, seeds)
+        token, runs = self.chosen[TOKEN], self._token_runs()
         token["kl"] = mean(runs, "eval_kl_mean")
         token["coef"] = runs[0].config["kl"]["coef"]
         left = [name for name in self.arms if name != TOKEN]
@@ -131,6 +130,15 @@ class Task:
         while left:
             left = [name for name in self._calibrate(left, first) if self._slow_down(name)]
             first += ROUNDS
+
+    def _token_runs(self) -> list[Run]:
+        """Token PPO at its learning rate, on the seeds of the calibration."""
+        seeds, rates = self.settings["calibration_seeds"], self.settings["learning_rates"]
+        rate = self.chosen[TOKEN]["learning_rate"]
+        if len(rates) > 1 and seeds == self.settings["search_seeds"]:
+            return by_rate(read_runs([str(self.folder / "search")]), TOKEN)[rate]
+        arm = self.arms[TOKEN] | {"optimizer.learning_rate": rate}
+        return self._sweep("calibrate-0", {TOKEN: arm}, seeds)
 
     def _calibrate(self, names: Sequence[str], first: int) -> list[str]:
         """Step along log KL over log coefficient, in sweeps from number `first` on; returns the

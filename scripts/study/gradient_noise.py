@@ -42,15 +42,9 @@ REFERENCE = "token, lambda 1"
 
 def main() -> None:
     """Measure the arms that are not measured yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", type=Path, help="a file such as configs/study/recall.yaml")
+    parser = parser_of(__doc__)
     parser.add_argument("--arms", nargs="+", help="some of the arms")
     parser.add_argument("--reference", default=REFERENCE)
-    parser.add_argument("--critic-updates", type=int, default=30)
-    parser.add_argument("--rollouts", type=int, default=64)
-    parser.add_argument("--every", type=int, default=1, help="weights, of which one is kept")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("overrides", nargs="*", help="keys for all arms, such as seed=3")
     args = parser.parse_intermixed_args()
     settings = yaml.safe_load(args.task.read_text(encoding="utf-8"))
     folder: Path = args.out / args.task.stem
@@ -75,6 +69,18 @@ def main() -> None:
         }
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(name, json.dumps(found[name]), flush=True)
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """What to measure a task's gradients with; `doc` is the script's own."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("task", type=Path, help="a file such as configs/study/recall.yaml")
+    parser.add_argument("--critic-updates", type=int, default=30)
+    parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--every", type=int, default=1, help="weights, of which one is kept")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("overrides", nargs="*", help="keys for all arms, such as seed=3")
+    return parser
 
 
 def build(

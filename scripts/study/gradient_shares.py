@@ -1,5 +1,4 @@
-"""Which tokens of a response the policy's gradient comes from: its signal and its noise by the
-distance of a token from the end.
+"""Which tokens of a response the policy's gradient comes from, by their distance from the end.
 
     python scripts/study/gradient_shares.py configs/study/summaries.yaml
 
@@ -19,7 +18,6 @@ has half of a 95% interval (jackknife over rollouts). Results go to runs/study/T
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +33,7 @@ from gradient_noise import (
     estimate,
     measure,
     noise_of,
+    parser_of,
     products,
     signal,
 )
@@ -49,14 +48,8 @@ EDGES = [0, 1, 4, 8, 16, 32]  # tokens from the end at which a group begins
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", type=Path, help="a file such as configs/study/summaries.yaml")
-    parser.add_argument("--critic-updates", type=int, default=30)
-    parser.add_argument("--rollouts", type=int, default=64)
-    parser.add_argument("--every", type=int, default=1, help="weights, of which one is kept")
+    parser = parser_of(__doc__)
     parser.add_argument("--lam", type=float, default=0.95)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("overrides", nargs="*", help="keys such as seed=3")
     args = parser.parse_intermixed_args()
     settings = yaml.safe_load(args.task.read_text(encoding="utf-8"))
     folder: Path = args.out / args.task.stem

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+from study_for_tests import KLS, RATES, SHARES, write_task
 from transformers import LlamaForCausalLM
 
 from marlhf import sweep
@@ -26,80 +25,7 @@ sys.path.append(str(ROOT / "scripts" / "study"))
 
 import analyse  # noqa: E402
 import pack  # noqa: E402
-import run  # noqa: E402
 import sentiment_task  # noqa: E402
-
-ARMS = {
-    "token": {"segmenter": "token"},
-    "fast": {"segmenter": {"name": "ngram", "n": 5}},
-    "slow": {"segmenter": "sequence"},
-}
-RATES = {"token": 0.02, "fast": 0.04, "slow": 0.005}  # of held-out reward an update
-KLS = {"token": 2.0, "fast": 2.1, "slow": 3.0}
-STEPS, EVERY = 20, 2
-SHARES = {
-    "arm": "token, lambda 1",
-    "noise": 30.64,
-    "noise_half": 8.0,
-    "weighted": 14.3,
-    "weighted_half": 3.0,
-    "lam": 0.95,
-    "groups": [
-        {"from": 0, "signal": 0.875, "signal_half": 0.1, "noise": 0.04, "noise_half": 0.004},
-        {"from": 1, "signal": 0.125, "signal_half": 0.1, "noise": 0.26, "noise_half": 0.02},
-        {"from": 4, "signal": None, "signal_half": None, "noise": 0.7, "noise_half": 0.02},
-    ],
-}
-
-
-def rows(rate: float, kl: float, seed: int) -> list[dict[str, Any]]:
-    """Reward rises evenly, a little higher for later seeds; an update takes 2 seconds."""
-    noise = 0.01 * seed
-    found: list[dict[str, Any]] = [{"step": 0, "eval_score_mean": noise, "eval_kl_mean": 0.0}]
-    for step in range(1, STEPS + 1):
-        row = {"step": step, "step_seconds": 2.0, "advantage_std": 0.5, "value_loss": 1 / 3}
-        row |= {"explained_variance": step / STEPS, "macro_length_mean": 1.0 + step}
-        row |= {"unwanted": 1.0, "score_mean": rate * step}
-        if step % EVERY == 0:
-            row |= {"eval_score_mean": rate * step + noise, "eval_kl_mean": kl + noise}
-        found.append(row)
-    return found
-
-
-def write_task(folder: Path) -> Path:
-    """A task of three arms and three seeds as `run.py` leaves it; returns its file."""
-    for arm in ARMS:
-        for seed in (8, 9):
-            label = f"{arm}, optimizer.learning_rate=0.1"
-            write_trial(folder / "toy" / "search" / arm / f"seed-{seed}", label, arm, seed)
-        for seed in range(3):
-            write_trial(folder / "toy" / "final" / arm / f"seed-{seed}", arm, arm, seed)
-    (folder / "toy" / "final.yaml").write_text("threads: 2\n")
-    (folder / "toy" / "chosen.json").write_text(json.dumps({"token": {"learning_rate": 0.1}}))
-    (folder / "toy" / "gradient.json").write_text(
-        json.dumps({"token": {"noise": 4.0, "noise_half": 1.0, "cosine": None}})
-    )
-    (folder / "toy" / "shares.json").write_text(json.dumps(SHARES))
-    settings = {"learning_rates": [0.1], "arms": ARMS, "curves": ["token", "fast"], "optimum": 0.5}
-    (folder / "toy.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    return folder / "toy.yaml"
-
-
-def write_trial(folder: Path, label: str, arm: str, seed: int) -> None:
-    folder.mkdir(parents=True)
-    config = {
-        "model": {"path": "/home/somebody/model"},
-        "optimizer": {"learning_rate": 0.1},
-        "kl": {"coef": 0.05},
-        "seed": seed,
-        "output_dir": str(folder),
-        **ARMS[arm],
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    status = {"arm": label, "state": "done", "seconds": 90.0}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(status))
-    lines = [json.dumps(row) + "\n" for row in rows(RATES[arm], KLS[arm], seed)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
 
 
 @pytest.fixture
@@ -300,130 +226,6 @@ def test_welchs_interval_against_a_textbooks_formula():
     assert difference([], theirs) is None
 
 
-# --- choosing the KL coefficient
-
-
-class FakeTask(run.Task):
-    """Runs cost nothing: a held-out KL is what a power law makes of the coefficient. `slower` are
-    the laws of other learning rates than the one chosen."""
-
-    slower: ClassVar[dict[tuple[str, float], tuple[float, float]]] = {}
-
-    def __init__(self, folder: Path, laws: dict[str, tuple[float, float]]) -> None:
-        self.laws = laws
-        self.asked: list[tuple[str, str, float]] = []
-        file = folder / "toy.yaml"
-        seeds = {"seeds": [0], "search_seeds": [6], "calibration_seeds": [7, 8]}
-        settings: dict[str, Any] = {**seeds, "equal_kl": True, "learning_rates": [1e-3]}
-        settings["arms"] = {name: {} for name in laws}
-        file.write_text(yaml.safe_dump({**settings, "config": "none.yaml"}))
-        options = {"task": file, "arms": None, "seeds": None, "parallel": 1, "threads": 1}
-        super().__init__(argparse.Namespace(**options, out=folder, overrides=[]))
-        self.folder.mkdir(exist_ok=True)
-
-    def _sweep(self, phase: str, arms: Any, seeds: Any, grid: Any = None) -> list[Any]:
-        found = []
-        for name, keys in arms.items():
-            coef = keys.get("kl.coef", 0.1)
-            self.asked.append((phase, name, coef))
-            rate = keys.get("optimizer.learning_rate")
-            scale, power = self.slower.get((name, rate), self.laws[name])
-            config = {"kl": {"coef": coef}}
-            for factor in (0.9, 1.1):  # seeds differ
-                kl = factor * scale * coef**power
-                evaluated = [{"step": 2 * i, "eval_kl_mean": kl} for i in range(6)]
-                found.append(run.Run(name, Path(name), config, evaluated, [], arm=name))
-        return found
-
-
-LAWS = {"token": (0.1, -1.0), "same": (0.1, -1.0), "loose": (0.5, -0.6), "tight": (0.02, -1.4)}
-
-
-def test_calibration_ends_at_token_ppos_kl(tmp_path):
-    task = FakeTask(tmp_path, LAWS)
-    task.search()  # one learning rate: nothing to run
-    assert not task.asked
-    task.calibrate()
-    for name in ("same", "loose", "tight"):
-        scale, power = LAWS[name]
-        assert abs(scale * task.chosen[name]["coef"] ** power - 1.0) <= run.WITHIN
-    assert [asked for asked in task.asked if asked[1] == "token"] == [("calibrate-0", "token", 0.1)]
-    assert task.chosen["token"]["kl"] == pytest.approx(1.0)
-    assert sum(name == "same" for _, name, _ in task.asked) == 1  # right at once
-
-    # started again, with what a stop in the middle left behind: the same steps
-    again = FakeTask(tmp_path, LAWS)
-    again.chosen = {name: {**found, "coef": 123.0} for name, found in task.chosen.items()}
-    again.calibrate()
-    assert again.asked == task.asked
-    assert again.chosen["tight"] == task.chosen["tight"]
-
-
-def test_the_search_has_token_ppos_kl_where_the_seeds_are_the_same(tmp_path):
-    task = FakeTask(tmp_path, LAWS)
-    task.settings |= {"learning_rates": [0.1, 0.2], "search_seeds": [7, 8]}
-    for seed in (7, 8):
-        folder = task.folder / "search" / f"token-{seed}"
-        write_trial(folder, "token, optimizer.learning_rate=0.1", "token", seed)
-    task.chosen = {name: {"learning_rate": 0.1} for name in LAWS}
-    task.calibrate()
-    assert not [asked for asked in task.asked if asked[1] == "token"]
-    assert task.chosen["token"] == {"learning_rate": 0.1, "kl": pytest.approx(2.075), "coef": 0.05}
-    task.settings["search_seeds"] = [7]
-    task.calibrate()
-    assert [asked for asked in task.asked if asked[1] == "token"] == [("calibrate-0", "token", 0.1)]
-
-
-def test_an_arm_that_stays_too_far_tries_smaller_learning_rates(tmp_path, monkeypatch):
-    """At 1e-3 the KL of `stuck` is 3 whatever the coefficient, that of `never` at 1e-4 as well."""
-    stuck, fine = (3.0, 0.0), (0.1, -1.0)
-    laws = {"token": fine, "stuck": stuck, "never": stuck, "fine": fine}
-    monkeypatch.setattr(FakeTask, "slower", {("stuck", 1e-4): (0.4, -1.0)})
-
-    def calibrated() -> FakeTask:
-        task = FakeTask(tmp_path, laws)
-        task.search()
-        task.settings["learning_rates"] = [1e-5, 1e-4, 1e-3]
-        return task
-
-    task = calibrated()
-    task.calibrate()
-    rates = {name: found["learning_rate"] for name, found in task.chosen.items()}
-    assert rates == {"token": 1e-3, "stuck": 1e-4, "never": 1e-5, "fine": 1e-3}
-    assert 0.4 / task.chosen["stuck"]["coef"] == pytest.approx(1.0, rel=run.WITHIN)
-    phases = [phase for phase, name, _ in task.asked if name == "stuck"]
-    assert phases[:6] == [f"calibrate-{i}" for i in range(1, 7)]
-
-    # started again: the same steps from the same learning rates
-    again = calibrated()
-    again.chosen = task.chosen
-    again.calibrate()
-    assert again.asked == task.asked
-
-
-def test_the_choice_of_a_learning_rate():
-    def runs(score: float, kl: float, coef: float = 0.2) -> list[run.Run]:
-        rows = [{"step": i, "eval_score_mean": score, "eval_kl_mean": kl} for i in range(6)]
-        return [run.Run("x", Path("x"), {"kl": {"coef": coef}}, rows, [], arm="x")]
-
-    by_rate = {1e-4: runs(0.0, 2.0), 1e-3: runs(1.0, 5.0), 1e-2: runs(2.1, 11.0)}
-    assert run.choose(by_rate, None) == 1e-3  # less 0.2 * KL: -0.4, 0 and -0.1
-    assert run.choose(by_rate, 10.0) == 1e-3  # which ended at half the target
-    assert run.choose(by_rate, 10.5) == 1e-2  # less than half cannot be brought there
-    assert run.choose(by_rate, 2.4) == 1e-4  # and neither can more than twice as much
-    assert run.choose(by_rate, 0.1) == 1e-4  # none is near: the nearest
-    assert run.choose({1e-3: runs(1.0, -0.1)}, 1.0) == 1e-3  # an estimate may be negative
-    assert run.choose({1e-3: runs(1.0, -0.1)}, None) == 1e-3
-    assert run.choose({1e-3: runs(1.0, 9.0, 0.0), 1e-2: runs(2.0, 99.0, 0.0)}, None) == 1e-2
-
-
-def test_the_next_coefficient_follows_the_last_two():
-    assert run.next_coefficient([(0.1, 2.0)], 1.0) == pytest.approx(0.2)
-    # KL = coef^-0.5
-    tried = [(1.0, 1.0), (4.0, 0.5)]
-    assert run.next_coefficient(tried, 0.25) == pytest.approx(16.0)
-
-
 # --- the configurations
 
 
@@ -454,6 +256,8 @@ def test_every_arm_of_a_task_is_a_configuration_of_its_own(task, monkeypatch):
     different = {json.dumps({**t.config, "output_dir": "", "seed": 0}) for t in trials}
     assert len(different) == len(settings["arms"])
     assert {"token", *settings["curves"]} <= settings["arms"].keys()
-    others = settings.get("search_seeds", []) + settings.get("calibration_seeds", [])
-    assert others
-    assert not set(settings["seeds"]) & set(others)
+    reported, searched = set(settings["seeds"]), set(settings.get("search_seeds", []))
+    calibrated = set(settings.get("calibration_seeds", []))
+    assert searched | calibrated
+    assert not reported & searched
+    assert calibrated == reported or not reported & calibrated

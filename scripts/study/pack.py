@@ -95,6 +95,8 @@ def collect(file: Path, folder: Path) -> Study:
     calibration = sorted(p for p in folder.glob("calibrate-*") if p.is_dir())
     phases = [folder / "search", *calibration, folder / "final"]
     found = [trial for phase in phases if phase.is_dir() for trial in _trials(phase)]
+    final = [_identity(trial) for trial in found if trial.phase == "final"]
+    found = [t for t in found if t.phase == "final" or _identity(t) not in final]
     sweep = yaml.safe_load((folder / "final.yaml").read_text(encoding="utf-8"))
     return Study(
         task=file.stem,
@@ -116,6 +118,11 @@ def _trials(phase: Path) -> list[Trial]:
             continue
         trials.append(Trial(phase.name, run, status.get("seconds")))
     return trials
+
+
+def _identity(trial: Trial) -> tuple[str | None, Any]:
+    """What makes a run the same in two phases: the final one takes over runs of a calibration."""
+    return trial.run.arm, _without_folders(trial.run.config)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

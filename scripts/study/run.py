@@ -6,9 +6,9 @@ search      every arm at every learning rate, on seeds of their own, with the KL
             so that all end at the KL of token PPO, where the task asks for equal KL; left out where
             the task has one learning rate alone
 calibrate   token PPO for its final KL (the search has it where both have the same seeds), and for
-            each other arm the fixed KL coefficient with which it ends within 10% of that, on seeds
-            that are not reported either
-final       every arm with what was chosen, on the seeds that are reported
+            each other arm the fixed KL coefficient with which it ends within 10% of that
+final       every arm with what was chosen, on the seeds that are reported; runs that the
+            calibration has made already are taken from it
 
 Every phase is a `marlhf sweep` below runs/study/TASK; started again, it goes on where it stopped.
 What was chosen is kept in runs/study/TASK/chosen.json. `--arms` takes a part of the arms (token PPO
@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,8 @@ from marlhf.report.runs import Run, read_runs
 TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over
 NEAR = 2.0  # times or part of the KL steered to: a learning rate that ends further off is out
-WITHIN = 0.07  # of token PPO's KL: seeds add their own noise to it
 OFF = 0.1  # of token PPO's KL: what an arm reaches further off is no evidence
+WITHIN = 0.07  # of it in a calibration on other seeds, which add their own noise
 ROUNDS = 5  # of calibration, at one learning rate
 
 Chosen = dict[str, dict[str, float]]
@@ -89,9 +90,13 @@ class Task:
         self._search({TOKEN: self.arms[TOKEN]})
         others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
         if self.settings["equal_kl"]:
-            steer = {"kl.target": self.chosen[TOKEN]["kl"], "kl.horizon": self.settings["horizon"]}
-            others = {name: {**keys, **steer} for name, keys in others.items()}
+            others = {name: {**keys, **self._steer()} for name, keys in others.items()}
         return self._search(others)
+
+    def _steer(self) -> dict[str, Any]:
+        """Keys of a controller that goes for token PPO's KL; none in a task without a horizon."""
+        horizon = self.settings["horizon"]
+        return {"kl.target": self.chosen[TOKEN]["kl"], "kl.horizon": horizon} if horizon else {}
 
     def _search(self, arms: Mapping[str, dict[str, Any]]) -> None:
         rates = {"optimizer.learning_rate": self.settings["learning_rates"]}
@@ -143,22 +148,28 @@ class Task:
     def _calibrate(self, names: Sequence[str], first: int) -> list[str]:
         """Step along log KL over log coefficient, in sweeps from number `first` on; returns the
         arms whose KL stayed too large."""
-        target = self.chosen[TOKEN]["kl"]
+        target, seeds = self.chosen[TOKEN]["kl"], self.settings["calibration_seeds"]
+        reported = seeds == self.settings["seeds"]
+        within = OFF if reported else WITHIN
         tried: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for number in range(first, first + ROUNDS):
-            left = [n for n in names if not tried[n] or abs(tried[n][-1][1] / target - 1) > WITHIN]
+            left = [n for n in names if not tried[n] or abs(tried[n][-1][1] / target - 1) > within]
             if not left:
                 break
             arms = {name: {**self.arms[name], **self._settings(name)} for name in left}
-            runs = self._sweep(f"calibrate-{number}", arms, self.settings["calibration_seeds"])
+            runs = self._sweep(f"calibrate-{number}", arms, seeds)
             for name in left:
                 kl = mean([run for run in runs if run.arm == name], "eval_kl_mean")
                 kl = max(kl, 0.01 * target)  # an estimate may be negative, and has a logarithm here
                 tried[name].append((self.chosen[name]["coef"], kl))
                 self.chosen[name]["kl"] = kl
-                if abs(kl / target - 1) > WITHIN:
+                if abs(kl / target - 1) > within:
                     self.chosen[name]["coef"] = next_coefficient(tried[name], target)
             self._keep()
+        for name in names if reported else []:  # one of those tried: the final phase has its runs
+            coef, kl = min(tried[name], key=lambda pair: abs(math.log(pair[1] / target)))
+            self.chosen[name] |= {"coef": coef, "kl": kl}
+        self._keep()
         return [name for name in names if min(kl for _, kl in tried[name]) > (1 + OFF) * target]
 
     def _slow_down(self, name: str) -> bool:
@@ -173,7 +184,21 @@ class Task:
     def final(self) -> None:
         """The runs that are reported."""
         arms = {name: {**keys, **self._settings(name)} for name, keys in self.arms.items()}
+        for phase in self.folder.glob("calibrate-*/"):
+            self._take_over(phase)
         self._sweep("final", arms, self.seeds)
+
+    def _take_over(self, phase: Path) -> None:
+        """Runs of a calibration that had what was chosen are final ones too, which the sweep then
+        finds done: where seeds are the same, so are the runs."""
+        for run in read_runs([str(phase)]):
+            if run.arm not in self.arms or run.config["seed"] not in self.seeds:
+                continue
+            had = {"optimizer.learning_rate": run.config["optimizer"]["learning_rate"]}
+            had["kl.coef"] = run.config["kl"]["coef"]
+            place = self.folder / "final" / run.path.relative_to(phase.resolve())
+            if had == self._settings(run.arm) and not place.exists():
+                shutil.copytree(run.path, place, copy_function=os.link)
 
     def _settings(self, name: str) -> dict[str, Any]:
         chosen = self.chosen[name]

@@ -42,13 +42,16 @@ class FakeTask(run.Task):
         for name, keys in arms.items():
             coef = keys.get("kl.coef", 0.1)
             self.asked.append((phase, name, coef))
-            rate = keys.get("optimizer.learning_rate")
-            scale, power = self.slower.get((name, rate), self.laws[name])
-            config = {"kl": {"coef": coef}}
-            for factor in (0.9, 1.1):  # seeds differ
-                kl = factor * scale * coef**power
-                evaluated = [{"step": 2 * i, "eval_kl_mean": kl} for i in range(6)]
-                found.append(run.Run(name, Path(name), config, evaluated, [], arm=name))
+            for rate in (grid or {}).get("optimizer.learning_rate", [None]):
+                rate = rate or keys.get("optimizer.learning_rate")
+                label = f"{name}, optimizer.learning_rate={rate}" if grid else name
+                scale, power = self.slower.get((name, rate), self.laws[name])
+                config = {"kl": {"coef": coef}, "optimizer": {"learning_rate": rate}}
+                for factor in (0.9, 1.1):  # seeds differ
+                    kl = factor * scale * coef**power
+                    row = {"eval_kl_mean": kl, "eval_score_mean": 0.0}
+                    evaluated = [{"step": 2 * i, **row} for i in range(6)]
+                    found.append(run.Run(label, Path(name), config, evaluated, [], arm=label))
         return found
 
 
@@ -84,7 +87,7 @@ def test_a_calibration_on_the_reported_seeds_keeps_the_nearest_that_was_tried(tm
     for name in task.chosen.keys() - {"token"}:
         tried = [coef for _, arm, coef in task.asked if arm == name]
         kls = [task.laws[name][0] * coef ** task.laws[name][1] for coef in tried]
-        best = min(zip(kls, tried, strict=True), key=lambda pair: abs(math.log(pair[0])))
+        best = min(zip(kls, tried, strict=True), key=lambda pair: abs(pair[0] - 1))
         assert (task.chosen[name]["kl"], task.chosen[name]["coef"]) == pytest.approx(best)
         assert (abs(best[0] - 1) <= run.OFF) == (name != "stuck")
 
@@ -124,6 +127,19 @@ def test_a_task_without_a_horizon_is_not_steered(tmp_path):
     assert task._steer() == {"kl.target": 2.0, "kl.horizon": 48}
     task.settings["horizon"] = None
     assert task._steer() == {}
+
+
+def test_an_arm_that_was_not_steered_begins_with_what_its_searched_kl_asks_for(tmp_path):
+    """At a coefficient of 0.1 token PPO's KL is 1, that of `loose` 0.5 * 0.1**-0.6 = 1.99."""
+    task = FakeTask(tmp_path, LAWS)
+    task.settings |= {"learning_rates": [1e-4, 1e-3], "horizon": None}
+    task.search()
+    assert task.chosen["token"]["searched_coef"] == pytest.approx(0.1)
+    assert task.chosen["loose"]["kl"] == pytest.approx(1.99, abs=0.01)
+    assert task.chosen["loose"]["searched_coef"] == pytest.approx(0.199, abs=0.001)
+    task.settings["horizon"] = 48
+    task.search()
+    assert task.chosen["loose"]["searched_coef"] == pytest.approx(0.1)
 
 
 def test_the_search_has_token_ppos_kl_where_the_seeds_are_the_same(tmp_path):

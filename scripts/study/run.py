@@ -114,7 +114,10 @@ class Task:
             coef = sum(coefs) / len(coefs)
             self.chosen[name] = {"learning_rate": best, "searched_coef": coef, "coef": coef}
             if self.settings["equal_kl"]:
-                self.chosen[name]["kl"] = mean(tried[best], "eval_kl_mean")
+                kl = mean(tried[best], "eval_kl_mean")
+                if target and not self.settings["horizon"]:  # it was not steered to the target
+                    coef = next_coefficient([(coef, kl)], target)
+                self.chosen[name] |= {"kl": kl, "searched_coef": coef, "coef": coef}
             self._keep()
 
     def calibrate(self) -> None:
@@ -160,14 +163,13 @@ class Task:
             runs = self._sweep(f"calibrate-{number}", arms, seeds)
             for name in left:
                 kl = mean([run for run in runs if run.arm == name], "eval_kl_mean")
-                kl = max(kl, 0.01 * target)  # an estimate may be negative, and has a logarithm here
                 tried[name].append((self.chosen[name]["coef"], kl))
                 self.chosen[name]["kl"] = kl
                 if abs(kl / target - 1) > within:
                     self.chosen[name]["coef"] = next_coefficient(tried[name], target)
             self._keep()
         for name in names if reported else []:  # one of those tried: the final phase has its runs
-            coef, kl = min(tried[name], key=lambda pair: abs(math.log(pair[1] / target)))
+            coef, kl = min(tried[name], key=lambda pair: abs(pair[1] - target))
             self.chosen[name] |= {"coef": coef, "kl": kl}
         self._keep()
         return [name for name in names if min(kl for _, kl in tried[name]) > (1 + OFF) * target]
@@ -273,9 +275,11 @@ def choose(tried: Mapping[float, Sequence[Run]], target: float | None) -> float:
 def next_coefficient(tried: Sequence[tuple[float, float]], target: float) -> float:
     """The coefficient that gives the KL wanted, if log KL is linear in log coefficient: through
     the last two that were tried, or with slope -1 from one."""
-    (c1, k1), slope = tried[-1], -1.0
-    if len(tried) > 1:
-        c0, k0 = tried[-2]
+    # an estimate may be negative, and has a logarithm here
+    last = [(coef, max(kl, 0.01 * target)) for coef, kl in tried[-2:]]
+    (c1, k1), slope = last[-1], -1.0
+    if len(last) > 1:
+        c0, k0 = last[0]
         if c0 != c1 and k0 != k1:
             slope = min(-0.2, max(-3.0, math.log(k1 / k0) / math.log(c1 / c0)))
     return c1 * (target / k1) ** (1 / slope)

@@ -141,9 +141,9 @@ def test_single_seeds_and_other_learning_rates(study):
             lone.trials.append(trial)
     assert analyse.analyse(lone)[1].to_median.steps == [12, 12, 12]
     lines = analyse.markdown(study, analyse.analyse(study)).splitlines()
-    (head,) = [line for line in lines if "search: 0.1" in line]
+    (head,) = [line for line in lines if "search: 0.1 (KL)" in line]
     row = lines[lines.index(head) + 2]
-    assert row == "| token | 11.5 | 0.32, 0.33, 0.34 | – | 0.405 |"
+    assert row == "| token | 11.5 | 0.32, 0.33, 0.34 | – | 0.405 (2.08) |"
 
 
 def test_the_tables_say_never_and_mark_a_longer_leash(study):

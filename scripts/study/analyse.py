@@ -12,7 +12,7 @@ parity      updates until the held-out reward, averaged over 5 evaluations, reac
             final mean; medians and their ratio to token PPO's with 95% bootstrap intervals; seconds
             likewise (`marlhf.report.groups.parity`); once more with the median of token PPO's runs
             as the bar, on which one run that failed has no say
-search      the last 5 evaluations of the search's runs, at every learning rate
+search      the last 5 evaluations of the search's runs, at every learning rate: reward and KL
 variance of the advantages, explained variance, value loss, macro length: means over the updates of
             a run
 gradient    noise and cosine, see gradient_noise.py; where they come from, see gradient_shares.py
@@ -50,6 +50,7 @@ class Arm:
     by_seed      final reward of each run
     to_median    parity with the median of token PPO's runs
     by_rate      learning rate -> reward at the end of the search, mean over its seeds
+    kl_by_rate   likewise the KL there
     """
 
     name: str
@@ -71,6 +72,7 @@ class Arm:
     macro_length: Mean | None
     gradient: dict[str, Any]
     by_rate: dict[str, float]
+    kl_by_rate: dict[str, float]
 
 
 def main() -> None:
@@ -136,15 +138,16 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
         value_loss=_over_updates(group, "value_loss"),
         macro_length=_over_updates(group, "macro_length_mean"),
         gradient=study.gradient.get(group.label, {}),
-        by_rate=_by_rate(study, group.label),
+        by_rate=_by_rate(study, group.label, "eval_score_mean"),
+        kl_by_rate=_by_rate(study, group.label, "eval_kl_mean"),
     )
 
 
-def _by_rate(study: Study, name: str) -> dict[str, float]:
+def _by_rate(study: Study, name: str, metric: str) -> dict[str, float]:
     """What the search saw of an arm, at each learning rate that it tried."""
     searched = [trial.run for trial in study.trials if trial.phase == "search"]
     tried = by_rate(searched, name).items()
-    ends = {f"{rate:g}": finals(Group(name, 0, runs)) for rate, runs in tried}
+    ends = {f"{rate:g}": finals(Group(name, 0, runs), metric) for rate, runs in tried}
     return {rate: float(np.mean(values)) for rate, values in ends.items() if values}
 
 
@@ -256,17 +259,26 @@ def check_table(study: Study, arms: list[Arm]) -> str:
     searched = any(arm.by_rate for arm in arms)
     rates = [f"{rate:g}" for rate in study.settings["learning_rates"]] if searched else []
     heads = ["arm", "macro length", "reward of each seed", "ratio to token's median run"]
+    with_kl = bool(arms[0].kl_by_rate)
     rows = [
         [
             arm.name,
             "–" if arm.macro_length is None else number(arm.macro_length.value),
             ", ".join(f"{value:.3g}" for value in arm.by_seed),
             ratio_text(arm.to_median),
-            *(number(arm.by_rate[rate]) if rate in arm.by_rate else "–" for rate in rates),
+            *(_searched(arm, rate, with_kl) for rate in rates),
         ]
         for arm in arms
     ]
-    return _table([*heads, *(f"search: {rate}" for rate in rates)], rows)
+    heads += [f"search: {rate}{' (KL)' * with_kl}" for rate in rates]
+    return _table(heads, rows)
+
+
+def _searched(arm: Arm, rate: str, with_kl: bool) -> str:
+    if rate not in arm.by_rate:
+        return "–"
+    kl = f" ({number(arm.kl_by_rate[rate])})" if with_kl else ""
+    return f"{number(arm.by_rate[rate])}{kl}"
 
 
 def shares_table(found: dict[str, Any]) -> str:
@@ -344,7 +356,7 @@ def draw_parity(arms: list[Arm]) -> Any:
         x, marker = (found.ratio, "o") if reaches else (edge, ">")
         axes.plot([x], [y], marker, color="#0072b2" if reaches else "#c24a00", markersize=6)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(1.0, color="#5b5b5b", linewidth=1)
     axes.axvline(0.5, color="#5b5b5b", linewidth=1, linestyle=":")
     axes.set_xlim(0, edge * 1.03)

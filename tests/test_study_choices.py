@@ -77,46 +77,50 @@ def test_calibration_ends_at_token_ppos_kl(tmp_path):
     assert again.chosen["tight"] == task.chosen["tight"]
 
 
-def test_a_calibration_on_the_reported_seeds_keeps_the_nearest_that_was_tried(tmp_path):
+def test_reported_seeds_that_end_elsewhere_step_on(tmp_path):
     """The KL of `stuck` hardly follows its coefficient, and comes no nearer than 1.3 to 1."""
     task = FakeTask(tmp_path, {**LAWS, "stuck": (1.4, -0.02)})
-    task.settings["seeds"] = task.settings["calibration_seeds"]
-    task.search()
+    task.settings["calibration_seeds"] = []
+    task.chosen = {name: {"learning_rate": 1e-3, "searched_coef": 0.1} for name in task.laws}
     task.calibrate()
+    assert not task.asked
+    task.final()
     for name in task.chosen.keys() - {"token"}:
-        tried = [coef for _, arm, coef in task.asked if arm == name]
+        tried = [coef for phase, arm, coef in task.asked if arm == name and phase != "final"]
         kls = [task.laws[name][0] * coef ** task.laws[name][1] for coef in tried]
         best = min(zip(kls, tried, strict=True), key=lambda pair: abs(pair[0] - 1))
         assert (task.chosen[name]["kl"], task.chosen[name]["coef"]) == pytest.approx(best)
         assert (abs(best[0] - 1) <= run.OFF) == (name != "stuck")
+        assert task.asked[-len(task.laws) :].count(("final", name, task.chosen[name]["coef"])) == 1
+
+    # started again, with what was settled: the same steps
+    again = FakeTask(tmp_path, task.laws)
+    again.chosen = task.chosen
+    again.final()
+    assert again.asked == task.asked
 
 
-def test_the_final_runs_are_those_that_the_calibration_has(tmp_path):
+def test_the_final_runs_are_those_of_the_sweeps_before(tmp_path):
     task = FakeTask(tmp_path, {"token": (0.1, -1.0), "fast": (0.1, -1.0)})
     task.seeds = [0, 1, 2]
-    task.chosen = {name: {"learning_rate": 0.1, "coef": 0.05} for name in task.laws}
+    settings = {"learning_rate": 0.1, "coef": 0.05, "calibrated_coef": 0.05}
+    task.chosen = {name: dict(settings) for name in task.laws}
     for arm, seeds in {"token": (0, 1, 2, 3), "fast": (0, 1, 2)}.items():
         for seed in seeds:  # 3 is not reported
-            write_trial(task.folder / "calibrate-0" / arm / f"seed-{seed}", arm, arm, seed)
+            write_trial(task.folder / "reported-0" / arm / f"seed-{seed}", arm, arm, seed)
     task.chosen["fast"]["coef"] = 0.06  # not the one that was tried
-    task.final()
-    found = [file.parent for file in (task.folder / "final").rglob("metrics.jsonl")]
-    assert sorted(f"{f.parent.name}/{f.name}" for f in found) == [
-        f"token/seed-{seed}" for seed in range(3)
-    ]
-    asked = [(phase, name) for phase, name, _ in task.asked]
-    assert asked == [("final", "token"), ("final", "fast")]  # the sweep finds token's done
-    task.final()  # started again, they are there
+    for _ in range(2):  # taken over once, they are there
+        task._take_over(task.folder / "reported-0")
+        found = [file.parent for file in (task.folder / "final").rglob("metrics.jsonl")]
+        assert sorted(f"{f.parent.name}/{f.name}" for f in found) == [
+            f"token/seed-{seed}" for seed in range(3)
+        ]
 
     # and each counts once: three of token's are final, its seed 3 and those of fast are not
     (task.folder / "final.yaml").write_text("threads: 1\n")
     trials = pack.collect(tmp_path / "toy.yaml", task.folder).trials
     counts = Counter((trial.phase, trial.run.arm) for trial in trials)
-    assert counts == {
-        ("final", "token"): 3,
-        ("calibrate-0", "token"): 1,
-        ("calibrate-0", "fast"): 3,
-    }
+    assert counts == {("final", "token"): 3, ("reported-0", "token"): 1, ("reported-0", "fast"): 3}
 
 
 def test_a_task_without_a_horizon_is_not_steered(tmp_path):

@@ -41,7 +41,7 @@ KEPT = [
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a phase: `search`, `calibrate-0`, ... or `final`.
+    """A run of a phase: `search`, `calibrate-0`, ..., `reported-0`, ... or `final`.
 
     seconds   from its start to its end, evaluations and all; None where it was taken up again
     """
@@ -92,8 +92,8 @@ def main() -> None:
 
 def collect(file: Path, folder: Path) -> Study:
     """A task's runs as `run.py` left them. Those that did not end well are left out and named."""
-    calibration = sorted(p for p in folder.glob("calibrate-*") if p.is_dir())
-    phases = [folder / "search", *calibration, folder / "final"]
+    tries = [p for kind in ("calibrate", "reported") for p in sorted(folder.glob(f"{kind}-*/"))]
+    phases = [folder / "search", *tries, folder / "final"]
     found = [trial for phase in phases if phase.is_dir() for trial in _trials(phase)]
     final = [_identity(trial) for trial in found if trial.phase == "final"]
     found = [t for t in found if t.phase == "final" or _identity(t) not in final]
@@ -121,7 +121,7 @@ def _trials(phase: Path) -> list[Trial]:
 
 
 def _identity(trial: Trial) -> tuple[str | None, Any]:
-    """What makes a run the same in two phases: the final one takes over runs of a calibration."""
+    """What makes a run the same in two phases: the final one takes over what it can."""
     return trial.run.arm, _without_folders(trial.run.config)
 
 

@@ -6,9 +6,10 @@ search      every arm at every learning rate, on seeds of their own, with the KL
             so that all end at the KL of token PPO, where the task asks for equal KL; left out where
             the task has one learning rate alone
 calibrate   token PPO for its final KL (the search has it where both have the same seeds), and for
-            each other arm the fixed KL coefficient with which it ends within 10% of that
-final       every arm with what was chosen, on the seeds that are reported; runs that the
-            calibration has made already are taken from it
+            each other arm the fixed KL coefficient with which it ends within 7% of that, on seeds
+            that are not reported; left out where the task has no seeds for it
+final       every arm with what was chosen, on the seeds that are reported; one that ends more than
+            10% off token PPO's KL there goes on with other coefficients (sweeps `reported-1`, ...)
 
 Every phase is a `marlhf sweep` below runs/study/TASK; started again, it goes on where it stopped.
 What was chosen is kept in runs/study/TASK/chosen.json. `--arms` takes a part of the arms (token PPO
@@ -36,8 +37,8 @@ TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over
 NEAR = 2.0  # times or part of the KL steered to: a learning rate that ends further off is out
 OFF = 0.1  # of token PPO's KL: what an arm reaches further off is no evidence
-WITHIN = 0.07  # of it in a calibration on other seeds, which add their own noise
-ROUNDS = 5  # of calibration, at one learning rate
+WITHIN = 0.07  # of it in the calibration: the reported seeds add their own noise
+ROUNDS = 5  # of the calibration at one learning rate, and on the reported seeds
 
 Chosen = dict[str, dict[str, float]]
 
@@ -122,45 +123,59 @@ class Task:
 
     def calibrate(self) -> None:
         """Choose the KL coefficient of each arm; one that no coefficient brings to token PPO's KL
-        tries again at the next smaller learning rate.
+        tries again at the next smaller learning rate. A task without seeds for it leaves all to the
+        reported ones.
 
         Started again, it takes the same steps, of which those that are done cost nothing.
         """
-        token, runs = self.chosen[TOKEN], self._token_runs()
-        token["kl"] = mean(runs, "eval_kl_mean")
-        token["coef"] = runs[0].config["kl"]["coef"]
+        seeds, token = self.settings["calibration_seeds"], self.chosen[TOKEN]
         left = [name for name in self.arms if name != TOKEN]
+        if seeds:
+            self._aim(self._token_runs())
         for name in left:
             found = self.chosen[name]
             found["learning_rate"] = found.get("searched_rate", found["learning_rate"])
-            found["coef"] = found.get("searched_coef", token["coef"])
+            found["coef"] = found.get("searched_coef", token.get("coef"))
         first = 1
-        while left:
-            left = [name for name in self._calibrate(left, first) if self._slow_down(name)]
+        while left and seeds:
+            tried = self._steps("calibrate", first, left, seeds, WITHIN)
+            far = (1 + OFF) * token["kl"]
+            left = [n for n in left if min(kl for _, kl in tried[n]) > far and self._slow_down(n)]
             first += ROUNDS
+        for name in self.arms.keys() - {TOKEN}:
+            self.chosen[name]["calibrated_coef"] = self.chosen[name]["coef"]
+        self._keep()
 
     def _token_runs(self) -> list[Run]:
         """Token PPO at its learning rate, on the seeds of the calibration."""
         seeds, rates = self.settings["calibration_seeds"], self.settings["learning_rates"]
-        rate = self.chosen[TOKEN]["learning_rate"]
         if len(rates) > 1 and seeds == self.settings["search_seeds"]:
+            rate = self.chosen[TOKEN]["learning_rate"]
             return by_rate(read_runs([str(self.folder / "search")]), TOKEN)[rate]
-        arm = self.arms[TOKEN] | {"optimizer.learning_rate": rate}
-        return self._sweep("calibrate-0", {TOKEN: arm}, seeds)
+        return self._token_sweep("calibrate-0", seeds)
 
-    def _calibrate(self, names: Sequence[str], first: int) -> list[str]:
-        """Step along log KL over log coefficient, in sweeps from number `first` on; returns the
-        arms whose KL stayed too large."""
-        target, seeds = self.chosen[TOKEN]["kl"], self.settings["calibration_seeds"]
-        reported = seeds == self.settings["seeds"]
-        within = OFF if reported else WITHIN
+    def _token_sweep(self, phase: str, seeds: Sequence[int]) -> list[Run]:
+        rate = {"optimizer.learning_rate": self.chosen[TOKEN]["learning_rate"]}
+        return self._sweep(phase, {TOKEN: self.arms[TOKEN] | rate}, seeds)
+
+    def _aim(self, token: Sequence[Run]) -> None:
+        """Take the KL of these runs of token PPO as what the other arms are brought to."""
+        kl, coef = mean(token, "eval_kl_mean"), token[0].config["kl"]["coef"]
+        self.chosen[TOKEN] |= {"kl": kl, "coef": coef}
+
+    def _steps(
+        self, phase: str, first: int, names: Sequence[str], seeds: Sequence[int], within: float
+    ) -> dict[str, list[tuple[float, float]]]:
+        """Step along log KL over log coefficient, in sweeps from number `first` on, until an arm is
+        this near to token PPO; returns the coefficients that were tried, each with its KL."""
+        target = self.chosen[TOKEN]["kl"]
         tried: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for number in range(first, first + ROUNDS):
             left = [n for n in names if not tried[n] or abs(tried[n][-1][1] / target - 1) > within]
             if not left:
                 break
             arms = {name: {**self.arms[name], **self._settings(name)} for name in left}
-            runs = self._sweep(f"calibrate-{number}", arms, seeds)
+            runs = self._sweep(f"{phase}-{number}", arms, seeds)
             for name in left:
                 kl = mean([run for run in runs if run.arm == name], "eval_kl_mean")
                 tried[name].append((self.chosen[name]["coef"], kl))
@@ -168,11 +183,7 @@ class Task:
                 if abs(kl / target - 1) > within:
                     self.chosen[name]["coef"] = next_coefficient(tried[name], target)
             self._keep()
-        for name in names if reported else []:  # one of those tried: the final phase has its runs
-            coef, kl = min(tried[name], key=lambda pair: abs(pair[1] - target))
-            self.chosen[name] |= {"coef": coef, "kl": kl}
-        self._keep()
-        return [name for name in names if min(kl for _, kl in tried[name]) > (1 + OFF) * target]
+        return tried
 
     def _slow_down(self, name: str) -> bool:
         """Take the next smaller learning rate, and token PPO's coefficient, if there is one."""
@@ -185,14 +196,28 @@ class Task:
 
     def final(self) -> None:
         """The runs that are reported."""
+        if self.settings["equal_kl"]:
+            self._settle()
         arms = {name: {**keys, **self._settings(name)} for name, keys in self.arms.items()}
-        for phase in self.folder.glob("calibrate-*/"):
-            self._take_over(phase)
         self._sweep("final", arms, self.seeds)
 
+    def _settle(self) -> None:
+        """Bring the reported seeds to equal KL: an arm that ends too far from token PPO with what
+        was calibrated steps on, on these seeds, and keeps the nearest that was tried."""
+        self._aim(self._token_sweep("reported-0", self.seeds))
+        others = [name for name in self.arms if name != TOKEN]
+        for name in others:
+            self.chosen[name]["coef"] = self.chosen[name]["calibrated_coef"]
+        target = self.chosen[TOKEN]["kl"]
+        for name, tried in self._steps("reported", 1, others, self.seeds, OFF).items():
+            coef, kl = min(tried, key=lambda pair: abs(pair[1] - target))
+            self.chosen[name] |= {"coef": coef, "kl": kl}
+        self._keep()
+        for phase in self.folder.glob("reported-*/"):
+            self._take_over(phase)
+
     def _take_over(self, phase: Path) -> None:
-        """Runs of a calibration that had what was chosen are final ones too, which the sweep then
-        finds done: where seeds are the same, so are the runs."""
+        """Runs that had what was chosen are final ones, which the sweep then finds done."""
         for run in read_runs([str(phase)]):
             if run.arm not in self.arms or run.config["seed"] not in self.seeds:
                 continue
@@ -238,7 +263,7 @@ class Task:
         paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "marlhf", "sweep", str(file)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
-        return read_runs([str(folder)])
+        return [run for run in read_runs([str(folder)]) if run.config["seed"] in seeds]
 
 
 def by_rate(runs: Sequence[Run], arm: str) -> dict[float, list[Run]]:

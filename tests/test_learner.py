@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs_for_tests import PROMPTS, tiny_trainer
 
+from marlhf import models
 from marlhf.config import LoraSettings
 from marlhf.learner import DivergedError, Learner
 
@@ -123,3 +124,22 @@ def test_the_count_in_a_row_survives_a_resume(tmp_path: Path) -> None:
     poisoned(second, math.nan, {0})
     with pytest.raises(DivergedError, match="2 optimiser steps in a row"):
         second.step(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["policy", "critic"])
+def test_memory_of_activations_is_returned_before_the_gradient_of_embeddings(
+    name: str, tmp_path: Path
+) -> None:
+    trainer = tiny_trainer(tmp_path / "run", **ONE_STEP, optimizer={"micro_batch_size": 1})
+    learner, events = getattr(trainer, name), []
+    learner._return_memory = lambda: events.append("returned")
+    trunk = models.trunk_of(learner.model.model) if name == "policy" else learner.model.trunk
+    for event, parameter in {
+        "embeddings": trunk.get_input_embeddings().weight,
+        "first layer": next(trunk.layers[0].parameters()),
+    }.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, event=event: events.append(event))
+    trainer.step(PROMPTS)
+    passes = len(events) // 4
+    assert passes > 1
+    assert events == ["returned", "first layer", "returned", "embeddings"] * passes

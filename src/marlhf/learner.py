@@ -86,6 +86,7 @@ class Learner:
         # what transformers calls constant has no warm-up
         schedule = settings.schedule.replace("constant", "constant_with_warmup")
         self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, steps)
+        self._return_memory_before_gradients_of_embeddings(module)
         self.trained = distributed.train(module, optimizer, settings.max_grad_norm)
         self.model, self.optimizer = self.trained.model, self.trained.optimizer
 
@@ -152,6 +153,18 @@ class Learner:
     def discard(self) -> None:
         """Forget the gradient."""
         self.trained.discard()
+
+    def _return_memory_before_gradients_of_embeddings(self, module: nn.Module) -> None:
+        """They are the largest arrays of a backward pass and come last, when all activations have
+        been freed, into pieces that they do not fit into."""
+
+        def read(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._return_memory())
+
+        for layer in module.modules():
+            if isinstance(layer, nn.Embedding) and layer.weight.requires_grad:
+                layer.register_forward_hook(read)
 
     def _return_memory(self) -> None:
         """On a CPU, give freed memory back to the system. The C library keeps what scoring passes,

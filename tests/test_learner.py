@@ -143,3 +143,18 @@ def test_memory_of_activations_is_returned_before_the_gradient_of_embeddings(
     passes = len(events) // 4
     assert passes > 1
     assert events == ["returned", "first layer", "returned", "embeddings"] * passes
+
+
+def test_gradients_of_several_passes_lie_in_memory_that_stays(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", **ONE_STEP, optimizer={"micro_batch_size": 1})
+    memories: dict[str, set[int]] = {"policy": set(), "critic": set()}
+    for name, found in memories.items():
+        for parameter in getattr(trainer, name).parameters:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, found=found: found.add(p.grad.untyped_storage().data_ptr())
+            )
+    trainer.step(PROMPTS)
+    trainer.step(PROMPTS)
+    assert memories["policy"] == memories["critic"]
+    assert len(memories["policy"]) == 1
+    assert all(p.grad is None for p in trainer.policy.parameters + trainer.critic.parameters)

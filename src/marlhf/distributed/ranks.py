@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from marlhf.distributed.profile import check_precision, deepspeed_plugin
-from marlhf.distributed.trained import Engine, Replicated, Trained, is_engine
+from marlhf.distributed.trained import Engine, GradientMemory, Replicated, Trained, is_engine
 from marlhf.errors import one_line
 
 # Weights held at a time, in numbers. DeepSpeed's own defaults are 5 to 10 times as large, which a
@@ -99,6 +99,7 @@ class Distributed:
             unset_hf_deepspeed_config()  # or it would shard each model while reading it
         self._deepspeed: dict[str, Any] | None = plugin and plugin.deepspeed_config
         self._offloads: list[Any] = []  # DeepSpeed's keepers of sharded weights
+        self._gradients = GradientMemory()
         kind = self._accelerator.distributed_type
         assert (kind == DistributedType.DEEPSPEED) == (plugin is not None), "DeepSpeed fell away"
         assert self.world_size == world, f"{self.world_size} of {world} ranks are connected"
@@ -187,7 +188,9 @@ class Distributed:
     ) -> Trained:
         """Spread a model and its optimiser over the ranks, for training."""
         if self.zero_stage == 0 or self._is_sharded(module):
-            return Replicated(module.to(self.device), optimizer, max_grad_norm, self._offloads)
+            return Replicated(
+                module.to(self.device), optimizer, max_grad_norm, self._offloads, self._gradients
+            )
         engine = self._engine(module, optimizer, max_grad_norm)
         if self.zero_stage == 3:
             self._offloads.append(engine.optimizer.parameter_offload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,28 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+class GradientMemory:
+    """On a CPU, memory for the gradients of one model at a time, kept from step to step: the system
+    hands out fresh memory slowly."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def lend(self, weights: Collection[Tensor]) -> None:
+        """Give each fp32 weight a gradient of zeros, instead of those that were lent before."""
+        sizes = [weight.numel() for weight in weights]
+        if len(self._memory) < sum(sizes):
+            self._memory = torch.empty(sum(sizes))
+        gradients = self._memory[: sum(sizes)].zero_().split(sizes)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.view_as(weight)
+
+
 class Replicated:
     """A model of which every rank holds all trained weights.
 
     offloads   DeepSpeed's keepers of frozen weights that may be below them, sharded
+    memory     for gradients, shared with other models
     """
 
     layout = "replicated"
@@ -26,11 +45,13 @@ class Replicated:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
         offloads: list[Any],
+        memory: GradientMemory,
     ) -> None:
         held = {p: None for group in optimizer.param_groups for p in group["params"]}
         self._weights = {name: p for name, p in module.named_parameters() if p in held}
         self._max_grad_norm = max_grad_norm or float("inf")
         self._offloads = offloads
+        self._memory = memory
         self.optimizer = optimizer
         self.model: Any = module
         self._world_size = 1
@@ -47,8 +68,14 @@ class Replicated:
 
     def accumulate(self, last: bool) -> Any:
         """Context of one micro-batch: gradients cross ranks after the last one only."""
-        is_parallel = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if is_parallel and not last else nullcontext()
+        if last:
+            return nullcontext()
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        weights = self._weights.values()
+        if all(weight.grad is None and weight.device.type == "cpu" for weight in weights):
+            self._memory.lend(weights)
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the *sum* of all ranks' losses (DDP would average it)."""

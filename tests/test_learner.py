@@ -142,7 +142,7 @@ def test_memory_of_activations_is_returned_before_the_gradient_of_embeddings(
     trainer.step(PROMPTS)
     passes = len(events) // 4
     assert passes > 1
-    assert events == ["returned", "first layer", "returned", "embeddings"] * passes
+    assert events == ["returned", "first layer", "returned", "embeddings"] * passes + ["returned"]
 
 
 def test_gradients_of_several_passes_lie_in_memory_that_stays(tmp_path: Path) -> None:

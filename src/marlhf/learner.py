@@ -128,6 +128,7 @@ class Learner:
                     loss = objective(minibatch.rows(part), *counts)
                 self.trained.backward(loss)
             total += loss.detach()
+        self._return_memory()
         norm = self.trained.norm()
         self._is_finite = self._all_finite(float(total), norm)
         if self._is_finite:
@@ -167,8 +168,8 @@ class Learner:
                 layer.register_forward_hook(read)
 
     def _return_memory(self) -> None:
-        """On a CPU, give freed memory back to the system. The C library keeps what scoring passes,
-        or the other model's step, have freed, in pieces that these passes may not fit into."""
+        """On a CPU, give freed memory back to the system. The C library keeps what earlier passes
+        have freed, in pieces that later ones may not fit into."""
         if self.distributed.device.type != "cpu":
             return
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

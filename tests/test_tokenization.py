@@ -153,8 +153,8 @@ def test_empty_response():
 def test_a_long_response_is_decoded_in_windows(family: str, monkeypatch):
     """Linear, not quadratic: decoded tokens in all stay within a few times the length."""
     tokenizer = FAMILIES[family]()
-    ids = (encode(tokenizer, SAMPLES[0] + " " + SAMPLES[7]) * 12)[:256]
-    assert len(ids) == 256
+    ids = encode(tokenizer, SAMPLES[0] + " " + SAMPLES[7]) * 12  # no character is cut at the end
+    assert len(ids) > 256
     decoded = []
     real = tokenization._decode
     monkeypatch.setattr(tokenization, "_decode", lambda t, i: decoded.append(len(i)) or real(t, i))

@@ -124,7 +124,8 @@ def test_every_format_gives_the_same_prompts(tmp_path, save):
     train, held_out = load(save(tmp_path))
     assert held_out == []
     assert texts(train) == [row["prompt"] for row in ROWS]
-    assert [p.columns["answer"] for p in train] == list(range(6))
+    answers = map(str, range(6)) if save is save_csv else range(6)
+    assert [p.columns["answer"] for p in train] == list(answers)
     assert set(train[0].columns) == {"answer", "note"}
 
 
@@ -226,7 +227,7 @@ def test_a_hub_dataset_is_asked_for_with_name_and_split(monkeypatch):
         ("a.json", '[{"prompt": "x"},\n oops]', "line 2: not valid JSON"),
         ("a.json", '["x"]', "must hold a list of objects"),
         ("a.json", "[]", "has no rows"),
-        ("a.csv", "prompt,answer\nx,1\ny,2,3\n", "cannot be read: CSV parse error"),
+        ("a.csv", "prompt,answer\nx,1\ny,2,3\n", "line 3: has 3 cells, the header has 2"),
         ("a.csv", "", "has no rows"),
         ("a.csv", "prompt\n", "has no rows"),
         ("a.parquet", "no parquet", "cannot be read"),

@@ -193,7 +193,7 @@ BROKEN = {
     WEBGPT: [
         ({"question": "Who?"}, "question is 'Who\\?'"),
         ({"question": {"full_text": " "}}, "question.full_text is empty"),
-        ({"score_0": "1"}, "score_0 is '1'"),
+        ({"score_0": "high"}, "score_0 is 'high'"),
         ({"score_0": float("nan")}, "a score is not finite"),
         ({"answer_1": None}, "answer_1 is null"),
     ],

@@ -13,6 +13,7 @@ SOURCE = REPOSITORY / "src"
 # A module imports only modules above it. A package comes after its modules, as it may import them.
 ORDER = [
     "marlhf.errors",
+    "marlhf.paths",
     "marlhf.quiet",
     "marlhf.tokenization",
     "marlhf.types",
@@ -65,6 +66,7 @@ ORDER = [
     "marlhf.rewards.tokens",
     "marlhf.rewards.curiosity",
     "marlhf.rewards",
+    "marlhf.file_formats",
     "marlhf.tables",
     "marlhf.data_presets.base",
     "marlhf.data_presets.summaries",
@@ -73,6 +75,7 @@ ORDER = [
     "marlhf.data_presets.apps",
     "marlhf.data_presets.parts",
     "marlhf.data_presets",
+    "marlhf.conversations",
     "marlhf.data",
     "marlhf.demonstrations",
     "marlhf.preferences",

@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from marlhf.config import DataSettings, RolloutSettings
+from marlhf.conversations import Messages, text_or_messages
 from marlhf.data_presets import Stage, preset_records
 from marlhf.errors import UserError, one_line
 from marlhf.tables import Row, read_rows
 
-Messages = list[dict[str, Any]]
 Item = TypeVar("Item")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -268,6 +268,9 @@ def prompts_of(data: Any, settings: DataSettings, where: str, first_row: int) ->
             f"{where}: given a {type(data).__name__}, must be a list of prompts or rows{hint}"
         )
     if hasattr(data, "iterrows"):  # iterating over a data frame gives its columns' names
+        if not data.columns.is_unique:
+            twice = data.columns[data.columns.duplicated()][0]
+            raise UserError(f"{where}: the column {twice!r} is given twice")
         data = data.to_dict("records")
     elif hasattr(data, "to_list"):  # a datasets.Dataset, row by row much slower
         data = data.to_list()
@@ -317,58 +320,27 @@ def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> No
 def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str) -> Prompt:
     """One prompt from one item. `where` names its row."""
     if isinstance(item, Prompt):
-        prompt = item
+        if item.messages is None and not isinstance(item.text, str):
+            kind = type(item.text).__name__
+            raise UserError(f"{where}: the text of the Prompt is {kind}, must be text")
+        given = item.messages
+        messages = None if given is None else text_or_messages(given, where)[1]
+        prompt = replace(item, messages=messages)
     elif isinstance(item, Mapping):
         columns = {name: item.get(name) for name in names}
         if settings.prompt_template is not None:
             text = fill_template(settings.prompt_template, columns, where)
-            prompt = _from_value(text, columns, where)
+            if not text.strip():
+                raise UserError(f"{where}: the prompt is empty")
+            prompt = Prompt(text, None, columns)
         else:
             value = columns.pop(settings.prompt_column)
-            prompt = _from_value(value, columns, where)
+            prompt = Prompt(*text_or_messages(value, where), columns)
     else:
-        prompt = _from_value(item, {}, where)
+        prompt = Prompt(*text_or_messages(item, where))
     if settings.apply_chat_template and prompt.messages is None:
         return replace(prompt, messages=[{"role": "user", "content": prompt.text}])
     return prompt
-
-
-def _from_value(value: Any, columns: dict[str, Any], where: str) -> Prompt:
-    """A prompt from a text or a list of messages."""
-    return Prompt(*text_or_messages(value, where), columns)
-
-
-def text_or_messages(value: Any, where: str, what: str = "prompt") -> tuple[str, Messages | None]:
-    """`(text, conversation or None)` of a text or a list of messages; the text of a conversation is
-    its messages with empty lines between them. Raises UserError, in which `what` is the value."""
-    if isinstance(value, dict) and {"role", "content"} <= value.keys():
-        # how `datasets` gives back a column of the feature type Sequence({...})
-        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    messages = None
-    if isinstance(value, list | tuple):
-        messages = [_message(m, i, where) for i, m in enumerate(value)]
-        value = "\n\n".join(m["content"] for m in messages)
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise UserError(f"{where}: the {what} is {kind}, must be text or a list of messages")
-    if not value.strip():
-        raise UserError(f"{where}: the {what} is empty")
-    return value, messages
-
-
-def _message(message: Any, position: int, where: str) -> dict[str, Any]:
-    """A chat message, without the keys that a table filled in with null."""
-    fine = (
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    )
-    if not fine:
-        raise UserError(
-            f"{where}: message {position} is {_excerpt(message)}, must be "
-            '{"role": text, "content": text}'
-        )
-    return {key: value for key, value in message.items() if value is not None}
 
 
 def template_parts(template: str, names: Sequence[str]) -> list[tuple[str, str | None]]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from marlhf.config import SFTConfig, SFTDataSettings
+from marlhf.conversations import Messages, text_or_messages
 from marlhf.data import (
-    Messages,
     apply_template,
     encode,
     fill_template,
@@ -18,7 +18,6 @@ from marlhf.data import (
     shortened,
     source_labels,
     template_parts,
-    text_or_messages,
 )
 from marlhf.errors import UserError
 from marlhf.rewards.model import with_completion
@@ -114,12 +113,14 @@ def _from_prompts(
     examples: dict[int, Example] = {}
     for i, prompt in enumerate(prompts):
         label = f"{where}: row {first_row + i}"
-        value = rows[i].get(data.completion_column)
-        if data.completion_template is not None:
-            value = fill_template(
-                data.completion_template, dict.fromkeys(names) | rows[i], label, "completion"
-            )
-        completion, turns = text_or_messages(value, label, "completion")
+        if data.completion_template is None:
+            value = rows[i].get(data.completion_column)
+            completion, turns = text_or_messages(value, label, "completion")
+        else:
+            columns, turns = dict.fromkeys(names) | rows[i], None
+            completion = fill_template(data.completion_template, columns, label, "completion")
+            if not completion.strip():
+                raise UserError(f"{label}: the completion is empty")
         if prompt.messages is None and turns is None:
             heads.append((i, prompt.text, completion))
         else:

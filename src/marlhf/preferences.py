@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from marlhf.config import PairDataSettings, RewardConfig
+from marlhf.conversations import text_or_messages
 from marlhf.data import (
     Prompt,
     check_template,
     load_records,
     prompts_of,
     source_labels,
-    text_or_messages,
 )
 from marlhf.errors import UserError, one_line
 from marlhf.rewards.model import encode_for_reward, reward_texts
-from marlhf.tables import Row, read_rows
+from marlhf.tables import Row, number_in, read_rows
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ def _margin(row: Row, data: PairDataSettings, where: str) -> float:
             f"data.margin_column: {where} has no column {data.margin_column!r}; it has "
             f"{', '.join(row)}"
         )
-    margin = row[data.margin_column]
-    number = isinstance(margin, int | float) and not isinstance(margin, bool)
-    if not number or not math.isfinite(margin) or margin < 0:
-        raise UserError(f"{where}: the margin is {margin!r}, must be a number of at least 0")
+    margin = number_in(row[data.margin_column])
+    if margin is None or not 0 <= margin < math.inf:
+        given = one_line(repr(row[data.margin_column]), 60)
+        raise UserError(f"{where}: the margin is {given}, must be a number of at least 0")
     return float(margin)
 
 

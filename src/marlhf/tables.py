@@ -1,4 +1,4 @@
-"""Data files -> rows: JSONL, JSON, CSV, Parquet, folders of these, `save_to_disk` folders, the hub.
+"""Data -> rows: files, folders of these, `save_to_disk` folders, the hub.
 
 Whatever is wrong with the data is one UserError line. Nothing local is looked up on the hub.
 """
@@ -6,21 +6,26 @@ Whatever is wrong with the data is one UserError line. Nothing local is looked u
 from __future__ import annotations
 
 import contextlib
-import io
-import json
+import logging
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from marlhf.errors import UserError, one_line
+from marlhf.file_formats import FORMATS, Row, data_format, is_archive, read_file, suffixes
+from marlhf.paths import local_path, reading, special_kind
 
-Row = dict[str, Any]
+__all__ = ["Files", "Row", "local_splits", "looks_local", "number_in", "read_rows"]
 
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped; nothing else is in JSON's UTF-8
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
+_ABOUT_DATA = re.compile(r"(readme|licen[cs]e|citation|dataset_infos?\.json)|.*\.md$", re.I)
+_NAMED = 5  # files left out that a message names
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,18 @@ def read_rows(
     """
     if not path:
         raise UserError(f"{key}: is empty, must be a file, a folder or a hub name")
-    source = _local(path, files)
+    source = _local(path, files, key)
     if name is not None and source.exists():
         raise UserError(
             f"data.name: given {name!r}, but {path!r} is local and has no configurations"
         )
     if source.is_file():
         _check_split(split, ["train"], split_key, path)
-        rows = _read_file(source, key, files.columns)
+        rows = read_file(source, key, files.columns)
     elif source.is_dir():
         rows = _read_folder(source, split, key, split_key, limit, files.columns)
+    elif (kind := special_kind(source)) is not None:
+        raise UserError(f"{key}: given {path!r}, which is {kind}, must be a file or a folder")
     elif looks_local(path):
         raise UserError(f"{key}: given {path!r}, which does not exist")
     else:
@@ -79,35 +86,42 @@ def read_rows(
 
 def local_splits(path: str, files: Files = Files()) -> list[str] | None:
     """The splits of a local file or folder; None for what is not local. Raises UserError."""
-    source = _local(path, files)
+    source = _local(path, files, "data.path")
     if not source.exists():
         return None
     if source.is_file():
         return ["train"]
     if (source / "dataset_dict.json").is_file():
         return sorted(p.name for p in source.iterdir() if p.is_dir())
-    return ["train"] if (source / "state.json").is_file() else sorted(_by_split(source))
+    return (
+        ["train"]
+        if (source / "state.json").is_file()
+        else sorted(_by_split(source, "data.path")[0])
+    )
 
 
-def _local(path: str, files: Files) -> Path:
-    source = Path(path).expanduser()
+def number_in(value: Any) -> float | int | None:
+    """The number in a cell, which in CSV and TSV is text; None where there is none."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        with contextlib.suppress(ValueError):
+            return int(value)
+        return number
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _local(path: str, files: Files, key: str) -> Path:
+    source = local_path(path, key)
     inside = source / (files.folder or "")
-    return inside if inside.is_dir() else source
-
-
-def parse_json(text: str) -> Any:
-    """`json.loads`, with a question mark for half of an escaped pair, such as of an emoji that was
-    cut in two: it is no character, and no tokenizer takes it."""
-    value = json.loads(text)
-    if _SURROGATE.search(text):
-        whole = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-        value = json.loads(whole)
-    return value
+    return local_path(inside, key) if inside.is_dir() else source
 
 
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist can only have meant a local one, never a hub dataset."""
-    return not _HUB_NAME.match(path) or path.startswith(".") or Path(path).suffix in _READERS
+    return not _HUB_NAME.match(path) or path.startswith(".") or data_format(path) is not None
 
 
 def _check_split(split: str, possible: list[str], split_key: str, path: str) -> None:
@@ -115,92 +129,6 @@ def _check_split(split: str, possible: list[str], split_key: str, path: str) -> 
         raise UserError(
             f"{split_key}: given {split!r}, but {path!r} has {', '.join(sorted(possible))} alone"
         )
-
-
-def _read_file(file: Path, key: str, columns: Sequence[str] | None = None) -> list[Row]:
-    reader = _READERS.get(file.suffix)
-    if reader is None:
-        raise UserError(
-            f"{key}: given {str(file)!r}; a file must end in {', '.join(sorted(_READERS))}"
-        )
-    try:
-        if reader is _read_parquet:
-            return _read_parquet(file, key, columns)
-        rows = reader(file, key)
-        if columns is None:
-            return rows
-        return [{name: row[name] for name in columns if name in row} for row in rows]
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {file} is not UTF-8 text: {error.reason}") from None
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"{key}: {file} cannot be read: {one_line(error)}") from None
-
-
-def _read_jsonl(file: Path, key: str) -> list[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
-        return list(_parse_lines(lines, file, key))
-
-
-def _parse_lines(lines: Any, file: Path, key: str) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{key}: {file}, line {number}: not valid JSON: {error.msg}, column {error.colno}"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{key}: {file}, line {number}: holds a {type(row).__name__}, must be an object "
-                'such as {"prompt": ...}'
-            )
-        yield row
-
-
-def _read_json(file: Path, key: str) -> list[Row]:
-    """A list of objects; JSON lines under the wrong name are read too."""
-    text = file.read_text(encoding="utf-8-sig")
-    try:
-        rows = parse_json(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return list(_parse_lines(io.StringIO(text), file, key))
-        raise UserError(
-            f"{key}: {file}, line {error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
-        ) from None
-    rows = [rows] if isinstance(rows, dict) else rows
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{key}: {file} must hold a list of objects")
-    return rows
-
-
-def _read_csv(file: Path, key: str) -> list[Row]:
-    from pyarrow import csv
-
-    if not file.stat().st_size:
-        return []
-    options = csv.ParseOptions(newlines_in_values=True)
-    return csv.read_csv(file, parse_options=options).to_pylist()
-
-
-def _read_parquet(file: Path, key: str, columns: Sequence[str] | None = None) -> list[Row]:
-    from pyarrow import parquet
-
-    table = parquet.ParquetFile(file)
-    present = [c for c in columns if c in table.schema_arrow.names] if columns else None
-    return table.read(columns=present).to_pylist()
-
-
-_READERS: dict[str, Callable[[Path, str], list[Row]]] = {
-    ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-}
 
 
 def _read_folder(
@@ -213,29 +141,84 @@ def _read_folder(
 ) -> list[Row]:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _first_rows(_load_saved(folder, split, key, split_key), limit, columns)
-    by_split = _by_split(folder, split)
+    by_split, left_out = _by_split(folder, key, split)
     if not by_split:
+        others = f", but {_some(left_out)}" if left_out else ""
         raise UserError(
             f"{key}: folder {str(folder)!r} is no `save_to_disk` folder and has no file that ends "
-            f"in {', '.join(sorted(_READERS))}"
+            f"in {suffixes()}{others}"
         )
     _check_split(split, list(by_split), split_key, str(folder))
-    return [row for file in by_split[split] for row in _read_file(file, key, columns)]
+    if left_out and os.environ.get("RANK", "0") == "0":  # every rank reads the same rows
+        which = _some(left_out)
+        _log.warning("%s: files in %r that are not read: %s", key, str(folder), which)
+    return [row for file in by_split[split] for row in read_file(file, key, columns)]
 
 
-def _by_split(folder: Path, split: str | None = None) -> dict[str, list[Path]]:
-    """The data files of a folder, by the split that their names say; `split` is one more name."""
-    found = [p for p in sorted(folder.rglob("*")) if p.suffix in _READERS and p.is_file()]
-    found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
-    # one format only: a folder of Parquet files often has a JSON file that describes them
-    suffix = next((s for s in _READERS if any(p.suffix == s for p in found)), None)
+def _by_split(
+    folder: Path, key: str, split: str | None = None
+) -> tuple[dict[str, list[Path]], list[str]]:
+    """`(the data files of a folder by the split that their names say, names of files that are not
+    read)`; `split` is one more name of a split. Raises UserError.
+
+    Data is in one format; a JSON file beside it describes it, as in many folders of Parquet files.
+    """
+    by_format: dict[str, list[Path]] = {}
+    left_out: list[str] = []
+    for name in _names_below(folder, key):
+        kind = data_format(name)
+        if kind is None and is_archive(name):
+            raise UserError(
+                f"{key}: {str(folder / name)!r} is packed in a way that is not read; unpack it, or "
+                "take it out of the folder"
+            )
+        if kind is None or _is_hidden(name) or not (folder / name).is_file():
+            left_out += [name] if kind or not (_is_hidden(name) or _is_about(name)) else []
+        else:
+            by_format.setdefault(kind, []).append(folder / name)
+    formats = [suffix for suffix in FORMATS if suffix in by_format]
+    if len([suffix for suffix in formats if suffix != ".json"]) > 1:
+        examples = ", ".join(str(by_format[suffix][0].relative_to(folder)) for suffix in formats)
+        raise UserError(
+            f"{key}: folder {str(folder)!r} has data of several formats, must be of one: {examples}"
+        )
+    for suffix in formats[1:]:
+        left_out += [str(file.relative_to(folder)) for file in by_format[suffix]]
     by_split: dict[str, list[Path]] = {}
-    for file in found:
-        if file.suffix == suffix:
-            words = re.split(r"[\W_]+", str(file.relative_to(folder).with_suffix("")))
-            own = next((w for w in words if w == split or w in _SPLITS), "train")
-            by_split.setdefault(own, []).append(file)
-    return by_split
+    for file in by_format[formats[0]] if formats else []:
+        words = re.split(r"[\W_]+", str(file.relative_to(folder).with_suffix("")))
+        own = next((w for w in words if w == split or w in _SPLITS), "train")
+        by_split.setdefault(own, []).append(file)
+    return by_split, [name for name in left_out if not _is_about(name)]
+
+
+def _names_below(folder: Path, key: str) -> list[str]:
+    """Every file below a folder, by its path from there; a link to a folder is one. Raises
+    UserError for a folder that is closed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    with reading(key, folder):
+        for place, folders, files in os.walk(folder, onerror=fail):
+            links = [name for name in folders if (Path(place) / name).is_symlink()]
+            found += [(Path(place) / name).relative_to(folder) for name in (*files, *links)]
+    return [str(path) for path in sorted(found)]
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def _is_about(name: str) -> bool:
+    """Whether a file is by its name about the data, and none itself."""
+    return _ABOUT_DATA.match(Path(name).name) is not None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return one_line(", ".join(names[:_NAMED]) + more)
 
 
 def _load_saved(folder: Path, split: str, key: str, split_key: str) -> Any:

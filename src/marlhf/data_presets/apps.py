@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from marlhf.data_presets.base import Example, RowError, Source, value
 from marlhf.errors import UserError
+from marlhf.file_formats import parse_json
 from marlhf.rewards.code import apps_problem
-from marlhf.tables import Files, Row, parse_json
+from marlhf.tables import Files, Row
 
 
 @dataclass(frozen=True)

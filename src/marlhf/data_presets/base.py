@@ -14,7 +14,7 @@ from typing import Any
 
 from marlhf.errors import UserError, one_line
 from marlhf.registry import Registry, Spec, construct, split_spec
-from marlhf.tables import Files, Row
+from marlhf.tables import Files, Row, number_in
 
 THREE_PARTS = {"sft": 0.2, "reward": 0.4, "ppo": 0.4}
 
@@ -95,9 +95,10 @@ class RowError(ValueError):
 
 
 def value(row: Any, key: str, kind: type | tuple[type, ...], optional: bool = False) -> Any:
-    """`row["a"]["b"]` for the key "a.b". Raises RowError unless it is of the kind.
+    """`row["a"]["b"]` for the key "a.b". Raises RowError unless it is of the kind; a number may be
+    written as text, as all cells of CSV are.
 
-    optional: null, or a missing last key, is None.
+    optional: null, or a missing last key, is None, and so is no text where a number is wanted.
     """
     found = row
     *parents, leaf = key.split(".")
@@ -107,6 +108,10 @@ def value(row: Any, key: str, kind: type | tuple[type, ...], optional: bool = Fa
         if name not in found and not (optional and depth == len(parents)):
             raise RowError(f"{key} is missing")
         found = found.get(name)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if isinstance(found, str) and str not in kinds and {int, float} & {*kinds}:
+        number = number_in(found)
+        found = number if number is not None else found.strip() or None
     if optional and found is None:
         return None
     if not isinstance(found, kind) or isinstance(found, bool):

@@ -1,0 +1,92 @@
+"""Paths as people write them -> paths that the system can be asked about, or one line saying why
+not."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from marlhf.errors import UserError, one_line
+
+_LONGEST_NAME = 255  # bytes; of every file system that a run is written to
+
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def path_fault(path: str) -> str | None:
+    """Why a text can be no path on any disk, or None; nothing on the disk is looked at."""
+    if "\0" in path:
+        return "which holds a null character, as no path can"
+    try:
+        names = os.fsencode(path).split(os.sep.encode())
+        Path(path).expanduser()
+    except UnicodeEncodeError:
+        return "which holds half of a character (a lone surrogate)"
+    except RuntimeError:
+        return "whose ~ names no user with a home folder"
+    if max(map(len, names)) > _LONGEST_NAME:
+        return f"which is no path: a name has at most {_LONGEST_NAME} bytes"
+    return None
+
+
+def checked_path(path: str) -> str:
+    """The text itself, where it can be a path. Raises ValueError, for pydantic to name the key."""
+    fault = path_fault(path)
+    if fault is not None:
+        raise ValueError(f"given {_shown(path)}, {fault}")
+    return path
+
+
+def local_path(path: str | Path, key: str) -> Path:
+    """A path with `~` expanded, which may be absent; whatever is there can be read.
+
+    Raises UserError, naming `key`: no path at all, behind a closed folder, in a loop of links, or
+    closed itself.
+    """
+    text = str(path)
+    fault = path_fault(text)
+    if fault is not None:
+        raise UserError(f"{key}: given {_shown(text)}, {fault}")
+    found = Path(text).expanduser()
+    with reading(key, text):
+        try:
+            mode = found.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return found
+        wanted = os.R_OK | os.X_OK if stat.S_ISDIR(mode) else os.R_OK
+        if not os.access(found, wanted):
+            raise PermissionError(13, os.strerror(13))
+    return found
+
+
+@contextmanager
+def reading(key: str, path: str | Path) -> Iterator[None]:
+    """Around reads below `path`: what the system refuses becomes one line of a UserError."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename
+        where = inside if isinstance(inside, str) and inside != str(path) else path
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{key}: cannot read {_shown(str(where))}: {reason}") from None
+
+
+def special_kind(path: Path) -> str | None:
+    """What is there, where it is neither file nor folder: "a named pipe"; else None."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    return next((name for test, name in _KINDS if test(mode)), None)
+
+
+def _shown(path: str) -> str:
+    return one_line(repr(path), 120)

@@ -14,11 +14,11 @@ from marlhf.demonstrations import (
     Example,
     Examples,
     as_examples,
-    continuation_ids,
     load_examples,
     pack,
 )
 from marlhf.errors import UserError
+from marlhf.tokenization import continuation_ids
 
 CHAT = [
     {"role": "user", "content": "hi"},

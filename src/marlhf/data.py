@@ -15,6 +15,7 @@ from marlhf.conversations import Messages, text_or_messages
 from marlhf.data_presets import Stage, preset_records
 from marlhf.errors import UserError, one_line
 from marlhf.tables import Row, read_rows
+from marlhf.tokenization import encode_texts
 
 Item = TypeVar("Item")
 
@@ -187,19 +188,14 @@ def encode(
     A text of more than `max_length` tokens keeps its last ones, and BOS before them where it
     starts with BOS: many models are lost without it.
 
-    special: let the tokenizer add its special tokens; False for texts from a chat template, which
-        have theirs. An EOS that it adds is taken off again: the policy is to continue the text.
+    special: let the tokenizer add the special tokens that begin a text; False for texts from a chat
+        template, which have theirs. See `encode_texts`.
 
     A text of no tokens becomes BOS. Raises UserError where the tokenizer has none.
     """
     flags = [special] * len(texts) if isinstance(special, bool) else list(special)
-    ids: list[list[int]] = [[] for _ in texts]
-    for flag in set(flags):
-        rows = [i for i, f in enumerate(flags) if f == flag]
-        found = _tokenize(tokenizer, [texts[i] for i in rows], flag)
-        for row, row_ids in zip(rows, found, strict=True):
-            ids[row] = row_ids
-    encoded = [_finished(row, text, tokenizer) for row, text in zip(ids, texts, strict=True)]
+    rows = encode_texts(tokenizer, texts, flags)
+    encoded = [row or _bos(text, tokenizer) for row, text in zip(rows, texts, strict=True)]
     return (
         [shortened(row, max_length, tokenizer.bos_token_id) for row in encoded],
         [len(row) > max_length for row in encoded],
@@ -383,37 +379,13 @@ def fill_template(
     return text if filled else ""
 
 
-def _tokenize(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    """Token ids without an EOS that the tokenizer added at the end."""
-
-    def ids_of(texts: Sequence[str], special: bool) -> list[list[int]]:
-        # verbose: no warning about texts longer than the model, which are cut later
-        found = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
-        return [list(ids) for ids in found]
-
-    found = ids_of(texts, special)
-    eos = tokenizer.eos_token_id
-    ending = [i for i, ids in enumerate(found) if special and ids and ids[-1] == eos]
-    if ending:
-        bare = ids_of([texts[i] for i in ending], special=False)
-        for row, own in zip(ending, bare, strict=True):
-            if own[-1:] != [eos]:
-                found[row].pop()
-    return found
-
-
-def _finished(ids: list[int], text: str, tokenizer: Any) -> list[int]:
-    """No second BOS where the text brought its own; one where there is no token at all."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        return ids[1:]
-    if not ids:
-        if bos is None:
-            raise UserError(
-                f"the prompt {_excerpt(text)} has no tokens, and the tokenizer has no BOS token"
-            )
-        return [bos]
-    return ids
+def _bos(text: str, tokenizer: Any) -> list[int]:
+    """What stands for a text of no tokens."""
+    if tokenizer.bos_token_id is None:
+        raise UserError(
+            f"the prompt {_excerpt(text)} has no tokens, and the tokenizer has no BOS token"
+        )
+    return [tokenizer.bos_token_id]
 
 
 def shortened(ids: list[int], max_length: int, bos: int | None) -> list[int]:

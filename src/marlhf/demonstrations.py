@@ -22,6 +22,7 @@ from marlhf.data import (
 from marlhf.errors import UserError
 from marlhf.rewards.model import with_completion
 from marlhf.tables import Row
+from marlhf.tokenization import continuation_ids, encode_texts
 
 Span = tuple[str, bool]  # a piece of text, and whether it is trained on
 
@@ -226,7 +227,10 @@ def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
     ids: list[int] = []
     trained: list[bool] = []
     for number, (text, is_trained) in enumerate(spans):
-        own = continuation_ids(text, tokenizer) if ids else _bare_ids(text, tokenizer)
+        if ids:
+            own = continuation_ids(text, tokenizer)
+        else:
+            (own,) = encode_texts(tokenizer, [text], [False])
         end = len(own) - own[::-1].index(eos) if eos in own else len(own)
         if number == len(spans) - 1:
             own = own[:end] if eos in own else [*own, eos]
@@ -236,20 +240,6 @@ def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
     trained[0] = False
     prompt = trained.index(True) if len(spans) == 2 else 0
     return Example(ids, trained, prompt)
-
-
-def continuation_ids(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that continues another: without the space that SentencePiece tokenizers
-    put before a text, and without special tokens."""
-    for anchor in ("\n", "a"):  # one of them does not join with what follows
-        before, both = _bare_ids(anchor, tokenizer), _bare_ids(anchor + text, tokenizer)
-        if both[: len(before)] == before:
-            return both[len(before) :]
-    return _bare_ids(text, tokenizer)
-
-
-def _bare_ids(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _shortened(example: Example, length: int, bos: int | None) -> Example:

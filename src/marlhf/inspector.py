@@ -55,7 +55,7 @@ def segment_texts(
     model_path: str | None = None,
     prompts: Sequence[str | None] | None = None,
 ) -> list[Segmented]:
-    """Cut texts, as tokenised by themselves, by every segmenter.
+    """Cut texts, tokenised as what continues their prompts, by every segmenter.
 
     model_path   a causal LM that gives each token's log-probability after prompt and text so far
 
@@ -64,9 +64,18 @@ def segment_texts(
     import torch
 
     from marlhf.segmenters import segment
+    from marlhf.tokenization import continuation_ids, encode_texts
     from marlhf.types import ResponseBatch
 
-    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    given = list(prompts or [None] * len(texts))
+    # a text that begins with a space is taken for a response without its prompt
+    continues = [bool(p) or t[:1] == " " for p, t in zip(given, texts, strict=True)]
+    rows = [
+        continuation_ids(text, tokenizer)
+        if is_response
+        else encode_texts(tokenizer, [text], special=[False])[0]
+        for text, is_response in zip(texts, continues, strict=True)
+    ]
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -74,10 +83,10 @@ def segment_texts(
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     logprobs = entropy = None
     if model_path is not None:
-        logprobs, entropy = _logprobs(
-            model_path, tokenizer, rows, prompts or [None] * len(rows), mask
-        )
-    batch = ResponseBatch(ids, mask, logprobs, logprobs, entropy, tokenizer=tokenizer)
+        logprobs, entropy = _logprobs(model_path, tokenizer, rows, given, mask)
+    batch = ResponseBatch(
+        ids, mask, logprobs, logprobs, entropy, tokenizer=tokenizer, continues=continues
+    )
     cut = [segment(segmenter, batch).tolist() for segmenter in segmenters]
     found = []
     for i, row in enumerate(rows):
@@ -137,9 +146,10 @@ def _logprobs(
 
 def _context(tokenizer: Any, prompt: str | None) -> list[int]:
     """What the model reads before the text: the prompt, or at least one token to start from."""
+    from marlhf.tokenization import encode_texts
+
     if prompt:
-        begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        return tokenizer(prompt, add_special_tokens=not begins).input_ids
+        return encode_texts(tokenizer, [prompt], special=[True])[0]
     for first in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if first is not None:
             return [first]

@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from marlhf.config import PTXSettings
 from marlhf.data import PromptStream, encode
-from marlhf.demonstrations import continuation_ids
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.tables import Row, read_rows
+from marlhf.tokenization import continuation_ids
 
 Text = tuple[str | None, str]  # a prompt or None, and the text to model
 

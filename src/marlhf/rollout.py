@@ -25,6 +25,7 @@ from marlhf.metrics import Metrics, Timer
 from marlhf.models import Policy, forward
 from marlhf.rewards import CombinedReward, CombinedTokenReward, RewardResult, place_spans
 from marlhf.segmenters.ngram import row_seed
+from marlhf.tokenization import has_text
 from marlhf.types import Generation, ResponseBatch, Sequences
 
 
@@ -161,6 +162,9 @@ class RolloutWorker:
                 step=step,
                 seed=seed,
                 tokenizer=self.tokenizer,
+                continues=[has_text(ids, self.tokenizer) for ids in encoded],
+                eos_ids=policy.eos_ids,
+                skip_special_tokens=settings.skip_special_tokens,
             )
             plain = [p.text for p in prompts]
             score = partial(self.reward, plain, responses.texts, reward_columns(prompts))

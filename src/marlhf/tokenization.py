@@ -1,84 +1,216 @@
-"""Where token ids and text meet: loading a tokenizer, and the characters that each token wrote.
+"""Where token ids and text meet: both ways, for whatever continues or begins a text.
 
-Text is never decoded and tokenised again: a generated sequence need not be the tokenizer's own
-encoding of its text. Offsets are found from what decoding one more token adds to the text.
+Text that the policy wrote is never tokenised again for it: a generated sequence need not be the
+tokenizer's own encoding of its text. Offsets are found from what decoding tokens adds to the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 Span = tuple[int, int]
 
-_UNFINISHED = "\ufffd"  # what a decoder prints for bytes that are not yet a character
+_UNKNOWN = "\ufffd"  # what a decoder prints for bytes that are not, or not yet, a character
+_CONTEXT = 4  # tokens; no character has more bytes
+_PROBES = ("a", "0", "\n")  # texts that every tokenizer knows one of
 
 
-def decode_with_offsets(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[Span]]:
-    """The text of `ids`, special tokens left out, and the half-open character span of each token.
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], special: Sequence[bool], ending: bool = False
+) -> list[list[int]]:
+    """Token ids of texts, none of which begins twice.
 
-    Tokens that together write one character (byte-level pieces of an emoji) all carry the span of
-    that character, and bytes that are no character share a span with the token after them; a token
-    that writes nothing (a special token) has an empty span. Spans never move backwards, and the
-    last one ends at `len(text)` when any token writes text.
+    A text that brings the special tokens which the tokenizer puts before a text (BOS as a rule)
+    gets no second ones, wherever they come from. This is the rule for every model.
+
+    special   per text: add the tokenizer's special tokens; False for a text from a chat template
+    ending    add those that it puts after a text, too, where the text does not end with them
     """
-    text = _decode(tokenizer, ids)
-    spans = _incremental_spans(tokenizer, ids, text)
-    if spans is None:
-        spans = _prefix_spans(tokenizer, ids, text)
-    return text, spans
+    if not texts:
+        return []
+    before, after = added_ids(tokenizer)
+    first, found = set(text_start(tokenizer)), []
+    for ids, flag in zip(_bare_ids(tokenizer, texts), special, strict=True):
+        brought = list(takewhile(first.__contains__, ids))
+        start = before if flag and before else list(dict.fromkeys(brought))
+        row = start + ids[len(brought) :]
+        if flag and ending and after and row[-len(after) :] != after:
+            row = [*row, *after]
+        found.append(row)
+    return found
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
+def continuation_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that continues another: without the space that SentencePiece tokenizers
+    put before a text, and without special tokens."""
+    for anchor in ("\n", "a"):  # one of them does not join with what follows
+        before, both = _bare_ids(tokenizer, [anchor, anchor + text])
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return _bare_ids(tokenizer, [text])[0]
 
 
-def _incremental_spans(tokenizer: Any, ids: Sequence[int], text: str) -> list[Span] | None:
-    """Spans from decoding a sliding window; None when the pieces do not add up to `text`.
+def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before a text, and after it."""
+    full: list[int] = []
+    for probe in _PROBES:
+        (bare,) = _bare_ids(tokenizer, [probe])
+        full = list(tokenizer(probe, verbose=False)["input_ids"])
+        places = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+        if bare and places:
+            return full[: places[0]], full[places[0] + len(bare) :]
+    count = len(full) - (full[-1:] == [tokenizer.eos_token_id])
+    return full[:count], full[count:]
 
-    The window keeps the tokens of the last piece as context, because a decoder may treat the first
-    token of what it is given differently (SentencePiece drops its leading space).
+
+def text_start(tokenizer: Any) -> list[int]:
+    """What a text begins with where it begins with special tokens: those that the tokenizer adds,
+    or else BOS; empty where it has none."""
+    before, _ = added_ids(tokenizer)
+    bos = tokenizer.bos_token_id
+    return before or ([] if bos is None else [bos])
+
+
+def has_text(prompt_ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether a prompt is more than BOS, so that what follows continues a text."""
+    return any(token != tokenizer.bos_token_id for token in prompt_ids)
+
+
+def _bare_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    # verbose: no warning about texts longer than the model, which are cut later
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [list(ids) for ids in rows]
+
+
+def decode_with_offsets(
+    tokenizer: Any, ids: Sequence[int], continues: bool = True, **options: Any
+) -> tuple[str, list[Span]]:
+    """`ResponseDecoder.with_offsets` of one response; `options` are those of the decoder."""
+    return ResponseDecoder(tokenizer, **options).with_offsets(ids, continues)
+
+
+class ResponseDecoder:
+    """Token ids of a response -> the text that they add to the prompt's.
+
+    The tokenizer decodes a response behind an anchor, tokens of some other text, which is then cut
+    off: decoders treat the first token of what they are given differently (SentencePiece drops its
+    space). Spaces are never tidied up.
+
+    eos_ids               left out at the end of a response, as are the tokenizer's EOS and padding
+    skip_special_tokens   leave all special tokens out, wherever they are
     """
-    spans: list[Span] = []
-    context, pending, position = 0, 0, 0
-    context_text = ""
-    for end in range(1, len(ids) + 1):
-        window_text = _decode(tokenizer, ids[context:end])
-        if window_text.endswith(_UNFINISHED) and end < len(ids):
-            continue
-        if not window_text.startswith(context_text):
-            return None
-        piece = window_text[len(context_text) :]
-        if not text.startswith(piece, position):
-            return None
-        spans.extend([(position, position + len(piece))] * (end - pending))
-        position += len(piece)
-        if piece:
-            context = pending
-            context_text = _decode(tokenizer, ids[context:end])
-        else:
-            context_text = window_text
-        pending = end
-    return spans if position == len(text) else None
+
+    def __init__(
+        self, tokenizer: Any, eos_ids: Sequence[int] = (), skip_special_tokens: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._options = {"skip_special_tokens": skip_special_tokens}
+        if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+            self._options["clean_up_tokenization_spaces"] = False
+        eos, pad = (getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "pad"))
+        self._ends = {*eos_ids, eos, pad}
+        self._pieces: dict[int, str] = {}  # what a token adds to a text, by itself
+        anchors = _bare_ids(tokenizer, _PROBES) if callable(tokenizer) else []
+        anchors += [] if eos is None else [[eos]]
+        self._anchors = [*(a for a in anchors if self._decode(a)), []]
+
+    def text(self, ids: Sequence[int], continues: bool = True) -> str:
+        """The text of a response; `continues`: text comes before it, as is usual."""
+        return self._text(list(ids[: self._length(ids)]), continues)
+
+    def with_offsets(self, ids: Sequence[int], continues: bool = True) -> tuple[str, list[Span]]:
+        """The text of a response, and the half-open character span of each of its tokens.
+
+        Tokens that together write one character (byte-level pieces of an emoji) all carry the span
+        of that character, or of what the decoder prints for it where it is incomplete; a token that
+        writes nothing has an empty span. Spans never move backwards, and cover the text.
+
+        It decodes a multiple of `len(ids)` tokens in all, whatever they are.
+        """
+        written = list(ids[: self._length(ids)])
+        text = self._text(written, continues)
+        end = (len(text), len(text))
+        return text, self._spans(written, text, continues) + [end] * (len(ids) - len(written))
+
+    def _length(self, ids: Sequence[int]) -> int:
+        """Tokens without EOS and padding at the end."""
+        length = len(ids)
+        while length and ids[length - 1] in self._ends:
+            length -= 1
+        return length
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, **self._options)
+
+    def _text(self, ids: list[int], continues: bool) -> str:
+        contexts = self._anchors if continues else [[]]
+        return next(t for c in contexts if (t := self._added(c, ids)) is not None)
+
+    def _added(self, context: list[int], ids: list[int]) -> str | None:
+        """What `ids` add to the text of `context`; None where they change that text."""
+        before = self._decode(context) if context else ""
+        both = self._decode(context + ids)
+        return both[len(before) :] if both.startswith(before) else None
+
+    def _spans(self, ids: list[int], text: str, continues: bool) -> list[Span]:
+        """Spans from decoding the next few tokens: as few as write what the text goes on with."""
+        spans: list[Span] = []
+        last = 0  # the first of the tokens that wrote what was written last
+        while len(spans) < len(ids):
+            start, position = len(spans), spans[-1][1] if spans else 0
+            behind = [self._anchors[0]] if continues or position else [[]]
+            if start:
+                behind = [ids[max(last, start - _CONTEXT) : start], *behind]
+            size, piece = self._next(ids, start, text, position, behind)
+            if piece:
+                last = start
+            share = not piece and text[position - 1 : position] == _UNKNOWN  # of one character
+            spans += [spans[-1] if share else (position, position + len(piece))] * size
+        return spans
+
+    def _next(
+        self, ids: list[int], start: int, text: str, position: int, contexts: list[list[int]]
+    ) -> tuple[int, str]:
+        """How many tokens from `start` on write the next piece of the text, and that piece."""
+
+        def piece(size: int) -> str | None:
+            window = ids[start : start + size]
+            added = (self._added(context, window) for context in contexts)
+            return next((a for a in added if a is not None and text.startswith(a, position)), None)
+
+        if contexts[-1] == self._anchors[0] and start + 1 < len(ids):
+            known = self._piece(ids[start])
+            if known and _UNKNOWN not in known and text.startswith(known, position):
+                return 1, known
+        left, too_few = len(ids) - start, 0
+        for size in _sizes(left):
+            found = piece(size)
+            while found is not None and size - too_few > 1:  # it rewrote many: the fewest of them
+                middle = (size + too_few) // 2
+                fewer = piece(middle)
+                if fewer is None:
+                    too_few = middle
+                else:
+                    size, found = middle, fewer
+            if found is not None and size < left:
+                return size, found
+            too_few = size
+        return left, text[position:]
+
+    def _piece(self, token: int) -> str:
+        """What a token adds to a text, by itself."""
+        if token not in self._pieces:
+            self._pieces[token] = self._text([token], True)
+        return self._pieces[token]
 
 
-def _prefix_spans(tokenizer: Any, ids: Sequence[int], text: str) -> list[Span]:
-    """Spans from decoding every prefix: quadratic, but right for decoders that rewrite their tail.
-
-    A token ends where the common prefix of the text so far and the whole text ends.
-    """
-    spans: list[Span] = []
-    start, pending = 0, 0
-    for end in range(1, len(ids) + 1):
-        prefix = _decode(tokenizer, ids[:end])
-        common = start
-        limit = min(len(prefix), len(text))
-        while common < limit and prefix[common] == text[common]:
-            common += 1
-        if end == len(ids):
-            common = len(text)
-        elif prefix.endswith(_UNFINISHED):
-            continue
-        spans.extend([(start, common)] * (end - pending))
-        start, pending = common, end
-    return spans
+def _sizes(limit: int) -> Iterator[int]:
+    """Numbers of tokens to try, up to `limit`: few, then ever more. Of three in a row one ends with
+    a character of three bytes."""
+    sizes = [*range(1, 2 * _CONTEXT + 1)]
+    while sizes[-1] < limit:
+        sizes += range(2 * sizes[-1], 2 * sizes[-1] + 3)
+    yield from (s for s in sizes if s < limit)
+    yield limit

@@ -11,6 +11,7 @@ Masks are bool and True means "keep". Every record is frozen: a stage makes a ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from marlhf.errors import UserError
-from marlhf.tokenization import Span, decode_with_offsets
+from marlhf.tokenization import ResponseDecoder, Span
 
 REF_LOGPROBS = frozenset({"ref_logprobs"})  # what segmenters and token rewards may require
 
@@ -36,6 +37,10 @@ class ResponseBatch:
     row_ids        [B] int64, index of each row in the global batch of this step
     step, seed     with a row id they fix every random draw for that row
     tokenizer      needed by segmenters that read text
+    continues      for each response: text comes before it; None: before all. False where the prompt
+                   is empty, so that the response begins a text
+    eos_ids        tokens that `texts` leave out at the end, besides the tokenizer's EOS and padding
+    skip_special_tokens   leave all special tokens out of `texts`
     """
 
     token_ids: Tensor
@@ -47,6 +52,9 @@ class ResponseBatch:
     step: int = 0
     seed: int = 0
     tokenizer: Any = None
+    continues: Sequence[bool] | None = None
+    eos_ids: Sequence[int] = ()
+    skip_special_tokens: bool = False
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -55,15 +63,15 @@ class ResponseBatch:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Decoded responses, special tokens left out."""
-        tokenizer = self._text_tokenizer()
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.unpadded]
+        """What each response adds to the text of its prompt; without EOS and padding at its end."""
+        rows = zip(self.unpadded, self._continues, strict=True)
+        return [self._decoder.text(ids, continues) for ids, continues in rows]
 
     @cached_property
     def offsets(self) -> list[list[Span]]:
         """For each response the half-open character span in `texts` that each token wrote."""
-        tokenizer = self._text_tokenizer()
-        return [decode_with_offsets(tokenizer, ids)[1] for ids in self.unpadded]
+        rows = zip(self.unpadded, self._continues, strict=True)
+        return [self._decoder.with_offsets(ids, continues)[1] for ids, continues in rows]
 
     @cached_property
     def unpadded(self) -> list[list[int]]:
@@ -71,10 +79,15 @@ class ResponseBatch:
         rows = zip(self.token_ids.tolist(), self.lengths, strict=True)
         return [ids[:length] for ids, length in rows]
 
-    def _text_tokenizer(self) -> Any:
+    @property
+    def _continues(self) -> Sequence[bool]:
+        return [True] * len(self.token_ids) if self.continues is None else self.continues
+
+    @cached_property
+    def _decoder(self) -> ResponseDecoder:
         if self.tokenizer is None:
             raise UserError("this segmenter reads text, but the ResponseBatch has no tokenizer")
-        return self.tokenizer
+        return ResponseDecoder(self.tokenizer, self.eos_ids, self.skip_special_tokens)
 
     @cached_property
     def rows(self) -> list[int]:

@@ -145,6 +145,9 @@ class RolloutSettings:
     """Sample from the smallest set of tokens with this probability. See `top_k`."""
     stop_strings: list[Text] = Field(default_factory=list)
     """Also stop at these; their tokens stay in the response, which counts as finished."""
+    skip_special_tokens: bool = False
+    """Leave all special tokens out of the text that rewards, segmenters and samples see. By default
+    only EOS and padding at its end are, so that <think> or <tool_call> are there."""
     micro_batch_size: Count | None = None
     """Rows in one scoring pass; default: those of a training pass, so that old and new
     log-probabilities come from batches of the same shape (in bf16 other shapes round otherwise)."""

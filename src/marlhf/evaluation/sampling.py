@@ -17,6 +17,7 @@ from marlhf.generation import generate, left_pad
 from marlhf.models import Policy, forward
 from marlhf.rewards.model import right_pad
 from marlhf.segmenters.ngram import row_seed
+from marlhf.tokenization import ResponseDecoder, has_text
 from marlhf.types import Generation, Sequences
 
 # Settings that change no response: how many at once, and what is in the key.
@@ -84,10 +85,11 @@ def _sampled(bench: Bench, policy: Policy, source: Source, keys: Sequence[Key]) 
         generation = generate(policy, source.tokenizer, ids, seeds, settings)
     logprobs = sequence_logprobs(bench, policy, generation, settings.temperature)
     lengths, finished = generation.lengths.tolist(), generation.finished.tolist()
+    decoder = ResponseDecoder(source.tokenizer, policy.eos_ids, settings.skip_special_tokens)
     lines = []
     for i in range(len(keys)):
         tokens = generation.response_ids[i, : lengths[i]].tolist()
-        response = source.tokenizer.decode(tokens, skip_special_tokens=True)
+        response = decoder.text(tokens, has_text(ids[i], source.tokenizer))
         lines.append({"response": response, "tokens": tokens, "finished": finished[i]})
         lines[-1]["logprob"] = logprobs[i]
     return lines

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from marlhf.config import ModelSettings
 from marlhf.models import Critic
+from marlhf.tokenization import encode_texts, text_start
 from marlhf.types import UserError
 
 Messages = Sequence[dict[str, Any]]
@@ -196,31 +197,20 @@ def encode_for_reward(
     """Token ids of each text, of its end where it is too long.
 
     The tokenizer adds its special tokens, except to a text from a chat template, which has them.
+    Those that begin a text stay where it is cut. See `encode_texts`.
     """
-    found: list[list[int]] = []
-    for text, from_template in zip(texts, templated, strict=True):
-        ids = list(
-            tokenizer(text, add_special_tokens=not from_template, verbose=False)["input_ids"]
-        )
-        if max_length is not None and len(ids) > max_length:
-            ids = _truncated(tokenizer, text, ids, max_length, from_template)
-        found.append(ids or [_any_token(tokenizer)])
-    return found
+    rows = encode_texts(tokenizer, texts, [not t for t in templated], ending=True)
+    if max_length is not None:
+        rows = [_truncated(ids, max_length, text_start(tokenizer)) for ids in rows]
+    return [ids or [_any_token(tokenizer)] for ids in rows]
 
 
-def _truncated(
-    tokenizer: Any, text: str, ids: list[int], max_length: int, from_template: bool
-) -> list[int]:
-    """The last tokens of a text, with the special tokens that the tokenizer puts around it."""
-    if from_template:
+def _truncated(ids: list[int], max_length: int, start: list[int]) -> list[int]:
+    """The last tokens of a text, behind those that it starts with."""
+    kept = max_length - len(start)
+    if len(ids) <= max_length or kept < 1 or ids[: len(start)] != start:
         return ids[-max_length:]
-    bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    added = len(ids) - len(bare)
-    before = next((i for i in range(added + 1) if ids[i : i + len(bare)] == bare), 0)
-    kept = max_length - added
-    if kept < 1:
-        return ids[-max_length:]
-    return ids[:before] + bare[-kept:] + ids[before + len(bare) :]
+    return start + ids[-kept:]
 
 
 def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -180,10 +180,11 @@ def word_boundaries(text: str) -> list[int]:
     return [match.start() for match in _WORD.finditer(text)]
 
 
-_TERMINAL = regex.compile(
-    r"""
-    (?P<mark> [.!?…‽؟۔։።፧፨]+ ) (?P<close> ["'*_\p{Pe}\p{Pf}]* ) \s+    # a space must follow
-    | (?: [。｡！？।॥] | ．(?!\p{Nd}) )+ ["'*_\p{Pe}\p{Pf}]* \s*           # none need
+_MARK, _CLOSE = "[.!?…‽؟۔։።፧፨]", r"""["'*_\p{Pe}\p{Pf}]"""
+_TERMINAL = regex.compile(  # never tried inside a run of marks: runs of any length take linear time
+    rf"""
+    (?<! {_MARK} ) (?P<mark> {_MARK}++ ) (?P<close> {_CLOSE}*+ ) \s++      # a space must follow
+    | (?: [。｡！？।॥] | ．(?!\p{{Nd}}) )++ {_CLOSE}*+ \s*+                   # none need
     """,
     regex.VERBOSE,
 )

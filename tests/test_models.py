@@ -13,6 +13,7 @@ from models_for_tests import FAMILIES, tiny_causal_lm, tiny_sequence_classifier
 from marlhf import adapters, critics, loading, models
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.errors import UserError
+from marlhf.gate import check_model
 from marlhf.models import Critic, Policy, forward
 from marlhf.types import Generation, Sequences
 
@@ -286,6 +287,6 @@ def test_a_family_that_reads_padding_is_refused() -> None:
 
     config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2)
     with pytest.raises(UserError, match="RwkvForCausalLM changes its logits, or reads padding"):
-        loading._check_forward(AutoModelForCausalLM.from_config(config))
+        check_model(AutoModelForCausalLM.from_config(config))
     for family in FAMILIES:
-        loading._check_forward(tiny_causal_lm(family))
+        check_model(tiny_causal_lm(family))

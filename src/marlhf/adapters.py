@@ -50,7 +50,7 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
 
 def _check_merging(base: Any, config: Any) -> None:
     """The adapter can be merged: into layers with a bias if it has one, and not into a weight that
-    is embeddings and head in one, as it would change both. Raises UserError."""
+    other layers have too, as it would change them all. Raises UserError."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -60,14 +60,32 @@ def _check_merging(base: Any, config: Any) -> None:
         if getattr(layer, "bias", None) is None:
             raise UserError(f"model.lora.extra.lora_bias: given true, but {name} has no bias")
     head = base.get_output_embeddings()
-    if head is None or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
-        return
-    for module in (head, base.get_input_embeddings()):
+    is_tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    for module in (head, base.get_input_embeddings()) if head is not None and is_tied else ():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             raise UserError(
                 "model.lora: adapts the embeddings or the head, which are one weight in this model "
                 "(tie_word_embeddings); take them out of target_modules and extra.modules_to_save"
             )
+    check_shared(base, "model.lora")
+
+
+def check_shared(base: Any, key: str) -> None:
+    """No adapted weight belongs to several modules, such as the blocks that Zamba repeats: each may
+    have an adapter of its own, and their updates cannot all be merged into it. Raises UserError."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, list[str]] = {}
+    for name, module in base.named_modules():
+        for weight in module.parameters(recurse=False):
+            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    for module in (m for m in base.modules() if isinstance(m, BaseTunerLayer)):
+        for weight in module.get_base_layer().parameters(recurse=False):
+            if len(shared := owners[id(weight)]) > 1:
+                raise UserError(
+                    f"{key}: adapts a weight that {len(shared)} layers share, {shared[0]} and "
+                    f"{shared[1]} among them; take them out of target_modules"
+                )
 
 
 def _lora_config(lora: LoraSettings, task: str) -> Any:
@@ -159,6 +177,10 @@ def merged(model: Any, folder: Path | str) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(Path(folder).expanduser())).merge_and_unload()
+        adapted = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
+        check_shared(adapted.get_base_model(), f"the adapter {str(folder)!r}")
+        return adapted.merge_and_unload()
+    except UserError:
+        raise
     except Exception as error:  # of peft, of safetensors
         raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error

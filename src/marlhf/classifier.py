@@ -12,15 +12,17 @@ from transformers import AutoModelForSequenceClassification
 
 from marlhf.config import ModelSettings
 from marlhf.errors import UserError, one_line
+from marlhf.gate import check_adapter
 from marlhf.loading import (
     Shard,
     add_adapter,
+    admit,
     check_architecture,
     enable_checkpointing,
     load_causal_lm,
     load_classifier,
 )
-from marlhf.models import trunk_of
+from marlhf.models import length_switch, trunk_of
 
 
 def build_classifier(
@@ -28,10 +30,17 @@ def build_classifier(
     base_config: Any,
     tokenizer: Any,
     shard: Shard = lambda module, trunk: module,
+    longest: int | None = None,
 ) -> Any:
     """A one-label sequence classifier to train: the reward model in `settings.path`, or the causal
     LM there with a new scalar head, drawn small; PEFT around it with LoRA, whose frozen trunk
-    `shard` places over the ranks. Raises UserError."""
+    `shard` places over the ranks. `longest` as of `admit`. Raises UserError."""
+    switch = length_switch(base_config)
+    if switch is not None and longest is not None and longest > switch:
+        raise UserError(
+            f"max_length: given {longest}, but {settings.path!r} has other rotary factors for "
+            f"texts of more than {switch} tokens; must be at most {switch}"
+        )
     if any(name.endswith("Classification") for name in base_config.architectures or ()):
         model: Any = load_classifier(settings, "model.path")
     else:
@@ -44,13 +53,16 @@ def build_classifier(
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(len(tokenizer))
+    admit(model, longest, samples=False)
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
     if settings.lora is None:
         return model
     trunk = trunk_of(model)
     shard(trunk, trunk)  # not the head, which is trained
-    return add_adapter(model, settings.lora, "reward", "SEQ_CLS")
+    model = add_adapter(model, settings.lora, "reward", "SEQ_CLS")
+    check_adapter(model)
+    return model
 
 
 def _with_scalar_head(lm: Any) -> Any:

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from marlhf.adapters import add_adapter, attach, is_adapter_of
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.errors import UserError
+from marlhf.gate import check_adapter
 from marlhf.loading import (
     Shard,
+    admit,
     as_loaded,
     build_policy,
     check_tokenizer,
@@ -54,7 +56,8 @@ def build_models(
     if critic is None and (adapter := critic_adapter(config, reward_path)) is None:
         source = critic_source(config, vocabulary, reward_path)
 
-    policy = build_policy(settings, tokenizer, lm_config, model, shard)
+    longest = config.longest
+    policy = build_policy(settings, tokenizer, lm_config, model, shard, longest)
     lm: Any = policy.model
     if not config.has_critic_model:
         policy.head = _zero_head(lm) if config.has_head else None
@@ -67,12 +70,17 @@ def build_models(
         _check_vocabulary("critic", critic.config, vocabulary)
         critic = as_loaded(critic, settings.lora, "critic")
     if critic is not None:
+        admit(critic, longest, "critic.path" if source is not None else "critic", samples=False)
         if settings.gradient_checkpointing:
             enable_checkpointing(critic)
-        return policy, critic_from_classifier(critic, settings.lora, shard)
-    if settings.lora is not None:
-        return policy, critic_on_shared_base(lm, settings.lora)
-    return policy, critic_from_policy(lm)
+        value_model = critic_from_classifier(critic, settings.lora, shard)
+    elif settings.lora is not None:
+        value_model = critic_on_shared_base(lm, settings.lora)
+    else:
+        return policy, critic_from_policy(lm)
+    if value_model.owner is not None:
+        check_adapter(value_model.owner)
+    return policy, value_model
 
 
 def critic_adapter(config: PPOConfig, reward_path: str | None) -> str | None:

@@ -337,7 +337,7 @@ def _rows(config: PPOConfig, ranks: int) -> int:
 
 def _length(config: PPOConfig) -> int:
     """Tokens of the longest prompt with the longest response."""
-    return config.rollout.max_prompt_length + config.rollout.max_new_tokens
+    return config.rollout.longest
 
 
 def _tokens(rows: int, length: int) -> tuple[Tensor, Tensor]:

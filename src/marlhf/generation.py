@@ -9,6 +9,7 @@ forward passes over the finished sequences.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from marlhf.config import RolloutSettings
-from marlhf.loading import eos_token_ids
+from marlhf.errors import UserError
 from marlhf.models import Policy, head_of, trunk_of, use_adapter
 from marlhf.packing import packed, shared_inputs
 from marlhf.types import Generation
@@ -82,7 +83,7 @@ def generate(
     try:
         with use_adapter(model, policy.adapter):
             with shared_inputs(model, policy.adapter) as layers:
-                reader = _Reader(lm, prompt_ids, prompt_mask)
+                reader = Reader(lm, prompt_ids, prompt_mask)
             logits = reader.expand(prompt_of, settings.max_new_tokens)
             sampler = _Sampler(seeds, eos_ids, settings, tokenizer, logits.device)
             with packed(layers, policy.adapter, len(prompts), settings.max_new_tokens):
@@ -99,7 +100,7 @@ def generate(
 
 
 def _decode(
-    reader: _Reader, logits: Tensor, sampler: _Sampler, pad_id: int
+    reader: Reader, logits: Tensor, sampler: _Sampler, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """`(response_ids [B,T], lengths [B])`, 0 the length of a row that met the limit."""
     B, limit = len(logits), sampler.settings.max_new_tokens
@@ -123,6 +124,24 @@ def _decode(
     return response_ids[:, :T].masked_fill(beyond, pad_id), lengths
 
 
+def eos_token_ids(lm: Any, tokenizer: Any, key: str = "model.path") -> list[int]:
+    """Every id that ends a response: those of the generation config and of the tokenizer.
+
+    An id that the model has no logit for is left out. Raises UserError.
+    """
+    generation = getattr(lm, "generation_config", None)
+    of_config = getattr(generation, "eos_token_id", None)
+    ids = [] if of_config is None else of_config if isinstance(of_config, list) else [of_config]
+    if any(type(i) is not int for i in ids):
+        raise UserError(
+            f"{key}: generation_config.json has eos_token_id {of_config!r}, must be a token id or "
+            "a list of them"
+        )
+    of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    vocabulary = range(lm.config.get_text_config().vocab_size)
+    return sorted({i for i in (*ids, *of_tokenizer) if i in vocabulary})
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """`(ids [B,P] int64, mask [B,P] bool)`."""
     P = max(map(len, rows))
@@ -131,13 +150,16 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-class _Reader:
+class Reader:
     """A causal LM that has read some prompts, and reads on a token of each row at a time."""
 
     def __init__(self, lm: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         """Read `prompt_ids [U,P]`."""
         self._lm, self._trunk, self._head = lm, trunk_of(lm), head_of(lm)
         self._cache: Cache = KeysAndValues(config=lm.config)
+        taken = inspect.signature(self._trunk.forward).parameters
+        # a family that is all states calls its cache so, and swallows any other name
+        self._is_stateful = "cache_params" in taken and "past_key_values" not in taken
         self._mask = prompt_mask.long()
         self._next = prompt_mask.sum(1)  # position of the next token
         self._logits = self._read(prompt_ids, (self._mask.cumsum(1) - 1).clamp(min=0))
@@ -166,12 +188,15 @@ class _Reader:
         return self._read(tokens[:, None], self._next[:, None] - 1)
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        cached: dict[str, Any] = {"past_key_values": self._cache}
+        if self._is_stateful:  # whose mask is that of the tokens read now
+            cached = {"cache_params": self._cache}
         output = self._trunk(
             input_ids=ids,
-            attention_mask=self._mask,
+            attention_mask=self._mask[:, -ids.shape[1] :] if self._is_stateful else self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
+            **cached,
         )
         return self._head(output.last_hidden_state[:, -1]).float()
 

@@ -114,7 +114,7 @@ def _logprobs(
     import torch
 
     from marlhf.config import ModelSettings
-    from marlhf.loading import load_causal_lm, load_model_config, position_limit
+    from marlhf.loading import admit, load_causal_lm, load_model_config, position_limit
     from marlhf.models import Policy
     from marlhf.quiet import hide_loading_bars
 
@@ -132,7 +132,9 @@ def _logprobs(
             f"--model: has {vocabulary} tokens, fewer than the tokenizer uses; leave --tokenizer "
             "out to take the model's own"
         )
-    policy = Policy(load_causal_lm(settings, config)).eval()
+    model = load_causal_lm(settings, config)
+    admit(model, longest, "--model", samples=False)
+    policy = Policy(model).eval()
     found = torch.zeros(2, *mask.shape)
     for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
         if row:

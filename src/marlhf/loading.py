@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from transformers import (
 from marlhf.adapters import add_adapter, merged, saved_adapter
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.errors import UserError, one_line
-from marlhf.models import Policy, head_of, trunk_forward, trunk_of
+from marlhf.gate import check_adapter, check_finite, check_model
+from marlhf.generation import eos_token_ids
+from marlhf.models import Policy, fix_rotary, trunk_forward, trunk_of
 
 # (frozen module, the part of it that every forward pass begins with) -> the module, placed
 Shard = Callable[[Any, nn.Module], Any]
@@ -69,13 +71,13 @@ def model_source(path: str, key: str) -> dict[str, Any]:
 def load_model_config(
     settings: ModelSettings, key: str = "model.path", weights: bool = True
 ) -> Any:
-    """The model's configuration, with every dropout set to zero; its weights are there and their
-    files whole, unless `weights` is false: then nobody will need them. Raises UserError."""
+    """The model's configuration, with all noise of training set to zero; its weights are there and
+    their files whole, unless `weights` is false: then nobody will need them. Raises UserError."""
     config = _from_pretrained(AutoConfig, settings, key)
     if weights:
         _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):
-        _zero_dropout(part)
+        _zero_noise(part)
     return config
 
 
@@ -110,11 +112,33 @@ def load_causal_lm(
     return model
 
 
-def load_policy(settings: ModelSettings, tokenizer: Any, config: Any, key: str) -> Policy:
-    """A policy to sample from, not to train. Raises UserError."""
+def load_policy(
+    settings: ModelSettings, tokenizer: Any, config: Any, key: str, longest: int | None = None
+) -> Policy:
+    """A policy to sample from, not to train; `longest` as of `admit`.
+
+    Raises UserError.
+    """
     model = load_causal_lm(settings, config, key).requires_grad_(False).eval()
-    _check_forward(model, key)
-    return Policy(model, eos_ids=eos_token_ids(model, tokenizer))
+    eos_ids = eos_token_ids(model, tokenizer, key)
+    admit(model, longest, key)
+    return Policy(model, eos_ids=eos_ids)
+
+
+def admit(
+    model: Any, longest: int | None = None, key: str = "model.path", samples: bool = True
+) -> None:
+    """Ready a model for a run's sequences; other arguments as of `check_model`.
+
+    longest   tokens of the longest one, None for all that the model has positions for
+
+    Raises UserError for a family that the library does not read exactly.
+    """
+    positions = position_limit(model.config)
+    longest = min((n for n in (longest, positions) if n is not None), default=None)
+    if longest is not None:
+        fix_rotary(model, longest)
+    check_model(model, key, longest, samples)
 
 
 def load_classifier(settings: ModelSettings, key: str, base: str | None = None) -> PreTrainedModel:
@@ -181,7 +205,27 @@ def _load_weights(
             f"config.json describes it: {len(missing)} are missing or of another shape, "
             f"{missing[0]} among them"
         )
+    _check_surplus(model, report["unexpected_keys"], settings, key)
+    check_finite(model, key)
     return model
+
+
+def _check_surplus(model: Any, keys: Collection[str], settings: ModelSettings, key: str) -> None:
+    """No layer of the files is left over; those that predict further tokens may be. Raises
+    UserError."""
+    text = model.config.get_text_config()
+    extra = getattr(text, "num_nextn_predict_layers", None) or 0
+    stacks = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    for surplus in sorted(keys):
+        for place in re.finditer(r"\.(\d+)\.", surplus):
+            stack = surplus[: place.start()]
+            names = [n for n in stacks if n == stack or n.endswith(f".{stack}")]
+            layers = min((stacks[n] for n in names), default=None)
+            if layers is not None and int(place[1]) >= layers + extra:
+                raise UserError(
+                    f"{key}: the weights in {settings.path!r} have more layers than its "
+                    f"config.json, which says {layers}: {surplus} is not among them"
+                )
 
 
 def _check_files(folder: Path, key: str) -> None:
@@ -200,8 +244,8 @@ def _check_files(folder: Path, key: str) -> None:
 
 
 def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
-    """A model given as an object, in place, as loading would have made it: without dropout, and
-    with fp32 weights unless they stay frozen under adapters. Raises UserError."""
+    """A model given as an object, in place, as loading would have made it: without noise in
+    training, and with fp32 weights unless they stay frozen under adapters. Raises UserError."""
     if hasattr(model, "peft_config"):
         raise UserError(
             f"{argument}: given a PEFT model; must be a plain one, with its adapter in model.lora"
@@ -212,7 +256,7 @@ def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
     except ValueError as error:
         raise UserError(f"{argument}: its generation_config: {one_line(error)}") from error
     for part in (model.config, model.config.get_text_config(), *model.modules()):
-        _zero_dropout(part)
+        _zero_noise(part)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -225,9 +269,15 @@ def build_policy(
     lm_config: Any,
     model: Any = None,
     shard: Shard = lambda module, trunk: module,
+    longest: int | None = None,
+    samples: bool = True,
 ) -> Policy:
-    """The causal LM to train, with its adapter if it has one; `model` instead of loading one, and
-    `shard` places the frozen base of an adapter over the ranks.
+    """The causal LM to train, with its adapter if it has one.
+
+    model     instead of loading one
+    shard     places the frozen base of an adapter over the ranks
+    longest   as of `admit`
+    samples   whether the model is to be sampled from
 
     Raises UserError, where possible before any weight is read.
     """
@@ -237,14 +287,15 @@ def build_policy(
         lm = load_causal_lm(settings, lm_config)
     else:
         lm = as_loaded(model, settings.lora, "model")
-    _check_forward(lm)
+    policy = Policy(lm, eos_ids=eos_token_ids(lm, tokenizer))
+    admit(lm, longest, samples=samples)
     if settings.gradient_checkpointing:
         enable_checkpointing(lm)
-    policy = Policy(lm, eos_ids=eos_token_ids(lm, tokenizer))
     if settings.lora is not None:
         shard(policy, trunk_of(lm))
         policy.model = add_adapter(lm, settings.lora, "policy")
         policy.adapter = "policy"
+        check_adapter(policy.model)
     return policy
 
 
@@ -299,14 +350,6 @@ def position_limit(model_config: Any) -> int | None:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: those of the model's generation config and the tokenizer's."""
-    found: set[int] = set()
-    for ids in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return sorted(found)
-
-
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
     """Two examples in one row must give the hidden states of each alone. Raises UserError for a
@@ -326,9 +369,13 @@ def check_packing(policy: Policy) -> None:
         )
 
 
-def _zero_dropout(owner: Any) -> None:
+def _zero_noise(owner: Any) -> None:
+    """Set every dropout and every jitter of routers to zero. Phi-MoE's jitter stays, as its
+    routers read the number in evaluation too."""
+    config = getattr(owner, "config", owner)
+    noise = ("drop",) if getattr(config, "model_type", "") == "phimoe" else ("drop", "jitter")
     for name, value in list(vars(owner).items()):
-        if "drop" in name and isinstance(value, float):
+        if any(word in name for word in noise) and isinstance(value, float):
             setattr(owner, name, 0.0)
 
 
@@ -349,20 +396,3 @@ def _without_quantization(model: Any) -> Any:
             owner.register_buffer(name.rpartition(".")[2], loaded[name], persistent=False)
     clean.generation_config = model.generation_config
     return clean.eval()
-
-
-@torch.no_grad()
-def _check_forward(model: Any, key: str = "model.path") -> None:
-    """Trunk then head on a left-padded row must give the model's own logits without padding; a
-    family that does more to its logits, or that reads padding, is refused."""
-    if model.dtype != torch.float32:
-        return  # too coarse to tell
-    ids = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
-    own = model(input_ids=ids, use_cache=False).logits
-    padded, mask = (nn.functional.pad(x, (2, 0)) for x in (ids, torch.ones_like(ids)))
-    ours = head_of(model)(trunk_forward(trunk_of(model), padded, mask)[:, 2:])
-    if not torch.allclose(ours, own, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"{key}: {type(model).__name__} changes its logits, or reads padding, in a way "
-            "that is not supported; please report it"
-        )

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from marlhf.errors import UserError
 from marlhf.types import Sequences
 
+_LONGROPE = "longrope"
 _LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the vocabulary
 
 
@@ -121,6 +123,11 @@ class Critic(nn.Module):
         self._owner = [model]  # in a list: not a submodule
         self.adapter = adapter
 
+    @property
+    def owner(self) -> nn.Module | None:
+        """The PEFT model that the trunk is shared with, if it is."""
+        return self._owner[0]
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -130,7 +137,7 @@ class Critic(nn.Module):
         position before it; last_values is the value after the last response token.
         """
         T = response_mask.shape[1]
-        with use_adapter(self._owner[0], self.adapter):
+        with use_adapter(self.owner, self.adapter):
             hidden = trunk_forward(self.trunk, input_ids, attention_mask)[:, -T - 1 :]
         return split_states(head_states(self.head, hidden) - self.offset, response_mask)
 
@@ -145,6 +152,39 @@ def split_states(states: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]
     """Values of states `[B,T+1]` -> those before each token [B,T] and after the last one [B]."""
     last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
     return states[:, :-1], last
+
+
+def length_switch(config: Any) -> int | None:
+    """Tokens beyond which a LongRoPE model has other rotary factors; None for any other model."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    found = [p for p in parts if p.get("rope_type") == "longrope"]
+    return min((p["original_max_position_embeddings"] for p in found), default=None)
+
+
+def fix_rotary(model: nn.Module, longest: int) -> None:
+    """Give LongRoPE the factors of sequences of `longest` tokens, whatever it reads.
+
+    transformers chooses by the longest row of a batch, so that a row's log-probabilities depend on
+    its company, and keys in a cache are of other factors than the query. (vLLM fixes them too.)
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def fixed(module: Any, kind: str, layers: str | None = None) -> str:
+        if not kind.startswith(_LONGROPE):
+            return kind
+        buffer = getattr(module, f"{layers}_inv_freq" if layers else "inv_freq")
+        rope: Any = ROPE_INIT_FUNCTIONS[_LONGROPE]
+        buffer.copy_(rope(module.config, buffer.device, seq_len=longest, layer_type=layers)[0])
+        return f"{_LONGROPE}, fixed"  # a name at which transformers lets the factors be
+
+    modules: Any = model.modules()
+    for module in modules:
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            module.rope_type = {name: fixed(module, k, name) for name, k in kind.items()}
+        elif isinstance(kind, str):
+            module.rope_type = fixed(module, kind)
 
 
 @contextmanager
@@ -178,8 +218,11 @@ def forward(model: nn.Module, sequences: Sequences, **arguments: Any) -> Any:
 
 
 def trunk_of(model: Any) -> nn.Module:
-    """The base model inside a transformers model with a head."""
-    return getattr(model, model.base_model_prefix)
+    """The base model inside a transformers model with a head. Raises UserError."""
+    for name in (model.base_model_prefix, "model"):  # Llama 4 has a prefix that names nothing
+        if isinstance(trunk := getattr(model, name, None), nn.Module):
+            return trunk
+    raise UserError(f"model.path: {type(model).__name__} keeps its backbone where nothing names it")
 
 
 def head_of(model: Any) -> Callable[[Tensor], Tensor]:

@@ -55,7 +55,10 @@ def run(config: RewardConfig) -> None:
     claimed = claim(config, distributed)
 
     seed_generators(config.seed)
-    scorer = Scorer(build_classifier(config.model, base_config, tokenizer, distributed.shard))
+    model = build_classifier(
+        config.model, base_config, tokenizer, distributed.shard, config.max_length
+    )
+    scorer = Scorer(model)
     size = config.optimizer.micro_batch_size
 
     def loss(scores: Tensor, margins: Tensor, count: float) -> Tensor:

@@ -198,6 +198,7 @@ class RolloutWorker:
     ) -> dict[str, Tensor]:
         """Run a policy or critic over micro-batches; its results by name, put together again."""
         model = self.distributed.unwrap(module)
+        model.eval()  # whatever mode training has left
         if isinstance(model, Policy):
             arguments |= self.config.sampled_from
         T = sequences.response_mask.shape[1]

@@ -48,7 +48,14 @@ def run(config: SFTConfig) -> None:
     claimed = claim(config, distributed)
 
     seed_generators(config.seed)
-    policy = loading.build_policy(config.model, tokenizer, lm_config, shard=distributed.shard)
+    policy = loading.build_policy(
+        config.model,
+        tokenizer,
+        lm_config,
+        shard=distributed.shard,
+        longest=config.max_length,
+        samples=False,
+    )
     if config.packing:
         loading.check_packing(policy)
 

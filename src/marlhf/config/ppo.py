@@ -316,6 +316,11 @@ class PPOConfig:
         return self.critic.trunk == "policy"
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the policy reads."""
+        return max(self.rollout.longest, 0 if self.ptx is None else self.ptx.max_length)
+
+    @property
     def has_critic_model(self) -> bool:
         """Whether the critic is a model beside the policy."""
         return self.ppo.estimator == "gae" and not self.has_head

@@ -152,6 +152,11 @@ class RolloutSettings:
     """Rows in one scoring pass; default: those of a training pass, so that old and new
     log-probabilities come from batches of the same shape (in bf16 other shapes round otherwise)."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt and response."""
+        return self.max_prompt_length + self.max_new_tokens
+
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RewardSettings:

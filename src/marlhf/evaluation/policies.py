@@ -20,6 +20,7 @@ class Source:
 
     label       what results call it
     key         what messages call it
+    longest     tokens of the longest sequence, prompt and response
     prompt_ids  token ids of every prompt
     identity    changes when the model's files do
     """
@@ -29,12 +30,15 @@ class Source:
     settings: ModelSettings
     lm_config: Any
     tokenizer: Any
+    longest: int
     prompt_ids: list[list[int]]
     identity: list[Any]
 
     def load(self) -> Any:
         """The weights. Raises UserError."""
-        return loading.load_policy(self.settings, self.tokenizer, self.lm_config, self.key)
+        return loading.load_policy(
+            self.settings, self.tokenizer, self.lm_config, self.key, self.longest
+        )
 
 
 def labelled(policies: str | Sequence[str] | dict[str, str]) -> dict[str, str]:
@@ -82,7 +86,8 @@ def source(
     texts = [render(prompt, tokenizer, config.data) for prompt in prompts]
     special = [prompt.messages is None for prompt in prompts]
     ids, _ = encode(texts, tokenizer, config.rollout.max_prompt_length, special)
-    return Source(label, key, settings, lm_config, tokenizer, ids, identity(settings.path))
+    longest, files = config.rollout.longest, identity(settings.path)
+    return Source(label, key, settings, lm_config, tokenizer, longest, ids, files)
 
 
 def check_same_tokens(reference: Source, policies: Sequence[Source]) -> None:

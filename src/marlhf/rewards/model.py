@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.config import ModelSettings
-from marlhf.models import Critic
+from marlhf.models import Critic, length_switch
 from marlhf.tokenization import encode_texts, text_start
 from marlhf.types import UserError
 
@@ -56,7 +56,8 @@ class RewardModel:
         length = limit if self.max_length is None else self.max_length
         if length is not None and not 1 <= length <= (limit or length):
             raise UserError(f"max_length: given {length}, must be 1 to {limit or 'any length'}")
-        self._state.update(tokenizer=tokenizer, max_length=length, device="cpu")
+        switch = length_switch(config)
+        self._state.update(tokenizer=tokenizer, max_length=length, device="cpu", switch=switch)
 
     @property
     def _settings(self) -> ModelSettings:
@@ -120,9 +121,12 @@ class RewardModel:
         )
         ids = encode_for_reward(self.tokenizer, texts, templated, self._state["max_length"])
         scores = [0.0] * len(ids)
+        switch = self._state["switch"] or 0
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        short = [i for i in order if len(ids[i]) <= switch]
+        parts = (short, order[len(short) :])  # a batch has the rotary factors of its longest row
+        size = self.batch_size
+        for rows in (part[i : i + size] for part in parts for i in range(0, len(part), size)):
             input_ids, mask = (
                 x.to(self._state["device"]) for x in right_pad([ids[i] for i in rows])
             )

@@ -282,3 +282,19 @@ def test_the_gate_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, model.buffers(), buffers))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_head_reads_states_that_are_narrower_than_those_inside(tmp_path: Path) -> None:
+    """OPT-350M projects its last states down."""
+    sizes = {"word_embed_proj_dim": 16, "ffn_dim": 64, "do_layer_norm_before": False}
+    trainer = tiny_trainer(tmp_path, lm=model_of("opt", **sizes), ppo=PLAIN)
+    assert trainer.step(BATCH)["ratio_max"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_family_without_checkpointing_says_so(tmp_path: Path) -> None:
+    lm = model_of("llama")
+    lm.__class__ = type("Odd", (type(lm),), {"supports_gradient_checkpointing": False})
+    with pytest.raises(
+        UserError, match=r"model\.gradient_checkpointing: given true, must be false"
+    ):
+        tiny_trainer(tmp_path, lm=lm, model={"gradient_checkpointing": True})

@@ -22,7 +22,7 @@ from marlhf.loading import (
     load_causal_lm,
     load_classifier,
 )
-from marlhf.models import length_switch, trunk_of
+from marlhf.models import hidden_width, length_switch, trunk_of
 
 
 def build_classifier(
@@ -75,7 +75,7 @@ def _with_scalar_head(lm: Any) -> Any:
     except ValueError as error:
         raise UserError(f"model.path: {one_line(error)}") from error
     setattr(model, model.base_model_prefix, trunk_of(lm))
-    hidden_size = config.get_text_config().hidden_size
+    hidden_size = hidden_width(lm)
     model.score = nn.Linear(hidden_size, 1, bias=False)
     # the scale of Stiennon et al. 2020 (arXiv 2009.01325)
     nn.init.normal_(model.score.weight, std=(hidden_size + 1) ** -0.5)

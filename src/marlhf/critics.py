@@ -24,7 +24,7 @@ from marlhf.loading import (
     load_classifier_config,
     load_model_config,
 )
-from marlhf.models import Critic, Policy, trunk_of
+from marlhf.models import Critic, Policy, hidden_width, trunk_of
 
 
 def build_models(
@@ -167,6 +167,6 @@ def _check_vocabulary(critic: str, config: Any, vocabulary: int) -> None:
 
 
 def _zero_head(model: Any) -> nn.Linear:
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False)
+    head = nn.Linear(hidden_width(model), 1, bias=False)
     nn.init.zeros_(head.weight)
     return head

@@ -329,8 +329,16 @@ def reference_of(policy: Policy, shard: Shard = lambda module, trunk: module) ->
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass (works in `train()` mode only)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    """Recompute activations in the backward pass (works in `train()` mode only).
+
+    Raises UserError for a family that cannot.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"model.gradient_checkpointing: given true, must be false: {one_line(error)}"
+        ) from error
 
 
 def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
@@ -359,14 +367,15 @@ def check_packing(policy: Policy) -> None:
     ids = torch.arange(1, 8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
     parts = ids[:, :3], ids[:, 3:]
     positions = [torch.arange(part.shape[1], device=lm.device)[None] for part in parts]
-    trunk = trunk_of(lm)
-    apart = [trunk_forward(trunk, i, None, p) for i, p in zip(parts, positions, strict=True)]
-    together = trunk_forward(trunk, ids, None, torch.cat(positions, 1))
-    if not torch.allclose(together, torch.cat(apart, 1), rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"packing: given true, but {type(lm).__name__} does not keep examples in one row "
-            "apart; must be false"
-        )
+    trunk, fault = trunk_of(lm), "does not keep examples in one row apart"
+    try:
+        apart = [trunk_forward(trunk, i, None, p) for i, p in zip(parts, positions, strict=True)]
+        together = trunk_forward(trunk, ids, None, torch.cat(positions, 1))
+        if torch.allclose(together, torch.cat(apart, 1), rtol=1e-3, atol=1e-3):
+            return
+    except Exception as error:  # of the model's code
+        fault = f"cannot read several examples in one row ({one_line(error)})"
+    raise UserError(f"packing: given true, but {type(lm).__name__} {fault}; must be false")
 
 
 def _zero_noise(owner: Any) -> None:

@@ -225,6 +225,12 @@ def trunk_of(model: Any) -> nn.Module:
     raise UserError(f"model.path: {type(model).__name__} keeps its backbone where nothing names it")
 
 
+def hidden_width(model: Any) -> int:
+    """Elements of a causal LM's last hidden states, of which some have fewer than inside."""
+    inside = model.config.get_text_config().hidden_size
+    return getattr(model.get_output_embeddings(), "in_features", inside)
+
+
 def head_of(model: Any) -> Callable[[Tensor], Tensor]:
     """Hidden states -> logits, with what the family does to its logits."""
     config = model.config.get_text_config()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from marlhf.errors import UserError
-from marlhf.jail.program import Opaque
+from marlhf.jail.values import Opaque
 from marlhf.rewards import Code, RewardError, build_rewards
 from marlhf.rewards.code import apps_problem, extract_code, same_output, same_value
 
@@ -138,10 +138,14 @@ def test_columns_go_by_other_names():
     ("arguments", "fault"),
     [
         ({"format": "mbpp"}, "format: given 'mbpp'"),
-        ({"workers": 0}, "workers: given 0, must be at least 1"),
-        ({"cpu_seconds": 0}, "cpu_seconds: given 0, must be at least 1"),
-        ({"wall_seconds": float("nan")}, "wall_seconds: given nan, must be above 0"),
-        ({"memory_mb": 1}, "memory_mb: given 1, must be at least 64"),
+        ({"workers": 0}, "workers: given 0, must be 1 to 1024"),
+        ({"workers": 10**9}, "workers: given 1000000000, must be 1 to 1024"),
+        ({"cpu_seconds": 0}, "cpu_seconds: given 0, must be 1 to 86400"),
+        ({"cpu_seconds": 10**14}, "cpu_seconds: given 1000{12}, must be 1 to 86400"),
+        ({"wall_seconds": float("nan")}, "wall_seconds: given nan, must be 0.01 to 86400"),
+        ({"wall_seconds": 1e300}, r"wall_seconds: given 1e\+300, must be 0.01 to 86400"),
+        ({"memory_mb": 1}, "memory_mb: given 1, must be 64 to 1048576"),
+        ({"memory_mb": 10**14}, "memory_mb: given 1000{12}, must be 64 to 1048576"),
     ],
 )
 def test_bad_settings_are_refused(arguments, fault):

@@ -38,6 +38,13 @@ _DENIED = {
     "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424),
     "pidfd_getfd": (438, 438),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "kcmp": (312, 272),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "get_robust_list": (274, 100),
+    "ioprio_set": (251, 30),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -46,16 +53,31 @@ _DENIED = {
     "vfork": (58, None),
     "execve": (59, 221),
     "execveat": (322, 281),
-    # the network, and new namespaces with capabilities in them
+    # the network, whose names `socketpair` could reach too, and namespaces with capabilities
     "socket": (41, 198),
+    "connect": (42, 203),
+    "bind": (49, 200),
+    "listen": (50, 201),
+    "accept": (43, 202),
+    "accept4": (288, 242),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
     "unshare": (272, 97),
     "setns": (308, 268),
     # memory that the limit on the address space does not count
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "mq_open": (240, 180),
     # parts of the kernel that are large and of no use to a program under test
     "bpf": (321, 280),
@@ -67,6 +89,77 @@ _DENIED = {
     "io_uring_setup": (425, 425),
     # by which a program could outlive the process that watches it
     "prctl": (157, 167),
+    # files of the host: locks that hold it out, news of what it opens, names of its mounts
+    "flock": (73, 32),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "statmount": (457, 457),
+    "listmount": (458, 458),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    # timers without number
+    "timer_create": (222, 107),
+    # the superuser's, whom the weak sandbox lets be
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "reboot": (169, 142),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "syslog": (103, 116),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "clock_adjtime": (305, 266),
+    "adjtimex": (159, 171),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "iopl": (172, None),
+    "ioperm": (173, None),
+    "vhangup": (153, 58),
+}
+# System calls judged by their arguments: numbers, and conditions that must all hold, each an
+# argument's place and the values that it alone may have ("only"), may not have ("not"), or bits
+# that it may not have ("without"). SELF stands for the program's own process.
+SELF = -1
+_JUDGED = {
+    # limits and priorities of other processes
+    "prlimit64": ((302, 261), [(0, "only", (0, SELF))]),
+    "setpriority": ((141, 140), [(0, "only", (0,)), (1, "only", (0, SELF))]),
+    "sched_setaffinity": ((203, 122), [(0, "only", (0, SELF))]),
+    "sched_setparam": ((142, 118), [(0, "only", (0, SELF))]),
+    "sched_setscheduler": ((144, 119), [(0, "only", (0, SELF))]),
+    "sched_setattr": ((314, 274), [(0, "only", (0, SELF))]),
+    # signals by way of a file: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY; memory in
+    # pipes: F_SETPIPE_SZ
+    "fcntl": ((72, 25), [(1, "not", (8, 10, 15, 1024, 1026, 1031))]),
+    # but those that ask about a terminal or a stream, or set its blocking and inheritance: others
+    # signal, write a terminal's input or reach devices
+    "ioctl": (
+        (16, 29),
+        [(1, "only", (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A))],
+    ),
+    # datagrams to an address; `send` has none
+    "sendto": ((44, 206), [(4, "only", (0,)), (4.5, "only", (0,))]),
+    # devices: S_IFCHR and S_IFBLK share a bit
+    "mknod": ((133, None), [(1, "without", (0o020000,))]),
+    "mknodat": ((259, 33), [(2, "without", (0o020000,))]),
 }
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _CLONE_THREAD = 0x00010000
@@ -150,6 +243,7 @@ def _build_root(python_folders: list[str]) -> None:
     for folder, source in folders.items():
         os.makedirs(folder, exist_ok=True)
         _mount("/old" + source, folder, None, _MS_BIND | _MS_REC)
+    os.symlink("/tmp", "/dev/shm")  # where a lock of `multiprocessing` has its file for a moment
     for name in ("null", "zero", "random", "urandom"):
         Path("/dev", name).touch()
         _mount(f"/old/dev/{name}", f"/dev/{name}", None, _MS_BIND)
@@ -212,16 +306,17 @@ def drop_capabilities() -> None:
 
 
 def deny_system_calls() -> None:
-    """Have the kernel refuse, for good, every system call of `_DENIED` and every new process.
+    """Have the kernel refuse, for good, the system calls of `_DENIED`, those of `_JUDGED` with
+    arguments other than they may have, and every new process.
 
-    A seccomp filter: classic BPF over the system call's number and, for `clone`, its flags. It
-    needs no privilege. Threads are still possible.
+    A seccomp filter: classic BPF over a system call's number and arguments. It needs no privilege.
+    Threads are still possible.
     """
     index = _index()
     eperm, enosys = 0x00050000 | 1, 0x00050000 | 38
     allow, kill = 0x7FFF0000, 0x80000000
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    number, machine, first_argument = 0, 4, 16  # offsets in struct seccomp_data, little-endian
+    number, machine, arguments = 0, 4, 16  # offsets in struct seccomp_data, little-endian
     program = [
         (load, 0, 0, machine),
         (equal, 1, 0, _AUDIT_ARCH[platform.machine()]),
@@ -236,10 +331,26 @@ def deny_system_calls() -> None:
     for numbers in _DENIED.values():
         if numbers[index] is not None:
             program += [(equal, 0, 1, numbers[index]), (answer, 0, 0, eperm)]
+    for numbers, conditions in _JUDGED.values():
+        if numbers[index] is None:
+            continue
+        body = []
+        for place, kind, values in conditions:
+            values = [os.getpid() if value == SELF else value for value in values]
+            body.append((load, 0, 0, arguments + int(8 * place)))  # half a place on: the upper half
+            if kind == "only":
+                past = range(len(values), 0, -1)
+                body += [(equal, jump, 0, v) for jump, v in zip(past, values, strict=True)]
+                body.append((answer, 0, 0, eperm))
+            else:
+                compare = equal if kind == "not" else any_bit
+                body += [x for v in values for x in ((compare, 0, 1, v), (answer, 0, 0, eperm))]
+        body.append((answer, 0, 0, allow))
+        program += [(equal, 0, len(body), numbers[index]), *body]
     program += [
         (equal, 1, 0, _CLONE[index]),
         (answer, 0, 0, allow),
-        (load, 0, 0, first_argument),
+        (load, 0, 0, arguments),
         (any_bit, 1, 0, _CLONE_THREAD),
         (answer, 0, 0, eperm),
         (answer, 0, 0, allow),

@@ -4,16 +4,19 @@ A program under test is played by one of
 
     run_script    reads stdin, writes stdout, as `python program.py` would
     serve_calls   answers calls of one of its functions, one line of JSON each
+    serve_check   answers what a test in another jail asks for (see `marlhf.jail.peer`)
 
-and `run_check` holds the tests of a problem in a jail of its own, where the program cannot reach
-them: only plain data comes across, so that no object of the program takes part in a comparison.
+and `run_check` holds the test of a problem in that other jail, where the program cannot reach it:
+only data comes across, so that no object of the program takes part in a comparison.
 Each first writes marks to stderr, before anything of the program has run, that it cannot take back.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import json
+import linecache
 import os
 import sys
 import threading
@@ -23,72 +26,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any
 
+from marlhf.jail.peer import Peer
+from marlhf.jail.testing import Tester, forgives, repeatable, run_test, stopped_by_program
+from marlhf.jail.values import decode, encode
+
 READY, COMPILED = b"R", b"C"
-FAILED, TESTS_BROKEN, PROGRAM_GONE = 1, 3, 4  # how run_check ends; 0 where all tests pass
-REPLY_LIMIT = 1 << 22
-
-
-class ProgramGone(BaseException):
-    """The program under test ended, or answered with something that is no answer."""
-
-
-class Opaque:
-    """Stands for a value that is no plain data, and equals nothing."""
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    __hash__ = object.__hash__
-
-
-def encode(value: Any) -> Any:
-    """A value in JSON's types; what is no plain data becomes a mark that decodes as `Opaque`."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, float):
-        return float(value)
-    if isinstance(value, int):
-        # JSON's decimal digits would take quadratic time, and Python limits their number
-        return int(value) if abs(value) < 1 << 53 else {"int": hex(value)}
-    if isinstance(value, list):
-        return [encode(x) for x in value]
-    if isinstance(value, tuple):
-        return {"tuple": [encode(x) for x in value]}
-    if isinstance(value, set | frozenset):
-        return {"set": [encode(x) for x in value]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(k), encode(x)] for k, x in value.items()]}
-    if isinstance(value, bytes | bytearray):
-        return {"bytes": bytes(value).hex()}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    return {"opaque": type(value).__name__}
-
-
-_DECODERS: dict[str, Callable[[Any], Any]] = {
-    "int": lambda x: int(x, 16),
-    "tuple": lambda x: tuple(decode(y) for y in x),
-    "set": lambda x: {decode(y) for y in x},
-    "dict": lambda x: {decode(k): decode(y) for k, y in x},
-    "bytes": bytes.fromhex,
-    "complex": lambda x: complex(*x),
-    "opaque": lambda _: Opaque(),
-}
-
-
-def decode(value: Any) -> Any:
-    """The inverse of `encode`. Raises ValueError for what `encode` does not write."""
-    if isinstance(value, list):
-        return [decode(x) for x in value]
-    if isinstance(value, dict):
-        try:
-            ((kind, content),) = value.items()
-            return _DECODERS[kind](content)
-        except (AttributeError, KeyError, TypeError, OverflowError, ValueError) as error:
-            raise ValueError(f"not an encoded value: {error}") from None
-    return value
+ERROR = 1  # how a program ends that goes wrong
+# how run_check ends, beside PROGRAM_GONE; not as a test could by itself
+PASSED, FAILED, RAISED, TESTS_BROKEN = 60, 61, 62, 63
 
 
 def run_script(source: str, in_fd: int, out_fd: int, err_fd: int) -> None:
@@ -108,61 +53,82 @@ def serve_calls(
     the code `prelude` and as if imported: what it guards by `__name__ == "__main__"` does not run.
     Does not return.
     """
-    requests, replies = os.fdopen(in_fd, encoding="utf-8"), os.fdopen(out_fd, "w", encoding="utf-8")
-    null = os.open(os.devnull, os.O_RDWR)
-    _use_streams(null, null, err_fd)
-    code = _compile(source, "program.py")
-    os.write(2, COMPILED)
+    requests, replies = _talk(in_fd, out_fd, err_fd)
 
-    def serve() -> None:
-        names = _module("program")
-        exec(prelude, names)
-        exec(code, names)
+    def serve(names: dict[str, Any]) -> None:
         target = _find(names, function)
         for line in requests:
             arguments, keywords = decode(json.loads(line))
             print(json.dumps(encode(target(*arguments, **keywords))), file=replies, flush=True)
 
-    _finish(serve)
+    _serve(source, prelude, serve)
+
+
+def serve_check(source: str, function: str, in_fd: int, out_fd: int, err_fd: int) -> None:
+    """Run a program as `serve_calls` does, and answer its test. Does not return."""
+    peer = Peer(*_talk(in_fd, out_fd, err_fd), believes=True)
+
+    def serve(names: dict[str, Any]) -> None:
+        peer.classes = names
+        peer.print_to_other()
+        peer.serve(_find(names, function))
+
+    _serve(source, "", serve)
 
 
 def run_check(test: str, helpers: str, function: str, in_fd: int, out_fd: int, err_fd: int) -> None:
     """Run `check(candidate)` of a test in HumanEval's format on a program in another jail.
 
     helpers: the code that the problem gives, for tests that use its other functions. Does not
-    return; exits with 0, FAILED, PROGRAM_GONE, or TESTS_BROKEN where the test itself cannot run.
+    return; exits with PASSED, FAILED, RAISED where the program's own exception ended the test or
+    should have, PROGRAM_GONE at the moment when it does not answer, or TESTS_BROKEN where the test
+    itself cannot run.
     """
-    replies, requests = os.fdopen(in_fd, encoding="utf-8"), os.fdopen(out_fd, "w", encoding="utf-8")
+    tester = Tester(*_talk(in_fd, out_fd, err_fd))
+    codes = [_compile(text, name) for text, name in ((helpers, "prompt.py"), (test, "test.py"))]
+    os.write(2, COMPILED)
+    status = TESTS_BROKEN
+
+    def found() -> None:
+        nonlocal status
+        status = FAILED
+        tester.ask("ping", 0)  # it has been loaded
+
+    run = repeatable(lambda peer: run_test(codes, function, peer, names, found))
+    names = functools.partial(_module, "__main__")
+    again = repeatable(lambda peer: run_test(codes, function, peer, names))
+    try:
+        end = run(tester)
+        tester.ask("ping", 0)  # it lives to the end, whatever the test has asked of it
+        status = RAISED
+        _report(end or (tester.raised[-1] if tester.raised else None))
+        if not stopped_by_program(end, tester) and not forgives(tester, end, again):
+            status = PASSED if end is None else FAILED
+    except BaseException as error:
+        _report(error)
+    os._exit(status)
+
+
+def _talk(in_fd: int, out_fd: int, err_fd: int) -> tuple[IO[str], IO[str]]:
+    """The two ends of a conversation, which takes the place of neither stdin nor stdout."""
+    reader, writer = os.fdopen(in_fd, encoding="utf-8"), os.fdopen(out_fd, "w", encoding="utf-8")
     null = os.open(os.devnull, os.O_RDWR)
     _use_streams(null, null, err_fd)
-    code = [_compile(text, name) for text, name in ((helpers, "prompt.py"), (test, "test.py"))]
+    return reader, writer
+
+
+def _serve(source: str, prelude: str, serve: Callable[[dict[str, Any]], None]) -> None:
+    """Run a program as a module, and then `serve` on its names."""
+    code = _compile(source, "program.py")
     os.write(2, COMPILED)
 
-    def candidate(*arguments: Any, **keywords: Any) -> Any:
-        try:
-            print(json.dumps(encode([arguments, keywords])), file=requests, flush=True)
-            line = replies.readline(REPLY_LIMIT)
-            if not line.endswith("\n"):
-                raise ProgramGone
-            return decode(json.loads(line))
-        except (OSError, ValueError, RecursionError):
-            raise ProgramGone from None
+    def run() -> None:
+        names = _module("program")
+        exec(prelude, names)
+        exec(code, names)
+        serve(names)
 
-    status = TESTS_BROKEN
-    try:
-        names = _module("__main__")
-        for each in code:
-            exec(each, names)
-        names[function] = candidate
-        check = names["check"]
-        status = FAILED
-        check(candidate)
-        status = 0
-    except ProgramGone:
-        status = PROGRAM_GONE
-    except BaseException:
-        _report()
-    os._exit(status)
+    _finish(run)
 
 
 def _use_streams(in_fd: int, out_fd: int, err_fd: int) -> None:
@@ -176,16 +142,20 @@ def _use_streams(in_fd: int, out_fd: int, err_fd: int) -> None:
 
 
 def _compile(source: str, name: str) -> types.CodeType:
+    source = source.removeprefix("\ufeff")  # a mark of the encoding, as in a file
+    lines = source.splitlines(keepends=True)
+    linecache.cache[name] = len(source), None, lines, name  # for tracebacks and `inspect`
     try:
         return compile(source, name, "exec", dont_inherit=True)
-    except BaseException:
-        _report()
-        os._exit(FAILED)
+    except BaseException as error:
+        _report(error)
+        os._exit(ERROR)
 
 
 def _module(name: str) -> dict[str, Any]:
     """The names of a new module, which takes the place of the server's own `__main__`."""
     module = types.ModuleType(name)
+    module.__file__ = os.path.abspath("program.py")
     sys.modules["__main__"] = sys.modules[name] = module
     sys.argv = ["program.py"]
     return module.__dict__
@@ -201,25 +171,25 @@ def _find(names: dict[str, Any], function: str) -> Callable[..., Any]:
 
 def _finish(run: Callable[[], None]) -> None:
     """Run and end as an interpreter does: threads joined, exit functions called, output written."""
-    status = FAILED
+    status = ERROR
     try:
         run()
         status = 0
     except SystemExit as end:
-        status = FAILED if end.code else 0
+        status = ERROR if end.code else 0
         if isinstance(end.code, str):
-            _report()
-    except BaseException:
-        _report()
+            _report(end)
+    except BaseException as error:
+        _report(error)
     try:
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
         atexit._run_exitfuncs()
         _flush(sys.stdout)
-    except BaseException:
-        status = FAILED
-        _report()
+    except BaseException as error:
+        status = ERROR
+        _report(error)
     os._exit(status)
 
 
@@ -228,8 +198,10 @@ def _flush(stream: IO[str] | None) -> None:
         stream.flush()
 
 
-def _report() -> None:
-    """The traceback on stderr, whatever the program has done to it."""
+def _report(error: BaseException | None) -> None:
+    """An exception's traceback on stderr, whatever the program has done to it."""
+    if error is None:
+        return
     with suppress(BaseException):
-        text = traceback.format_exc(limit=-3)
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__, -3))
         os.write(2, text[-2000:].encode("utf-8", "replace"))

@@ -6,8 +6,8 @@ It reads jobs from a socket, and answers each with what its programs did. A job 
 own, forked for it, so that nothing of one job is in the memory of another's programs; tests that a
 program must not see are read only after that program has been forked.
 
-None of this knows the right answers: the handler passes on what a program wrote, and the trainer's
-process compares.
+None of this knows the right answers: the handler passes on what a program wrote as it comes, and
+the trainer's process compares. When that process ends, this one kills what runs and ends too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import functools
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import resource
 import select
 import selectors
-import shutil
 import signal
 import socket
 import struct
@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from io import FileIO
 from typing import Any
 
-from marlhf.jail import kernel, program
+from marlhf.jail import kernel, program, scratch
 
 _SCRATCH = "/tmp"
 _ERRORS_KEPT = 4096
@@ -60,7 +60,7 @@ class Limits:
     wall_seconds  of waiting, for one run of it
     cpu_seconds   of CPU time, for each of its runs
     memory_mb     of address space, the interpreter's own 30 MB or so included
-    output_mb     on stdout; stderr is read and mostly thrown away
+    output_mb     on stdout, for one run of it; stderr is read and mostly thrown away
     scratch_mb    of files, which are kept in memory
     threads       at one time
     """
@@ -71,6 +71,24 @@ class Limits:
     output_mb: int = 4
     scratch_mb: int = 16
     threads: int = 64
+
+    def problem(self) -> str:
+        """What is wrong with the first limit that is out of its range; empty where none is."""
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # nor is NaN
+                return f"{name}: given {value}, must be {least} to {most}"
+        return ""
+
+
+RANGES = {
+    "wall_seconds": (0.01, 86_400),
+    "cpu_seconds": (1, 86_400),
+    "memory_mb": (64, 1 << 20),
+    "output_mb": (1, 1 << 10),
+    "scratch_mb": (1, 1 << 20),
+    "threads": (1, 1 << 15),
+}
 
 
 @dataclass
@@ -99,7 +117,7 @@ class Jail:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
         if self.scratch is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            scratch.remove(self.scratch)  # else a later job tries again
 
     def _wait(self, options: int) -> bool:
         pid, status, usage = os.wait4(self.pid, options)
@@ -114,27 +132,53 @@ def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     mode, fd, limits = sys.argv[1], int(sys.argv[2]), Limits(**json.loads(sys.argv[3]))
+    folder = sys.argv[4] if mode == "weak" else None
+    parent = os.getppid()
     del sys.path[0]
-    strong = mode == "strong"
     with socket.socket(fileno=fd) as control:
         control.setblocking(True)
         try:
-            _prepare(strong)
+            _prepare(strong=folder is None)
         except Exception as error:
             send(control, {"fault": f"{type(error).__name__}: {error}"})
             return
         send(control, {"ready": True})
         while _another_job(control):
-            handler = os.fork()
-            if handler == 0:
-                _handle(control, limits, strong)
-            if os.waitpid(handler, 0)[1] != 0:
-                return
+            with _pipe() as (alive, held):
+                handler = os.fork()
+                if handler == 0:
+                    alive.close()
+                    _handle(control, limits, folder)
+                held.close()
+                if _wait(handler, alive, control, parent) != 0:
+                    break
+    if folder is not None:
+        time.sleep(0.1)  # the programs of a handler that was killed have ended
+        scratch.remove(folder)
+
+
+def _wait(handler: int, alive: FileIO, control: socket.socket, parent: int) -> int:
+    """A handler's exit status; it is killed when nobody waits for its answer any longer.
+
+    alive: at its end when the handler ends. parent: the process that started this one.
+    """
+    poll = select.poll()
+    poll.register(alive, select.POLLIN)
+    poll.register(control, 0)  # the other end's hanging up, that is, the trainer's end
+    while True:
+        ready = dict(poll.poll(500))
+        if alive.fileno() in ready:
+            break
+        if ready or os.getppid() != parent:
+            os.kill(handler, signal.SIGKILL)
+            break
+    return os.waitpid(handler, 0)[1]
 
 
 def _prepare(strong: bool) -> None:
     for name in _COMMON:
         importlib.import_module(name)
+    multiprocessing.set_start_method("fork")  # others start a process for a lock of threads
     for name in ("exit", "quit"):  # the work of `site`, which this process goes without
         setattr(builtins, name, sys.exit)
     os.environ.clear()
@@ -183,15 +227,28 @@ def _read_exactly(control: socket.socket, length: int) -> bytes:
     return bytes(data)
 
 
-def _handle(control: socket.socket, limits: Limits, strong: bool) -> None:
-    """Do one job in this process, and end it."""
+def send_output(control: socket.socket, output: bytes) -> None:
+    """Write what a program has written, byte for byte."""
+    send(control, {"output": len(output)})
+    control.sendall(output)
+
+
+def receive_output(control: socket.socket, message: dict[str, Any]) -> bytes | None:
+    """What a program has written, if that is what a message announces."""
+    return _read_exactly(control, message["output"]) if "output" in message else None
+
+
+def _handle(control: socket.socket, limits: Limits, folder: str | None) -> None:
+    """Do one job in this process, and end it. Each output goes as it comes, and is forgotten."""
     try:
         kernel.die_with_parent()
-        cell = _Cell(limits, strong)
+        left = 0 if folder is None else scratch.remove_all(folder)
+        cell = _Cell(limits, folder)
         job = receive(control)
         kinds = {"script": _script, "calls": _calls, "check": _check}
         try:
-            send(control, kinds[job["kind"]](cell, job, control))
+            status, detail = kinds[job["kind"]](cell, job, control)
+            send(control, {"status": status, "detail": detail, "left": left})
         except (FaultError, OSError) as error:
             send(control, {"fault": str(error)})
             os._exit(1)
@@ -202,9 +259,8 @@ def _handle(control: socket.socket, limits: Limits, strong: bool) -> None:
         os._exit(1)
 
 
-def _script(cell: _Cell, job: dict[str, Any], _: socket.socket) -> dict[str, Any]:
+def _script(cell: _Cell, job: dict[str, Any], control: socket.socket) -> tuple[str, str]:
     """Run a program once for every stdin, up to the first run that goes wrong."""
-    outputs: list[str] = []
     status = detail = ""
     for stdin in job["stdins"]:
         with _pipe() as (in_read, in_write), _pipe() as (out_read, out_write):
@@ -214,11 +270,11 @@ def _script(cell: _Cell, job: dict[str, Any], _: socket.socket) -> dict[str, Any
         status, detail = cell.judge(jail, reason)
         if status != "ok":
             break
-        outputs.append(output)
-    return {"status": status, "outputs": outputs, "detail": detail}
+        send_output(control, output)
+    return status, detail
 
 
-def _calls(cell: _Cell, job: dict[str, Any], _: socket.socket) -> dict[str, Any]:
+def _calls(cell: _Cell, job: dict[str, Any], control: socket.socket) -> tuple[str, str]:
     """Have a program's function answer every request, in one process."""
     requests = "".join(json.dumps(request) + "\n" for request in job["requests"])
     with _pipe() as (in_read, in_write), _pipe() as (out_read, out_write):
@@ -227,31 +283,31 @@ def _calls(cell: _Cell, job: dict[str, Any], _: socket.socket) -> dict[str, Any]
         jail = cell.start(run, in_read, out_write)
         output, reason = cell.watch([jail], requests.encode(), in_write, out_read)
     status, detail = cell.judge(jail, reason)
-    answers = output.splitlines() if status == "ok" else []
-    return {"status": status, "outputs": answers, "detail": detail}
+    if status == "ok":
+        send_output(control, output)
+    return status, detail
 
 
-def _check(cell: _Cell, job: dict[str, Any], control: socket.socket) -> dict[str, Any]:
+def _check(cell: _Cell, job: dict[str, Any], control: socket.socket) -> tuple[str, str]:
     """Run a test in one jail against a program in another."""
     function = job["function"]
     with _pipe() as (call_read, call_write), _pipe() as (reply_read, reply_write):
-        run = functools.partial(program.serve_calls, job["source"], function, "")
+        run = functools.partial(program.serve_check, job["source"], function)
         jail = cell.start(run, call_read, reply_write)
         tests = receive(control)  # only now: the program's memory does not hold them
         check = functools.partial(program.run_check, tests["test"], tests["helpers"], function)
         tester = cell.start(check, reply_read, call_write)
         _, reason = cell.watch([tester, jail])
     if reason:
-        status, detail = cell.judge(tester, reason)
-    elif tester.status == program.TESTS_BROKEN or not tester.errors.startswith(_RUNS):
+        return cell.judge(tester, reason)
+    if tester.status == program.TESTS_BROKEN or not tester.errors.startswith(_RUNS):
         raise FaultError(f"the test cannot be run: {_last_line(tester.errors)}")
-    elif tester.status in (0, program.FAILED):
-        status = "ok" if tester.status == 0 else "failed"
-        detail = _last_line(tester.errors)
-    else:  # the program did not live to answer
-        status, detail = cell.judge(jail, "")
-        status = "error" if status == "ok" else status
-    return {"status": status, "outputs": [], "detail": detail}
+    ended = {program.PASSED: "ok", program.FAILED: "failed", program.RAISED: "error"}
+    if tester.status in ended:
+        passed = tester.status == program.PASSED
+        return ended[tester.status], "" if passed else _last_line(tester.errors)
+    status, detail = cell.judge(jail, "")  # the program did not live to answer
+    return ("error" if status == "ok" else status), detail
 
 
 _RUNS = program.READY + program.COMPILED
@@ -262,17 +318,22 @@ class _Cell:
     """Makes jails, and watches over them."""
 
     limits: Limits
-    strong: bool
+    folder: str | None  # where programs that are confined less have their scratch
+
+    @property
+    def strong(self) -> bool:
+        """Whether jails have namespaces of their own."""
+        return self.folder is None
 
     def start(self, run: Callable[[int, int, int], None], stdin: FileIO, stdout: FileIO) -> Jail:
         """Fork a jail that calls `run` with three descriptors; the two given become its own."""
-        scratch = None if self.strong else tempfile.mkdtemp(prefix="marlhf-jail-")
+        own = None if self.folder is None else tempfile.mkdtemp(dir=self.folder)
         err_read, err_write = os.pipe()
         fds = stdin.fileno(), stdout.fileno(), err_write
         pid = kernel.clone_namespaces() if self.strong else os.fork()
         if pid == 0:
             try:
-                self._confine(scratch, fds)
+                self._confine(own, fds)
                 run(*fds)
             except BaseException as error:
                 os.write(err_write, f"{type(error).__name__}: {error}".encode())
@@ -281,9 +342,9 @@ class _Cell:
         stdin.close()
         stdout.close()
         os.close(err_write)
-        return Jail(pid, err_read, scratch, self.strong)
+        return Jail(pid, err_read, own, self.strong)
 
-    def _confine(self, scratch: str | None, keep: Iterable[int]) -> None:
+    def _confine(self, own: str | None, keep: Iterable[int]) -> None:
         """Turn this process into a jail."""
         os.setsid()
         past = 3
@@ -291,9 +352,9 @@ class _Cell:
             os.closerange(past, fd)
             past = fd + 1
         os.closerange(past, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        if scratch is None:
+        if own is None:
             kernel.mount_scratch(_SCRATCH, self.limits.scratch_mb)
-        os.chdir(scratch or _SCRATCH)
+        os.chdir(own or _SCRATCH)
         self._set_limits()
         if self.strong:
             kernel.drop_capabilities()
@@ -329,7 +390,7 @@ class _Cell:
         feed: bytes = b"",
         feed_end: FileIO | None = None,
         out_end: FileIO | None = None,
-    ) -> tuple[str, str]:
+    ) -> tuple[bytes, str]:
         """Wait for the first jail to end, then kill all: `(its output, reason for cutting it off)`.
 
         feed: written to `feed_end` as the program reads. The reason is "timeout", "output" or "".
@@ -365,7 +426,7 @@ class _Cell:
             os.close(jail.stderr)
         if out_end is not None and not reason:
             _drain(out_end.fileno(), output, keep_all=True)
-        return output.decode("utf-8", "replace"), reason
+        return bytes(output), reason
 
     def judge(self, jail: Jail, reason: str) -> tuple[str, str]:
         """`(status, detail)` of a program that has ended."""

@@ -14,11 +14,23 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from marlhf.errors import UserError, one_line
-from marlhf.rewards.sandbox import Calls, Check, Job, Limits, Outcome, Sandbox, Script
+from marlhf.rewards.sandbox import (
+    Calls,
+    Check,
+    Job,
+    Limits,
+    Outcome,
+    Sandbox,
+    Script,
+    read_answer,
+)
 
 PASSED, NONE_PASSED, RUNTIME_ERROR, NO_PROGRAM = 1.0, -0.3, -0.6, -1.0
 
-_FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)$", re.MULTILINE)
+# each part takes all it can and the rest of the line is anything, so that nothing is tried twice
+_FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>.*)$", re.MULTILINE)
+_WORD = re.compile(r"\S+")
+_MOST_WORKERS = 1024
 _PYTHON = ("python", "python3", "py", "py3")
 # of a decimal number that a program prints, as in APPS's own evaluation
 _RELATIVE, _ABSOLUTE = 1e-5, 1e-8
@@ -87,13 +99,10 @@ class Code:
     def __post_init__(self) -> None:
         if self.format not in ("apps", "humaneval"):
             raise UserError(f"format: given {self.format!r}, must be apps or humaneval")
-        least = {"workers": 1, "cpu_seconds": 1, "memory_mb": 64}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise UserError(f"{name}: given {value}, must be at least {bound}")
-        if not (math.isfinite(self.wall_seconds) and self.wall_seconds > 0):
-            raise UserError(f"wall_seconds: given {self.wall_seconds}, must be above 0")
+        if self.workers is not None and not 1 <= self.workers <= _MOST_WORKERS:
+            raise UserError(f"workers: given {self.workers}, must be 1 to {_MOST_WORKERS}")
+        if problem := self._limits.problem():
+            raise UserError(problem)
 
     @property
     def needed_columns(self) -> tuple[str, ...]:
@@ -102,15 +111,18 @@ class Code:
             return (self.tests_column,)
         return (self.check_column, self.entry_point_column)
 
-    @cached_property
-    def sandbox(self) -> Sandbox:
-        """Where programs run; started at first use. Raises UserError where there can be none."""
-        limits = Limits(
+    @property
+    def _limits(self) -> Limits:
+        return Limits(
             wall_seconds=self.wall_seconds,
             cpu_seconds=self.cpu_seconds,
             memory_mb=self.memory_mb,
         )
-        return Sandbox(limits, self.workers, self.allow_weak_sandbox)
+
+    @cached_property
+    def sandbox(self) -> Sandbox:
+        """Where programs run; started at first use. Raises UserError where there can be none."""
+        return Sandbox(self._limits, self.workers, self.allow_weak_sandbox)
 
     def load(self) -> Code:
         """Start the sandbox now. Raises UserError."""
@@ -182,6 +194,8 @@ def _blocks(text: str) -> tuple[list[tuple[bool, str]], re.Match[str] | None]:
     blocks: list[tuple[bool, str]] = []
     opening: re.Match[str] | None = None
     for fence in _FENCE.finditer(text):
+        if "`" in fence["info"]:
+            continue  # code inside a line
         if opening is None:
             opening = fence
         elif _closes(fence, opening):
@@ -233,17 +247,21 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
         stdins = tuple(_lines(x, column) for x in inputs)
         expected = [_lines(x, column) for x in outputs]
         return Problem(
-            lambda source: Script(source, stdins),
-            lambda outcome: _share(same_output, outcome.outputs, expected),
+            lambda source: Script(source, stdins, lambda i, text: same_output(text, expected[i])),
+            lambda outcome: sum(outcome.outputs) / len(expected),
         )
     if not isinstance(function, str):
         raise ValueError(f"column {column!r}: fn_name must be the name of a function")
     if not all(isinstance(x, list) for x in inputs):
         raise ValueError(f"column {column!r}: inputs for fn_name must be lists of arguments")
     arguments = tuple(tuple(_integer_keys(x) for x in each) for each in inputs)
+
+    def passes(i: int, answer: str) -> bool:
+        return _may_equal(answer, outputs[i]) and same_value(read_answer(answer), outputs[i])
+
     return Problem(
-        lambda source: Calls(source, function, arguments, _APPS_PRELUDE),
-        lambda outcome: _share(same_value, outcome.outputs, outputs),
+        lambda source: Calls(source, function, arguments, _APPS_PRELUDE, passes),
+        lambda outcome: sum(outcome.outputs) / len(outputs),
     )
 
 
@@ -267,8 +285,9 @@ def same_output(actual: str, expected: str) -> bool:
     White space between them does not count; where the word that is expected is a number with a
     decimal point, a number near it will do (relative 1e-5, absolute 1e-8).
     """
-    pairs = zip_longest(actual.split(), expected.split())
-    return all(a == e or _near(a, e) for a, e in pairs)
+    # word by word: a list of all words takes many times the memory of the text
+    texts = ((word[0] for word in _WORD.finditer(text)) for text in (actual, expected))
+    return all(a == e or _near(a, e) for a, e in zip_longest(*texts))
 
 
 def same_value(actual: Any, expected: Any) -> bool:
@@ -288,8 +307,21 @@ def _equal(actual: Any, expected: Any) -> bool:
         return False
 
 
-def _share(same: Callable[..., bool], actual: Sequence[Any], expected: Sequence[Any]) -> float:
-    return sum(map(same, actual, expected)) / len(expected)
+def _may_equal(answer: str, expected: Any) -> bool:
+    """Whether an answer has no more parts than one that is right can have: reading takes memory."""
+    allowed, rest = 64, [expected]
+    while rest:
+        value = rest.pop()
+        allowed += 8 + (_marks(value) if isinstance(value, str) else 0)
+        if isinstance(value, list | dict):
+            rest += value
+        if isinstance(value, dict):
+            rest += value.values()
+    return _marks(answer) <= allowed
+
+
+def _marks(text: str) -> int:
+    return sum(map(text.count, "[{,"))
 
 
 def _near(actual: str | None, expected: str | None) -> bool:

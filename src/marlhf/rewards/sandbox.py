@@ -12,36 +12,47 @@ ends or reaches a limit. On Linux a jail has
   small file system in memory for scratch; no /proc, no home, no installed packages;
 - an empty environment, and no open file but stdin, stdout and stderr (and the pipes for calls);
 - limits on wall time, CPU time, memory, output, scratch, threads and open files (`Limits`);
-- a seccomp filter: no new process, no other program, no signal, no socket, no debugging, no memory
-  beside what the limit counts. Threads are allowed. The filter exists for x86-64 and arm64.
+- a seccomp filter: no new process, no other program, no signal, no socket but a connected pair, no
+  debugging, no memory beside what the limit counts, no news of files and no `flock`. Threads are
+  allowed. The filter exists for x86-64 and arm64.
 
-What a program returned is compared outside its jail, with answers that were never in it.
+What a program returned is compared outside its jail, with answers that were never in it, as it
+comes: this process holds one run's output at a time (see `Script`). The processes of a sandbox end
+when the one that made it ends, however that happens.
 
 **What it does not protect from.** A fault in the kernel: a virtual machine is the answer to that.
 Programs that share a machine can slow each other down, so that one that is near a time limit may
 miss it; the memory they use together may reach workers x (memory_mb + scratch_mb), twice that for
-`Check`. Programs can read the clock and the standard and system libraries, learn much about the
-machine's hardware, and find out that they are in a sandbox. They can print what they should
-have computed: tests with few or guessable answers can be passed without solving the problem.
+`Check`. Programs can read the clock and the standard and system libraries, put read locks of
+`fcntl` on them, learn much about the machine's hardware, and find out that they are in a sandbox.
+They can print what they should have computed: tests with few or guessable answers can be passed
+without solving the problem. A test that compares an answer with an argument that it gave can be
+passed by changing that argument.
 
 **Weak sandbox** (`allow_weak=True`, used only where the above is not to be had, as on macOS or in
-many containers). There remain a process group that is killed, the limits (but for threads and the
-size of scratch in all), an empty environment, closed files, a scratch folder that is removed, and
-the filter where the system has it. It does *not* protect from reading or writing any file that this
-user may read or write, and, without the filter (macOS), neither from use of the network, from
-signals to the user's other processes, the trainer among them, nor from processes that leave the
-group and stay behind.
+many containers). *It does not protect any file that this user may read or write, nor, by way of
+files, what depends on them.* There remain a process group that is killed, the limits (but for
+threads and the size of scratch in all), an empty environment, closed files, a scratch folder that
+is removed, and, on Linux, the filter, which keeps a program from the network, from new processes
+and, by their arguments too, from calls that signal, limit, slow or read the user's other processes;
+files by which Linux reaches a process (/proc/PID/mem) remain. Without the filter (macOS, other
+machines than x86-64 and arm64) it protects neither from use of the network, from signals to the
+user's other processes, the trainer among them, nor from processes that leave the group and stay
+behind.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import queue
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -50,40 +61,55 @@ from types import TracebackType
 from typing import Any, Literal
 
 from marlhf.errors import UserError, one_line
-from marlhf.jail.program import Opaque, encode
-from marlhf.jail.server import Limits, receive, send
+from marlhf.jail.scratch import remove
+from marlhf.jail.server import Limits, receive, receive_output, send
+from marlhf.jail.values import Opaque, encode
 
 Status = Literal["ok", "failed", "syntax", "error", "timeout", "output"]
 
 _SERVER = "import sys; sys.path[0] = sys.argv.pop(1); from marlhf.jail.server import main; main()"
 _SOURCE_FOLDER = str(Path(__file__).parents[2])
+KEPT = 4
 _GRACE_SECONDS = 60.0  # beyond a job's own limits, before its server is taken for dead
 
 
 @dataclass(frozen=True)
 class Script:
-    """A program to run once for each stdin, up to the first run that goes wrong."""
+    """A program to run once for each stdin, up to the first run that goes wrong.
+
+    keep: what is kept of the output of run number i; default: the output itself, of all runs
+        together at most `KEPT` times `output_mb`, beyond which the program's status is "output".
+    """
 
     source: str
     stdins: tuple[str, ...] = ("",)
+    keep: Callable[[int, str], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Calls:
     """A program whose `function` (or method of its class `Solution`) is called with each of
-    `arguments`, plain data, in one process. The code `prelude` gives it names before it runs."""
+    `arguments`, plain data, in one process. The code `prelude` gives it names before it runs.
+
+    keep: what is kept of answer number i, a line that `read_answer` reads; default: its value.
+    """
 
     source: str
     function: str
     arguments: tuple[tuple[Any, ...], ...]
     prelude: str = ""
+    keep: Callable[[int, str], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Check:
     """A program whose `function` is tested by `check(candidate)`, which the code `test` defines.
 
-    The test runs in a jail of its own, after the code `helpers`.
+    The test runs in a jail of its own, after the code `helpers`. What it gives the function are
+    copies, and what the function changes in them changes. The function's exceptions are the test's
+    to catch, but a program that ends, hangs or gives no answer fails whatever the test catches, and
+    so does one whose exception is caught by a test that would as well have had any other exception
+    and some answer.
     """
 
     source: str
@@ -102,8 +128,9 @@ class Outcome:
     status   "ok": ran to its end; "failed": its `check` did not hold; "syntax": does not compile;
              "error": an exception, an exit status other than 0, or killed; "timeout": by the wall
              or the CPU; "output": wrote too much
-    outputs  `Script`: what each run printed that went well. `Calls`: if "ok", each value as JSON
-             would have it (tuples are lists, keys are text), an `Opaque` where it has no such type
+    outputs  what was kept. `Script`: of each run that went well, what it printed. `Calls`: if
+             "ok", each value as JSON would have it (tuples are lists, keys are text), an `Opaque`
+             where it has no such type
     detail   what went wrong, on a line
     """
 
@@ -127,6 +154,8 @@ class Sandbox:
         allow_weak: bool = False,
     ) -> None:
         self.limits = limits or Limits()
+        if problem := self.limits.problem():
+            raise UserError(problem)
         self.workers = workers or min(os.cpu_count() or 1, 16)
         self.strong = True
         self._idle: queue.SimpleQueue[_Server] = queue.SimpleQueue()
@@ -139,6 +168,11 @@ class Sandbox:
         """Run every job; outcomes come in the order of the jobs."""
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._run, jobs))
+
+    @property
+    def folders_left(self) -> int:
+        """How many scratch folders could not be removed yet; 0 but in the weak sandbox."""
+        return sum(server.left for server in self._servers)
 
     def close(self) -> None:
         """End the servers."""
@@ -203,14 +237,20 @@ class _Server:
         self.limits = limits
         self._socket, inside = socket.socketpair()
         command = [sys.executable, "-s", "-S", "-c", _SERVER, _SOURCE_FOLDER]
-        command += ["strong" if strong else "weak", str(inside.fileno())]
+        command += [
+            "strong" if strong else "weak",
+            str(inside.fileno()),
+            json.dumps(asdict(limits)),
+        ]
+        self._folder = None if strong else tempfile.mkdtemp(prefix="marlhf-jail-")
+        self.left = 0  # folders of programs that could not be removed so far
         # a fixed hash seed: sets of strings have one order, and a program one outcome
         environment = {"PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         with inside:
             self._process = subprocess.Popen(
-                [*command, json.dumps(asdict(limits))],
+                command if self._folder is None else [*command, self._folder],
                 pass_fds=[inside.fileno()],
                 env=environment,
                 cwd="/",
@@ -232,16 +272,21 @@ class _Server:
         self._socket.settimeout(runs * self.limits.wall_seconds + _GRACE_SECONDS)
         for message in _messages(job):
             send(self._socket, message)
-        answer = self._answer()
-        outputs = answer["outputs"]
-        if isinstance(job, Calls):
-            try:
-                outputs = [_as_json(json.loads(line)) for line in outputs[: len(job.arguments)]]
-            except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-                return Outcome("error", detail="its answers are no values")
-            if answer["status"] == "ok" and len(outputs) < len(job.arguments):
-                return Outcome("error", tuple(outputs), "ended before it had answered every call")
-        return Outcome(answer["status"], tuple(outputs), answer["detail"])
+        kept: list[Any] = []
+        budget = KEPT * self.limits.output_mb << 20
+        problem: tuple[Status, str] | None = None
+        while (output := receive_output(self._socket, answer := self._answer())) is not None:
+            budget -= len(output)
+            if isinstance(job, Script) and job.keep is None and budget < 0:
+                problem = "output", f"wrote more than {KEPT} x {self.limits.output_mb} MB in all"
+            elif isinstance(job, Script):
+                text = output.decode("utf-8", "replace")
+                kept.append(text if job.keep is None else job.keep(len(kept), text))
+            elif isinstance(job, Calls):
+                problem = _keep_answers(job, output, kept)
+        self.left = answer.get("left", 0)
+        status, detail = problem or (answer["status"], answer["detail"])
+        return Outcome(status, tuple(kept), detail)
 
     def _answer(self) -> dict[str, Any]:
         answer = receive(self._socket)
@@ -257,6 +302,36 @@ class _Server:
             with suppress(ProcessLookupError):
                 self._process.kill()
             self._process.wait()
+        if self._folder is not None and not remove(self._folder):
+            warnings.warn(f"sandbox: cannot remove what is left in {self._folder}", stacklevel=2)
+
+
+def _keep_answers(job: Calls, output: bytes, kept: list[Any]) -> tuple[Status, str] | None:
+    """Keep what a job wants of a program's answers; a status and its detail where they are none."""
+    lines = io.TextIOWrapper(io.BytesIO(output), "utf-8", "replace", newline="\n")
+    try:
+        for i, line in zip(range(len(job.arguments)), lines, strict=False):
+            kept.append(read_answer(line) if job.keep is None else job.keep(i, line))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        kept.clear()
+        return "error", "its answers are no values"
+    if len(kept) < len(job.arguments):
+        return "error", "ended before it had answered every call"
+    return None
+
+
+def read_answer(line: str) -> Any:
+    """The value that an answer of `Calls` encodes, in JSON's types.
+
+    Raises ValueError, TypeError or the like where it encodes none.
+    """
+    return _as_json(json.loads(line, parse_int=_whole))
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20:  # `encode` does not write them, and to read them takes quadratic time
+        raise ValueError("a long number")
+    return int(digits)
 
 
 def _messages(job: Job) -> list[dict[str, Any]]:
@@ -294,5 +369,7 @@ def _as_json(value: Any) -> Any:
     if kind == "tuple":
         return [_as_json(x) for x in content]
     if kind == "dict":
-        return {str(_as_json(k)): _as_json(x) for k, x in content}
+        # a text of a list or a mapping could be made as long as 2 to the number of its levels
+        plain = all(not isinstance(k, list | dict) or "int" in k for k, _ in content)
+        return {str(_as_json(k)): _as_json(x) for k, x in content} if plain else Opaque()
     return int(content, 16) if kind == "int" else Opaque()

@@ -1,0 +1,61 @@
+"""Removing what a program has left in its folder, however deep, long or locked it is."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+
+
+def remove(folder: str, seconds: float = 30.0) -> bool:
+    """Remove a folder and all in it; False where that is not possible now.
+
+    Folders inside folders are moved up to the first level, so that no path grows longer than the
+    system takes, and nothing here recurses.
+    """
+    deadline = time.monotonic() + seconds
+    prefix, moved = os.urandom(8).hex(), 0
+    try:
+        os.chmod(folder, 0o700)
+        while time.monotonic() < deadline:
+            with os.scandir(folder) as entries:
+                entry = next(entries, None)
+            if entry is None:
+                os.rmdir(folder)
+                return True
+            if not entry.is_dir(follow_symlinks=False):
+                _unlink_all(folder, deadline)
+                continue
+            os.chmod(entry.path, 0o700)
+            with os.scandir(entry.path) as entries:
+                for inner in entries:
+                    if inner.is_dir(follow_symlinks=False):
+                        os.chmod(inner.path, 0o700)
+                        os.rename(inner.path, os.path.join(folder, f"{prefix}{moved}"))
+                        moved += 1
+            _unlink_all(entry.path, deadline)
+            os.rmdir(entry.path)
+    except FileNotFoundError:
+        return not os.path.lexists(folder)
+    except OSError:
+        pass
+    return False
+
+
+def _unlink_all(folder: str, deadline: float) -> None:
+    """Remove the files of a folder."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
+
+def remove_all(folder: str) -> int:
+    """Remove what is in a folder; the number of things that could not be removed."""
+    left = 0
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            left += not remove(entry.path)
+    return left

@@ -52,10 +52,10 @@ def _unlink_all(folder: str, deadline: float) -> None:
                 raise TimeoutError
 
 
-def remove_all(folder: str) -> int:
+def remove_all(folder: str, seconds: float = 10.0) -> int:
     """Remove what is in a folder; the number of things that could not be removed."""
-    left = 0
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in list(entries):
-            left += not remove(entry.path)
+    deadline, left = time.monotonic() + seconds, 0
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            left += not remove(os.path.join(folder, name), deadline - time.monotonic())
     return left

@@ -6,6 +6,7 @@ import ast
 import gzip
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from marlhf.errors import UserError
 from marlhf.jail.values import Opaque
 from marlhf.rewards import Code, RewardError, build_rewards
 from marlhf.rewards.code import apps_problem, extract_code, same_output, same_value
+from marlhf.rewards.sandbox import Calls
 
 INCREMENT = {"inputs": ["1\n", "41\n", "-1", "5"], "outputs": ["2\n", "42", ["0"], "6\n"]}
 MAXIMUM = {"fn_name": "largest", "inputs": [[[3, 1]], [[2]]], "outputs": [[3], 2]}
@@ -176,6 +178,45 @@ def test_bad_settings_are_refused(arguments, fault):
 )
 def test_the_program_in_a_completion(completion, program):
     assert extract_code(completion) == program
+
+
+@pytest.mark.parametrize(
+    "text", ["```" + " " * 200_000 + "`", "~~~" + "\t" * 200_000 + "`", "~" * 200_000 + "`"]
+)
+def test_text_that_is_almost_a_fence_takes_no_longer_than_any(text):
+    """By the square of its length it would take minutes."""
+    started = time.process_time()
+    assert extract_code(text) == text
+    assert time.process_time() - started < 5
+
+
+def test_answers_made_to_take_memory_are_not_read(code):
+    """Keys that each quote the one before grow by the power of two; the test is small, they are
+    not."""
+    quoted = (
+        "import json\n_dumps = json.dumps\nkey = '\"\\''\n"
+        "for _ in range(40): key = {'dict': [[key, 1]]}\n"
+        "json.dumps = lambda *_: _dumps(key)\ndef largest(xs): return 3"
+    )
+    assert reward(code, quoted, MAXIMUM) == -0.3
+    (outcome,) = code.sandbox.run([Calls(quoted, "largest", (([3],),))])
+    assert isinstance(outcome.outputs[0], Opaque)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "\ufeffprint(int(input()) + 1)",
+        "import os\nassert os.path.isdir(os.path.dirname(__file__))\nprint(int(input()) + 1)",
+        "from multiprocessing.pool import ThreadPool\nwith ThreadPool(2) as pool:\n"
+        "    print(*pool.map(lambda x: x + 1, [int(input())]))",
+        "import asyncio\nasync def f(): return int(input()) + 1\nprint(asyncio.run(f()))",
+        "import sqlite3\nc = sqlite3.connect('x')\nc.execute('create table t (x)')\n"
+        "print(int(input()) + 1)",
+    ],
+)
+def test_right_programs_with_unusual_means(code, completion):
+    assert reward(code, completion, INCREMENT) == 1.0
 
 
 def test_a_block_that_the_prompt_opens():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,7 +13,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from marlhf.rewards.sandbox import Sandbox, Script
+from marlhf.rewards.sandbox import Limits, Sandbox, Script
 
 
 def test_a_sandbox_that_is_closed_leaves_no_process():
@@ -51,3 +53,52 @@ def test_a_program_does_not_outlive_its_server():
         server.kill()
         assert outcomes.result()[0].detail == "its sandbox was killed"
         assert psutil.wait_procs(jails, timeout=10)[1] == []
+
+
+def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
+    """Neither the server nor the program that it runs, with many tests to go."""
+    source = (
+        "from marlhf.rewards.sandbox import Limits, Sandbox, Script\n"
+        "box = Sandbox(Limits(wall_seconds=60), workers=1, allow_weak=True)\n"
+        "print('ready', flush=True)\n"
+        "box.run([Script('import time; time.sleep(50)', ('',) * 20)])\n"
+    )
+    command = [sys.executable, "-c", source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "ready\n"
+        process, started = psutil.Process(trainer.pid), []
+        while len(started) < 3:  # server, handler, program
+            started = process.children(recursive=True)
+        trainer.kill()
+    assert psutil.wait_procs(started, timeout=10)[1] == []
+
+
+def test_what_programs_print_takes_no_memory_that_grows_with_their_tests():
+    """The child measures its own peak: 4 MB of one test, and of each of 60."""
+    source = (
+        "import resource, sys\n"
+        "from marlhf.rewards.code import Code\n"
+        "code = Code(workers=1, wall_seconds=60, allow_weak_sandbox=True).load()\n"
+        "program = \"import sys; sys.stdout.write('\\\\0' * 4_000_000)\"\n"
+        "def peak(n):\n"
+        "    tests = {'inputs': ['1'] * n, 'outputs': ['1'] * n}\n"
+        "    assert code(['?'], [program], input_output=[tests]) == [-0.3]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(2)\n"
+        "print(peak(60) - before)\n"
+        "code.sandbox.close()\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, check=True)
+    grown, child = map(int, done.stdout.split())
+    assert grown < 64_000  # kilobytes; kept, the outputs take 240 MB, and six times that as JSON
+    assert child < 64_000  # it starts as a copy of this process
+
+
+def test_what_a_job_keeps_is_bounded():
+    """Who keeps every output has an end too."""
+    with Sandbox(Limits(output_mb=1), workers=1, allow_weak=True) as box:
+        outcome = box.run([Script("print('x' * 900_000)", ("",) * 20)])[0]
+        assert outcome.status == "output"
+        assert sum(map(len, outcome.outputs)) <= 4 << 20

@@ -60,8 +60,9 @@ class Code:
     """The reward of a program, by the tests in the row's columns; None where a row has no tests.
 
         1.3 x share of tests passed - 0.3   if it runs
-        -0.6   on a runtime error in any test: an exception, an exit status other than 0, no
-               function of the wanted name, a limit of the sandbox, a timeout included
+        -0.6   on a runtime error in any test: an exception that the test does not want, an exit
+               status other than 0, no function of the wanted name, a limit of the sandbox, a
+               timeout included
         -1.0   if it does not compile, or if there is no program
 
     As in PPOCoder (Shojaee et al., 2023, arXiv 2301.13816) and RLTF (Liu et al., 2023, arXiv

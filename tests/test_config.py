@@ -24,10 +24,10 @@ from marlhf.config_loading import (
     config_to_dict,
     load_config,
     merge,
-    parse_yaml,
     read_yaml,
 )
 from marlhf.errors import UserError, one_line
+from marlhf.yaml_text import dump_yaml, parse_yaml
 
 REPOSITORY = Path(__file__).parents[1]
 BASE = {"model": {"path": "lm"}}
@@ -342,8 +342,9 @@ def test_any_valid_overrides_survive_the_way_to_yaml_and_back(data, chosen):
         for part in key.split("."):
             found = getattr(found, part)
         assert found == value
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    text = dump_yaml(config_to_dict(config))
     assert config_from_dict(PPOConfig, yaml.safe_load(text)) == config
+    assert config_from_dict(PPOConfig, parse_yaml(text, "here")) == config
 
 
 def test_configurations_are_frozen_and_replaceable():

@@ -18,6 +18,7 @@ ORDER = [
     "marlhf.tokenization",
     "marlhf.types",
     "marlhf.registry",
+    "marlhf.yaml_text",
     "marlhf.config_loading",
     "marlhf.config.sections",
     "marlhf.config.evaluate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -49,6 +50,11 @@ COMMANDS = {
         "watch a small model learn to write cheerfully; needs no config",
     ),
 }
+# a disk or its permissions, and no fault of ours, wherever it is met
+_OF_THE_SYSTEM = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ELOOP", "ENAMETOOLONG")
+)
 
 
 def usage() -> str:
@@ -109,6 +115,8 @@ def _one_line(error: Exception) -> str | None:
     its_own = type(error).__name__ in ("RewardError", "DivergedError", "PeerError")
     if isinstance(error, UserError) or its_own:
         return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+        return " ".join(f"{error.filename or 'the system'}: {error.strerror}".split())
     return None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,50 +14,12 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from marlhf.errors import UserError, one_line, requirement
+from marlhf.yaml_text import parse_yaml
 
 Config = TypeVar("Config")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as everybody expects (YAML 1.1 wants 1.0e-5), and in which
-    a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if str(key) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(str(key))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text -> plain data; a syntax error becomes one UserError line."""
-    try:
-        return yaml.load(text, _Loader)
-    except RecursionError:
-        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
-    except ValueError as error:  # a date of no calendar, an integer of thousands of digits
-        raise UserError(f"{where}: not valid YAML: {one_line(error)}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -144,8 +105,12 @@ def apply_overrides(cls: Any, values: dict[str, Any], overrides: Sequence[str]) 
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """Plain data -> configuration; raises UserError."""
     try:
-        text = json.dumps(values, default=str)
-    except (TypeError, ValueError, RecursionError) as error:  # a key that is a date; an alias loop
+        text = json.dumps(values, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            "config: a text in it holds half of a character (a lone surrogate)"
+        ) from None
+    except (TypeError, ValueError, RecursionError) as error:  # a key that is a date; a loop
         raise UserError(f"config: holds what a configuration cannot: {error}") from None
     try:
         return TypeAdapter(cls).validate_json(text)
@@ -162,7 +127,9 @@ def _explain(cls: Any, error: ValidationError) -> str:
     """The first, most telling finding as one line."""
     findings = error.errors()
     unknown = [f for f in findings if f["type"] == "unexpected_keyword_argument"]
-    finding = (unknown or findings)[0]
+    of_one_key = [f for f in findings if f["loc"][:1] == findings[0]["loc"][:1]]
+    telling = [f for f in of_one_key if f["type"] == "value_error"]  # in one form of several
+    finding = (unknown or telling or findings)[0]
     fields = {field.key: field for field in config_fields(cls)}
     location = [str(part) for part in finding["loc"]]
     key = ".".join(location)

@@ -19,6 +19,7 @@ from marlhf.tokenization import encode_texts
 
 Item = TypeVar("Item")
 
+_MOST_PASSES = 100  # over the data, in one batch
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -216,6 +217,15 @@ class PromptStream(Generic[Item]):
         self.seed = seed
         self.shuffle = shuffle
         self._orders: dict[int, np.ndarray] = {}
+
+    def check_batch(self, size: int, key: str) -> None:
+        """Raise UserError, naming `key`, for a batch that would never be done."""
+        most = _MOST_PASSES * len(self.prompts)
+        if size > most:
+            raise UserError(
+                f"{key}: given {size}, must be at most {most}, {_MOST_PASSES} times the "
+                f"{len(self.prompts)} rows of the data"
+            )
 
     def batch(self, step: int, size: int) -> list[Item]:
         """Prompts `step * size` to `(step + 1) * size` of the endless stream; steps from 0."""

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import track
 
@@ -38,7 +37,9 @@ from marlhf.evaluation.sampling import fingerprints, measure_kl, pending_samples
 from marlhf.evaluation.scoring import Measure, apply_measure, build_measures
 from marlhf.evaluation.summary import summarise
 from marlhf.evaluation.tables import markdown, show
+from marlhf.paths import local_path
 from marlhf.rewards import CombinedReward
+from marlhf.yaml_text import dump_yaml
 
 SAMPLES, MEASURES = "samples.jsonl", "measures.jsonl"
 _OWN_FILES = (SAMPLES, MEASURES, "results.json", "results.md", "config.yaml")
@@ -118,7 +119,7 @@ def _results(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
 
 
 def _folder(config: EvaluateConfig) -> Path:
-    return Path(config.output_dir).expanduser()
+    return local_path(config.output_dir, "output_dir")
 
 
 def _key(config: EvaluateConfig, label: str) -> str:
@@ -177,7 +178,7 @@ def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:
 
 def _write_config(config: EvaluateConfig, distributed: Distributed) -> None:
     if distributed.is_main:
-        text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+        text = dump_yaml(config_to_dict(config))
         (_folder(config) / "config.yaml").write_text(text, encoding="utf-8")
 
 

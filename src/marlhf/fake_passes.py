@@ -90,6 +90,9 @@ def backward_moments(
     return tuple(moments)
 
 
+_MOST_LAYERS = 500  # no model has more, and each takes a second
+
+
 @dataclass(frozen=True)
 class FakeModels:
     """The models of a run without their weights, and the rows of each reward model's passes."""
@@ -108,6 +111,13 @@ def fake_models(config: PPOConfig) -> FakeModels:
         loading.load_classifier_config(_reward_settings(spec), "reward.models", weights=False)
         for spec in specs
     ]
+    for key, found in (("model.path", lm_config), *(("reward.models", c) for c in reward_configs)):
+        layers = getattr(found.get_text_config(), "num_hidden_layers", 0)
+        if layers > _MOST_LAYERS:
+            raise UserError(
+                f"{key}: its config.json says {layers} layers; estimate counts them one by one, "
+                f"and takes at most {_MOST_LAYERS}"
+            )
     first = specs[0]["path"] if specs else None
     with torch.device("meta"):
         policy = Policy(_meta(AutoModelForCausalLM, settings, lm_config, "model.path"))

@@ -31,9 +31,12 @@ from marlhf.errors import UserError, one_line
 from marlhf.gate import check_adapter, check_finite, check_model
 from marlhf.generation import eos_token_ids
 from marlhf.models import Policy, fix_rotary, trunk_forward, trunk_of
+from marlhf.paths import local_path, special_kind
 
 # (frozen module, the part of it that every forward pass begins with) -> the module, placed
 Shard = Callable[[Any, nn.Module], Any]
+# a closed one of these is "missing" to transformers
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -42,7 +45,7 @@ def model_source(path: str, key: str) -> dict[str, Any]:
 
     Raises UserError, naming the configuration `key`, when a local path holds no model.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path, key)
     if not folder.exists():
         if not _HUB_NAME.match(path) or path.startswith("."):
             raise UserError(
@@ -51,7 +54,11 @@ def model_source(path: str, key: str) -> dict[str, Any]:
             )
         return {"pretrained_model_name_or_path": path}
     if not folder.is_dir():
-        raise UserError(f"{key}: given {path!r}, which is a file; must be the model's directory")
+        kind = special_kind(folder) or "a file"
+        raise UserError(f"{key}: given {path!r}, which is {kind}; must be the model's directory")
+    for file in folder.iterdir():
+        if file.suffix in _MODEL_FILES:
+            local_path(file, key)
     if (folder / "config.json").is_file():
         return {"pretrained_model_name_or_path": str(folder)}
     files = sorted(folder.glob("*.gguf"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf.errors import Parser, UserError
+from marlhf.paths import local_path
 
 
 def main(words: Sequence[str]) -> None:
@@ -19,8 +20,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--base", help="the base, where it is no longer where the adapter says")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(words)
-    if options.out.exists():
+    if local_path(options.out, "out").exists():
         raise UserError(f"out: {str(options.out)!r} exists already; choose another")
+    if options.base is not None:
+        local_path(options.base, "--base")
     merge(options.adapter, options.out, options.base, options.trust_remote_code)
     print(f"wrote {options.out}")
 
@@ -54,7 +57,7 @@ def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False)
 
 def find_adapter(path: str) -> Path:
     """The adapter's folder in an adapter's folder, `final/`, or a run. Raises UserError."""
-    root = Path(path).expanduser()
+    root = local_path(path, "adapter")
     if not root.is_dir():
         raise UserError(f"adapter: given {path!r}, which is not a directory that exists")
     for place in ("", "adapter/*/", "final/adapter/*/"):

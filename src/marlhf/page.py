@@ -14,6 +14,7 @@ from typing import Any
 
 from marlhf.display import visible
 from marlhf.errors import UserError
+from marlhf.paths import local_path
 
 _ASSETS = Path(__file__).parent / "assets"
 _TEMPLATE = """\
@@ -53,7 +54,7 @@ def page(title: str, body: str) -> str:
 
 def write_page(path: str | Path, content: str, key: str) -> Path:
     """Write a page; UserError, naming the option `key`, where that cannot be."""
-    target = Path(path).expanduser()
+    target = local_path(path, key)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(content, encoding="utf-8")

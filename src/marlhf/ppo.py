@@ -285,6 +285,7 @@ class PPOTrainer:
         """What ranks, model and rewards ask of the batch and the data. Raises UserError."""
         data, rollout = self.config.data, self.config.rollout
         self._check_batch(rollout.batch_size)
+        self.stream.check_batch(rollout.batch_size, "rollout.batch_size")
         check_prompts(prompts, self.tokenizer, data, rollout, positions)
         self.reward.check_columns(reward_columns(prompts[:1]))
 

@@ -77,6 +77,7 @@ class TextStream:
             )
         self.settings, self.tokenizer, self.distributed = settings, tokenizer, distributed
         self.stream = PromptStream(texts, seed)
+        self.stream.check_batch(settings.batch_size, "ptx.batch_size")
 
     def batch(self, step: int) -> TextRows:
         """For the policy's optimiser step `step` of the whole run, from 0."""

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
 from marlhf import checkpoint
@@ -24,7 +23,9 @@ from marlhf.config import LogSettings, MetricsSettings
 from marlhf.config_loading import config_to_dict
 from marlhf.errors import UserError, one_line
 from marlhf.metrics import JsonLines, ProgressBar, TensorBoard, WandB
+from marlhf.paths import local_path
 from marlhf.watch import Warnings
+from marlhf.yaml_text import dump_yaml
 
 _OWN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
@@ -52,7 +53,7 @@ class RunDirectory:
         is_main: bool,
         resume: str | None = None,
     ) -> None:
-        self.path = Path(folder).expanduser()
+        self.path = local_path(folder, "output_dir")
         self.checkpoint: Checkpoint | None = None
         self._log = log
         self._is_main = is_main
@@ -93,7 +94,7 @@ class RunDirectory:
                 )
             return found
         if resume is not None:
-            found = checkpoint.given(Path(resume).expanduser(), self.checkpoints)
+            found = checkpoint.given(local_path(resume, "resume"), self.checkpoints)
             if is_used and found.path.parent.resolve() != self.checkpoints.resolve():
                 raise UserError(
                     f"resume: {resume!r} is not of the run that output_dir {str(self.path)!r} "
@@ -125,7 +126,7 @@ class RunDirectory:
                 first_step = done + 1
             self._is_new = False
             plain = config_to_dict(config)
-            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+            text = dump_yaml(plain)
             (self.path / "config.yaml").write_text(text, encoding="utf-8")
             self._sample_sink = JsonLines(self.path / "samples.jsonl")
             self._sinks.append(JsonLines(self.path / "metrics.jsonl"))

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from marlhf.config_loading import parse_yaml
 from marlhf.errors import Parser, UserError
 from marlhf.inspector import segment_texts, show
 from marlhf.inspector_page import inspector_page
 from marlhf.page import write_page
+from marlhf.paths import local_path
 from marlhf.registry import spec_label
+from marlhf.yaml_text import parse_yaml
 
 
 def main(words: Sequence[str]) -> None:
@@ -105,11 +106,13 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
         return _read_columns(options)
     text = options.text
     if options.file is not None:
-        text = _read_file(Path(options.file).expanduser())
+        text = _read_file(local_path(options.file, "--file"))
     elif text is None:
         if sys.stdin.isatty():
             raise UserError("segment: no text; give one, or --file, or --data with --column")
         text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    if any("\ud800" <= letter <= "\udfff" for letter in f"{text}{options.prompt or ''}"):
+        raise UserError("segment: the text holds half of a character (bytes that are not UTF-8)")
     if not text:
         raise UserError(f"segment: the text of {given[0] if given else 'standard input'} is empty")
     return [text], [options.prompt]

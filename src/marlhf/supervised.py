@@ -302,7 +302,9 @@ def shares(
 
 
 def resolved(config: AnyConfig, rows: int) -> AnyConfig:
-    """The configuration with the `steps` that its `epochs` over so many rows come to."""
+    """The configuration with the `steps` that its `epochs` over so many rows come to. Raises
+    UserError for a batch of more rows than would ever be done."""
+    PromptStream(range(rows)).check_batch(config.batch_size, "batch_size")
     return replace(
         config, steps=config.steps or math.ceil(config.epochs * rows / config.batch_size)
     )

@@ -26,9 +26,11 @@ import yaml
 from marlhf.config import PPOConfig, RewardConfig, SFTConfig, SweepConfig
 from marlhf.config_loading import apply_overrides, config_from_dict, config_to_dict, read_yaml
 from marlhf.errors import UserError, one_line
+from marlhf.paths import local_path
 from marlhf.registry import spec_label
 from marlhf.report.runs import read_runs
 from marlhf.segmenters import build_segmenter
+from marlhf.yaml_text import dump_yaml
 
 _CONFIGS: dict[str, Any] = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig}
 _OWN_KEYS = ("seed", "output_dir", "overwrite", "resume")
@@ -107,7 +109,7 @@ def plan(config: SweepConfig) -> list[Trial]:
             slug += "-2"
         for seed in config.seeds:
             name = "/".join(part for part in (slug, f"seed-{seed}") if part)
-            folder = Path(config.output_dir).expanduser() / name
+            folder = local_path(config.output_dir, "output_dir") / name
             own = {"seed": seed, "output_dir": str(folder), "overwrite": False, "resume": "auto"}
             given = {**config.overrides, **settings, **own}
             assignments = [f"{key}={_written(value)}" for key, value in given.items()]
@@ -209,7 +211,7 @@ def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Tri
 
 def _start(trial: Trial, job: str, threads: int) -> _Running:
     job_file = trial.folder / "job.yaml"
-    text = yaml.safe_dump(trial.config, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(trial.config)
     try:
         trial.folder.mkdir(parents=True, exist_ok=True)
         job_file.write_text(text, "utf-8")

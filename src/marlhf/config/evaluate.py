@@ -17,6 +17,7 @@ from marlhf.config.sections import (
     DataSettings,
     Natural,
     NonNegative,
+    Place,
     Positive,
     RolloutSettings,
     Text,
@@ -124,7 +125,7 @@ class RaterSettings:
     """Format of the file to fill in; CSV opens in a spreadsheet."""
     limit: Count | None = None
     """Prompts in it, drawn by the seed; default: all."""
-    ratings: list[Text] = Field(default_factory=list)
+    ratings: list[Place] = Field(default_factory=list)
     """Files that raters have filled in, to be scored."""
 
 
@@ -132,12 +133,12 @@ class RaterSettings:
 class EvaluateConfig:
     """Everything a `marlhf evaluate` run needs."""
 
-    policies: Text | Annotated[list[Text], Field(min_length=1)] | dict[Label, Text]
+    policies: Place | Annotated[list[Place], Field(min_length=1)] | dict[Label, Place]
     """What is evaluated: a run's folder, a model's path or hub name, a list of these, or a mapping
     {label: path}."""
     baseline: str | None = None
     """Label of the policy that the others are compared with; default: the first."""
-    reference: Text | None = None
+    reference: Place | None = None
     """Model or run that KL is measured to; null: no KL."""
     model: LoadingSettings = Field(default_factory=LoadingSettings)
     """How models are loaded."""
@@ -162,9 +163,9 @@ class EvaluateConfig:
     """Win rates by a language model."""
     raters: RaterSettings | None = None
     """Win rates by people."""
-    resamples: Annotated[int, Field(ge=100, lt=2**31)] = 2000
+    resamples: Annotated[int, Field(ge=100, le=10**6)] = 2000
     """Bootstrap resamples of the prompts behind every 95% interval."""
-    output_dir: Text = "runs/evaluation"
+    output_dir: Place = "runs/evaluation"
     """Where results are written; run again to go on where it stopped."""
     overwrite: bool = False
     """Sample and score again, deleting what output_dir holds. A judge's answers and raters' files

@@ -22,6 +22,7 @@ from marlhf.config.sections import (
     Natural,
     NonNegative,
     OptimizerSettings,
+    Place,
     Positive,
     RewardSettings,
     RolloutSettings,
@@ -40,7 +41,7 @@ class CriticSettings:
     """Start from the policy or from the reward model (the paper); `auto`: the reward model where
     one with the policy's vocabulary is given, and with `model.lora` only one that is an adapter of
     the same base (any other would be a second model in memory: ask for it by `reward`)."""
-    path: Text | None = None
+    path: Place | None = None
     """Start from this sequence-classification model instead."""
     warmup_steps: Natural = 0
     """Updates at the start that train the critic alone."""
@@ -124,7 +125,7 @@ class KLSettings:
 class PTXSettings:
     """Mix language modelling of other texts into every policy step (InstructGPT's PPO-ptx)."""
 
-    path: Text
+    path: Place
     """The texts: a file, a folder or a hub name, as `data.path`."""
     name: str | None = None
     """Configuration of a hub dataset."""
@@ -143,6 +144,8 @@ class PTXSettings:
     coef: Positive = 1.0
     """Weight of their loss (nats a token) beside the policy's loss."""
 
+
+_MOST_RESPONSES = 2**20  # an update keeps all of them in memory
 
 # Without a critic every macro action of a response has the same advantage, and these have no say.
 _OF_THE_CRITIC = (
@@ -173,11 +176,11 @@ class PPOConfig:
     """The prompts."""
     preset: Literal["reference"] | None = None
     """`reference`: the formulas of the paper's released code; other keys still override it."""
-    output_dir: Text = "runs/ppo"
+    output_dir: Place = "runs/ppo"
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
-    resume: Text | None = None
+    resume: Place | None = None
     """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
     a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
@@ -232,6 +235,12 @@ class PPOConfig:
             raise ValueError(
                 f"ppo.minibatches: given {self.ppo.minibatches}, must divide "
                 f"rollout.batch_size={self.rollout.batch_size}, the prompts of an update"
+            )
+        if self.rollout.batch_size * self.rollout.responses_per_prompt > _MOST_RESPONSES:
+            raise ValueError(
+                f"rollout.batch_size: given {self.rollout.batch_size}, with "
+                f"rollout.responses_per_prompt={self.rollout.responses_per_prompt} must make at "
+                f"most {_MOST_RESPONSES} responses an update"
             )
         grouped = self.ppo.estimator in ("rloo", "grpo")
         if grouped and self.rollout.responses_per_prompt < 2:

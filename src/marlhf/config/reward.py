@@ -16,8 +16,9 @@ from marlhf.config.sections import (
     MetricsSettings,
     ModelSettings,
     NonNegative,
+    PathText,
+    Place,
     Positive,
-    Text,
     check_resume,
 )
 from marlhf.config.sft import check_early_stopping
@@ -37,7 +38,7 @@ class PairDataSettings(DataSettings):
     """The two columns hold prompt and answer together; there is no column with the prompt."""
     margin_column: str | None = None
     """Column with a number of at least 0: by how much the chosen answer should win."""
-    demonstrations_path: str | None = None
+    demonstrations_path: PathText | None = None
     """Rows with prompts and demonstrations, whose mean score becomes 0: another file, folder or hub
     name. Default: the training pairs."""
     demonstrations_column: str | None = None
@@ -61,11 +62,11 @@ class RewardConfig:
     reward model."""
     data: PairDataSettings = Field(default_factory=PairDataSettings)
     """The preference pairs."""
-    output_dir: Text = "runs/reward"
+    output_dir: Place = "runs/reward"
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
-    resume: Text | None = None
+    resume: Place | None = None
     """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
     a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from marlhf.paths import checked_path
 from marlhf.registry import Spec
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -23,6 +24,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, AfterValidator(checked_path)]  # which a hub name is too
+Place = Annotated[PathText, Field(min_length=1)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ _NOT_WITH_PRESET = (
 class DataSettings:
     """Prompts: JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder, or a hub name."""
 
-    path: str | None = None
+    path: PathText | None = None
     """File, folder or hub name. Must be given, unless Python code passes `train_dataset` or
     `preset` knows it; beside `preset`, a copy in the same schema."""
     preset: Spec | None = None
@@ -102,7 +105,7 @@ class DataSettings:
     """Use the first rows only."""
     shuffle: bool = True
     """Draw prompts in a new order, fixed by the seed, every pass over the data."""
-    eval_path: str | None = None
+    eval_path: PathText | None = None
     """Held-out prompts from another file, folder or hub name."""
     eval_split: str | None = None
     """Held-out prompts from another split of `path`."""
@@ -128,7 +131,7 @@ class RolloutSettings:
 
     batch_size: Count = 64
     """Prompts an update, over all ranks."""
-    responses_per_prompt: Count = 1
+    responses_per_prompt: Annotated[int, Field(ge=1, le=2**16)] = 1
     """Responses sampled for each prompt; at least 2 for `rloo` and `grpo`."""
     max_prompt_length: Count = 512
     """Longer prompts lose tokens on their left, and are counted in `prompt_truncated_fraction`."""

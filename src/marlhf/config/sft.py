@@ -16,8 +16,8 @@ from marlhf.config.sections import (
     MetricsSettings,
     ModelSettings,
     NonNegative,
+    Place,
     Positive,
-    Text,
     check_resume,
 )
 
@@ -52,11 +52,11 @@ class SFTConfig:
     """The model to fine-tune."""
     data: SFTDataSettings = Field(default_factory=SFTDataSettings)
     """The demonstrations."""
-    output_dir: Text = "runs/sft"
+    output_dir: Place = "runs/sft"
     """Where the run writes."""
     overwrite: bool = False
     """Start again in an output_dir that already holds a run, deleting its files."""
-    resume: Text | None = None
+    resume: Place | None = None
     """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
     a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0

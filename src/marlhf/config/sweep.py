@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from marlhf.config.sections import STRICT, Count, Text
+from marlhf.config.sections import STRICT, Count, Place, Text
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -16,7 +16,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 class SweepConfig:
     """Everything a `marlhf sweep` needs: every arm with every point of the grid and every seed."""
 
-    config: Text
+    config: Place
     """The configuration file that all runs start from."""
     job: Literal["ppo", "sft", "reward"] = "ppo"
     """What to run on it."""
@@ -29,7 +29,7 @@ class SweepConfig:
     """Lists of values of single keys, of which each run has one each: {kl.coef: [0.02, 0.05]}."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     """Every one of these with each of the above."""
-    output_dir: Text = "runs/sweep"
+    output_dir: Place = "runs/sweep"
     """Each run writes in a folder of its own below this one."""
     parallel: Count = 1
     """Runs at a time."""

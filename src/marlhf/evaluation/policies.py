@@ -12,6 +12,7 @@ from marlhf.config import EvaluateConfig, ModelSettings
 from marlhf.data import Prompt, check_prompts, encode, render
 from marlhf.errors import UserError
 from marlhf.evaluation.records import identity
+from marlhf.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def labelled(policies: str | Sequence[str] | dict[str, str]) -> dict[str, str]:
 
 def model_folder(path: str) -> str:
     """A run's folder means the policy in its `final/`."""
-    folder = Path(path).expanduser()
+    folder = local_path(path, "policies")
     final = folder / "final"
     return str(final) if final.is_dir() and not (folder / "config.json").is_file() else path
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marlhf.errors import Parser, UserError
+from marlhf.paths import local_path
 
 
 def main(words: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def main(words: Sequence[str]) -> None:
 
 def _folder(options: argparse.Namespace) -> Path:
     if options.output is not None:
-        return Path(options.output).expanduser()
+        return local_path(options.output, "--output")
     return (
         Path(options.runs[0]).expanduser() / "report" if len(options.runs) == 1 else Path("report")
     )

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from marlhf.errors import UserError, one_line
+from marlhf.paths import local_path
 from marlhf.watch import finite
 
 Row = dict[str, Any]
@@ -74,7 +75,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     """
     folders: dict[Path, None] = {}
     for path in paths:
-        folder = Path(path).expanduser()
+        folder = local_path(path, "report")
         if not folder.is_dir():
             fault = "is a file" if folder.exists() else "does not exist"
             raise UserError(f"report: given {path!r}, which {fault}; must be a run's output_dir")

@@ -21,13 +21,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from marlhf.errors import one_line, raised
+from marlhf.paths import local_path
 from marlhf.registry import Registry, Spec, construct, import_path, split_spec
 from marlhf.tokenization import Span
 from marlhf.types import UserError
@@ -295,7 +295,7 @@ def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
     if _is_model_path(name):
         factory = import_path("marlhf.rewards.model.RewardModel", "reward")
         model = construct(factory, {"path": name, **arguments}, f"reward {name}")
-        return Path(name).expanduser().resolve().name, model
+        return local_path(name, "reward").resolve().name, model
     found = REWARDS.find(name)
     short = name.rpartition(".")[2]
     if isinstance(found, type):
@@ -307,7 +307,7 @@ def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
 
 def _is_model_path(name: str) -> bool:
     """Whether a name means a model's directory or hub name; raises UserError for a lost path."""
-    folder = Path(name).expanduser()
+    folder = local_path(name, "reward")
     if name and folder.is_dir():
         # a folder that happens to be called `length` does not hide the reward of that name
         return (folder / "config.json").is_file() or name not in REWARDS.names()

@@ -14,12 +14,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from marlhf.errors import UserError
+from marlhf.paths import local_path
 from marlhf.registry import import_path
 from marlhf.segmenters.base import Segmenter
 from marlhf.segmenters.offsets import TokenIndex, starts_tensor
@@ -257,7 +257,7 @@ def dependency_tree(doc: Any) -> Tree:
 def _check_installed(parser: Any, pipeline: str) -> None:
     """Raise UserError for a parser that will not load; imports no parser."""
     if parser == "spacy":
-        if not Path(pipeline).exists() and not _is_importable(pipeline):
+        if not local_path(pipeline, "pipeline").exists() and not _is_importable(pipeline):
             raise UserError(
                 f"pipeline: spaCy's {pipeline!r} is not installed; install it with `python -m "
                 f"spacy download {pipeline}` or name an installed one"

@@ -25,7 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(checked_path)]  # which a hub name is too
-Place = Annotated[PathText, Field(min_length=1)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

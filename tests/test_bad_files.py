@@ -328,3 +328,29 @@ def test_a_run_that_overwrites_deletes_its_own_files_alone(world, monkeypatch):
     assert Path("again/notes.txt").read_text() == "old\n"
     assert "old" not in Path("again/metrics.jsonl").read_text()
     assert Path("again/samples.jsonl").read_text() == ""
+
+
+VALUES = {
+    "numbers": ({"summary": 3}, {"name": "rouge"}, "column 'summary' holds int in row 1"),
+    "a list": ({"summary": ["x"]}, {"name": "rouge"}, "column 'summary' holds list in row 1"),
+    "tests": ({"summary": "{"}, {"name": "code", "tests_column": "summary"}, "row 1: column 'summ"),
+    "inside": (
+        {"summary": 3},
+        {"name": "per_segment", "reward": {"name": "rouge"}, "boundary": "x"},
+        "column 'summary' holds int in row 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("job", ["ppo", "evaluate"])
+def test_columns_that_a_reward_cannot_read_are_found_before_a_model_is_loaded(name, job, refused):
+    row, spec, fragment = VALUES[name]
+    rows = [{"prompt": "x", "summary": None}, {"prompt": "y"} | row]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = {"reward": {"models": spec}} if job == "ppo" else {"rewards": spec, "policies": "lm"}
+    base = {"data": {"path": "a.jsonl", "eval_rows": 0}} | models
+    if job == "ppo":
+        base["model"] = {"path": "lm"}
+    Path("job.yaml").write_text(json.dumps(base))
+    assert fragment in refused(job, "job.yaml", "output_dir=run")

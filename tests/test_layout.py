@@ -14,6 +14,7 @@ SOURCE = REPOSITORY / "src"
 ORDER = [
     "marlhf.errors",
     "marlhf.paths",
+    "marlhf.signals",
     "marlhf.quiet",
     "marlhf.tokenization",
     "marlhf.types",
@@ -91,7 +92,6 @@ ORDER = [
     "marlhf.watch",
     "marlhf.run_directory",
     "marlhf.run_state",
-    "marlhf.signals",
     "marlhf.rollout",
     "marlhf.ptx",
     "marlhf.objectives",

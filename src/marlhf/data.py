@@ -14,11 +14,13 @@ from marlhf.config import DataSettings, RolloutSettings
 from marlhf.conversations import Messages, text_or_messages
 from marlhf.data_presets import Stage, preset_records
 from marlhf.errors import UserError, one_line
+from marlhf.signals import time_limit
 from marlhf.tables import Row, read_rows
 from marlhf.tokenization import encode_texts
 
 Item = TypeVar("Item")
 
+_TEMPLATE_SECONDS = 20.0  # for one conversation; a template can loop for days
 _MOST_PASSES = 100  # over the data, in one batch
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -123,12 +125,13 @@ def apply_template(messages: Messages, tokenizer: Any, for_answer: bool = False)
     check_template(tokenizer)
     continues = for_answer and messages[-1]["role"] == "assistant"
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=for_answer and not continues,
-            continue_final_message=continues,
-        )
+        with time_limit(_TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=for_answer and not continues,
+                continue_final_message=continues,
+            )
     except Exception as error:  # a template can raise anything
         text = "\n\n".join(message["content"] for message in messages)
         raise UserError(

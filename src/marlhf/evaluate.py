@@ -39,6 +39,7 @@ from marlhf.evaluation.summary import summarise
 from marlhf.evaluation.tables import markdown, show
 from marlhf.paths import local_path
 from marlhf.rewards import CombinedReward
+from marlhf.rollout import check_rewards
 from marlhf.yaml_text import dump_yaml
 
 SAMPLES, MEASURES = "samples.jsonl", "measures.jsonl"
@@ -85,8 +86,7 @@ def _bench(
     """
     prompts = _prompts(config)
     rewards = CombinedReward(tuple(measure.reward for measure in measures))
-    messages = ["messages"] if any(p.messages is not None for p in prompts) else []
-    rewards.check_columns([*prompts[0].columns, *messages])
+    check_rewards(rewards, prompts)
     sources = [
         source(label, path, _key(config, label), config, prompts)
         for label, path in labelled(config.policies).items()

@@ -31,7 +31,7 @@ from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
 from marlhf.ptx import TextStream
 from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
-from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards, reward_columns
+from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards, check_rewards
 from marlhf.run_directory import writing
 from marlhf.run_state import RunState, claim, seed_generators
 from marlhf.segmenters import (
@@ -287,7 +287,7 @@ class PPOTrainer:
         self._check_batch(rollout.batch_size)
         self.stream.check_batch(rollout.batch_size, "rollout.batch_size")
         check_prompts(prompts, self.tokenizer, data, rollout, positions)
-        self.reward.check_columns(reward_columns(prompts[:1]))
+        check_rewards(self.reward, prompts)
 
     def _check_batch(self, prompts: int) -> None:
         """Every rank gets as many prompts of each minibatch. Raises UserError."""

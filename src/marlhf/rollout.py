@@ -19,6 +19,7 @@ from marlhf.batching import micro_batches, minibatches
 from marlhf.config import PPOConfig, RewardSettings
 from marlhf.data import Prompt, encode, render
 from marlhf.distributed import Distributed
+from marlhf.errors import UserError, one_line
 from marlhf.experience import Experience, MacroBatch
 from marlhf.generation import Generate, generate
 from marlhf.metrics import Metrics, Timer
@@ -271,6 +272,20 @@ def _widen(x: Tensor, columns: int) -> Tensor:
     if x.dim() == 1:
         return x
     return torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, columns))
+
+
+def check_rewards(reward: CombinedReward, prompts: Sequence[Prompt]) -> None:
+    """Raise UserError where the rows do not have what the rewards need, before any model is loaded;
+    a reward's own method `check_values(**columns)`, if it has one, looks at the values."""
+    columns = reward_columns(prompts)
+    reward.check_columns(columns)
+    for named in reward.rewards:
+        check = getattr(named.function, "check_values", None)
+        if callable(check):
+            try:
+                check(**columns)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"reward {named.name}: {one_line(error)}") from error
 
 
 def reward_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

@@ -112,6 +112,15 @@ class Code:
             return (self.tests_column,)
         return (self.check_column, self.entry_point_column)
 
+    def check_values(self, **columns: Sequence[Any]) -> None:
+        """Raise ValueError where a row's tests are not in the format."""
+        row = 0
+        try:
+            for row in range(len(columns[self.needed_columns[0]])):
+                self._problem("", {name: column[row] for name, column in columns.items()})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {row}: {one_line(error)}") from error
+
     @property
     def _limits(self) -> Limits:
         return Limits(

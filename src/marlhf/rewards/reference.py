@@ -38,6 +38,10 @@ class Rouge:
         """Columns that the data must have."""
         return (self.column,)
 
+    def check_values(self, **columns: Sequence[Any]) -> None:
+        """Raise TypeError where the column holds anything but text."""
+        _references(columns[self.column], self.column)
+
     @cached_property
     def _scorer(self) -> Any:
         from rouge_score.rouge_scorer import RougeScorer
@@ -90,6 +94,10 @@ class EmbeddingSimilarity:
     def needed_columns(self) -> tuple[str, ...]:
         """Columns that the data must have."""
         return (self.column,)
+
+    def check_values(self, **columns: Sequence[Any]) -> None:
+        """Raise TypeError where the column holds anything but text."""
+        _references(columns[self.column], self.column)
 
     @property
     def source(self) -> str:
@@ -167,7 +175,8 @@ class EmbeddingSimilarity:
 
 def _references(values: Sequence[Any], column: str) -> list[str | None]:
     """A column's texts, None where there is none. Raises TypeError for what is no text."""
-    for value in values:
+    for row, value in enumerate(values):
         if not isinstance(value, str | None):
-            raise TypeError(f"column {column!r} holds {type(value).__name__}, must be text")
+            kind = type(value).__name__
+            raise TypeError(f"column {column!r} holds {kind} in row {row}, must be text")
     return [value if value and value.strip() else None for value in values]

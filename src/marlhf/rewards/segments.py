@@ -50,6 +50,12 @@ class PerSegment:
         """Those of the reward."""
         return [name for r in self._inner.rewards for name in needed_columns(r.function)]
 
+    def check_values(self, **columns: Sequence[Any]) -> None:
+        """Raise UserError where the reward cannot read a column."""
+        for reward in self._inner.rewards:
+            if callable(check := getattr(reward.function, "check_values", None)):
+                check(**columns)
+
     def load(self) -> None:
         """Load the reward's models."""
         self._inner.load()

@@ -415,3 +415,17 @@ def test_a_pipeline_without_parser_says_so(tmp_path):
     spacy.blank("en").to_disk(tmp_path / "blank")
     with pytest.raises(UserError, match="no dependency parser"):
         Parsing(pipeline=str(tmp_path / "blank"))(text_batch(byte_level(), "A cat."))
+
+
+def test_a_run_of_symbols_is_not_given_to_a_parser():
+    """Parsers take quadratic time on what a collapsed policy writes."""
+    seen = []
+
+    def parse(sentences):
+        seen.extend(sentences)
+        return [Tree("S", sentence.split()) for sentence in sentences]
+
+    collapsed = "Well " + "(" * 4000
+    trees = SentenceParser(parse)(["One two.", collapsed, "So " + "!?" * 20])
+    assert [tree is None for tree in trees] == [False, True, False]
+    assert collapsed not in seen

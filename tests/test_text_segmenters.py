@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import pickle
 import re
@@ -349,8 +350,28 @@ RUNS += [
 def test_what_a_collapsed_policy_writes_costs_what_other_text_does(run: str):
     """Time in proportion to the characters, whatever they are: for quadratic time on dots it was
     some hundred times as much as for other text of that length."""
-    for boundaries in (sentence_boundaries, word_boundaries, line_boundaries):
+    rules = [sentence_boundaries, word_boundaries, line_boundaries]
+    if importlib.util.find_spec("spacy"):
+        rules.append(Word(language="en").boundaries)
+    for boundaries in rules:
         usual = cpu_seconds(boundaries, (SAMPLES[0] + " ") * 100)
         for end in ("", "x", " ", "\n"):
             text = "Well" + (run * 8000)[:8000] + end
             assert cpu_seconds(boundaries, text) < 10 * usual + 0.1
+
+
+def test_every_boundary_of_a_blank_response_costs_the_same():
+    spaces, letters = (
+        (text, [(i, i + 1) for i in range(len(text))]) for text in (" " * 20000 + "x", "x" * 20001)
+    )
+    usual = cpu_seconds(lambda text: token_starts(text, letters[1], range(20001)), letters[0])
+    blank = cpu_seconds(lambda text: token_starts(text, spaces[1], range(20001)), spaces[0])
+    assert blank < 10 * usual + 0.1
+
+
+def test_a_long_run_of_symbols_keeps_its_words():
+    """spaCy gets it in pieces, of which each symbol is a word as in the whole."""
+    spacy = pytest.importorskip("spacy")
+    text = 'Well, "' + "(" * 150 + "yes" + "!?" * 100 + " and so on."
+    doc = spacy.blank("en")(text)
+    assert Word(language="en").boundaries(text) == [token.idx for token in doc]

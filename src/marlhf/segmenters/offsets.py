@@ -16,6 +16,7 @@ starts with the character at `c`".
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from marlhf.tokenization import Span
 from marlhf.types import ResponseBatch
 
-_LINE_BREAKS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+_BLANKS = re.compile("[^\\S\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")  # but line breaks
 
 
 class TokenIndex:
@@ -35,10 +36,11 @@ class TokenIndex:
     """
 
     def __init__(self, text: str, spans: Sequence[Span]) -> None:
-        self._text = text
         self._leading = len(text) - len(text.lstrip())
         self._tokens = [token for token, (start, end) in enumerate(spans) if end > start]
         self._anchors = [_anchor(text, spans[token]) for token in self._tokens]
+        blanks = [match.span() for match in _BLANKS.finditer(text)]
+        self._blank_starts, self._blank_ends = zip(*blanks, strict=True) if blanks else ((), ())
 
     def token_at(self, char: int) -> int | None:
         """The token that starts a macro action for a boundary at `char`; None where none does
@@ -53,8 +55,9 @@ class TokenIndex:
         return self._rank(end) - self._rank(start)
 
     def _rank(self, char: int) -> int:
-        while char > 0 and _is_blank(self._text[char - 1]):
-            char -= 1
+        run = bisect_left(self._blank_starts, char) - 1  # the last run of blanks before char
+        if run >= 0 and char <= self._blank_ends[run]:
+            char = self._blank_starts[run]
         return bisect_left(self._anchors, char)
 
 
@@ -80,7 +83,3 @@ def _anchor(text: str, span: Span) -> int:
     start, end = span
     visible = text[start:end].lstrip()
     return end - len(visible) if visible else start
-
-
-def _is_blank(char: str) -> bool:
-    return char.isspace() and char not in _LINE_BREAKS

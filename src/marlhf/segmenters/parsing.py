@@ -23,7 +23,7 @@ from marlhf.paths import local_path
 from marlhf.registry import import_path
 from marlhf.segmenters.base import Segmenter
 from marlhf.segmenters.offsets import TokenIndex, starts_tensor
-from marlhf.segmenters.text import sentence_spans
+from marlhf.segmenters.text import run_cuts, sentence_spans
 from marlhf.types import ResponseBatch
 
 if TYPE_CHECKING:
@@ -167,12 +167,14 @@ class SentenceParser:
         self._warned = False
 
     def __call__(self, sentences: list[str]) -> list[Node | None]:
-        """The tree of each sentence, None where it could not be parsed."""
+        """The tree of each sentence, None where it could not be parsed, or is no sentence: parsers
+        take quadratic time on long runs of symbols."""
         found: dict[str, Node | None] = {}
         for sentence in dict.fromkeys(sentences):
             if sentence in self._cache:
                 self._cache.move_to_end(sentence)
                 found[sentence] = self._cache[sentence]
+        found.update((sentence, None) for sentence in sentences if run_cuts(sentence))
         new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in found]
         if new:
             found.update(zip(new, self._nodes(new), strict=True))

@@ -17,7 +17,7 @@ import abc
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import regex
@@ -64,7 +64,13 @@ class Word(TextSegmenter):
     def boundaries(self, text: str) -> list[int]:
         if self.language is None:
             return word_boundaries(text)
-        return [token.idx for token in _spacy_tokenizer(self.language)(text) if not token.is_space]
+        tokenizer, cuts = _spacy_tokenizer(self.language), [0, *run_cuts(text), len(text)]
+        return [
+            start + token.idx
+            for start, end in pairwise(cuts)
+            for token in tokenizer(text[start:end])
+            if not token.is_space
+        ]
 
 
 @dataclass(frozen=True)
@@ -236,6 +242,15 @@ def _ends_sentence(text: str, match: Any) -> bool:
     if (len(word) == 1 and word.isupper() and word != "I") or _BEFORE_NAMES.fullmatch(word):
         return False
     return not (lower and _MID_SENTENCE.fullmatch(word))
+
+
+_LONG_RUN = regex.compile(r"[^\w\s]{64}(?=[^\w\s])")
+
+
+def run_cuts(text: str) -> list[int]:
+    """Where to cut long runs of symbols, every 64 characters: spaCy's tokenizers take quadratic
+    time on them, and find each symbol a word."""
+    return [match.end() for match in _LONG_RUN.finditer(text)]
 
 
 @functools.lru_cache(maxsize=8)

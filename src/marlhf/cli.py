@@ -7,8 +7,11 @@ import importlib
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import Any
+
+from marlhf.errors import Stopped, UserError, one_line, raised, say
 
 # job -> its configuration, what runs it, and a line of help
 JOBS = {
@@ -92,9 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if "" not in sys.path:  # import paths may name modules of the working folder
         sys.path.append("")
+    sys.excepthook = _show_fault
     try:
         _run(words[0], words[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):  # where it came: in a plug-in's code, which may have raised it itself
+            say(f"marlhf: {one_line(interrupt)}")
         sys.exit(130)
     except BrokenPipeError:  # `marlhf ppo --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,25 +109,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = _one_line(error)
         if line is None:
             raise
-        print(f"marlhf: {line}", file=sys.stderr)
+        say(f"marlhf: {line}")
         sys.exit(2)
+
+
+def _show_fault(kind: Any, error: BaseException, trace: Any) -> None:
+    """A fault of ours, which may quote what it met."""
+    say("".join(traceback.format_exception(kind, error, trace)))
 
 
 def _one_line(error: Exception) -> str | None:
     """The message for the user, or None for what is our fault and deserves a traceback."""
-    from marlhf.errors import UserError
-
     # a reward that failed, gradients that are not finite, either of these on another rank
     its_own = type(error).__name__ in ("RewardError", "DivergedError", "PeerError")
     if isinstance(error, UserError) or its_own:
-        return " ".join(str(error).split())
+        return one_line(error, sys.maxsize)
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
-        return " ".join(f"{error.filename or 'the system'}: {error.strerror}".split())
+        return one_line(f"{error.filename or 'the system'}: {error.strerror}", sys.maxsize)
     return None
 
 
 def _run(job: str, words: list[str]) -> None:
-    from marlhf.errors import UserError
     from marlhf.quiet import hide_loading_bars, quiet_libraries
 
     quiet_libraries()
@@ -143,7 +151,12 @@ def _run(job: str, words: list[str]) -> None:
     config = load_config(config_class, words[0], words[1:])
     run = _imported(run_path)
     hide_loading_bars()
-    run(config)
+    try:
+        run(config)
+    except SystemExit as error:  # code of the user's may try to end a run as if it were done
+        if isinstance(error, Stopped) or error.code not in (None, 0):
+            raise
+        raise UserError(f"{job}: something {raised(error)} before the end") from error
 
 
 def _imported(path: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from marlhf.errors import UserError
+from marlhf.errors import UserError, printable
 from marlhf.watch import finite
 
 if TYPE_CHECKING:
@@ -77,11 +76,9 @@ def has_colour(console: Console) -> bool:
 
 
 def visible(text: str, line_break: str = "⏎") -> str:
-    """Text without control characters, but for those in `line_break`."""
+    """Text without control characters and bidi marks, but for those in `line_break`."""
     text = text.replace("\r\n", "\n").replace("\t", "  ")
-    return "".join(
-        line_break if c == "\n" else "�" if unicodedata.category(c) == "Cc" else c for c in text
-    )
+    return printable(text, "\n").replace("\n", line_break)
 
 
 @dataclass(frozen=True)

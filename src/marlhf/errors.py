@@ -1,16 +1,24 @@
-"""The error that is the user's to mend, and how it is worded."""
+"""The error that is the user's to mend, and how foreign text is worded and shown."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import re
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 _NOT_THEIRS = (str(Path(__file__).parent) + os.sep, importlib.__file__, "<frozen importlib")
+_WRAPPERS = ("_contextlib.py", "contextlib.py")  # a decorator is not where it went wrong
+
+# What commands a terminal or reorders its text: C0, DEL, C1, bidi marks, halves of a character.
+_COMMANDS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(ValueError):
@@ -18,6 +26,10 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with status 2.
     """
+
+
+class Stopped(SystemExit):
+    """The end of a process that somebody asked for by a signal; no plug-in may swallow it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,19 +41,51 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{name}: {message}; see {self.prog} --help")
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with � for control characters, bidi marks and surrogates that `keep` lacks.
+
+    Everything foreign goes through here before a terminal or a page shows it.
+    """
+    return _COMMANDS.sub(lambda found: found[0] if found[0] in keep else "�", text)
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Lines for whoever started the command, without what commands a terminal.
+
+    file   stderr by default
+    """
+    print(printable(str(text), "\n\t"), file=file or sys.stderr, flush=True)
+
+
 def one_line(text: object, length: int = 300) -> str:
-    """A text, or what an exception says, on one line of at most `length` characters."""
-    words = " ".join(str(text).split())
+    """A text, or what an exception says, as a printable line of at most `length` characters."""
+    try:
+        words = str(text)
+    except Exception:  # the class is a plug-in's
+        words = f"{type(text).__name__} (which cannot be shown)"
+    words = printable(" ".join(words.split()))
     words = words or (type(text).__name__ if isinstance(text, BaseException) else "")
     return words if len(words) <= length else words[: length - 3] + "..."
+
+
+def shown(value: object, length: int = 60) -> str:
+    """`repr` of any value on a printable line of at most `length` characters."""
+    try:
+        return one_line(repr(value), length)
+    except Exception:  # the class is a plug-in's
+        return f"<{type(value).__name__}, which cannot be shown>"
 
 
 def raised(error: BaseException) -> str:
     """What the code of a plug-in raised, and where: its name, what it says, and the last line of
     the file that this library called, as far as that is not its own."""
-    text = f"raised {type(error).__name__}: {one_line(error)}"
+    text = f"raised {one_line(type(error).__name__)}: {one_line(error)}"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    theirs = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(_NOT_THEIRS) and Path(frame.filename).name not in _WRAPPERS
+    ]
     if not theirs:
         return text
     line = next(f.lineno for f in reversed(theirs) if f.filename == theirs[0].filename)

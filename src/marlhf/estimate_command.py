@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from marlhf.config import PPOConfig
 from marlhf.config_loading import load_config
-from marlhf.errors import Parser, UserError
+from marlhf.errors import Parser, UserError, say
 from marlhf.memory import PROFILES, Estimate, Profile, Run, estimate, is_sharded
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def main(words: Sequence[str]) -> None:
     gpus = options.gpus
     counter = counter_of(config)
     found = estimates(counter, gpus)
-    print(header(config, counter.run(gpus), gpus, options.gpu_memory))
+    say(header(config, counter.run(gpus), gpus, options.gpu_memory), sys.stdout)
     print(table(found, memory))
     print(_NOTES)
     fits = [profile for profile, each in found.items() if each.peak <= memory]

@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from marlhf.config import EvaluateConfig
 from marlhf.config_loading import config_to_dict
 from marlhf.data import Prompt, load_rows
 from marlhf.distributed import Distributed
-from marlhf.errors import UserError
+from marlhf.errors import UserError, printable, say
 from marlhf.evaluation.bench import MEASURE_KEY, SAMPLE_KEY, Bench
 from marlhf.evaluation.endpoint import api_key
 from marlhf.evaluation.policies import Source, check_same_tokens, labelled, source
@@ -202,9 +202,9 @@ class _Track:
         if not self._is_main:
             return iter(batches)
         if not self._console.is_terminal:
-            print(f"{what}: {len(batches)} batches", file=sys.stderr, flush=True)
+            say(f"{what}: {len(batches)} batches")
             return iter(batches)
-        return iter(track(batches, what, console=self._console, transient=True))
+        return iter(track(batches, escape(printable(what)), console=self._console, transient=True))
 
 
 def _console() -> Console:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from marlhf.display import colour_macro_actions, macro_pieces
-from marlhf.errors import UserError
+from marlhf.errors import UserError, printable
 
 if TYPE_CHECKING:
     from marlhf.segmenters import SegmenterFn
@@ -203,12 +203,12 @@ def show(segmented: Sequence[Segmented], labels: Sequence[str], console: Console
         if wide:
             table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
             for label in labels:
-                table.add_column(Text(label), ratio=1)
+                table.add_column(Text(printable(label)), ratio=1)
             table.add_row(*cut)
             console.print(table)
             continue
         for label, coloured in zip(labels, cut, strict=True):
-            console.print(Text(label, style="bold"), soft_wrap=True)
+            console.print(Text(printable(label), style="bold"), soft_wrap=True)
             console.print(Group(coloured, ""), soft_wrap=not console.is_terminal)
     console.print(_summary_table(segmented, labels))
 
@@ -227,7 +227,7 @@ def _summary_table(segmented: Sequence[Segmented], labels: Sequence[str]) -> Tab
     for i, label in enumerate(labels):
         found = summarise(segmented, i)
         cells = (f"{found.count}", f"{found.mean:.2f}", f"{found.longest}", _bars(found.lengths))
-        table.add_row(Text(label), *cells)
+        table.add_row(Text(printable(label)), *cells)
     return table
 
 

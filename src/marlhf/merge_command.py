@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marlhf.errors import Parser, UserError
+from marlhf.errors import Parser, UserError, say
 from marlhf.paths import local_path
 
 
@@ -25,7 +26,7 @@ def main(words: Sequence[str]) -> None:
     if options.base is not None:
         local_path(options.base, "--base")
     merge(options.adapter, options.out, options.base, options.trust_remote_code)
-    print(f"wrote {options.out}")
+    say(f"wrote {options.out}", sys.stdout)
 
 
 def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf.display import visible
-from marlhf.errors import UserError
+from marlhf.errors import UserError, printable
 from marlhf.paths import local_path
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -65,8 +65,8 @@ def write_page(path: str | Path, content: str, key: str) -> Path:
 
 
 def text(value: object) -> str:
-    """Any text as HTML."""
-    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+    """Any text as HTML, without control characters and bidi marks."""
+    return html.escape(printable(str(value), "\n\t"))
 
 
 def tag(name: str, content: str = "", **attributes: Any) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from marlhf.config import PPOConfig
 from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
 from marlhf.display import BeforeAfter, before_after_panel, plot_reward_kl
-from marlhf.errors import Parser, UserError
+from marlhf.errors import Parser, UserError, printable
 from marlhf.quiet import hide_loading_bars
 from marlhf.registry import spec_label
 
@@ -30,9 +31,10 @@ def main(words: Sequence[str]) -> None:
     """Train, then print reward and KL before and after, samples, and where the plot is."""
     config = quickstart_config(_parse(words))
     console = Console()
-    console.print(
+    _print(
+        console,
         f"Teaching {Path(config.model.path).name} to write cheerfully: {config.steps} updates of "
-        f"{config.rollout.batch_size} responses, macro actions by {spec_label(config.segmenter)}."
+        f"{config.rollout.batch_size} responses, macro actions by {spec_label(config.segmenter)}.",
     )
     from marlhf.ppo import PPOTrainer
 
@@ -72,8 +74,13 @@ def show(run: Path, console: Console) -> None:
         console.print(before_after_panel(before, after, samples[:3], console))
     plot = run / "reward_kl.png"
     plot_reward_kl(metrics, plot, "Macro-action PPO: score and KL")
-    console.print(f"Plot: {plot}", soft_wrap=True)
-    console.print(f"Trained model: {run / 'final'}", soft_wrap=True)
+    _print(console, f"Plot: {plot}", soft_wrap=True)
+    _print(console, f"Trained model: {run / 'final'}", soft_wrap=True)
+
+
+def _print(console: Console, text: str, **how: Any) -> None:
+    """Names and paths as they are: brackets in them are no markup."""
+    console.print(Text(printable(text)), **how)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

@@ -10,8 +10,11 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 from typing import Any
+
+from marlhf.errors import printable
 
 _ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
@@ -30,6 +33,17 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_error)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    if logging.getLogRecordFactory() is logging.LogRecord:
+        logging.setLogRecordFactory(
+            lambda *given, **more: _printable(logging.LogRecord(*given, **more))
+        )
+
+
+def _printable(record: logging.LogRecord) -> logging.LogRecord:
+    """What any library logs may quote a text that commands the terminal."""
+    with suppress(Exception):  # a message that does not fit its arguments: logging tells so
+        record.msg, record.args = printable(record.getMessage(), "\n\t"), ()
+    return record
 
 
 def _is_error(record: logging.LogRecord) -> bool:

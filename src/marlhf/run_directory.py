@@ -7,7 +7,6 @@ import fcntl
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from marlhf import checkpoint
 from marlhf.checkpoint import Checkpoint
 from marlhf.config import LogSettings, MetricsSettings
 from marlhf.config_loading import config_to_dict
-from marlhf.errors import UserError, one_line
+from marlhf.errors import UserError, one_line, say
 from marlhf.metrics import JsonLines, ProgressBar, TensorBoard, WandB
 from marlhf.paths import local_path
 from marlhf.watch import Warnings
@@ -243,4 +242,4 @@ def writing(folder: Path) -> Iterator[None]:
 
 def notice(line: str) -> None:
     """Tell the user something about the run, on stderr."""
-    print(f"marlhf: {line}", file=sys.stderr, flush=True)
+    say(f"marlhf: {line}")

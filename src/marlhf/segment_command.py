@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from marlhf.errors import Parser, UserError
+from marlhf.errors import Parser, UserError, say
 from marlhf.inspector import segment_texts, show
 from marlhf.inspector_page import inspector_page
 from marlhf.page import write_page
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> None:
         show(segmented, labels, Console())
         return
     path = write_page(options.html, inspector_page(segmented, labels), "--html")
-    print(f"Wrote {path}")
+    say(f"Wrote {path}", sys.stdout)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from marlhf.errors import Stopped, say
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ONE_KEYSTROKE = 1.0  # seconds: a launcher hands on to its ranks what the terminal sent them too
@@ -50,7 +51,7 @@ class StopSignals:
             self._received, self._at = number, time.monotonic()
             name = signal.Signals(number).name
             line = f"marlhf: {name}: stopping after this update; once more stops at once"
-            print(line, file=sys.stderr, flush=True)
+            say(line)
         elif time.monotonic() - self._at > _ONE_KEYSTROKE:
             stop(number)
 
@@ -59,7 +60,7 @@ def stop(number: int) -> None:
     """End as the signal would have: KeyboardInterrupt, or SystemExit with status 128 + number."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise Stopped(128 + number)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf.data import Prompt
+from marlhf.errors import say
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.judge import Judge, Pair
 from marlhf.evaluation.raters import read_ratings, score, write_file
@@ -88,11 +89,6 @@ def rate_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
     for policy, of_policy in pairs.items():
         found = score(of_policy, ratings, folder, bench.config.resamples, seed)
         _add(bench, results, policy, "raters", found)
-
-
-def say(text: str) -> None:
-    """A line beside the results, which are on standard output."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _agreed(ask: bool) -> bool:

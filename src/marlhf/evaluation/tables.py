@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from marlhf.errors import printable
+
 
 @dataclass(frozen=True)
 class Table:
@@ -69,12 +71,17 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 def show(results: Mapping[str, Any], console: Console) -> None:
     """Print every table."""
     for table in tables(results):
-        shown = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left")
+        shown = RichTable(box=box.SIMPLE_HEAD, title=_text(table.title), title_justify="left")
         for i, heading in enumerate(table.headings):
-            shown.add_column(Text(heading), justify="right" if i else "left")
+            shown.add_column(_text(heading), justify="right" if i else "left")
         for row in table.rows:
-            shown.add_row(*map(Text, row))
+            shown.add_row(*map(_text, row))
         console.print(shown)
+
+
+def _text(cell: str) -> Text:
+    """Whatever a policy is called: no markup, nothing that commands a terminal."""
+    return Text(printable(cell))
 
 
 def markdown(results: Mapping[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from marlhf.errors import Parser, UserError
+from marlhf.errors import Parser, UserError, say
 from marlhf.paths import local_path
 
 
@@ -26,13 +27,13 @@ def main(words: Sequence[str]) -> None:
     for group in groups:
         for run in group.runs:
             for note in run.notes:
-                print(f"{run.name}: {note}")
-    print(f"Report: {path}")
+                say(f"{run.name}: {note}", sys.stdout)
+    say(f"Report: {path}", sys.stdout)
     if not options.no_png:
         try:
-            print(f"PNGs: {len(write_pngs(groups, folder))} in {folder}")
+            say(f"PNGs: {len(write_pngs(groups, folder))} in {folder}", sys.stdout)
         except UserError as error:
-            print(error)
+            say(error, sys.stdout)
         except OSError as error:
             raise UserError(
                 f"--output: cannot write {error.filename!r}: {error.strerror}"

@@ -42,10 +42,13 @@ with log.open("a") as file:
     file.write(json.dumps(row) + "\\n")
 if stopped:
     sys.exit(130)
+if "leaves" in folder.parts[-2]:
+    sys.exit(0)
 if fails:
     print("about to fail")
     print("marlhf: no such luck", file=sys.stderr)
     sys.exit(2)
+(folder / "final").mkdir(exist_ok=True)
 (folder / "metrics.jsonl").write_text('{"step": 1, "eval_score_mean": 0.5, "eval_kl_mean": 2.0}\\n')
 """
 
@@ -247,7 +250,7 @@ def test_a_run_whose_end_was_not_recorded_is_done_if_its_model_is_there(tmp_path
     folder = tmp_path / "out" / "a" / "seed-0"
     text = (folder / "sweep.yaml").read_text()
     (folder / "sweep.yaml").write_text(text.replace("state: done", "state: running"))
-    (folder / "final").mkdir()
+    (folder / "final").mkdir(exist_ok=True)
     sweep.run(config(tmp_path, arms={"a": {}}))
     assert len(fake_job()) == 1
     (folder / "final").rmdir()
@@ -321,3 +324,12 @@ def test_the_file_of_a_run_in_a_grid_is_no_assignment(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["ppo", "steps=3"])
     assert "usage: marlhf ppo CONFIG.yaml" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_with_status_0_and_no_model_has_failed(tmp_path, fake_job, capfd):
+    arms = {"leaves": {"steps": 1}, "fine": {"steps": 2}}
+    with pytest.raises(SystemExit) as end:
+        sweep.run(config(tmp_path, arms=arms, seeds=[0]))
+    assert end.value.code == 1
+    assert states(tmp_path) == {"leaves/seed-0": "failed", "fine/seed-0": "done"}
+    assert "1 done, 1 failed: leaves/seed-0" in capfd.readouterr().err

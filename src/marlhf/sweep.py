@@ -25,7 +25,7 @@ import yaml
 
 from marlhf.config import PPOConfig, RewardConfig, SFTConfig, SweepConfig
 from marlhf.config_loading import apply_overrides, config_from_dict, config_to_dict, read_yaml
-from marlhf.errors import UserError, one_line
+from marlhf.errors import Stopped, UserError, one_line, say
 from marlhf.paths import local_path
 from marlhf.registry import spec_label
 from marlhf.report.runs import read_runs
@@ -85,13 +85,14 @@ def run(config: SweepConfig) -> None:
         _check_same(trial)
     todo = [trial for trial in trials if not trial.is_done]
     before = len(trials) - len(todo)
-    print(f"{len(trials)} runs in {config.output_dir}" + (f", {before} done before" * bool(before)))
+    earlier = f", {before} done before" * bool(before)
+    say(f"{len(trials)} runs in {config.output_dir}{earlier}", sys.stdout)
     failed = _run_all(todo, config, len(trials))
     if failed:
         names = ", ".join(trial.name for trial in failed)
-        print(f"{len(trials) - len(failed)} done, {len(failed)} failed: {names}", file=sys.stderr)
+        say(f"{len(trials) - len(failed)} done, {len(failed)} failed: {names}")
         sys.exit(1)
-    print(f"All done. Next: marlhf report {config.output_dir}")
+    say(f"All done. Next: marlhf report {config.output_dir}", sys.stdout)
 
 
 # --- planning
@@ -185,6 +186,11 @@ class _Running:
     process: subprocess.Popen[bytes]
     began: float
 
+    @property
+    def ended_well(self) -> bool:
+        """By its status and by its model: code of the user's may end a process with status 0."""
+        return self.process.returncode == 0 and (self.trial.folder / "final").is_dir()
+
 
 def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Trial]:
     """Run trials, some at a time; those that failed. However this ends, no process stays behind."""
@@ -232,7 +238,7 @@ def _start(trial: Trial, job: str, threads: int) -> _Running:
             env=environment,
             start_new_session=True,  # Ctrl-C is ours to hand on
         )
-    print(f"started {trial.name}", flush=True)
+    say(f"started {trial.name}", sys.stdout)
     return _Running(trial, process, time.monotonic())
 
 
@@ -244,14 +250,14 @@ def _finish(one: _Running, count: str) -> bool:
     """Record how a run ended and say so; whether it ended well."""
     trial, code = one.trial, one.process.returncode
     seconds = round(time.monotonic() - one.began, 1)
-    if code == 0:
+    if one.ended_well:
         trial.write_status("done", seconds=seconds)
-        print(f"{count} done {trial.name}, {seconds:.0f} s{_outcome(trial.folder)}", flush=True)
+        say(f"{count} done {trial.name}, {seconds:.0f} s{_outcome(trial.folder)}", sys.stdout)
         return True
     error = _last_words(trial.folder / "log.txt")
     trial.write_status("failed", status=code, seconds=seconds, error=error)
-    print(f"{count} FAILED {trial.name}, status {code}: {error}", file=sys.stderr, flush=True)
-    print(f"    see {trial.folder / 'log.txt'}", file=sys.stderr, flush=True)
+    say(f"{count} FAILED {trial.name}, status {code}: {error}")
+    say(f"    see {trial.folder / 'log.txt'}")
     return False
 
 
@@ -259,7 +265,7 @@ def _stop(running: Sequence[_Running]) -> None:
     """Let runs finish their update and save it; a second Ctrl-C, or much time, kills them."""
     if not running:
         return
-    print(f"stopping {len(running)} runs; once more kills them", file=sys.stderr, flush=True)
+    say(f"stopping {len(running)} runs; once more kills them")
     for one in running:
         _signal(one, signal.SIGINT)
     end = time.monotonic() + _PATIENCE
@@ -271,7 +277,7 @@ def _stop(running: Sequence[_Running]) -> None:
         for one in running:
             _signal(one, signal.SIGKILL)
             one.process.wait()
-            one.trial.write_status("done" if one.process.returncode == 0 else "stopped")
+            one.trial.write_status("done" if one.ended_well else "stopped")
 
 
 def _signal(one: _Running, number: int) -> None:
@@ -282,7 +288,7 @@ def _signal(one: _Running, number: int) -> None:
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     def end(number: int, _frame: Any) -> NoReturn:
-        raise SystemExit(128 + number)
+        raise Stopped(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -50,6 +51,13 @@ BROKEN: dict[str, dict[str, Any]] = {
             '{"step": 3, "held_',
         ],
     },
+    "macro actions beyond all measure": {
+        "rows": learning(0.1),
+        "samples": [
+            sample(20, 0, macro_lengths=[99999999999]),
+            sample(20, 1, macro_lengths=[10**400]),
+        ],
+    },
     "configuration of another kind": {
         "rows": learning(0.1),
         "segmenter": 3,
@@ -74,6 +82,23 @@ def test_a_broken_run_leaves_a_gap_and_never_a_traceback(name, tmp_path, capsys)
     main(["report", str(tmp_path / "odd"), *some_runs(tmp_path / "whole"), "--no-png", "--output",
           str(tmp_path / "both")])  # fmt: skip
     assert (tmp_path / "both" / "report.html").is_file()
+
+
+LOOPS = {
+    "a loop": "kl: &a\n  coef: *a\n",
+    "a loop of lists": "segmenter: &a [*a]\n",
+    "more and more": "a: &a [1,1,1,1,1,1,1,1,1]\n"
+    + "".join(f"{y}: &{y} [{', '.join(['*' + x] * 9)}]\n" for x, y in pairwise("abcdefgh")),
+    "deep": "a: " + "[" * 90 + "]" * 90 + "\n",
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_configuration_without_end_is_a_note(name, tmp_path, capsys):
+    run = write_run(tmp_path / "run", learning(0.1))
+    (run / "config.yaml").write_text(LOOPS[name])
+    main(["report", str(run), "--no-png"])
+    assert "config.yaml is nested too deeply, or too large" in capsys.readouterr().out
 
 
 def test_notes_say_what_was_left_out(tmp_path, capsys):

@@ -12,6 +12,7 @@ from marlhf.charts import Line, LineChart
 from marlhf.report.groups import Group, Mean
 from marlhf.report.runs import Run
 
+_LONGEST = 2**20  # tokens of a macro action; what is beyond it no model has written
 _POINTS = 120  # of a line; more would be neither seen nor quick to draw
 
 SECTIONS = {
@@ -162,7 +163,7 @@ def macro_lengths(group: Group) -> tuple[Counter[int], int]:
     responses = 0
     for sample in (sample for run in group.runs for sample in run.samples):
         given = sample.get("macro_lengths")
-        if isinstance(given, list) and all(isinstance(n, int) and n > 0 for n in given):
+        if isinstance(given, list) and all(isinstance(n, int) and 0 < n < _LONGEST for n in given):
             lengths.update(given)
             responses += 1
     return lengths, responses

@@ -15,6 +15,7 @@ from marlhf.paths import local_path
 from marlhf.watch import finite
 
 Row = dict[str, Any]
+_DEEPEST, _LARGEST = 50, 100_000  # levels and values of a configuration
 
 
 @dataclass(frozen=True)
@@ -170,4 +171,21 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{path.name} cannot be read: {one_line(error, 100)}")
         return {}
+    if not _is_plain(value):
+        notes.append(f"{path.name} is nested too deeply, or too large")
+        return {}
     return value if isinstance(value, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a configuration's size once its aliases are written out: a loop has no end."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        parts = [*node, *node.values()] if isinstance(node, dict) else node
+        count += 1
+        if depth > _DEEPEST or count > _LARGEST:
+            return False
+        if isinstance(parts, list | tuple | set):
+            waiting += [(part, depth + 1) for part in parts]
+    return True

@@ -6,6 +6,8 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from typing import Any
@@ -13,10 +15,17 @@ from typing import Any
 import pytest
 from judge_server_for_tests import Answer, completion, judge_server, says
 
-from marlhf.config import JudgeSettings
+from marlhf.config import EvaluateConfig, JudgeSettings
+from marlhf.config_loading import config_from_dict
 from marlhf.errors import UserError
 from marlhf.evaluation import endpoint as module
-from marlhf.evaluation.endpoint import Endpoint, RequestError, StoppedError, token_estimate
+from marlhf.evaluation.endpoint import (
+    Endpoint,
+    RequestError,
+    StoppedError,
+    api_key,
+    token_estimate,
+)
 
 ASK = [{"role": "user", "content": "which?"}]
 KEY = "sk-very-secret"
@@ -92,6 +101,103 @@ def test_what_may_be_better_next_time_is_asked_again(name):
         endpoint = client(server.url, timeout_seconds=0.3 if slow else 5.0)
         assert endpoint.ask(ASK).text == "Verdict: B"
         assert len(server.bodies) == endpoint.requests == 3
+
+
+@contextmanager
+def dripping(first: bytes, drop: bytes, seconds: float = 8.0) -> Iterator[int]:
+    """A server that sends `first` and then `drop` again and again, for so many seconds; its
+    port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    threading.Thread(target=drip, args=(connection,), daemon=True).start()
+
+        def drip(connection: socket.socket) -> None:
+            end = time.monotonic() + seconds
+            with suppress(OSError), connection:
+                connection.sendall(first)
+                while time.monotonic() < end:
+                    connection.sendall(drop)
+                    time.sleep(0.05)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+DRIPS = {
+    "status line": (b"HTTP/1.1 200 ", b"O"),
+    "a header": (OK + b"X: ", b"y"),
+    "headers": (OK, b"X: y\r\n"),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body": (OK + b"Content-Length: 9999\r\n\r\n", b"{"),
+    "chunks": (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "length of a chunk": (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+    "trailer": (OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n"),
+    "refusal": (b"HTTP/1.1 500 Oh\r\nContent-Length: 9999\r\n\r\n", b"x"),
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+def test_the_time_is_for_every_phase_of_a_request(what):
+    with dripping(*DRIPS[what]) as port:
+        began = time.monotonic()
+        with pytest.raises(RequestError, match=r"no answer within 0\.4 s"):
+            client(f"http://127.0.0.1:{port}", timeout_seconds=0.4, retries=0).ask(ASK)
+        assert time.monotonic() - began < 3
+        while time.monotonic() - began < 4 and module.REQUEST in names_of_threads():
+            time.sleep(0.05)
+        assert module.REQUEST not in names_of_threads(), "the request goes on without us"
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("drop", [b"", b"\x16\x03\x03\x00\x40" + b"x" * 5])
+def test_a_handshake_takes_no_longer(drop):
+    with dripping(b"", drop) as port:
+        began = time.monotonic()
+        with pytest.raises(RequestError):
+            client(f"https://127.0.0.1:{port}", timeout_seconds=0.4, retries=0).ask(ASK)
+        assert time.monotonic() - began < 3
+
+
+def test_a_name_that_nobody_resolves(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(6))
+    began = time.monotonic()
+    with pytest.raises(RequestError, match=r"no answer within 0\.4 s"):
+        client("http://localhost:1", timeout_seconds=0.4, retries=0).ask(ASK)
+    assert time.monotonic() - began < 3
+
+
+ADDRESSES = ["http://h:99999/v1", "http://h h/v1", "http://h/v1\n", "http://h:x/v1", "http://[::1/v1",
+             "http://a..b/v1", "http://h:0/v1", "http://h/v\x1b1", "http://:80/v1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_an_address_that_cannot_be_is_refused_at_once(url):
+    judge = {"url": url, "model": "m"}
+    with pytest.raises(UserError, match=r"url: must|url: its host or port") as end:
+        config_from_dict(EvaluateConfig, {"policies": ["a", "b"], "judge": judge})
+    assert "\n" not in str(end.value)
+
+
+def given_key(judge: dict[str, Any]) -> str | None:
+    config = config_from_dict(EvaluateConfig, {"policies": ["a", "b"], "judge": judge})
+    assert config.judge is not None
+    return api_key(config.judge)
+
+
+@pytest.mark.parametrize("key", ["sk_live_4eC39Hq", "hf_abcDEF123", "sk-proj-1/2", "a b", 7])
+def test_a_key_where_its_name_belongs_is_never_shown(key):
+    judge = {"url": "http://h/v1", "model": "m", "api_key_env": key}
+    with pytest.raises(UserError, match=r"judge.*api_key_env") as end:
+        given_key(judge)
+    assert isinstance(key, int) or key not in str(end.value)
 
 
 def test_it_gives_up_after_as_many_tries_as_it_is_told():
@@ -219,7 +325,7 @@ def test_a_missing_or_broken_key_is_named_and_never_shown(key, monkeypatch):
         monkeypatch.delenv("JUDGE_KEY")
     else:
         monkeypatch.setenv("JUDGE_KEY", key)
-    with pytest.raises(UserError, match=r"judge.api_key_env: .*JUDGE_KEY") as end:
+    with pytest.raises(UserError, match=r"judge.api_key_env: the .*environment variable") as end:
         client("http://127.0.0.1:1")
     assert not (key and key.strip()) or key not in str(end.value)
 

@@ -95,7 +95,15 @@ class JudgeSettings:
 
     @model_validator(mode="after")
     def _check(self) -> JudgeSettings:
-        parts = urlsplit(self.url)
+        if not self.url.isprintable() or " " in self.url:
+            raise ValueError("url: must hold no blank, line break or control character")
+        try:
+            parts = urlsplit(self.url)
+            possible = parts.port != 0 and (parts.hostname or "").encode("idna") is not None
+        except ValueError:  # a port above 65535, half an IPv6 address, an empty label
+            possible = False
+        if not possible:
+            raise ValueError("url: its host or port is none that exists")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 "url: must begin with http:// or https://, such as https://api.openai.com/v1"

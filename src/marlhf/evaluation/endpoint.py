@@ -6,14 +6,17 @@ import http.client
 import json
 import os
 import random
+import socket
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +26,7 @@ from marlhf.errors import UserError, one_line
 Messages = Sequence[Mapping[str, str]]
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 300.0  # seconds between tries
+REQUEST = "judge request"  # the name of its thread
 _LARGEST_REPLY = 2**20  # bytes
 _MOST_TOKENS = 2**32  # of one request; a server that counts more cannot count
 _RETRIED = {408, 409, 429}
@@ -69,13 +73,13 @@ def api_key(settings: JudgeSettings) -> str | None:
     key = os.environ.get(settings.api_key_env, "").strip()
     if not key:
         raise UserError(
-            f"judge.api_key_env: the environment variable {settings.api_key_env} is not set; set "
-            "it to the key, or give null for a server that wants none"
+            "judge.api_key_env: the environment variable that it names is not set; set it to the "
+            "key (never write the key itself here), or give null for a server that wants none"
         )
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UserError(
-            f"judge.api_key_env: the key in {settings.api_key_env} holds blanks or characters "
-            "that no key has"
+            "judge.api_key_env: the key in the environment variable that it names holds blanks or "
+            "characters that no key has"
         )
     return key
 
@@ -96,7 +100,7 @@ class Endpoint:
         self._address = address.removesuffix("/chat/completions") + "/chat/completions"
         local = urlsplit(address).hostname in _LOOPBACK
         proxies = [urllib.request.ProxyHandler({})] if local else []
-        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
+        self._opener = urllib.request.build_opener(_NoRedirects, _Handler, _SecureHandler, *proxies)
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def stop(self) -> None:
@@ -170,14 +174,12 @@ class Endpoint:
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
         data = json.dumps(body).encode()
-        request = urllib.request.Request(self._address, data, headers, method="POST")
+        request = _Request(self._address, data, headers, method="POST")
         timeout = self.settings.timeout_seconds
-        deadline = time.monotonic() + timeout
         try:
-            with self._opener.open(request, timeout=timeout) as response:
-                return _read(response, deadline)
-        except urllib.error.HTTPError as error:
-            raise self._refusal(error, deadline) from None
+            status, reason, answer_headers, answer = _within(
+                timeout, partial(self._exchange, request, timeout), request.close
+            )
         except TimeoutError:
             raise _RetryError(f"no answer within {timeout:g} s") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -185,17 +187,24 @@ class Endpoint:
             if isinstance(reason, TimeoutError):
                 raise _RetryError(f"no answer within {timeout:g} s") from None
             raise _RetryError(f"connection failed: {self._shown(reason)}") from None
+        if status < 300:
+            return answer
+        message = f"status {status} {self._shown(answer.decode('utf-8', 'replace') or reason)}"
+        if status in _RETRIED or status >= 500:
+            raise _RetryError(message, _retry_after(answer_headers.get("Retry-After")))
+        raise RequestError(message, hopeless=status in _HOPELESS or status < 400)
 
-    def _refusal(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
-        """What a status other than 2xx means."""
+    def _exchange(self, request: _Request, timeout: float) -> tuple[int, str, Any, bytes]:
+        """Status, reason, headers and body of whatever the server answers."""
         try:
-            said = _read(error, deadline).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException, ValueError):
-            said = ""
-        message = f"status {error.code} {self._shown(said or error.reason)}"
-        if error.code in _RETRIED or error.code >= 500:
-            return _RetryError(message, _retry_after(error.headers.get("Retry-After")))
-        return RequestError(message, hopeless=error.code in _HOPELESS or error.code < 400)
+            with self._opener.open(request, timeout=timeout) as response:
+                return response.status, response.reason, response.headers, _read(response)
+        except urllib.error.HTTPError as error:
+            try:
+                said = _read(error)
+            except (OSError, http.client.HTTPException, ValueError):
+                said = b""
+            return error.code, error.reason, error.headers, said
 
     def _parsed(self, data: bytes, estimate: int) -> Reply:
         """What the server answered. A body that is no answer may be one the next time."""
@@ -230,6 +239,83 @@ class Endpoint:
         return one_line(self.without_key(str(value) or type(value).__name__), 160)
 
 
+class _Request(urllib.request.Request):
+    """A request that can be ended from another thread, in whatever phase it is."""
+
+    connection: http.client.HTTPConnection | None = None
+    sock: socket.socket | None = None  # urllib takes it from the connection before the body is read
+    is_over = False
+
+    def connect(self, cls: Any, *arguments: Any, **keywords: Any) -> http.client.HTTPConnection:
+        """The connection that it goes over, as urllib's handlers make it."""
+        made = cls(*arguments, **keywords)
+        made.request_of_ours, self.connection = self, made
+        return made
+
+    def close(self) -> None:
+        """Nothing more is sent, and whoever waits for the server is woken."""
+        self.is_over = True
+        sock = self.sock or (self.connection and self.connection.sock)
+        if sock is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own, which another reads
+
+
+class _Closable:
+    """A connection of a `_Request`: once that is over, it does not begin to send."""
+
+    request_of_ours: _Request
+
+    def connect(self) -> None:
+        super().connect()  # pyright: ignore[reportAttributeAccessIssue]
+        self.request_of_ours.sock = self.sock  # pyright: ignore[reportAttributeAccessIssue]
+        if self.request_of_ours.is_over:
+            raise TimeoutError
+
+
+class _Connection(_Closable, http.client.HTTPConnection):
+    pass
+
+
+class _SecureConnection(_Closable, http.client.HTTPSConnection):
+    pass
+
+
+class _Handler(urllib.request.HTTPHandler):
+    def http_open(self, req: Any) -> Any:
+        return self.do_open(partial(req.connect, _Connection), req)
+
+
+class _SecureHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: Any) -> Any:
+        return self.do_open(partial(req.connect, _SecureConnection), req)
+
+
+def _within(seconds: float, work: Callable[[], Any], end: Callable[[], None]) -> Any:
+    """What `work` returns or raises; TimeoutError, after a call of `end`, once the time is over.
+
+    A socket's own time-out is for each wait alone: for one address of several, one byte of the
+    headers. And none is for looking a name up.
+    """
+    results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=run, name=REQUEST, daemon=True).start()
+    try:
+        found, error = results.get(timeout=seconds)
+    except Empty:
+        end()
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return found
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another address; it is an error instead."""
 
@@ -237,16 +323,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _read(response: Any, deadline: float) -> bytes:
-    """A body of bounded size, within the time left: a time-out of the socket is for each read."""
+def _read(response: Any) -> bytes:
+    """A body of bounded size."""
     parts, size = [], 0
     while part := response.read1(65536):
         parts.append(part)
         size += len(part)
         if size > _LARGEST_REPLY:
             raise http.client.HTTPException("the answer is too large")
-        if time.monotonic() > deadline:
-            raise TimeoutError
     expected = response.headers.get("Content-Length", "")
     if expected.isdecimal() and size < int(expected):
         raise http.client.HTTPException("the answer is cut short")

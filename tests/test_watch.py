@@ -33,6 +33,7 @@ def history(steps: int = 30, **series: Any) -> list[dict[str, Any]]:
         "clip_fraction": 0.05,
         "entropy": lambda t: 2.0 - 0.02 * t,
         "eos_fraction": 0.9,
+        "grad_norm_policy": 0.5,
     }
     rows = []
     for step in range(1, steps + 1):
@@ -58,6 +59,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"response_length_mean": lambda t: 10 + t, "score_length_correlation": -0.7},
     ),
     "missing_eos": ({"eos_fraction": lambda t: 0.9 * 0.9**t}, {"eos_fraction": 0.04}),
+    "policy_stands_still": (
+        {"grad_norm_policy": 0.0},
+        {"grad_norm_policy": lambda t: 0.3 if t % 4 == 0 else 0.0},
+    ),
     "no_signal": ({"score_std": 0.0}, {"score_std": lambda t: 0.3 if t % 4 == 0 else 0.0}),
 }
 

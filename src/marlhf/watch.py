@@ -90,6 +90,17 @@ def no_signal(history: History) -> str | None:
     return "all responses of the last updates have the same score: there is nothing to learn from"
 
 
+def policy_stands_still(history: History) -> str | None:
+    """The policy's gradient is zero."""
+    norms = _series(history, "grad_norm_policy")
+    if len(norms) < _WINDOW or max(norms[-_WINDOW:]) > 0:
+        return None
+    return (
+        "the policy's gradient was zero in the last updates: every advantage is 0, as whitening "
+        "makes it where an update has a single macro action"
+    )
+
+
 RULES: dict[str, Callable[[History], str | None]] = {
     rule.__name__: rule
     for rule in (
@@ -100,6 +111,7 @@ RULES: dict[str, Callable[[History], str | None]] = {
         length_exploitation,
         missing_eos,
         no_signal,
+        policy_stands_still,
     )
 }
 

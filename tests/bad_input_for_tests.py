@@ -19,6 +19,7 @@ from models_for_tests import (
 
 from marlhf import loading
 from marlhf.cli import main
+from marlhf.errors import printable
 
 CONFIG = """\
 model: {path: lm}
@@ -73,6 +74,8 @@ def nans(prompts, completions): return [float("nan")] * len(prompts)
 def raises_on_b(prompts, completions):
     if any("b" in p for p in prompts): raise ValueError("no b,\\nplease")
     return [0.0] * len(prompts)
+def leaves(*arguments): raise SystemExit(0)
+def red(prompts, completions): raise ValueError("\x1b[31mred\x9b\x07\u202e")
 def beyond_the_end(prompts, completions): return [[(99, 1.0)]] * len(prompts)
 
 calls = 0
@@ -140,6 +143,7 @@ class Refusals:
             assert error == lines[0] + "\n", "something else is on the terminal"
             assert not (self.folder / "run" / "metrics.jsonl").exists()
         assert len(lines[0]) < 500
+        assert lines[0] == printable(lines[0])
         assert "Input should" not in lines[0]
         return lines[0]
 

@@ -131,7 +131,7 @@ def test_without_the_state_of_the_generators_it_would_differ(
     def forgetful() -> None:
         from marlhf import run_state
 
-        run_state.set_generators = lambda state: None
+        run_state.set_plugin_generators = lambda state: None
         train(tmp_path)
 
     assert in_child(lambda: _killed(tmp_path)) == -signal.SIGKILL

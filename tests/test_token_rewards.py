@@ -59,7 +59,7 @@ def test_a_weighted_sum_lands_on_the_tokens(tmp_path: Path) -> None:
     assert 0 < int(outside.sum()) < int(mask.sum())
     assert torch.equal(total, 7.0 * outside)
     assert torch.equal(by_name["Surprise"], 2.0 * outside.sum(1))
-    assert metrics == {"Surprise_calls": 1.0, "Surprise_2_calls": 1.0}
+    assert metrics == {"Surprise": {"calls": 1.0}, "Surprise_2": {"calls": 1.0}}
 
 
 def test_a_run_uses_them_only_in_updates(tmp_path: Path) -> None:

@@ -18,6 +18,20 @@ from torch import Tensor
 from marlhf.advantages import AllReduceSum
 from marlhf.errors import UserError
 
+# What `marlhf ppo` writes beside reward_NAME_mean, always or where something asks for it.
+OWN_NAMES = frozenset(
+    """
+    step score_mean score_std score_length_correlation kl_mean kl_k3_mean kl_coef objective_mean
+    entropy response_length_mean eos_fraction prompt_truncated_fraction macro_length_mean
+    macro_count_mean policy_loss value_loss explained_variance advantage_std clip_fraction
+    value_clip_fraction approx_kl ratio_max policy_steps skipped_steps ptx_loss grad_norm_policy
+    grad_norm_value learning_rate step_seconds generate_seconds score_seconds segment_seconds
+    train_seconds tokens_per_second peak_memory_gb eval_score_mean eval_kl_mean
+    eval_response_length_mean score_square length_square score_length advantage_mean
+    advantage_square
+    """.split()
+)
+
 
 class Metrics:
     """Weighted means and maxima of one update, on one rank until `reduce`."""
@@ -25,6 +39,7 @@ class Metrics:
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
         self._maxima: dict[str, float] = {}
+        self._foreign: list[tuple[str, float, str]] = []
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to the sum and to the count whose quotient is the metric."""
@@ -32,12 +47,10 @@ class Metrics:
         entry[0] += float(total)
         entry[1] += float(count)
 
-    def add_new(self, values: Mapping[str, float], source: str) -> None:
-        """Add numbers under names that nothing else is counted under. Raises UserError."""
+    def add_foreign(self, values: Mapping[str, float], source: str) -> None:
+        """Add a plug-in's numbers, under names that nothing else has: `reduce` looks at that."""
         for name, value in values.items():
-            if name in self._sums or name in self._maxima:
-                raise UserError(f"{source}: its metric {name!r} has the name of another; rename it")
-            self.add(name, value)
+            self._foreign.append((name, value, source))
 
     def mean(self, name: str, values: Tensor | None, mask: Tensor | None = None) -> None:
         """Add every value, or those under a mask; None if there is nothing to count."""
@@ -59,7 +72,13 @@ class Metrics:
             self.maximum(name, value)
 
     def reduce(self, all_reduce: AllReduceSum, gather: Any) -> dict[str, Any]:
-        """Name -> mean over all ranks (None where nothing was counted)."""
+        """Name -> mean over all ranks (None where nothing was counted). Raises UserError where a
+        plug-in's metric has a name of this library's, or of another plug-in's."""
+        for name, value, source in self._foreign:
+            if name in self._sums or name in self._maxima or name in OWN_NAMES:
+                raise UserError(f"{source}: its metric {name!r} has the name of another; rename it")
+            self.add(name, value)
+        self._foreign = []
         names = sorted({*gather(list(self._sums))})  # a rank without rows has counted nothing
         sums = [self._sums.get(name, [0.0, 0.0]) for name in names]
         table = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)

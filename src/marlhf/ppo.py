@@ -29,11 +29,12 @@ from marlhf.kl_control import KLCoefficient, reads_reference
 from marlhf.learner import Learner
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
+from marlhf.plugins import seed_generators
 from marlhf.ptx import TextStream
 from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
 from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards, check_rewards
 from marlhf.run_directory import writing
-from marlhf.run_state import RunState, claim, seed_generators
+from marlhf.run_state import RunState, claim
 from marlhf.segmenters import (
     build_segmenter,
     learn,
@@ -84,7 +85,8 @@ class PPOTrainer:
         self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
         self.reward = build_rewards(reward if reward is not None else config.reward.models)
         self.token_reward = build_token_rewards(
-            token_reward if token_reward is not None else config.reward.tokens
+            token_reward if token_reward is not None else config.reward.tokens,
+            [reward.name for reward in self.reward.rewards],
         ).to(self.distributed.device)
         train, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
@@ -199,7 +201,7 @@ class PPOTrainer:
         diagnostics.measure(rollout, batch, self.kl.coef, metrics)
         if config.kl.target is not None:
             metrics.add("kl_coef", self.kl.coef)
-        metrics.add_new(segmenter_metrics(self.segmenter), "segmenter")
+        metrics.add_foreign(segmenter_metrics(self.segmenter), "segmenter")
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
             self.run.write_sample({"step": self.step_count, "held_out": False, **sample})
         reduced = metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)

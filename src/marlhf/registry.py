@@ -18,14 +18,16 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from marlhf.errors import UserError, one_line, raised, requirement
+from marlhf.errors import UserError, one_line, requirement, shown
 
 Spec = str | dict[str, Any]
+_MISSING = object()
 
 
 @dataclasses.dataclass
@@ -56,7 +58,7 @@ class Registry:
         """
         found = self._find(name)
         if not callable(found):
-            raise UserError(f"{self.kind} {name}: is {one_line(repr(found), 60)}, must be callable")
+            raise UserError(f"{self.kind} {name}: is {shown(found)}, must be callable")
         return found
 
     def _find(self, name: str) -> Any:
@@ -80,24 +82,29 @@ def import_path(path: str, kind: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
         raise UserError(f"{kind}: {path!r} is not an import path such as my_package.module.Name")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{kind}: cannot import {path!r}: {error}") from error
-    except (Exception, SystemExit) as error:  # whatever the module's own code does
-        raise UserError(f"{kind}: cannot import {path!r}: the module {raised(error)}") from error
-    if not hasattr(module, attribute):
+    with _foreign(f"{kind}: cannot import {path!r}", module_name):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{kind}: cannot import {path!r}: {error}") from error
+        found = getattr(module, attribute, _MISSING)
+    if found is _MISSING:
         raise UserError(f"{kind}: module {module_name!r} has no {attribute!r}")
-    return getattr(module, attribute)
+    return found
 
 
 def _load(entry: EntryPoint, kind: str) -> Any:
-    try:
+    with _foreign(f"{kind} {entry.name}: cannot import {entry.value!r}", entry.value):
         return entry.load()
-    except (Exception, SystemExit) as error:
-        raise UserError(
-            f"{kind} {entry.name}: cannot import {entry.value!r}: the module {raised(error)}"
-        ) from error
+
+
+def _foreign(where: str, module: str) -> AbstractContextManager[None]:
+    """Around an import: faults of a module that is not this library's become a UserError."""
+    if module.startswith("marlhf."):
+        return nullcontext()
+    from marlhf.plugins import called  # which needs torch
+
+    return called(where)
 
 
 def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
@@ -131,20 +138,24 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
     Dataclasses have their argument types checked as well as their names. What is built must be
     callable, as every plug-in is.
     """
-    signature = inspect.signature(factory)
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # a class written in C
+        raise UserError(f"{where}: Python knows no parameters of {shown(factory)}") from None
     try:
         signature.bind(**arguments)
     except TypeError:
         given = ", ".join(arguments) or "no argument"
         known = ", ".join(signature.parameters) or "none"
         raise UserError(f"{where}: given {given}; its parameters are {known}") from None
-    try:
-        checked = _check_types(factory, arguments) if inspect.isclass(factory) else arguments
-        built = factory(**checked)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except Exception as error:  # whatever a plug-in's own code does
-        raise UserError(f"{where}: {raised(error)}") from error
+    from marlhf.plugins import called  # which needs torch
+
+    with called(where):
+        try:
+            checked = _check_types(factory, arguments) if inspect.isclass(factory) else arguments
+            built = factory(**checked)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     if not callable(built):
         raise UserError(f"{where}: an object of {type(built).__name__} cannot be called")
     return built
@@ -169,7 +180,7 @@ def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = adapter.validate_python(tuple(value) if as_tuple else value)
         except ValidationError as error:
             needs = sorted({requirement(finding) for finding in error.errors()})
-            raise UserError(f"{name}: given {value!r}, must be {' or '.join(needs)}") from None
+            raise UserError(f"{name}: given {shown(value)}, must be {' or '.join(needs)}") from None
     return checked
 
 

@@ -24,9 +24,10 @@ from marlhf.config import RewardConfig
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.losses import pairwise_loss
+from marlhf.plugins import seed_generators
 from marlhf.preferences import Pair, Preferences, choose_pad_token, load_preferences
 from marlhf.rewards.model import right_pad, sequence_scores
-from marlhf.run_state import claim, seed_generators
+from marlhf.run_state import claim
 from marlhf.supervised import (
     Batch,
     SupervisedTrainer,

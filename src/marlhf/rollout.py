@@ -246,8 +246,9 @@ def add_token_rewards(
     learned = reward.update(rollout, distributed.all_reduce)
     for name, values in by_name.items():
         metrics.mean(f"reward_{name}_mean", values)
-    for name, value in learned.items():
-        metrics.add(name, value)
+    for name, values in learned.items():
+        named = {f"{name}_{metric}": value for metric, value in values.items()}
+        metrics.add_foreign(named, f"token reward {name}")
     return replace(rollout, task_rewards=rollout.task_rewards + rewards, extras={})
 
 

@@ -10,13 +10,12 @@ The position in the data and the noise of every response are functions of (seed,
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from marlhf import checkpoint
@@ -25,6 +24,14 @@ from marlhf.config import CheckpointSettings
 from marlhf.config_loading import config_from_dict, config_to_dict
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError, one_line
+from marlhf.plugins import (
+    called,
+    check_state,
+    generators,
+    plugin_generators,
+    set_generators,
+    set_plugin_generators,
+)
 from marlhf.run_directory import RunDirectory, notice, writing
 
 # Sections and keys that change no result, or (the sizes of passes) only its rounding. More steps
@@ -44,17 +51,12 @@ MAY_DIFFER = (
 )
 
 
-def seed_generators(seed: int) -> None:
-    """Seed the generators of python, numpy and torch, which plug-ins may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 class RunState:
     """Saves and loads the parts of a run; every method is called on all ranks.
 
     parts   everything that an update changes, by name; those that keep no state are skipped
+
+    Raises UserError for a part whose state no checkpoint could hold.
     """
 
     def __init__(self, parts: Mapping[str, Any], config: Any, distributed: Distributed) -> None:
@@ -63,6 +65,12 @@ class RunState:
         self._dicts = {n: p for n, p in self._dicts.items() if n not in self._folders}
         self._config = config
         self._distributed = distributed
+        for name, part in self._dicts.items() if config.checkpoint.every else ():
+            state: Any = None
+            with suppress(UserError), called(name):  # it may have none before its first call
+                state = part.state_dict()
+            with called(name):  # now rather than after the first hundred updates
+                check_state(state)
 
     def is_due(self, step: int, stopping: bool) -> bool:
         """Whether a checkpoint follows this update; `stopping` where it is the last for now."""
@@ -104,30 +112,29 @@ class RunState:
                 part.load(found.path / name)
             state = torch.load(file, map_location="cpu", weights_only=True)
             for name, part in self._dicts.items():
-                part.load_state_dict(state["parts"][name])
+                kept = state["parts"][name]
+                with called(f"resume: checkpoint {found.path} does not fit this run: {name}"):
+                    part.load_state_dict(kept)
+        except UserError:
+            raise
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"resume: checkpoint {found.path} does not fit this run: {one_line(error)}"
             ) from error
         set_generators(state["generators"])
+        set_plugin_generators(state.get("plugins", state["generators"]))
         if self._distributed.is_main:
             notice(f"resuming from {found.path}{self._what_differs(found)}")
         return found.step
 
     def _save_rank(self, partial: Path) -> None:
-        state = {
-            "parts": {name: part.state_dict() for name, part in self._dicts.items()},
-            "generators": generators(),
-        }
-        file = partial / f"rank-{self._distributed.rank}.pt"
-        torch.save(state, file)
-        try:
-            torch.load(file, weights_only=True)
-        except Exception as error:  # of the unpickler, about what it may not load
-            raise UserError(
-                "checkpoint: state_dict() of a reward or segmenter must hold tensors, numbers, "
-                f"texts, lists and dicts alone: {one_line(error)}"
-            ) from None
+        parts = {}
+        for name, part in self._dicts.items():
+            with called(f"checkpoint: {name}"):
+                parts[name] = part.state_dict()
+                check_state(parts[name])
+        state = {"parts": parts, "generators": generators(), "plugins": plugin_generators()}
+        torch.save(state, partial / f"rank-{self._distributed.rank}.pt")
 
     def _what_differs(self, found: Checkpoint) -> str:
         """The end of the line that tells of a resume: what is not as it was."""
@@ -207,24 +214,3 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, Any, An
             yield from _differences(old.get(name), new.get(name), f"{prefix}{name}.")
     elif old != new:
         yield prefix[:-1], old, new
-
-
-def generators() -> dict[str, Any]:
-    """The state of every global random number generator, as plain data and tensors."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_generators(state: Mapping[str, Any]) -> None:
-    """Go on with the random numbers after those of `generators`."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -21,7 +21,8 @@ from marlhf.demonstrations import Example, Examples, load_examples, pack
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.losses import sft_loss
-from marlhf.run_state import claim, seed_generators
+from marlhf.plugins import seed_generators
+from marlhf.run_state import claim
 from marlhf.supervised import (
     NOT_TRAINED,
     Batch,

@@ -4,14 +4,12 @@ from marlhf.rewards.base import (
     REWARDS,
     CombinedReward,
     NamedReward,
-    RewardError,
-    RewardFn,
     RewardResult,
     build_rewards,
-    needed_columns,
     place_spans,
     reward_models,
 )
+from marlhf.rewards.calls import RewardError, RewardFn, needed_columns
 from marlhf.rewards.code import Code
 from marlhf.rewards.curiosity import Curiosity
 from marlhf.rewards.model import RewardModel

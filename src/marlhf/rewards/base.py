@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import math
-import operator
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -26,16 +24,22 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from marlhf.errors import one_line, raised
 from marlhf.paths import local_path
+from marlhf.plugins import called
 from marlhf.registry import Registry, Spec, construct, import_path, split_spec
+from marlhf.rewards.calls import (
+    Columns,
+    Pairs,
+    RewardFn,
+    column_parameters,
+    evaluate,
+    needed_columns,
+    texts_by_place,
+)
 from marlhf.tokenization import Span
 from marlhf.types import UserError
 
-RewardFn = Callable[..., Any]
-Pairs = list[tuple[int, float]]
 Shard = Callable[[Any, Any], Any]
-Columns = Mapping[str, Sequence[Any]]
 
 REWARDS = Registry(
     kind="reward",
@@ -59,10 +63,6 @@ class Shardable(Protocol):
 
     def shard(self, shard: Shard) -> None:
         """Let `shard(model, trunk)` place the model; see `Distributed.shard`."""
-
-
-class RewardError(RuntimeError):
-    """A reward failed on a batch; one line names the reward and the row. Chained to the cause."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class CombinedReward:
         spans: list[Pairs] = [[] for _ in prompts]
         by_name: dict[str, list[float | None]] = {}
         for reward in self.rewards:
-            values = _evaluate(reward, prompts, completions, columns)
+            values = evaluate(reward.name, reward.function, prompts, completions, columns)
             by_name[reward.name] = [_total(value) for value in values]
             for row, value in enumerate(values):
                 if isinstance(value, list):
@@ -133,7 +133,7 @@ class CombinedReward:
         column what is given prompts or completions."""
         available = sorted(available)
         for reward in self.rewards:
-            for column in _texts_by_place(reward.function):
+            for column in texts_by_place(reward.function):
                 if column in available:
                     raise UserError(
                         f"reward {reward.name}: its parameter {column!r} is given prompts or "
@@ -153,11 +153,12 @@ class CombinedReward:
         shard   places a frozen model over the ranks, as `Distributed.shard`
         """
         for reward in self.rewards:
-            if callable(load := getattr(reward.function, "load", None)):
-                try:
-                    load()
-                except UserError as error:
-                    raise UserError(f"reward {reward.name}: {error}") from error
+            with called(f"reward {reward.name}"):
+                if callable(load := getattr(reward.function, "load", None)):
+                    try:
+                        load()
+                    except UserError as error:
+                        raise UserError(f"reward {reward.name}: {error}") from error
             if shard is not None and isinstance(reward.function, Shardable):
                 reward.function.shard(shard)
         return self
@@ -175,8 +176,9 @@ class CombinedReward:
     def to(self, device: Any) -> CombinedReward:
         """Use `device` for every reward that runs a model."""
         for reward in self.rewards:
-            if callable(to := getattr(reward.function, "to", None)):
-                to(device)
+            with called(f"reward {reward.name}"):
+                if callable(to := getattr(reward.function, "to", None)):
+                    to(device)
         return self
 
 
@@ -234,17 +236,6 @@ def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
         if _is_model_path(name):
             models.append({"path": name, **arguments})
     return models
-
-
-def needed_columns(function: RewardFn) -> list[str]:
-    """Columns that a reward cannot do without: parameters without a default, and what its own
-    attribute `needed_columns` lists."""
-    needed = [
-        p.name
-        for p in _column_parameters(function)
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    return [*needed, *getattr(function, "needed_columns", ())]
 
 
 def require(module: str, extra: str) -> None:
@@ -318,7 +309,7 @@ def _is_model_path(name: str) -> bool:
 
 def _bind(function: Any, arguments: dict[str, Any], name: str) -> RewardFn:
     """A function with its arguments from YAML bound."""
-    parameters = _column_parameters(function)
+    parameters = column_parameters(function)
     known = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
     takes_any = len(known) < len(parameters)
     unknown = [a for a in arguments if a not in known]
@@ -339,154 +330,5 @@ def _function_name(function: Any) -> str:
     return short or getattr(function, "__name__", None) or type(function).__name__
 
 
-def _parameters(function: RewardFn) -> list[inspect.Parameter]:
-    """The signature; that of the contract's plain form where Python cannot tell."""
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        kind = inspect.Parameter.POSITIONAL_ONLY
-        return [inspect.Parameter(name, kind) for name in ("prompts", "completions")]
-
-
-def _column_parameters(function: RewardFn) -> list[inspect.Parameter]:
-    """Parameters after prompts and completions that no `functools.partial` has bound."""
-    bound = function.keywords if isinstance(function, functools.partial) else {}
-    parameters = _parameters(function)
-    if _by_keyword(parameters):
-        rest = [p for p in parameters if p.name not in ("prompts", "completions")]
-    else:
-        rest = parameters[2:]
-    return [p for p in rest if p.name not in bound]
-
-
-def _by_keyword(parameters: Sequence[inspect.Parameter]) -> bool:
-    """Whether a reward names its texts as the contract does, in whatever order."""
-    return any(p.name == "completions" and p.kind != p.POSITIONAL_ONLY for p in parameters)
-
-
-def _texts_by_place(function: RewardFn) -> list[str]:
-    """Names that a reward has for prompts and completions, where it does not name them so."""
-    parameters = _parameters(function)
-    if _by_keyword(parameters):
-        return []
-    texts = ("prompts", "completions")
-    return [p.name for p in parameters[:2] if p.name not in texts and p.kind != p.VAR_KEYWORD]
-
-
-def _call(
-    function: RewardFn, prompts: list[str], completions: list[str], columns: Columns
-) -> Sequence[Any]:
-    """Call a reward with the columns that it takes."""
-    parameters = _parameters(function)
-    wanted = _column_parameters(function)
-    texts = {"prompts": prompts, "completions": completions}
-    if any(p.kind == p.VAR_KEYWORD for p in wanted):
-        bound = function.keywords if isinstance(function, functools.partial) else {}
-        given = {n: list(c) for n, c in columns.items() if n not in texts and n not in bound}
-    else:
-        given = {p.name: list(columns[p.name]) for p in wanted if p.name in columns}
-    if not _by_keyword(parameters):
-        return function(prompts, completions, **given)
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-    return function(**{n: t for n, t in texts.items() if takes_any or n in names}, **given)
-
-
-def _evaluate(
-    reward: NamedReward, prompts: list[str], completions: list[str], columns: Columns
-) -> list[float | Pairs | None]:
-    """A reward's values, checked; every fault becomes a RewardError."""
-    try:
-        values: Any = _call(reward.function, prompts, completions, columns)
-    except UserError:
-        raise
-    except Exception as error:
-        row, cause = _first_failure(reward.function, prompts, completions, columns, error)
-        raise _error(reward, row, prompts, raised(cause)) from cause
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple):
-        fault = f"returned {type(values).__name__}, must be a list with one entry a row"
-        raise _error(reward, None, prompts, fault)
-    if len(values) != len(prompts):
-        fault = f"returned {len(values)} entries for {len(prompts)} rows"
-        raise _error(reward, None, prompts, fault)
-    row, checked = 0, []
-    try:
-        for row, value in enumerate(values):
-            checked.append(_checked(value, len(completions[row])))
-    except (TypeError, ValueError) as error:
-        raise _error(reward, row, prompts, str(error)) from error
-    return checked
-
-
-def _first_failure(
-    function: RewardFn,
-    prompts: list[str],
-    completions: list[str],
-    columns: Columns,
-    error: Exception,
-) -> tuple[int | None, Exception]:
-    """The row on which a reward raises, found by halving the batch, and what it raises there.
-
-    `(None, error)` where the batch fails but neither of its halves does.
-    """
-    first, last = 0, len(prompts)
-    while last - first > 1:
-        middle = (first + last) // 2
-        for part in (slice(first, middle), slice(middle, last)):
-            rows = {name: list(column)[part] for name, column in columns.items()}
-            try:
-                _call(function, prompts[part], completions[part], rows)
-            except Exception as smaller:
-                first, last, error = part.start, part.stop, smaller
-                break
-        else:
-            return None, error
-    return (first if last > first else None), error
-
-
-def _checked(value: Any, length: int) -> float | Pairs | None:
-    """One row's value in plain types. Raises TypeError or ValueError that say what is wrong."""
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple):
-        return _number(value)
-    pairs = []
-    for pair in value:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise TypeError(f"{_shown(value)} is no list of (end_char, reward) pairs")
-        end = pair[0].item() if hasattr(pair[0], "item") else pair[0]
-        try:
-            end = operator.index(end)
-        except TypeError:
-            raise TypeError(f"end_char {_shown(end)} is not an integer") from None
-        if not 1 <= end <= length:
-            raise ValueError(f"end_char {end} lies outside the response: 1..{length}")
-        pairs.append((end, _number(pair[1])))
-    return pairs
-
-
-def _number(value: Any) -> float:
-    value = value.item() if hasattr(value, "item") else value
-    if not isinstance(value, Real):
-        raise TypeError(
-            f"returned {_shown(value)}, must be a number, None or a list of (end_char, reward)"
-        )
-    if not math.isfinite(value):
-        raise ValueError(f"returned {float(value)}, must be finite")
-    return float(value)
-
-
 def _total(value: float | Pairs | None) -> float | None:
     return sum((x for _, x in value), 0.0) if isinstance(value, list) else value
-
-
-def _error(reward: NamedReward, row: int | None, prompts: Sequence[str], fault: str) -> RewardError:
-    where = f"a batch of {len(prompts)} rows"
-    if row is not None:
-        where = f"row {row} (prompt {_shown(prompts[row])})"
-    return RewardError(f"reward {reward.name}: {where}: {fault}")
-
-
-def _shown(value: Any) -> str:
-    return one_line(repr(value), 60)

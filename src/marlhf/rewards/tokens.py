@@ -7,18 +7,20 @@ checkpoints keep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from marlhf.advantages import AllReduceSum
-from marlhf.errors import UserError, one_line, raised
+from marlhf.errors import UserError, shown
+from marlhf.plugins import called, copied, names_required, numbers, unchanged
 from marlhf.registry import Registry, construct, split_spec
-from marlhf.rewards.base import RewardError, free_name, is_pair, weight_of
+from marlhf.rewards.base import free_name, is_pair, weight_of
+from marlhf.rewards.calls import RewardError
 from marlhf.types import REF_LOGPROBS
 
 EXTRAS = frozenset({"hidden_states", "token_embeddings", "token_ranks"})
@@ -90,39 +92,40 @@ class CombinedTokenReward:
         mask = rollout.responses.response_mask
         total, by_name = torch.zeros(mask.shape, device=mask.device), {}
         for named in self.rewards:
-            with _faults_named(named.name):
-                rewards = _checked(named.reward(rollout), mask)
+            with _handed(named, rollout) as own:
+                rewards = _checked(named.reward(own), mask)
             total = total + named.weight * rewards
             by_name[named.name] = rewards.sum(1)
         return total, by_name
 
-    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
-        """Let every one learn from the rollout; their metrics. Raises RewardError."""
-        metrics = {}
+    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, dict[str, float]]:
+        """Let every one learn from the rollout; their metrics by name. Raises RewardError."""
+        metrics: dict[str, dict[str, float]] = {}
         for named in self.rewards:
-            with _faults_named(named.name):
-                learned = named.reward.update(rollout, all_reduce)
-            metrics |= {f"{named.name}_{name}": value for name, value in learned.items()}
+            with _handed(named, rollout) as own:
+                metrics[named.name] = numbers(named.reward.update(own, all_reduce))
         return metrics
 
     def to(self, device: Any) -> CombinedTokenReward:
         """Use `device` for all."""
         for named in self.rewards:
-            named.reward.to(device)
+            with called(f"token reward {named.name}"):
+                named.reward.to(device)
         return self
 
 
-def build_token_rewards(spec: Any) -> CombinedTokenReward:
+def build_token_rewards(spec: Any, taken: Sequence[str] = ()) -> CombinedTokenReward:
     """Token rewards from a configuration's `reward.tokens`, or from Python objects.
 
     spec: a name, an import path, a mapping with `name`, arguments and `weight`, a TokenReward, a
-    `(token reward, weight)` pair, or a list of these. Raises UserError.
+    `(token reward, weight)` pair, or a list of these. taken: names that rewards have, whose metrics
+    theirs would be added to. Raises UserError.
     """
     specs = [spec] if not isinstance(spec, list | tuple) or is_pair(spec) else list(spec)
     rewards: list[NamedTokenReward] = []
     for each in specs:
         named = _build(each)
-        name = free_name(named.name, [r.name for r in rewards])
+        name = free_name(named.name, [*taken, *(r.name for r in rewards)])
         rewards.append(NamedTokenReward(name, named.reward, named.weight))
     return CombinedTokenReward(tuple(rewards))
 
@@ -141,24 +144,26 @@ def _build(spec: Any) -> NamedTokenReward:
         name = name.rpartition(".")[2]
     if not isinstance(found, TokenReward):
         raise UserError(
-            f"token reward {name}: given {one_line(repr(found), 60)}, must be a subclass of "
+            f"token reward {name}: given {shown(found)}, must be a subclass of "
             "marlhf.rewards.TokenReward, or an object of one"
         )
-    if unknown := sorted(frozenset(found.requires) - EXTRAS - REF_LOGPROBS):
-        raise UserError(
-            f"token reward {name}: requires {', '.join(unknown)}; possible: "
-            f"{', '.join(sorted(EXTRAS | REF_LOGPROBS))}"
-        )
+    try:
+        names_required(found.requires, EXTRAS | REF_LOGPROBS)
+    except UserError as error:
+        raise UserError(f"token reward {name}: {error}") from None
     return NamedTokenReward(name, found, weight)
 
 
 @contextmanager
-def _faults_named(name: str) -> Iterator[None]:
-    """Whatever a token reward raises becomes a RewardError with its name."""
-    try:
-        yield
-    except Exception as error:
-        raise RewardError(f"token reward {name}: {raised(error)}") from error
+def _handed(named: NamedTokenReward, rollout: Any) -> Iterator[Any]:
+    """Around a call: a copy of the rollout, but of its extras (hidden states are the largest thing
+    there is), which must stay as they are. Faults become a RewardError with the name."""
+    name, tokenizer = f"token reward {named.name}", rollout.responses.tokenizer
+    extras = {f"rollout.extras[{key!r}]": x for key, x in rollout.extras.items()}
+    with called(name, RewardError):
+        own = replace(copied(replace(rollout, extras={})), extras=dict(rollout.extras))
+        with unchanged(name, RewardError, tokenizer, extras):
+            yield own
 
 
 def _checked(rewards: Any, mask: Tensor) -> Tensor:

@@ -8,15 +8,15 @@ is run by the trainer on every result, so that a wrong segmenter fails loudly an
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError, raised
+from marlhf.errors import UserError, shown
+from marlhf.plugins import called, copied, names_required, numbers, unchanged
 from marlhf.registry import Registry, Spec, construct, split_spec
 from marlhf.types import REF_LOGPROBS, ResponseBatch
 
@@ -78,21 +78,15 @@ def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) 
 
 
 def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
-    """A segmenter's `starts`, validated; every fault of its own is a UserError that names it."""
-    with _faults_named(segmenter):
-        starts = segmenter(batch)
-    return validate(starts, batch, segmenter_name(segmenter))
+    """A segmenter's `starts`, validated; every fault of its own is a UserError that names it.
 
-
-@contextmanager
-def _faults_named(segmenter: SegmenterFn) -> Iterator[None]:
-    """Whatever a segmenter raises becomes a UserError with its name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"segmenter {segmenter_name(segmenter)}: {raised(error)}") from error
+    It is given a copy of the batch, and what it returns is copied: nothing that it changes, then or
+    later, is the run's.
+    """
+    name = f"segmenter {segmenter_name(segmenter)}"
+    with called(name), unchanged(name, UserError, batch.tokenizer):
+        starts = validate(segmenter(copied(batch)), batch, segmenter_name(segmenter))
+        return starts.clone()
 
 
 def learn(
@@ -101,8 +95,8 @@ def learn(
     """Show a segmenter that learns (it has a method `learn`) the responses of an update: token ids
     of all ranks, in the order of the rows, so that every rank learns the same."""
     if (method := getattr(segmenter, "learn", None)) is not None:
-        responses = gather(batch.unpadded)
-        with _faults_named(segmenter):
+        responses = copied(gather(batch.unpadded))
+        with called(f"segmenter {segmenter_name(segmenter)}"):
             method(responses)
 
 
@@ -128,6 +122,9 @@ def _check_form(starts: Any, mask: Tensor, name: str) -> Tensor:
         raise UserError(
             f"segmenter {name}: returned {type(starts).__name__}, must be a bool tensor"
         )
+    if starts.is_nested or starts.layout != torch.strided or starts.is_meta:
+        kind = "meta" if starts.is_meta else "nested" if starts.is_nested else starts.layout
+        raise UserError(f"segmenter {name}: starts is a {kind} tensor, must be a dense one")
     if starts.shape != mask.shape:
         raise UserError(
             f"segmenter {name}: starts has shape {tuple(starts.shape)}, must be "
@@ -213,14 +210,20 @@ def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
 
 def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
     """`ref_logprobs`, where a segmenter reads them: its attribute `requires`. One that does not say
-    is taken to read them, so that they are left out for none that needs them."""
-    return getattr(segmenter, "requires", REF_LOGPROBS)
+    is taken to read them, so that they are left out for none that needs them. Raises UserError."""
+    name = f"segmenter {segmenter_name(segmenter)}"
+    with called(name):
+        requires = getattr(segmenter, "requires", REF_LOGPROBS)
+    try:
+        return names_required(requires, REF_LOGPROBS)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def segmenter_name(segmenter: SegmenterFn) -> str:
     """What messages call a segmenter: a dataclass by its fields, a function by its name, an object
     of any other class by that."""
-    own = repr(segmenter) if is_dataclass(segmenter) else type(segmenter).__name__
+    own = shown(segmenter, 300) if is_dataclass(segmenter) else type(segmenter).__name__
     return getattr(segmenter, "__name__", None) or own
 
 
@@ -228,5 +231,5 @@ def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:
     """What a segmenter reports of its last batch: its optional method `metrics`. Raises
     UserError."""
     method: Callable[[], Mapping[str, float]] = getattr(segmenter, "metrics", dict)
-    with _faults_named(segmenter):
-        return {name: float(value) for name, value in method().items()}
+    with called(f"segmenter {segmenter_name(segmenter)}"):
+        return numbers(method())

@@ -389,18 +389,37 @@ def test_a_reward_with_other_settings_is_computed_anew(folder):
     assert after != before
 
 
-def test_records_refuse_a_line_that_is_broken_in_the_middle(tmp_path):
+@pytest.mark.parametrize(
+    "bad",
+    ["nonsense", '{"no": 1}', '{"k": ["a", "list"]}', "[" * 100_000, "[]", "\0\0", '{"k": "\udc80'],
+    ids=lambda text: ascii(text)[:12],
+)
+def test_records_are_kept_whatever_else_is_in_the_file(bad, tmp_path, capsys):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"k": 1}\nnonsense\n{"k": 2}\n')
-    with pytest.raises(UserError, match="line 2"):
-        Records(path, ["k"])
-    path.write_text('{"k": 1}\n{"no": 1}\n')
-    with pytest.raises(UserError, match="line 2"):
-        Records(path, ["k"])
-    path.write_text('{"k": "é"}\n{"k": "é", "v"')
+    line = bad.encode("utf-8", "surrogateescape") + b"\n"
+    path.write_bytes(b'{"k": 1}\n' + line + b'{"k": "\xc3\xa9", "v": 2}\n{"k": 2, "v"')
     records = Records(path, ["k"])
-    records.append([{"k": "é", "v": 2}])
-    assert Records(path, ["k"]).lines == {("é",): {"k": "é", "v": 2}}
+    assert list(records.lines) == [(1,), ("é",)]
+    assert path.read_bytes() == b'{"k": 1}\n{"k": "\xc3\xa9", "v": 2}\n'
+    assert (tmp_path / "x.jsonl.bad").read_bytes() == line
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("line 2 is no record and moved to x.jsonl.bad; all others are kept")
+    records.append([{"k": "é", "v": 3}])
+    assert Records(path, ["k"]).lines[("é",)] == {"k": "é", "v": 3}
+
+
+@pytest.mark.parametrize("name", ["samples", "measures"])
+def test_a_line_that_is_no_record_costs_that_line_alone(name, folder, loads):
+    before = results_of(folder)
+    path = folder / "out" / f"{name}.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | {"policy": ["a"]})
+    lines[4] = json.dumps(json.loads(lines[4]) | {"fingerprint": None})
+    path.write_text("".join(line + "\n" for line in lines))
+    loads.clear()
+    assert results_of(folder) == before
+    assert len(lines_of(folder, name)) == len(lines)
+    assert len(loads) == (name == "samples")  # one policy, to sample two responses anew
 
 
 # -- refusals ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ SOURCE = REPOSITORY / "src"
 ORDER = [
     "marlhf.errors",
     "marlhf.paths",
+    "marlhf.lines",
     "marlhf.signals",
     "marlhf.quiet",
     "marlhf.tokenization",

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from marlhf.errors import UserError, one_line
 
 MANIFEST = "manifest.json"
@@ -39,6 +41,33 @@ class Checkpoint:
         return int(self.facts["step"])
 
 
+class _Facts(BaseModel):
+    """What every manifest says, and what one of a run says in addition."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    step: int = Field(ge=0)
+    score: float | None = None
+    world_size: int = Field(default=1, ge=1)
+    config: dict[str, Any] = Field(default_factory=dict)
+    made_of: dict[str, dict[str, Any]] | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    facts: _Facts
+    files: dict[str, _File]
+    sha256: str
+
+
 class DamagedError(Exception):
     """A folder is no whole checkpoint; the message says why."""
 
@@ -49,7 +78,7 @@ def begin(root: Path, step: int) -> Path:
     What earlier attempts left unfinished is deleted. Raises OSError.
     """
     for leftover in root.glob("step-*.partial"):
-        shutil.rmtree(leftover)
+        delete(leftover)
     partial = root / f"step-{step}.partial"
     partial.mkdir(parents=True)
     return partial
@@ -85,11 +114,9 @@ def read(folder: Path) -> Checkpoint:
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{name} is missing")
-        if file.stat().st_size != wanted["bytes"]:
-            raise DamagedError(
-                f"{name} has {file.stat().st_size} bytes instead of {wanted['bytes']}"
-            )
-        if _sha256(file) != wanted["sha256"]:
+        if file.stat().st_size != wanted.bytes:
+            raise DamagedError(f"{name} has {file.stat().st_size} bytes instead of {wanted.bytes}")
+        if _sha256(file) != wanted.sha256:
             raise DamagedError(f"{name} is not what was written: its SHA-256 differs")
     return checkpoint
 
@@ -175,16 +202,23 @@ def replace(partial: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, if it is there. Raises OSError.
+    """Delete what has a folder's name, if anything has. Raises OSError.
 
     It gets another name first: one that is half deleted should not be taken for damaged.
     """
     doomed = folder.with_name(f"{folder.name}.old.partial")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    if folder.exists():
+    delete(doomed)
+    if os.path.lexists(folder):
         os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -210,18 +244,28 @@ def _score(folder: Path) -> float | None:
     return score if score is not None and math.isfinite(score) else None
 
 
-def _manifest(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+def _manifest(folder: Path) -> tuple[Checkpoint, dict[str, _File]]:
     """What the manifest says. Raises DamagedError."""
     try:
         contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        _Manifest.model_validate(contents)
         digest = contents.pop("sha256")
-        facts, files = contents["facts"], contents["files"]
+        is_sealed = _digest(contents) == digest
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DamagedError(
+            f"{MANIFEST} cannot be read: {place} is not what is written there"
+        ) from None
+    except (ValueError, RecursionError):
         raise DamagedError(f"{MANIFEST} cannot be read") from None
-    if _digest(contents) != digest:
+    if not is_sealed:
         raise DamagedError(f"{MANIFEST} is not what was written: its SHA-256 differs")
+    facts = contents["facts"]
+    if facts["step"] != _step_of(folder):
+        raise DamagedError(f"{MANIFEST} is of step {facts['step']}")
+    files = {name: _File(**entry) for name, entry in contents["files"].items()}
     return Checkpoint(folder, facts), files
 
 

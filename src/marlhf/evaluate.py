@@ -32,7 +32,7 @@ from marlhf.evaluation.endpoint import api_key
 from marlhf.evaluation.policies import Source, check_same_tokens, labelled, source
 from marlhf.evaluation.preferences import judge_pairs, rate_pairs
 from marlhf.evaluation.raters import read_ratings
-from marlhf.evaluation.records import Records
+from marlhf.evaluation.records import Measured, Records, Sample
 from marlhf.evaluation.sampling import fingerprints, measure_kl, pending_samples, sample_policy
 from marlhf.evaluation.scoring import Measure, apply_measure, build_measures
 from marlhf.evaluation.summary import summarise
@@ -96,8 +96,8 @@ def _bench(
         reference = source("reference", config.reference, "reference", config, prompts)
         check_same_tokens(reference, sources)
     folder = _claim(config, distributed)
-    samples = Records(folder / SAMPLES, SAMPLE_KEY, distributed)
-    known = Records(folder / MEASURES, MEASURE_KEY, distributed)
+    samples = Records(folder / SAMPLES, SAMPLE_KEY, distributed, Sample)
+    known = Records(folder / MEASURES, MEASURE_KEY, distributed, Measured)
     track = _Track(distributed.is_main)
     return Bench(config, prompts, sources, samples, known, distributed, track), reference
 

@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from marlhf.advantages import AllReduceSum
 from marlhf.errors import UserError
+from marlhf.lines import keep_spans, tidy
 
 # What `marlhf ppo` writes beside reward_NAME_mean, always or where something asks for it.
 OWN_NAMES = frozenset(
@@ -146,17 +147,17 @@ class JsonLines:
         self._file.close()
 
     @staticmethod
-    def cut_back(path: Path, step: int) -> None:
-        """Cut a file off before its first row after `step`, or before a half-written row."""
-        if not path.exists():
-            return
-        kept = 0
-        with path.open("rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n") or not _is_row_until(line, step):
-                    break
-                kept += len(line)
-        os.truncate(path, kept)
+    def cut_back(path: Path, step: int, report: Callable[[str], None]) -> None:
+        """Drop every row after `step`, and a half-written last one; see `lines.tidy`."""
+
+        def is_kept(row: dict[str, Any]) -> bool | None:
+            done = row.get("step")
+            is_number = (
+                isinstance(done, int | float) and not isinstance(done, bool) and done == done
+            )
+            return done <= step if is_number else None
+
+        tidy(path, is_kept, report)
 
 
 class TensorBoard:
@@ -183,24 +184,27 @@ class TensorBoard:
 
     @staticmethod
     def cut_back(folder: Path, step: int) -> None:
-        """Cut every event file off before its first event after `step`, or before a half-written
-        one.
+        """Drop from every event file what comes after `step`, what is half-written or no event.
 
         An event is a record of the TFRecord format: 8 bytes of length, little-endian, 4 of
         checksum, the message, 4 of checksum.
         """
+        from google.protobuf.message import DecodeError
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         for file in folder.glob("events.out.tfevents.*"):
-            kept = 0
+            kept, end, size = [], 0, file.stat().st_size
             with file.open("rb") as records:
                 while len(head := records.read(12)) == 12:
                     length = int.from_bytes(head[:8], "little")
-                    body = records.read(length + 4)
-                    if len(body) < length + 4 or Event.FromString(body[:length]).step > step:
+                    start, end = end, end + length + 16
+                    if end > size:
                         break
-                    kept = records.tell()
-            os.truncate(file, kept)
+                    body = records.read(length + 4)
+                    with suppress(DecodeError):
+                        if Event.FromString(body[:length]).step <= step:
+                            kept.append((start, end))
+            keep_spans(file, kept)
 
 
 class WandB:
@@ -290,13 +294,6 @@ class ProgressBar:
 
 def _short(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _is_row_until(line: bytes, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from marlhf.yaml_text import dump_yaml
 
 _OWN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
-    *("final", "final.partial", "reward_report.json"),
+    *("final", "final.partial", "reward_report.json", "metrics.jsonl.bad", "samples.jsonl.bad"),
 )
 _PATIENCE = 5.0  # seconds that a process which was killed may take to end
 
@@ -140,16 +140,12 @@ class RunDirectory:
 
     def _delete_old(self) -> None:
         for name in _OWN_FILES:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+            checkpoint.delete(self.path / name)
 
     def _cut_back(self, step: int) -> None:
         checkpoint.cut_back(self.checkpoints, step)
-        JsonLines.cut_back(self.path / "metrics.jsonl", step)
-        JsonLines.cut_back(self.path / "samples.jsonl", step)
+        JsonLines.cut_back(self.path / "metrics.jsonl", step, notice)
+        JsonLines.cut_back(self.path / "samples.jsonl", step, notice)
         TensorBoard.cut_back(self.path / "tensorboard", step)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from marlhf.errors import say
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.judge import Judge, Pair
 from marlhf.evaluation.raters import read_ratings, score, write_file
-from marlhf.evaluation.records import Records
+from marlhf.evaluation.records import Judged, Records
 
 JUDGEMENTS = "judgements.jsonl"
 
@@ -54,7 +54,7 @@ def judge_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
     """Add what the judge says to the results, also where it stops half-way. Raises UserError."""
     settings = bench.config.judge
     assert settings is not None
-    judge = Judge(settings, Records(folder / JUDGEMENTS, ["key"]))
+    judge = Judge(settings, Records(folder / JUDGEMENTS, ["key"], schema=Judged))
     rows = range(min(settings.limit or len(bench.prompts), len(bench.prompts)))
     pairs = pairs_of(bench, _baseline(results), rows)
     every = [pair for of_policy in pairs.values() for pair in of_policy]

@@ -6,27 +6,76 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from marlhf.errors import UserError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from marlhf.errors import UserError, one_line
+from marlhf.lines import tidy
+from marlhf.run_directory import notice
 
 Line = dict[str, Any]
 Key = tuple[Any, ...]
+
+
+class Sample(BaseModel):
+    """A response of samples.jsonl, in addition to its key."""
+
+    model_config = ConfigDict(strict=True)
+
+    row: NonNegativeInt
+    sample: NonNegativeInt
+    response: str
+    tokens: list[NonNegativeInt]
+    finished: bool
+    logprob: float
+    fingerprint: str
+
+
+class Measured(BaseModel):
+    """A number of measures.jsonl, in addition to its key."""
+
+    model_config = ConfigDict(strict=True)
+
+    value: float | None
+    fingerprint: str
+
+
+class Judged(BaseModel):
+    """An answer of a judge, in addition to its key."""
+
+    model_config = ConfigDict(strict=True)
+
+    verdict: Literal["A", "B", "tie"] | None
+    asked: int
+    tokens_in: int
+    tokens_out: int
 
 
 class Records:
     """Lines of a JSONL file by key; the last line of a key counts.
 
     Every rank holds all lines, the main one writes them. A last line that was cut off while being
-    written is dropped and overwritten. Raises UserError for any other line that is no record.
+    written is dropped and overwritten; any other that is no record is moved to `NAME.bad`.
+
+    key      fields that make the key
+    schema   what a line must hold in addition
+
+    Raises UserError.
     """
 
-    def __init__(self, path: Path, key: Sequence[str], distributed: Any = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        key: Sequence[str],
+        distributed: Any = None,
+        schema: type[BaseModel] | None = None,
+    ) -> None:
         self.path = path
         self._names = tuple(key)
         self._distributed = distributed
         self._is_main = distributed is None or distributed.is_main
-        mine = read_lines(path, self._names) if self._is_main else []
+        mine = read_lines(path, self._names, schema) if self._is_main else []
         self.lines: dict[Key, Line] = {self.key(line): line for line in self._shared(mine)}
 
     def key(self, line: Mapping[str, Any]) -> Key:
@@ -46,28 +95,26 @@ class Records:
         return lines if self._distributed is None else self._distributed.gather_objects(lines)
 
 
-def read_lines(path: Path, names: Sequence[str]) -> list[Line]:
-    """The records of a file, which is first rid of a half-written end. Raises UserError."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = []
-    for number, text in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
+def read_lines(path: Path, names: Sequence[str], schema: type[BaseModel] | None) -> list[Line]:
+    """The records of a file, which is first rid of all else; see `lines.tidy`. Raises UserError."""
+    lines: list[Line] = []
+
+    def is_kept(line: Line) -> bool | None:
+        scalars = (str, int, float, type(None))
+        if not all(name in line and isinstance(line[name], scalars) for name in names):
+            return None
         try:
-            line = json.loads(text)
-            fine = isinstance(line, dict) and all(name in line for name in names)
-        except ValueError:
-            fine, line = False, None
-        if not fine:
-            raise UserError(
-                f"output_dir: {str(path)!r}, line {number}: is no record of an evaluation; mend or "
-                "delete the file"
-            )
+            if schema is not None:
+                schema.model_validate(line)
+        except ValidationError:
+            return None
         lines.append(line)
+        return True
+
+    try:
+        tidy(path, is_kept, notice)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot read {str(path)!r}: {one_line(error)}") from None
     return lines
 
 

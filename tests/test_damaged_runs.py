@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from runs_that_die import in_child, train, trainer
+from safetensors.torch import load_file, save_file
 
 from marlhf import checkpoint
 from marlhf.errors import UserError
@@ -163,3 +168,147 @@ def test_whatever_has_the_name_of_a_checkpoint_to_come_gives_way(what: str, tmp_
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-2"]
     assert checkpoint.read(tmp_path / "run" / "step-2").step == 2
     assert (tmp_path / "elsewhere" / "kept").read_text() == "kept"
+
+
+# --- state
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose parts all have a state; its checkpoint is of step 2."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert in_child(lambda: train(folder, steps=2, segmenter=PHRASES)) == 0
+    return folder
+
+
+PHRASES = {"name": "phrases"}
+RANK, OPTIMIZER = "rank-0.pt", "policy/optimizer.pt"
+
+
+class Blocked:
+    """No plain data."""
+
+
+def moments(state: Any) -> Any:
+    return state["optimizer"]["state"][0]
+
+
+def strided(state: Any) -> None:
+    shape = moments(state)["exp_avg"].shape
+    moments(state)["exp_avg"] = torch.zeros(1).expand(shape)  # one number under many names
+
+
+SPOILT: dict[str, tuple[str, Any]] = {
+    "a moment cut": (OPTIMIZER, lambda s: moments(s).update(exp_avg=torch.zeros(1))),
+    "all moments cut": (
+        OPTIMIZER,
+        lambda s: [m.update(exp_avg_sq=torch.zeros(2)) for m in s["optimizer"]["state"].values()],
+    ),
+    "a moment empty": (OPTIMIZER, lambda s: moments(s).update(exp_avg=torch.zeros(0))),
+    "a moment missing": (OPTIMIZER, lambda s: moments(s).pop("exp_avg_sq")),
+    "a moment a list": (OPTIMIZER, lambda s: moments(s).update(exp_avg=[0.0])),
+    "a moment sparse": (
+        OPTIMIZER,
+        lambda s: moments(s).update(exp_avg=torch.zeros(3, 4).to_sparse()),
+    ),
+    "steps many": (OPTIMIZER, lambda s: moments(s).update(step=torch.ones(5))),
+    "of another parameter": (OPTIMIZER, lambda s: s["optimizer"]["state"].update({999: {}})),
+    "no groups": (OPTIMIZER, lambda s: s["optimizer"].pop("param_groups")),
+    "groups a number": (OPTIMIZER, lambda s: s["optimizer"].update(param_groups=3)),
+    "optimiser a list": (OPTIMIZER, lambda s: s.update(optimizer=[])),
+    "optimiser's pickle": (OPTIMIZER, lambda s: s.update(x=Blocked())),
+    "rank a list": (RANK, lambda s: [1]),
+    "rank's pickle": (RANK, lambda s: s.update(x=Blocked())),
+    "no parts": (RANK, lambda s: s.pop("parts")),
+    "parts a list": (RANK, lambda s: s.update(parts=[])),
+    "no kl": (RANK, lambda s: s["parts"].pop("kl")),
+    "kl a text": (RANK, lambda s: s["parts"]["kl"].update(coef="much")),
+    "kl NaN": (RANK, lambda s: s["parts"]["kl"].update(coef=float("nan"))),
+    "phrases numbers": (RANK, lambda s: s["parts"]["segmenter"].update(phrases=[1], use=[1.0])),
+    "curiosity": (
+        RANK,
+        lambda s: s["parts"]["token reward curiosity"].update(moments=torch.zeros(9)),
+    ),
+    "no generators": (RANK, lambda s: s.pop("generators")),
+    "generators a list": (RANK, lambda s: s.update(generators=[1])),
+    "python's generator": (RANK, lambda s: s["generators"].update(python=(3, (1,), None))),
+    "numpy's generator": (RANK, lambda s: s["generators"]["numpy"].__setitem__(2, 10**8)),
+    "torch's generator": (RANK, lambda s: s["generators"].update(torch=torch.zeros(5))),
+}
+
+
+def spoil(folder: Path, name: str, change: Any) -> None:
+    state = torch.load(folder / name, weights_only=True)
+    changed = change(state)
+    torch.save(changed if changed == [1] else state, folder / name)
+    seal(folder, name)
+
+
+def seal(folder: Path, name: str) -> None:
+    data = (folder / name).read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    reseal(folder, lambda contents: contents["files"].update({name: entry}))
+
+
+def resume_of(finished: Path, tmp_path: Path) -> tuple[Path, Any]:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    return run / "checkpoints" / "step-2", lambda: trainer(run, steps=3, segmenter=PHRASES)
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_state_that_does_not_fit_is_refused_in_one_line(
+    spoilt: str, finished: Path, tmp_path: Path
+) -> None:
+    folder, resumed = resume_of(finished, tmp_path)
+    name, change = SPOILT[spoilt]
+    spoil(folder, name, change)
+    with pytest.raises(UserError, match=r"step-2 does not fit this run: (rank-0\.pt|policy)") as e:
+        resumed()
+    assert "\n" not in str(e.value)
+    assert "weights_only" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "{}", DEEP, '{"layout": 3}', "nonsense"])
+def test_a_learner_that_is_none_is_refused(text: str, finished: Path, tmp_path: Path) -> None:
+    folder, resumed = resume_of(finished, tmp_path)
+    (folder / "critic" / "learner.json").write_text(text)
+    seal(folder, "critic/learner.json")
+    with pytest.raises(UserError, match=r"does not fit this run: critic: learner\.json"):
+        resumed()
+
+
+@pytest.mark.parametrize("change", ["cut", "one more", "one less"])
+def test_weights_of_another_model_are_refused(change: str, finished: Path, tmp_path: Path) -> None:
+    folder, resumed = resume_of(finished, tmp_path)
+    file = folder / "policy" / "weights.safetensors"
+    weights = load_file(file)
+    name = next(n for n, w in weights.items() if w.ndim == 2)
+    if change == "cut":
+        weights[name] = weights[name][:1].clone()  # `copy_` would repeat it
+    elif change == "one more":
+        weights["another"] = torch.zeros(2)
+    else:
+        del weights[name]
+    save_file(weights, file)
+    seal(folder, "policy/weights.safetensors")
+    with pytest.raises(UserError, match="does not fit this run: policy: "):
+        resumed()
+
+
+def test_moments_that_overlap_and_settings_of_others_are_not_taken_over(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder, resumed = resume_of(finished, tmp_path)
+
+    def change(state: Any) -> None:
+        strided(state)
+        state["optimizer"]["param_groups"][0].update(amsgrad=True, betas="ab", lr=7.0)
+
+    spoil(folder, OPTIMIZER, change)
+    optimizer = resumed().policy.optimizer
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    assert not optimizer.param_groups[0]["amsgrad"]
+    assert optimizer.param_groups[0]["lr"] < 1
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()

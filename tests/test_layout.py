@@ -31,6 +31,7 @@ ORDER = [
     "marlhf.config.sweep",
     "marlhf.config",
     "marlhf.checkpoint",
+    "marlhf.state_files",
     "marlhf.distributed.profile",
     "marlhf.distributed.trained",
     "marlhf.distributed.ranks",

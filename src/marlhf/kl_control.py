@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 
 from marlhf.config import KLSettings
+from marlhf.errors import UserError
 from marlhf.types import REF_LOGPROBS
 
 _LARGEST_ERROR = 0.2
@@ -56,5 +57,7 @@ class KLCoefficient:
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved coefficient."""
+        """Go on from a saved coefficient. Raises UserError."""
+        if not isinstance(state["coef"], int | float) or not math.isfinite(state["coef"]):
+            raise UserError(f"coef is {state['coef']!r}, must be a finite number")
         self.coef = state["coef"]

@@ -18,6 +18,7 @@ from marlhf.batching import micro_batches
 from marlhf.config import AdamWSettings
 from marlhf.distributed import Distributed
 from marlhf.errors import UserError
+from marlhf.state_files import read_numbers
 
 Objective = Callable[..., Tensor]
 
@@ -199,7 +200,8 @@ class Learner:
 
         The learning rate is that of this run's schedule, which may have more steps.
         """
-        state = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
+        kinds = {"layout": str, "updates": int, "skipped_in_a_row": int}
+        state = read_numbers(folder / "learner.json", kinds)
         if state["layout"] != self.trained.layout:
             raise UserError(
                 f"the checkpoint is of {state['layout']}, this launch is {self.trained.layout}; "

@@ -306,8 +306,10 @@ def generators(all_devices: bool = True) -> dict[str, Any]:
 def set_generators(state: Mapping[str, Any]) -> None:
     """Go on with the random numbers after those of `generators`."""
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    name, keys, position, *rest = state["numpy"]
+    if not 0 <= position <= len(keys):  # which numpy believes
+        raise ValueError(f"numpy's generator is at {position} of {len(keys)}")
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, *rest))
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == 1:
         torch.cuda.set_rng_state(state["cuda"][0])

@@ -33,6 +33,7 @@ from marlhf.plugins import (
     set_plugin_generators,
 )
 from marlhf.run_directory import RunDirectory, notice, writing
+from marlhf.state_files import read_tensors
 
 # Sections and keys that change no result, or (the sizes of passes) only its rounding. More steps
 # are a longer run: from the checkpoint on, learning rates follow the longer schedule.
@@ -105,27 +106,37 @@ class RunState:
 
     def load(self, found: Checkpoint) -> int:
         """Go on from a checkpoint; its step. Raises UserError."""
-        world = found.facts["world_size"]
-        file = found.path / f"rank-{self._distributed.rank % world}.pt"
-        try:
-            for name, part in self._folders.items():
-                part.load(found.path / name)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            for name, part in self._dicts.items():
-                kept = state["parts"][name]
-                with called(f"resume: checkpoint {found.path} does not fit this run: {name}"):
-                    part.load_state_dict(kept)
-        except UserError:
-            raise
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"resume: checkpoint {found.path} does not fit this run: {one_line(error)}"
-            ) from error
-        set_generators(state["generators"])
-        set_plugin_generators(state.get("plugins", state["generators"]))
+        waits = self._distributed.zero_stage > 0
+        self._distributed.together(lambda: self._read(found), waits)
         if self._distributed.is_main:
             notice(f"resuming from {found.path}{self._what_differs(found)}")
         return found.step
+
+    def _read(self, found: Checkpoint) -> None:
+        world = found.facts["world_size"]
+        file = found.path / f"rank-{self._distributed.rank % world}.pt"
+        at_work = file.name
+        try:
+            for name, part in self._folders.items():
+                at_work = name
+                part.load(found.path / name)
+            at_work = file.name
+            state = read_tensors(file)
+            for name, part in self._dicts.items():
+                at_work, kept = file.name, state["parts"][name]
+                with called(name):
+                    part.load_state_dict(kept)
+            at_work = f"{file.name}, generators"
+            of_plugins = state.get("plugins", state["generators"])
+            if of_plugins is not None:
+                set_generators(of_plugins)  # that they fit shows now, and not in a plug-in
+            set_generators(state["generators"])
+            set_plugin_generators(of_plugins)
+        except Exception as error:  # whatever a part makes of what it never wrote
+            raise UserError(
+                f"resume: checkpoint {found.path} does not fit this run: {at_work}: "
+                f"{_as_said(error)}"
+            ) from error
 
     def _save_rank(self, partial: Path) -> None:
         parts = {}
@@ -157,6 +168,12 @@ class RunState:
                 work()
 
         self._distributed.together(guarded, waits)
+
+
+def _as_said(error: Exception) -> str:
+    """What an error says, with its kind where that is needed to understand it."""
+    is_plain = isinstance(error, UserError | OSError | RuntimeError)
+    return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
 
 
 def claim(config: Any, distributed: Distributed) -> tuple[RunDirectory, Checkpoint | None]:

@@ -36,6 +36,7 @@ from marlhf.metrics import Metrics, peak_memory_gb
 from marlhf.run_directory import RunDirectory, writing
 from marlhf.run_state import RunState
 from marlhf.signals import StopSignals, stop
+from marlhf.state_files import check_weights, read_numbers
 
 JobConfig = SFTConfig | RewardConfig
 AnyConfig = TypeVar("AnyConfig", SFTConfig, RewardConfig)
@@ -268,11 +269,14 @@ class EarlyStopping:
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        """Go on from what `save` wrote. Raises UserError."""
+        state = read_numbers(folder / "state.json", {"best": (int, float), "stale": int})
         self._best, self._stale = state["best"], state["stale"]
         if self._distributed.is_main:
             self._weights = load_file(folder / _WEIGHTS)
+            trained = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+            shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in trained.items()}
+            check_weights(self._weights, shapes if self._weights or self._best < math.inf else {})
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:

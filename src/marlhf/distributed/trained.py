@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from marlhf.errors import UserError
+from marlhf.state_files import check_weights, loading_optimizer, read_tensors
+
 
 class GradientMemory:
     """On a CPU, memory for the gradients of one model at a time, kept from step to step: the system
@@ -106,12 +109,18 @@ class Replicated:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on every rank."""
+        """Read what `save` wrote, on every rank. Raises UserError."""
         saved = load_file(folder / "weights.safetensors")
+        check_weights(saved, {name: weight.shape for name, weight in self._weights.items()})
         for name, weight in self._weights.items():
             weight.copy_(saved[name])
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = read_tensors(folder / "optimizer.pt")["optimizer"]
+        own = self.optimizer.state_dict()["param_groups"]
+        counts = [[len(group["params"]) for group in x] for x in (state["param_groups"], own)]
+        if counts[0] != counts[1]:
+            raise UserError("the optimiser's state is of other parameters")
+        with loading_optimizer(self.optimizer):
+            self.optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
 class Engine:
@@ -164,12 +173,13 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote on as many ranks."""
-        loaded, _ = self.model.load_checkpoint(
-            str(folder),
-            tag="engine",
-            load_module_strict=False,  # frozen weights are not in it
-            load_lr_scheduler_states=False,
-        )
+        with loading_optimizer(self.optimizer.optimizer, is_ours=False):
+            loaded, _ = self.model.load_checkpoint(
+                str(folder),
+                tag="engine",
+                load_module_strict=False,  # frozen weights are not in it
+                load_lr_scheduler_states=False,
+            )
         assert loaded is not None
 
 

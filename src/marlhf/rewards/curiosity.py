@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm
 from marlhf.advantages import AllReduceSum
 from marlhf.errors import UserError
 from marlhf.rewards.tokens import TokenReward
+from marlhf.state_files import check_weights, loading_optimizer
 
 _TOKENS_PER_PASS = 4096
 
@@ -108,12 +109,14 @@ class Curiosity(TokenReward):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave. Raises UserError."""
+        check_weights({"moments": state["moments"]}, {"moments": self._moments.shape})
         self._moments = state["moments"].cpu()
         if state["network"] is not None:
             network, optimizer = self._built(state["network"]["2.weight"].shape[0])
             network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
+            with loading_optimizer(optimizer):
+                optimizer.load_state_dict(state["optimizer"])
 
     def to(self, device: Any) -> None:
         """Where the hidden states will be."""

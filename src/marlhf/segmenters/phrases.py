@@ -87,9 +87,11 @@ class Phrases(Segmenter):
         return {"phrases": [list(phrase) for phrase in self._use], "use": list(self._use.values())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()`. Raises TypeError and ValueError."""
+        phrases = [tuple(map(int, phrase)) for phrase in state["phrases"]]
+        use = dict(zip(phrases, map(float, state["use"]), strict=True))
         self._use.clear()
-        self._use.update(zip(map(tuple, state["phrases"]), state["use"], strict=True))
+        self._use.update(use)
 
 
 def _lengths_by_first(phrases: Iterable[Phrase]) -> dict[int, list[int]]:

@@ -81,6 +81,7 @@ ORDER = [
     "marlhf.rewards",
     "marlhf.file_formats",
     "marlhf.tables",
+    "marlhf.provenance",
     "marlhf.data_presets.base",
     "marlhf.data_presets.summaries",
     "marlhf.data_presets.dialogues",

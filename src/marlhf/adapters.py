@@ -143,6 +143,14 @@ def is_adapter_of(folder: Path | str, base: str) -> bool:
     return own == base or Path(own).expanduser().resolve() == Path(base).expanduser().resolve()
 
 
+def save_adapter(model: Any, folder: Path, name: str) -> None:
+    """Write an adapter of a PEFT model, the same bytes in every process."""
+    for key, value in list(vars(model.peft_config[name]).items()):
+        if isinstance(value, set):  # whose order is another in each process
+            setattr(model.peft_config[name], key, sorted(value))
+    model.save_pretrained(folder, selected_adapters=[name])
+
+
 def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
     """Put a saved adapter beside those of a PEFT model on the same base, with requires_grad as a
     new one has it; returns the weight of its scalar head `[1,H]`, if it has one.

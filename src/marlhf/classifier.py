@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from marlhf.adapters import save_adapter
 from marlhf.config import ModelSettings
 from marlhf.errors import UserError, one_line
 from marlhf.gate import check_adapter
@@ -88,7 +89,7 @@ def save_classifier(model: Any, tokenizer: Any, offset: float, folder: Path) -> 
     which is a reward model too, next to its base."""
     model.config.score_offset = offset
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder / "adapter")
+        save_adapter(model, folder / "adapter", "reward")
         model.get_base_model().config.save_pretrained(folder / "adapter" / "reward")
         tokenizer.save_pretrained(folder / "adapter" / "reward")
         model = copy.deepcopy(model).merge_and_unload()

@@ -149,6 +149,7 @@ def _run(job: str, words: list[str]) -> None:
     if not words or ("=" in words[0] and not os.path.isfile(words[0])):
         raise UserError(f"usage: marlhf {job} CONFIG.yaml [key.sub=value ...]")
     config = load_config(config_class, words[0], words[1:])
+    _check_file(words[0], config)
     run = _imported(run_path)
     hide_loading_bars()
     try:
@@ -157,6 +158,19 @@ def _run(job: str, words: list[str]) -> None:
         if isinstance(error, Stopped) or error.code not in (None, 0):
             raise
         raise UserError(f"{job}: something {raised(error)} before the end") from error
+
+
+def _check_file(path: str, config: Any) -> None:
+    """That `overwrite` deletes no configuration that it starts from. Raises UserError."""
+    from marlhf.errors import UserError
+
+    own = os.path.join(os.path.expanduser(str(config.output_dir)), "config.yaml")
+    is_own = os.path.exists(own) and os.path.samefile(path, own)
+    if getattr(config, "overwrite", False) and is_own:
+        raise UserError(
+            f"overwrite: given true, which would replace {own!r}, the configuration file that was "
+            "given; copy it out of output_dir first"
+        )
 
 
 def _imported(path: str) -> Any:

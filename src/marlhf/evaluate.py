@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from marlhf import checkpoint
 from marlhf.config import EvaluateConfig
 from marlhf.config_loading import config_to_dict
 from marlhf.data import Prompt, load_rows
@@ -38,6 +39,7 @@ from marlhf.evaluation.scoring import Measure, apply_measure, build_measures
 from marlhf.evaluation.summary import summarise
 from marlhf.evaluation.tables import markdown, show
 from marlhf.paths import local_path
+from marlhf.provenance import check_apart
 from marlhf.rewards import CombinedReward
 from marlhf.rollout import check_rewards
 from marlhf.yaml_text import dump_yaml
@@ -161,11 +163,14 @@ def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:
     fault: list[str] = []
     if distributed.is_main:
         try:
+            check_apart(config, [folder / name for name in _OWN_FILES])
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "metrics.jsonl").exists():
                 fault = [f"output_dir: {config.output_dir!r} holds a training run; choose another"]
             for name in _OWN_FILES if config.overwrite and not fault else ():
-                (folder / name).unlink(missing_ok=True)
+                checkpoint.delete(folder / name)
+        except UserError as error:
+            fault = [str(error)]
         except FileExistsError:
             fault = [f"output_dir: given {config.output_dir!r}, which is a file"]
         except OSError as error:

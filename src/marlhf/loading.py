@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from marlhf.adapters import add_adapter, merged, saved_adapter
+from marlhf.adapters import add_adapter, merged, save_adapter, saved_adapter
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.errors import UserError, one_line
 from marlhf.gate import check_adapter, check_finite, check_model
@@ -352,7 +352,7 @@ def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     """Write a plain `from_pretrained` directory; adapters are merged in, and also kept alone."""
     model: Any = policy.model
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder / "adapter", selected_adapters=[policy.adapter])
+        save_adapter(model, folder / "adapter", policy.adapter)
         model = copy.deepcopy(model)
         model.set_adapter(policy.adapter)  # modules_to_save are those of the active one
         model = model.merge_and_unload(adapter_names=[policy.adapter])

@@ -30,6 +30,7 @@ from marlhf.learner import Learner
 from marlhf.macro import isolate_last_token
 from marlhf.metrics import Metrics, Timer
 from marlhf.plugins import seed_generators
+from marlhf.provenance import data_labels
 from marlhf.ptx import TextStream
 from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
 from marlhf.rollout import Rollout, RolloutWorker, add_token_rewards, check_rewards
@@ -88,7 +89,8 @@ class PPOTrainer:
             token_reward if token_reward is not None else config.reward.tokens,
             [reward.name for reward in self.reward.rewards],
         ).to(self.distributed.device)
-        train, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, config.data)
+        sets = prompt_sets(train_dataset, eval_dataset, config.data)
+        train, self.eval_prompts = sets
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
         lm_config = model.config if model is not None else loading.load_model_config(config.model)
@@ -97,7 +99,13 @@ class PPOTrainer:
         self.texts = config.ptx and TextStream(
             config.ptx, config.seed, self.tokenizer, self.distributed, positions
         )
-        self.run, found = claim(config, self.distributed)
+        rows = dict(zip(data_labels(config.data, train_dataset, eval_dataset), sets, strict=True))
+        if self.texts is not None and config.ptx is not None:
+            rows[f"ptx.path {config.ptx.path!r}"] = self.texts.stream.prompts
+        arguments = {"reward": reward, "token_reward": token_reward, "segmenter": segmenter}
+        arguments |= {"model": model, "tokenizer": tokenizer, "critic": critic}
+        claimed = claim(config, self.distributed, rows, arguments)
+        self.run, found = claimed.run, claimed.found
 
         seed_generators(config.seed)
         shard = self.distributed.shard
@@ -128,7 +136,7 @@ class PPOTrainer:
         self.update = Update(
             config, self.policy, self.critic, self.texts, self.kl, self.distributed
         )
-        self.state = RunState(self._parts(), config, self.distributed)
+        self.state = RunState(self._parts(), config, self.distributed, claimed.made_of)
         self.step_count = 0 if found is None else self.state.load(found)
 
     def _parts(self) -> dict[str, Any]:

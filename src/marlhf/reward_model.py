@@ -26,6 +26,7 @@ from marlhf.errors import UserError
 from marlhf.losses import pairwise_loss
 from marlhf.plugins import seed_generators
 from marlhf.preferences import Pair, Preferences, choose_pad_token, load_preferences
+from marlhf.provenance import data_labels
 from marlhf.rewards.model import right_pad, sequence_scores
 from marlhf.run_state import claim
 from marlhf.supervised import (
@@ -52,8 +53,10 @@ def run(config: RewardConfig) -> None:
     loading.check_tokenizer(tokenizer, base_config)
     _check_length(data, loading.position_limit(base_config))
     choose_pad_token(tokenizer, base_config.get_text_config().vocab_size, _tokens(data))
-    config = resolved(config, len(data.pairs))
-    claimed = claim(config, distributed)
+    config, demonstrations = resolved(config, len(data.pairs)), config.data.demonstrations_path
+    labels = (*data_labels(config.data), f"data.demonstrations_path {demonstrations!r}")
+    sets = (data.pairs, data.held_out, data.demonstrations if demonstrations else [])
+    claimed = claim(config, distributed, dict(zip(labels, sets, strict=True)))
 
     seed_generators(config.seed)
     model = build_classifier(

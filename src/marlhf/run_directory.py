@@ -33,6 +33,11 @@ _OWN_FILES = (
 _PATIENCE = 5.0  # seconds that a process which was killed may take to end
 
 
+def own_files(folder: str | Path) -> list[Path]:
+    """What a run writes in its folder, and deletes before it begins again."""
+    return [Path(folder).expanduser() / name for name in _OWN_FILES]
+
+
 class RunDirectory:
     """Claims `folder` for one run; every write is a no-op on ranks other than the main one.
 
@@ -139,8 +144,8 @@ class RunDirectory:
                 self._sinks.append(ProgressBar(steps, done))
 
     def _delete_old(self) -> None:
-        for name in _OWN_FILES:
-            checkpoint.delete(self.path / name)
+        for file in own_files(self.path):
+            checkpoint.delete(file)
 
     def _cut_back(self, step: int) -> None:
         checkpoint.cut_back(self.checkpoints, step)
@@ -195,7 +200,7 @@ def _lock(folder: Path) -> int:
     Raises UserError where another one has it: ranks may live on after their launcher was killed.
     """
     descriptor, patience = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
-    while not _locked(descriptor):
+    while not locked(descriptor):
         if time.monotonic() > patience:
             os.close(descriptor)
             raise UserError(
@@ -205,7 +210,8 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _locked(descriptor: int) -> bool:
+def locked(descriptor: int) -> bool:
+    """Whether an open file or folder is now this process's, and those that inherit it, alone."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

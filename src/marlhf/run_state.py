@@ -3,7 +3,8 @@
     step-N/policy, step-N/critic   a folder for each part that has `save(folder)` and `load(folder)`
     step-N/rank-R.pt               on each rank: every part that has `state_dict()` and
                                    `load_state_dict(state)`, and the random number generators
-    step-N/manifest.json           step, held-out score, configuration, number of ranks; checksums
+    step-N/manifest.json           step, held-out score, configuration, number of ranks, digests of
+                                   what the run is made of; checksums
 
 The position in the data and the noise of every response are functions of (seed, step, row).
 """
@@ -11,8 +12,9 @@ The position in the data and the noise of every response are functions of (seed,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from marlhf.plugins import (
     set_generators,
     set_plugin_generators,
 )
-from marlhf.run_directory import RunDirectory, notice, writing
+from marlhf.provenance import Provenance, check_apart
+from marlhf.run_directory import RunDirectory, notice, own_files, writing
 from marlhf.state_files import read_tensors
 
 # Sections and keys that change no result, or (the sizes of passes) only its rounding. More steps
@@ -41,6 +44,7 @@ MAY_DIFFER = (
     "output_dir",
     "overwrite",
     "resume",
+    "resume_changed",
     "steps",
     "epochs",
     "log",
@@ -55,17 +59,25 @@ MAY_DIFFER = (
 class RunState:
     """Saves and loads the parts of a run; every method is called on all ranks.
 
-    parts   everything that an update changes, by name; those that keep no state are skipped
+    parts     everything that an update changes, by name; those that keep no state are skipped
+    made_of   what the run is made of, on the main rank
 
     Raises UserError for a part whose state no checkpoint could hold.
     """
 
-    def __init__(self, parts: Mapping[str, Any], config: Any, distributed: Distributed) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, Any],
+        config: Any,
+        distributed: Distributed,
+        made_of: Provenance | None = None,
+    ) -> None:
         self._folders = {n: p for n, p in parts.items() if hasattr(p, "save")}
         self._dicts = {n: p for n, p in parts.items() if hasattr(p, "load_state_dict")}
         self._dicts = {n: p for n, p in self._dicts.items() if n not in self._folders}
         self._config = config
         self._distributed = distributed
+        self._made_of = made_of
         for name, part in self._dicts.items() if config.checkpoint.every else ():
             state: Any = None
             with suppress(UserError), called(name):  # it may have none before its first call
@@ -102,6 +114,8 @@ class RunState:
             "world_size": self._distributed.world_size,
             "config": config_to_dict(self._config),
         }
+        if self._made_of is not None:
+            facts["made_of"] = self._made_of.facts()
         self._on_main(lambda: checkpoint.commit(partial, facts), root)
 
     def load(self, found: Checkpoint) -> int:
@@ -152,7 +166,7 @@ class RunState:
         changes = [
             f"{key} {a!r} -> {b!r}"
             for key, a, b in differences(_config_of(found, self._config), self._config)
-            if key not in ("output_dir", "overwrite", "resume")
+            if key not in ("output_dir", "overwrite", "resume", "resume_changed")
         ]
         ranks, now = found.facts["world_size"], self._distributed.world_size
         if ranks != now:
@@ -176,17 +190,74 @@ def _as_said(error: Exception) -> str:
     return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
 
 
-def claim(config: Any, distributed: Distributed) -> tuple[RunDirectory, Checkpoint | None]:
-    """The folder of a run, and the checkpoint that it goes on from, the same on all ranks.
+@dataclass(frozen=True)
+class Claimed:
+    """The folder of a run, the checkpoint that it goes on from, and what the run is made of, which
+    the main rank knows."""
+
+    run: RunDirectory
+    found: Checkpoint | None
+    made_of: Provenance | None
+
+
+def claim(
+    config: Any,
+    distributed: Distributed,
+    rows: Mapping[str, Iterable[Any]],
+    arguments: Mapping[str, Any] | None = None,
+) -> Claimed:
+    """Claim the folder of a run, for all ranks.
+
+    rows, arguments   as of `Provenance`
 
     Raises UserError where the folder or the checkpoint is not for this run.
     """
+    given = arguments or {}
     keys = (config.output_dir, config.overwrite, config.log)
-    run = distributed.together(lambda: RunDirectory(*keys, distributed.is_main, config.resume))
+
+    def claimed() -> RunDirectory:
+        if distributed.is_main:
+            check_apart(config, own_files(config.output_dir), given)
+        return RunDirectory(*keys, distributed.is_main, config.resume)
+
+    run = distributed.together(claimed)
     (found, *_) = distributed.gather_objects([run.checkpoint])
     if found is not None:
         check_config(config, found)
-    return run, found
+    is_wanted = distributed.is_main and (found is not None or config.checkpoint.every > 0)
+    made_of = distributed.together(
+        lambda: _made_of(config, rows, given, found) if is_wanted else None
+    )
+    return Claimed(run, found, made_of)
+
+
+def _made_of(
+    config: Any,
+    rows: Mapping[str, Iterable[Any]],
+    arguments: Mapping[str, Any],
+    found: Checkpoint | None,
+) -> Provenance:
+    """What a run is made of: on a resume, what it was made of before. Raises UserError."""
+    made_of = Provenance(config, rows, arguments)
+    before = None if found is None else found.facts.get("made_of")
+    if found is None or before is None:
+        made_of.begin()
+    if found is not None and before is None:
+        notice(
+            f"checkpoint {found.path} does not say what the run was made of: whether data and "
+            "weights are the same could not be checked"
+        )
+    if found is None or before is None:
+        return made_of
+    changed = "; ".join(made_of.changes(before))
+    if changed and not config.resume_changed:
+        raise UserError(
+            f"resume: since checkpoint {found.path} these have changed: {changed}; bring back what "
+            "was there, or set resume_changed=true to go on with what is there now"
+        )
+    if changed:
+        notice(f"resume_changed: goes on although these have changed: {changed}")
+    return made_of
 
 
 def check_config(config: Any, found: Checkpoint) -> None:

@@ -22,6 +22,7 @@ from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.losses import sft_loss
 from marlhf.plugins import seed_generators
+from marlhf.provenance import data_labels
 from marlhf.run_state import claim
 from marlhf.supervised import (
     NOT_TRAINED,
@@ -46,7 +47,8 @@ def run(config: SFTConfig) -> None:
     lm_config = loading.load_model_config(config.model)
     _check_length([*rows, *held_out_rows], loading.position_limit(lm_config))
     config = resolved(config, len(rows))
-    claimed = claim(config, distributed)
+    sets = (examples.rows, held_out.rows)
+    claimed = claim(config, distributed, dict(zip(data_labels(config.data), sets, strict=True)))
 
     seed_generators(config.seed)
     policy = loading.build_policy(

@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from marlhf.checkpoint import Checkpoint
 from marlhf.config import RewardConfig, SFTConfig
 from marlhf.data import PromptStream
 from marlhf.diagnostics import count_step, keeping_batch
@@ -33,8 +32,8 @@ from marlhf.distributed import Distributed
 from marlhf.errors import UserError
 from marlhf.learner import Learner
 from marlhf.metrics import Metrics, peak_memory_gb
-from marlhf.run_directory import RunDirectory, writing
-from marlhf.run_state import RunState
+from marlhf.run_directory import writing
+from marlhf.run_state import Claimed, RunState
 from marlhf.signals import StopSignals, stop
 from marlhf.state_files import check_weights, read_numbers
 
@@ -108,20 +107,20 @@ class SupervisedTrainer:
     """The loop of a job.
 
     config   as `resolved` gives it
-    claimed  from `run_state.claim`: the run directory, and the checkpoint to go on from
+    claimed  from `run_state.claim`
     """
 
     def __init__(
         self,
         task: Task,
         config: JobConfig,
-        claimed: tuple[RunDirectory, Checkpoint | None],
+        claimed: Claimed,
         distributed: Distributed,
     ) -> None:
         assert config.steps is not None
         self.task, self.config, self.distributed = task, config, distributed
         self.steps = config.steps
-        self.run, found = claimed
+        self.run, found = claimed.run, claimed.found
         places: Any = range(len(task.rows))
         self.stream = PromptStream(places, config.seed, config.data.shuffle)
         settings = config.optimizer
@@ -130,7 +129,7 @@ class SupervisedTrainer:
         )
         self.stopping = EarlyStopping(task.module, config.early_stopping, distributed)
         parts = {"model": self.learner, "early_stopping": self.stopping}
-        self.state = RunState(parts, config, distributed)
+        self.state = RunState(parts, config, distributed, claimed.made_of)
         self.step_count = 0 if found is None else self.state.load(found)
 
     @contextmanager

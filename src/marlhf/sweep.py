@@ -29,11 +29,13 @@ from marlhf.errors import Stopped, UserError, one_line, say
 from marlhf.paths import local_path
 from marlhf.registry import spec_label
 from marlhf.report.runs import read_runs
+from marlhf.run_directory import locked
 from marlhf.segmenters import build_segmenter
 from marlhf.yaml_text import dump_yaml
 
 _CONFIGS: dict[str, Any] = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig}
 _OWN_KEYS = ("seed", "output_dir", "overwrite", "resume")
+_STILL_RUNS = "an earlier sweep, which was killed, has left it running"
 _POLL = 0.2  # seconds
 _PATIENCE = 600.0  # seconds that a stopped run has to finish its update and save it
 
@@ -172,7 +174,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and not prefix:
             found |= _flat(value, f"{name}.")
-        elif name not in _OWN_KEYS:
+        elif name not in (*_OWN_KEYS, "resume_changed"):
             found[name] = json.dumps(value, sort_keys=True, default=str)
     return found
 
@@ -194,7 +196,7 @@ class _Running:
 
 def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Trial]:
     """Run trials, some at a time; those that failed. However this ends, no process stays behind."""
-    waiting, failed = list(todo), []
+    waiting, failed, told = list(todo), [], list[Trial]()
     finished = total - len(todo)
     running: list[_Running] = []
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.parallel)
@@ -202,7 +204,19 @@ def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Tri
         try:
             while waiting or running:
                 while waiting and len(running) < config.parallel:
-                    running.append(_start(waiting.pop(0), config.job, threads))
+                    if waiting[0] in told and waiting[0].is_done:
+                        finished += 1
+                        waiting[0].write_status("done")
+                        say(f"[{finished}/{total}] done {waiting.pop(0).name}", sys.stdout)
+                        continue
+                    one = _start(waiting[0], config.job, threads)
+                    if one is None:
+                        if waiting[0] not in told:
+                            told.append(waiting[0])
+                            say(f"waiting for {waiting[0].name}: {_STILL_RUNS}", sys.stdout)
+                        break
+                    running.append(one)
+                    waiting.pop(0)
                 time.sleep(_POLL)
                 for one in [one for one in running if one.process.poll() is not None]:
                     running.remove(one)
@@ -215,29 +229,33 @@ def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Tri
     return failed
 
 
-def _start(trial: Trial, job: str, threads: int) -> _Running:
+def _start(trial: Trial, job: str, threads: int) -> _Running | None:
+    """Start a trial; None while one that an earlier sweep has left behind still runs."""
     job_file = trial.folder / "job.yaml"
     text = dump_yaml(trial.config)
+    count = str(threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    environment["PYTHONUNBUFFERED"] = "1"  # the log in the order of events, and at once
     try:
         trial.folder.mkdir(parents=True, exist_ok=True)
-        job_file.write_text(text, "utf-8")
-        trial.write_status("running")
+        with (trial.folder / "log.txt").open("ab") as log:
+            # held as long as a process has the file for its output, whatever becomes of this one
+            if not locked(log.fileno()):
+                return None
+            job_file.write_text(text, "utf-8")
+            trial.write_status("running")
+            process = subprocess.Popen(
+                _command(job, job_file),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is ours to hand on
+            )
     except OSError as error:
         raise UserError(
             f"output_dir: cannot write in {str(trial.folder)!r}: {one_line(error)}"
         ) from None
-    count = str(threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    environment["PYTHONUNBUFFERED"] = "1"  # the log in the order of events, and at once
-    with (trial.folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            _command(job, job_file),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is ours to hand on
-        )
     say(f"started {trial.name}", sys.stdout)
     return _Running(trial, process, time.monotonic())
 

@@ -100,6 +100,12 @@ def local_splits(path: str, files: Files = Files()) -> list[str] | None:
     )
 
 
+def local_files(path: str) -> list[Path]:
+    """The data files of a folder, of all splits. Raises UserError."""
+    by_split, _ = _by_split(Path(path).expanduser(), "data.path")
+    return [file for files in by_split.values() for file in files]
+
+
 def number_in(value: Any) -> float | int | None:
     """The number in a cell, which in CSV and TSV is text; None where there is none."""
     if isinstance(value, str):

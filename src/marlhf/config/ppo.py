@@ -183,6 +183,8 @@ class PPOConfig:
     resume: Place | None = None
     """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
     a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
+    resume_changed: bool = False
+    """Go on from a checkpoint although data, weights or code of plug-ins have changed since."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
     steps: Count = 100

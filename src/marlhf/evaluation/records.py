@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from marlhf.errors import UserError, one_line
 from marlhf.lines import tidy
+from marlhf.provenance import base_of, commit_of, model_files
 from marlhf.run_directory import notice
 
 Line = dict[str, Any]
@@ -125,10 +126,14 @@ def fingerprint(*parts: Any) -> str:
 
 
 def identity(path: str) -> list[Any]:
-    """What tells a model from what it was before: names, sizes and times of its files, or a hub
-    name. Reading the weights of a large model again would take as long as using it."""
+    """What tells a model from what it was before: names, sizes and times of the files that make it
+    (and of an adapter's base), or a hub name and its commit. Reading the weights of a large model
+    again would take as long as using it."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return [path]
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        commit = commit_of(path)
+        return [path] if commit is None else [path, commit]
+    about = [(file.name, file.stat()) for file in model_files(folder)]
+    base = base_of(folder)
+    below = [] if base is None or base == path else identity(base)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in about] + below

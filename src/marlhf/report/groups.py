@@ -14,7 +14,15 @@ from marlhf.registry import spec_label
 from marlhf.report.runs import Run
 
 # What tells runs of one configuration apart, and what has no say in what is learnt.
-_NO_DIFFERENCE = {"seed", "output_dir", "overwrite", "resume", "log", "checkpoint"}
+_NO_DIFFERENCE = {
+    "seed",
+    "output_dir",
+    "overwrite",
+    "resume",
+    "resume_changed",
+    "log",
+    "checkpoint",
+}
 SMOOTHED = 5  # evaluations
 _LONG = 70  # characters
 _RESAMPLES = 2000

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +247,36 @@ def test_gradient_checkpointing_runs_every_layer_twice(
 
     assert passes(False) == 2  # layers of the model, one micro-batch
     assert passes(True) == 4
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_an_adapter_is_written_the_same_in_every_process(kind, tmp_path):
+    """Sets have another order in each; PEFT writes them as they come."""
+    program = (
+        "import sys; from models_for_tests import *; from marlhf import loading, classifier; "
+        "from marlhf.config import LoraSettings, ModelSettings; "
+        "from pathlib import Path; import torch; torch.manual_seed(0); t = byte_tokenizer(); "
+        "lm = tiny_causal_lm('llama', BYTES_VOCAB); out = Path(sys.argv[1]); "
+        "extra = {'exclude_modules': ['lm_head', 'embed_tokens', 'norm', 'rotary_emb']}; "
+        "s = ModelSettings(path='x', lora=LoraSettings(extra=extra)); "
+        "p = loading.build_policy(s, t, lm.config, lm); "
+        "loading.save_policy(p, t, out)"
+    )
+    if kind == "reward":
+        program = program.replace(
+            "p = loading.build_policy(s, t, lm.config, lm); loading.save_policy(p, t, out)",
+            "m = classifier.add_adapter(tiny_sequence_classifier('llama', BYTES_VOCAB), s.lora, "
+            "'reward', 'SEQ_CLS'); classifier.save_classifier(m, t, 0.5, out)",
+        )
+    for seed in "123":
+        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        here = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        words = [sys.executable, "-c", program, str(tmp_path / seed)]
+        subprocess.run(words, env=here, check=True, capture_output=True)
+    first, *others = (
+        {f.relative_to(tmp_path / seed): f.read_bytes() for f in (tmp_path / seed).rglob("*.*")}
+        for seed in "123"
+    )
+    assert Path("adapter", kind, "adapter_config.json") in first
+    for other in others:
+        assert {k for k in first | other if first.get(k) != other.get(k)} == set()

@@ -333,3 +333,38 @@ def test_a_run_that_ends_with_status_0_and_no_model_has_failed(tmp_path, fake_jo
     assert end.value.code == 1
     assert states(tmp_path) == {"leaves/seed-0": "failed", "fine/seed-0": "done"}
     assert "1 done, 1 failed: leaves/seed-0" in capfd.readouterr().err
+
+
+def test_runs_that_a_killed_sweep_left_are_waited_for(tmp_path, fake_job):
+    """Started again at once, it neither fails them nor runs them beside themselves."""
+    program = (
+        "import sys; from marlhf import sweep; from test_sweep import config; from pathlib import "
+        "Path; command = [sys.executable, sys.argv[1]]; "
+        "sweep._command = lambda job, file: [*command, str(file)]; "
+        "sweep.run(config(Path(sys.argv[2]), overrides={'steps': 3}))"
+    )
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = [sys.executable, "-c", program, str(tmp_path / "slow.py"), str(tmp_path)]
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    first = subprocess.Popen(words, env=here, stdout=subprocess.DEVNULL)
+    log = tmp_path / "out" / "seed-0" / "log.txt"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "began" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    again = subprocess.run(words, env=here, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("waiting for seed-0") == 1
+    assert log.read_text().split() == ["began", "ended"]
+    assert states(tmp_path) == {"seed-0": "done"}
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+print("began", flush=True)
+time.sleep(12)  # longer than a second sweep takes to begin
+(Path(sys.argv[1]).parent / "final").mkdir()
+print("ended", flush=True)
+"""

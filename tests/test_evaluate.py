@@ -389,6 +389,19 @@ def test_a_reward_with_other_settings_is_computed_anew(folder):
     assert after != before
 
 
+def test_a_reward_whose_code_has_changed_is_computed_anew(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    scores = []
+    for number in (1.0, 2.0):
+        code = f"def score(prompts, completions):\n    return [{number}] * len(prompts)\n"
+        (folder / "of_ours.py").write_text(code)
+        sys.modules.pop("of_ours", None)
+        results = results_of(folder, rewards=["of_ours.score"])
+        scores.append(results["policies"][0]["metrics"]["score"]["mean"])
+    assert scores == [1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     "bad",
     ["nonsense", '{"no": 1}', '{"k": ["a", "list"]}', "[" * 100_000, "[]", "\0\0", '{"k": "\udc80'],

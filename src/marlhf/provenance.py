@@ -96,6 +96,12 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _texts(below, f"{key}.{i}")
 
 
+def code_of(spec: Any) -> list[dict[str, Any]]:
+    """Digests of the code that a plug-in's name and arguments name by import path."""
+    files = [file for _, text in _texts(spec, "") for file in code_files(text)]
+    return [{"code": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files]
+
+
 def existing(text: str) -> Path | None:
     """The file or folder that a text names, if there is one."""
     try:

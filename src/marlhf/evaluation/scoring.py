@@ -9,7 +9,14 @@ from typing import Any
 from marlhf.config import EvaluateConfig
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.records import Key, fingerprint, identity
-from marlhf.rewards import CombinedReward, NamedReward, RewardModel, build_rewards
+from marlhf.provenance import code_of
+from marlhf.rewards import (
+    CombinedReward,
+    EmbeddingSimilarity,
+    NamedReward,
+    RewardModel,
+    build_rewards,
+)
 from marlhf.rollout import reward_columns
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
@@ -34,7 +41,9 @@ def build_measures(config: EvaluateConfig) -> list[Measure]:
     specs = config.rewards if isinstance(config.rewards, list) else [config.rewards]
     rewards = build_rewards(specs).rewards if specs else ()
     found = [
-        Measure(f"reward_{reward.name}", reward, reward.weight, [spec, *_files(reward)])
+        Measure(
+            f"reward_{reward.name}", reward, reward.weight, [spec, *_files(reward), *code_of(spec)]
+        )
         for spec, reward in zip(specs, rewards, strict=True)
     ]
     column = config.rouge_column
@@ -45,7 +54,10 @@ def build_measures(config: EvaluateConfig) -> list[Measure]:
 
 
 def _files(reward: NamedReward) -> list[Any]:
-    return [identity(reward.function.path)] if isinstance(reward.function, RewardModel) else []
+    """What identifies the model that a reward reads, where it is given by a path."""
+    path = getattr(reward.function, "path", None)
+    is_model = isinstance(reward.function, RewardModel | EmbeddingSimilarity)
+    return [identity(path)] if is_model and isinstance(path, str) else []
 
 
 def apply_measure(bench: Bench, measure: Measure) -> None:

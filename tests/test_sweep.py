@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -335,27 +336,23 @@ def test_a_run_that_ends_with_status_0_and_no_model_has_failed(tmp_path, fake_jo
     assert "1 done, 1 failed: leaves/seed-0" in capfd.readouterr().err
 
 
-def test_runs_that_a_killed_sweep_left_are_waited_for(tmp_path, fake_job):
+def test_runs_that_a_killed_sweep_left_are_waited_for(tmp_path, fake_job, monkeypatch, capfd):
     """Started again at once, it neither fails them nor runs them beside themselves."""
-    program = (
-        "import sys; from marlhf import sweep; from test_sweep import config; from pathlib import "
-        "Path; command = [sys.executable, sys.argv[1]]; "
-        "sweep._command = lambda job, file: [*command, str(file)]; "
-        "sweep.run(config(Path(sys.argv[2]), overrides={'steps': 3}))"
-    )
     (tmp_path / "slow.py").write_text(SLOW)
-    words = [sys.executable, "-c", program, str(tmp_path / "slow.py"), str(tmp_path)]
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    first = subprocess.Popen(words, env=here, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-S", str(tmp_path / "slow.py")]
+    monkeypatch.setattr(sweep, "_command", lambda job, file: [*command, str(file)])
+    first = os.fork()
+    if first == 0:
+        sweep.run(config(tmp_path))
+        os._exit(0)
     log = tmp_path / "out" / "seed-0" / "log.txt"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and "began" in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
-    again = subprocess.run(words, env=here, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("waiting for seed-0") == 1
+    while not (log.exists() and "began" in log.read_text()):
+        time.sleep(0.02)
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    threading.Timer(1.0, (tmp_path / "go").touch).start()
+    sweep.run(config(tmp_path))
+    assert capfd.readouterr().out.count("waiting for seed-0: an earlier sweep") == 1
     assert log.read_text().split() == ["began", "ended"]
     assert states(tmp_path) == {"seed-0": "done"}
 
@@ -363,8 +360,10 @@ def test_runs_that_a_killed_sweep_left_are_waited_for(tmp_path, fake_job):
 SLOW = """
 import sys, time
 from pathlib import Path
+folder = Path(sys.argv[1]).parent
 print("began", flush=True)
-time.sleep(12)  # longer than a second sweep takes to begin
-(Path(sys.argv[1]).parent / "final").mkdir()
+while not (folder.parent.parent / "go").exists():
+    time.sleep(0.02)
+(folder / "final").mkdir()
 print("ended", flush=True)
 """

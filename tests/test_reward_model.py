@@ -213,3 +213,24 @@ def test_an_encoder_cannot_be_a_policy_s_reward_model(tmp_path):
     settings = ModelSettings(path=str(tmp_path))
     with pytest.raises(UserError, match="no linear `score` head"):
         build_classifier(settings, load_model_config(settings), byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "expected"),
+    [
+        ("[{role}] {content}", " yes", "[user] hi[assistant] yes"),  # the template writes a space
+        ("[{role}]{content}", " yes", "[user]hi[assistant] yes"),
+        ("[{role}]\n{content}", " yes", "[user]\nhi[assistant]\n yes"),
+        ("[{role}] {content}", "yes", "[user] hi[assistant] yes"),
+        ("[{role}] {content}", "  yes", "[user] hi[assistant]  yes"),
+    ],
+)
+def test_a_space_is_read_once_where_template_and_policy_write_it(template, completion, expected):
+    before, after = template.replace("{role}", "{{ m['role'] }}").split("{content}")
+    opening = before.replace("{{ m['role'] }}", "assistant").rstrip(" ")
+    tokenizer = byte_tokenizer(
+        chat_template=f"{{% for m in messages %}}{before}{{{{ m['content'] }}}}{after}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{opening}{{% endif %}}"
+    )
+    messages = [[{"role": "user", "content": "hi"}]]
+    assert reward_texts(tokenizer, ["hi"], [completion], messages) == ([expected], [True])

@@ -179,12 +179,28 @@ def reward_texts(
         if turns is None:
             texts.append(prompt + completion)
             continue
+        if through_template:
+            completion = _content(tokenizer, turns, completion)
         turns = with_completion(turns, completion)
         if through_template:
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
         else:
             texts.append("\n\n".join(turn["content"] for turn in turns))
     return texts, templated
+
+
+def _content(tokenizer: Any, turns: Messages, completion: str) -> str:
+    """The completion as a chat template takes it: without its first space where the template
+    writes one after its generation prompt, as policies do that were trained on such a template."""
+    if not completion.startswith(" ") or turns[-1]["role"] == "assistant":
+        return completion
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected += completion
+    for content in (completion, completion[1:]):
+        answered = with_completion(turns, content)
+        if tokenizer.apply_chat_template(answered, tokenize=False).startswith(expected):
+            return content
+    return completion
 
 
 def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:

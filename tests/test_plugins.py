@@ -118,7 +118,7 @@ def test_each_harm_by_itself(harm: str) -> None:
     from responses_for_tests import piece_batch
 
     batch = piece_batch(["a", "b", "c", "d"], ["e", "f"])
-    given = {
+    given: dict[str, Any] = {
         "logprobs": torch.rand(2, 4),
         "ref_logprobs": torch.rand(2, 4),
         "entropy": torch.rand(2, 4),

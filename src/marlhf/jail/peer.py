@@ -8,7 +8,6 @@ was alive to read it.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import inspect
 import io
@@ -29,7 +28,7 @@ _ACTIONS: dict[str, Callable[..., Any]] = {
     "next": next,
     "iter": iter,
     "send": lambda thing, value: thing.send(value),
-    "await": lambda thing: asyncio.run(thing),
+    "await": lambda thing: importlib.import_module("asyncio").run(thing),
     "ping": lambda _: None,
 }
 

@@ -70,6 +70,7 @@ Status = Literal["ok", "failed", "syntax", "error", "timeout", "output"]
 _SERVER = "import sys; sys.path[0] = sys.argv.pop(1); from marlhf.jail.server import main; main()"
 _SOURCE_FOLDER = str(Path(__file__).parents[2])
 KEPT = 4
+_LONGEST_WAIT = 2e6  # seconds; a system waits for at most 2^31 milliseconds
 _GRACE_SECONDS = 60.0  # beyond a job's own limits, before its server is taken for dead
 
 
@@ -269,7 +270,8 @@ class _Server:
             self._answer()
             self._greeting = True
         runs = len(job.stdins) if isinstance(job, Script) else 1
-        self._socket.settimeout(runs * self.limits.wall_seconds + _GRACE_SECONDS)
+        seconds = runs * self.limits.wall_seconds + _GRACE_SECONDS
+        self._socket.settimeout(min(seconds, _LONGEST_WAIT))
         for message in _messages(job):
             send(self._socket, message)
         kept: list[Any] = []

@@ -36,9 +36,10 @@ def accelerate(profile: Path) -> list[str]:
     return [*launcher, "--config_file", str(profile)]
 
 
-def sharding_everything(folder: Path) -> Path:
-    """A ZeRO-3 profile that shards the small weights too, all that a tiny model has."""
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+def sharding_everything(folder: Path, **keys: Any) -> Path:
+    """A ZeRO-3 profile that shards the small weights too, all that a tiny model has; `keys` are
+    further ones of DeepSpeed's section."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **keys}
     (folder / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
     profile = yaml.safe_load((PROFILES / "zero3.yaml").read_text())
     profile["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero.json")}

@@ -81,6 +81,33 @@ def test_zero_3_does_what_one_process_does(alone: Path, tmp_path: Path) -> None:
     assert_the_same(tmp_path / "run", alone)
 
 
+OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize("keys", [{}, OFFLOAD], ids=["on the device", "offload"])
+def test_parts_that_zero_3_steps_one_after_another(
+    keys: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed cuts a rank's weights into parts of `sub_group_size` (1e9 by default), each with a
+    gradient norm of its own; here one part a weight, more or less."""
+    profile = sharding_everything(tmp_path, sub_group_size=1000, **keys)
+    found = launch(tmp_path / "run", accelerate(profile), FIVE)
+    assert found["sub_groups"] > 4
+    assert found["goes_on"]
+    assert_the_same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("weight", ["embed_tokens.weight", "norm.weight"])
+def test_a_part_that_is_not_finite_skips_the_step(weight: str, tmp_path: Path) -> None:
+    """Whichever of the parts it is, the first or another."""
+    spoiled = {"spoiled": f"model.{weight}"}
+    launch(tmp_path / "one", [], spoiled)
+    profile = sharding_everything(tmp_path, sub_group_size=1000)
+    launch(tmp_path / "run", accelerate(profile), spoiled)
+    assert [row.get("skipped_steps") for row in metrics(tmp_path / "run")] == [None, 0.0, 4.0, 0.0]
+    assert_the_same(tmp_path / "run", tmp_path / "one")
+
+
 @pytest.mark.parametrize("case", ["tied embeddings", "lora"])
 def test_zero_3_samples_in_bf16_what_one_process_does(case: str, tmp_path: Path) -> None:
     """From copies of its matrices in bf16: autocast would round them so in every product. In fp32

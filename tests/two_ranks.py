@@ -59,14 +59,28 @@ def noting_dtypes(trainer: PPOTrainer) -> dict[str, list[str]]:
     return found
 
 
+def spoil_the_second_update(trainer: PPOTrainer, name: str) -> None:
+    """Let the gradient of one of the policy's weights, and of no other, be NaN in it."""
+    module: Any = trainer.distributed.unwrap(trainer.policy.model)
+    (weight,) = (p for n, p in module.named_parameters() if n.endswith(name))
+    weight.register_hook(lambda g: g * float("nan") if trainer.step_count == 1 else None)
+
+
+def sub_groups(trainer: PPOTrainer) -> int:
+    """Into how many DeepSpeed cuts a rank's part of the policy; 0 without ZeRO-3."""
+    return len(getattr(trainer.policy.optimizer, "fp16_groups", ()))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     sections = json.loads(sys.argv[2])
     if lora := sections.get("model", {}).get("lora"):
         sections["model"]["lora"] = LoraSettings(**lora)
-    resume = sections.pop("resume", False)
+    resume, spoiled = sections.pop("resume", False), sections.pop("spoiled", None)
     trainer = tiny_trainer(folder, **sections)
+    if spoiled is not None:
+        spoil_the_second_update(trainer, spoiled)
     trainer.eval_prompts = list(trainer.stream.prompts[:3])  # an uneven share each
     sampled_in = noting_dtypes(trainer)
     trainer.train()
@@ -78,6 +92,7 @@ def main() -> None:
         "policy": type(trainer.policy.model).__name__,
         "critic": trainer.critic and type(trainer.critic.model).__name__,
         "reference_here": sum(p.numel() for p in trainer.reference.parameters()),
+        "sub_groups": sub_groups(trainer),
         "sampled_in": sampled_in,
         "goes_on": resume and goes_on_after_loading(trainer, folder),
     }

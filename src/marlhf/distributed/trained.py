@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,11 @@ class Engine:
         self.model.backward(loss * torch.distributed.get_world_size())
 
     def norm(self) -> float:
-        """Of the gradient, before it is clipped in `step`; NaN where it is not finite."""
+        """L2 norm of the gradient before `step` clips it; NaN where it is not finite."""
         optimizer = self.optimizer
-        groups = optimizer._get_norm_groups() if self._stage == 3 else None
-        norm = float(groups[0] if groups else optimizer.scaled_global_norm())
-        return norm if 0 <= norm < float("inf") else float("nan")
+        sub_groups = self._stage == 3  # of `sub_group_size` weights, each with a norm of its own
+        norms = optimizer._get_norm_groups() if sub_groups else [optimizer.scaled_global_norm()]
+        return combined_norm(map(float, norms))
 
     def step(self) -> None:
         """Move the weights along the clipped gradient, and forget it."""
@@ -181,6 +182,17 @@ class Engine:
                 load_lr_scheduler_states=False,
             )
         assert loaded is not None
+
+
+def combined_norm(norms: Iterable[float]) -> float:
+    """L2 norm of a vector from those of its parts; NaN where one is not finite.
+
+    DeepSpeed says -1 for a part that is not finite.
+    """
+    parts = list(norms)
+    if not all(math.isfinite(part) and part >= 0 for part in parts):
+        return math.nan
+    return math.hypot(*parts)
 
 
 Trained = Replicated | Engine

@@ -27,6 +27,7 @@ _DECODER = {
     "max_position_embeddings": 256,
 }
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _BERT = {**_DECODER, "type_vocab_size": 2}
 FAMILIES = ("llama", "gpt2", "gemma", "gemma2", "qwen2", "qwen3")
 
@@ -73,7 +74,8 @@ def tiny_config(family: str, vocab_size: int = 64, **changes: Any) -> Any:
 
     family: any of FAMILIES, `bert`, or another model type with Llama's names for its sizes.
     """
-    sizes = dict({"gpt2": _GPT2, "bert": _BERT}.get(family, _DECODER))
+    special = {"gpt2": _GPT2, "bert": _BERT, "qwen3_moe": {**_DECODER, **_EXPERTS}}
+    sizes = dict(special.get(family, _DECODER))
     if family == "bert":
         sizes = {k: v for k, v in sizes.items() if k not in ("head_dim", "num_key_value_heads")}
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -129,3 +130,27 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     manifest = json.loads((write(tmp_path, 5) / checkpoint.MANIFEST).read_text())
     assert manifest["files"].keys() == {"policy/weights", "state"}
     assert manifest["files"]["policy/weights"]["bytes"] == 5000
+
+
+def test_each_rank_digests_its_own_files_and_every_one_is_checked(tmp_path: Path) -> None:
+    shards = [f"policy/engine/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    others = ["policy/engine/mp_rank_00_model_states.pt", "policy/learner.json", "rank_map.json"]
+    files = {0: [shards[0], "rank-0.pt", *others], 1: [shards[1], "rank-1.pt"]}
+    partial = checkpoint.begin(tmp_path, 4)
+    (partial / "policy" / "engine").mkdir(parents=True)
+    for name in [*files[0], *files[1]]:
+        (partial / name).write_text(f"what {name} holds")
+    parts = [checkpoint.digests(partial, rank, 2) for rank in (0, 1)]
+    assert [sorted(part) for part in parts] == [sorted(files[0]), sorted(files[1])]
+
+    whole = checkpoint.commit(partial, {}, {**parts[0], **parts[1]}).path
+    assert checkpoint.read(whole).step == 4
+    recorded = json.loads((whole / checkpoint.MANIFEST).read_text())["files"]
+    for name in [*files[0], *files[1]]:
+        contents = (whole / name).read_bytes()
+        digest = hashlib.sha256(contents).hexdigest()
+        assert recorded[name] == {"bytes": len(contents), "sha256": digest}
+        (whole / name).write_bytes(contents.swapcase())
+        with pytest.raises(checkpoint.DamagedError, match="its SHA-256 differs"):
+            checkpoint.read(whole)
+        (whole / name).write_bytes(contents)

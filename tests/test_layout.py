@@ -79,6 +79,7 @@ ORDER = [
     "marlhf.rewards.tokens",
     "marlhf.rewards.curiosity",
     "marlhf.rewards",
+    "marlhf.sharded_base",
     "marlhf.file_formats",
     "marlhf.tables",
     "marlhf.provenance",

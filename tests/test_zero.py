@@ -81,7 +81,10 @@ def test_zero_3_does_what_one_process_does(alone: Path, tmp_path: Path) -> None:
     assert_the_same(tmp_path / "run", alone)
 
 
-OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+OFFLOAD: dict[str, Any] = {
+    "offload_optimizer": {"device": "cpu"},
+    "offload_param": {"device": "cpu"},
+}
 
 
 @pytest.mark.parametrize("keys", [{}, OFFLOAD], ids=["on the device", "offload"])

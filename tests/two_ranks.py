@@ -71,6 +71,13 @@ def sub_groups(trainer: PPOTrainer) -> int:
     return len(getattr(trainer.policy.optimizer, "fp16_groups", ()))
 
 
+def timeouts() -> list[float]:
+    """Those of all groups of ranks, in seconds."""
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    return sorted({backend.options._timeout.total_seconds() for backend in backends})
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -93,6 +100,7 @@ def main() -> None:
         "critic": trainer.critic and type(trainer.critic.model).__name__,
         "reference_here": sum(p.numel() for p in trainer.reference.parameters()),
         "sub_groups": sub_groups(trainer),
+        "timeouts": timeouts(),
         "sampled_in": sampled_in,
         "goes_on": resume and goes_on_after_loading(trainer, folder),
     }

@@ -20,6 +20,7 @@ _OWN_LORA_KEYS = {
     "inference_mode": "is chosen by the library",
     "bias": "must stay none: the reference is the base with the adapters off",
     "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
+    "layer_replication": "cannot be given: it changes the base, which is the reference",
     "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
 }
 _HEAD = "base_model.model.score.weight"

@@ -1,9 +1,9 @@
 """Checkpoints as files: a folder `step-N` is whole, or it is not there.
 
 A checkpoint is written in `step-N.partial`; `commit` adds a manifest with the size and SHA-256 of
-every file, brings all of it to the disk and renames the folder. Whatever kills the process between
-two instructions, the checkpoints that were there before are still whole. Nothing here knows what
-the files hold.
+every file, as each rank has it from `digests`, brings all of it to the disk and renames the folder.
+Whatever kills the process between two instructions, the checkpoints that were there before are
+still whole. Nothing here knows what the files hold.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from marlhf.errors import UserError, one_line
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_RANK = re.compile(r"(?<![a-z])rank[-_](\d+)")
 _BLOCK = 2**22
 
 
@@ -84,20 +85,36 @@ def begin(root: Path, step: int) -> Path:
     return partial
 
 
-def commit(partial: Path, facts: Mapping[str, Any]) -> Checkpoint:
+def digests(partial: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Size and SHA-256 of the files of a rank, flushed to the disk, by path in the folder.
+
+    They are those with `rank-R` or `rank_R` in their name and, on the first rank, all without. One
+    rank alone would be hours with the files of all, and its node may not have them in memory.
+    Raises OSError.
+    """
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    mine = [path for path in files if _rank_of(path.name, world_size) == rank]
+    for path in mine:
+        sync(path)
+    return {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in mine
+    }
+
+
+def commit(
+    partial: Path, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Turn a folder that is completely written into a checkpoint, at once and for good.
 
     facts   plain data to keep in the manifest; `step` is added from the folder's name
+    files   `digests` of all ranks; None for those of a single one
     An older checkpoint of the same step is replaced. Raises OSError.
     """
     final = partial.with_suffix("")
     facts = {"step": _step_of(final), **facts}
-    files = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(partial.rglob("*"))
-        if file.is_file() and file != partial / MANIFEST
-    }
-    contents = {"facts": facts, "files": files}
+    files = digests(partial) if files is None else files
+    contents = {"facts": facts, "files": dict(sorted(files.items()))}
     text = json.dumps({**contents, "sha256": _digest(contents)}, indent=1)
     (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
     replace(partial, final)
@@ -273,6 +290,13 @@ def _step_of(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
     assert match is not None, f"{folder.name} must be called step-N"
     return int(match[1])
+
+
+def _rank_of(name: str, world_size: int) -> int:
+    """Who wrote a file, by its name: `rank-1.pt`, DeepSpeed's `zero_pp_rank_1_mp_rank_00_...`."""
+    match = _RANK.search(name)
+    rank = 0 if match is None else int(match[1])
+    return rank if rank < world_size else 0
 
 
 def _digest(contents: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
     Raises UserError for what cannot work, before any weight is loaded where that is possible.
     """
-    distributed = Distributed(config.model.precision)
+    distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     # 1. check
     measures = build_measures(config)
     _check_names(config, measures)

@@ -43,6 +43,7 @@ from marlhf.segmenters import (
     segmenter_metrics,
     segmenter_requires,
 )
+from marlhf.sharded_base import check_ppo
 from marlhf.signals import StopSignals, stop
 from marlhf.types import REF_LOGPROBS
 from marlhf.update import Update
@@ -82,7 +83,7 @@ class PPOTrainer:
     ) -> None:
         _check_kinds(config, model)
         self.config = config
-        self.distributed = Distributed(config.model.precision)
+        self.distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
         self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
         self.reward = build_rewards(reward if reward is not None else config.reward.models)
         self.token_reward = build_token_rewards(
@@ -99,6 +100,9 @@ class PPOTrainer:
         self.texts = config.ptx and TextStream(
             config.ptx, config.seed, self.tokenizer, self.distributed, positions
         )
+        reward_paths = self._reward_model_paths()
+        if self.distributed.zero_stage == 3:
+            check_ppo(config, lm_config, reward_paths, critic)
         rows = dict(zip(data_labels(config.data, train_dataset, eval_dataset), sets, strict=True))
         if self.texts is not None and config.ptx is not None:
             rows[f"ptx.path {config.ptx.path!r}"] = self.texts.stream.prompts
@@ -109,8 +113,9 @@ class PPOTrainer:
 
         seed_generators(config.seed)
         shard = self.distributed.shard
+        first = next(iter(reward_paths), None)
         policy, value_model = critics.build_models(
-            config, self.tokenizer, self._reward_model_path(), model, critic, lm_config, shard
+            config, self.tokenizer, first, model, critic, lm_config, shard
         )
         self.reward.share(policy.model, config.model.path)
         required = self.token_reward.requires | segmenter_requires(self.segmenter)
@@ -308,9 +313,9 @@ class PPOTrainer:
                 f"{world * minibatches} ({world} ranks x ppo.minibatches={minibatches})"
             )
 
-    def _reward_model_path(self) -> str | None:
+    def _reward_model_paths(self) -> list[str]:
         functions = (reward.function for reward in self.reward.rewards)
-        return next((f.path for f in functions if isinstance(f, RewardModel)), None)
+        return [f.path for f in functions if isinstance(f, RewardModel)]
 
     def _learner(self, name: str, module: nn.Module, learning_rate: float) -> Learner:
         adapter = name if self.config.model.lora else None

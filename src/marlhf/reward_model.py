@@ -29,6 +29,7 @@ from marlhf.preferences import Pair, Preferences, choose_pad_token, load_prefere
 from marlhf.provenance import data_labels
 from marlhf.rewards.model import right_pad, sequence_scores
 from marlhf.run_state import claim
+from marlhf.sharded_base import check_adapters
 from marlhf.supervised import (
     Batch,
     SupervisedTrainer,
@@ -45,7 +46,7 @@ REPORT = "reward_report.json"
 def run(config: RewardConfig) -> None:
     """The job `marlhf reward`. Raises UserError for what cannot work, where possible before any
     weight is loaded."""
-    distributed = Distributed(config.model.precision)
+    distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
     data = load_preferences(config, tokenizer)
@@ -53,6 +54,8 @@ def run(config: RewardConfig) -> None:
     loading.check_tokenizer(tokenizer, base_config)
     _check_length(data, loading.position_limit(base_config))
     choose_pad_token(tokenizer, base_config.get_text_config().vocab_size, _tokens(data))
+    if distributed.zero_stage == 3:
+        check_adapters(config.model, base_config)
     config, demonstrations = resolved(config, len(data.pairs)), config.data.demonstrations_path
     labels = (*data_labels(config.data), f"data.demonstrations_path {demonstrations!r}")
     sets = (data.pairs, data.held_out, data.demonstrations if demonstrations else [])

@@ -53,6 +53,7 @@ MAY_DIFFER = (
     "rollout.micro_batch_size",
     "optimizer.micro_batch_size",
     "optimizer.max_skipped_steps",
+    "distributed_timeout_minutes",
 )
 
 
@@ -112,11 +113,16 @@ class RunState:
         facts = {
             "score": score,
             "world_size": self._distributed.world_size,
+            "threads": torch.get_num_threads(),
             "config": config_to_dict(self._config),
         }
         if self._made_of is not None:
             facts["made_of"] = self._made_of.facts()
-        self._on_main(lambda: checkpoint.commit(partial, facts), root)
+        own: dict[str, Any] = {}
+        place = self._distributed.rank, self._distributed.world_size
+        self._on_all(lambda: own.update(checkpoint.digests(partial, *place)), root)
+        files = dict(self._distributed.gather_objects(list(own.items())))
+        self._on_main(lambda: checkpoint.commit(partial, facts, files), root)
 
     def load(self, found: Checkpoint) -> int:
         """Go on from a checkpoint; its step. Raises UserError."""
@@ -171,6 +177,9 @@ class RunState:
         ranks, now = found.facts["world_size"], self._distributed.world_size
         if ranks != now:
             changes.append(f"ranks {ranks} -> {now}, which may change results by rounding")
+        threads, now = found.facts.get("threads"), torch.get_num_threads()
+        if threads not in (None, now):
+            changes.append(f"threads {threads} -> {now}, which may change results by rounding")
         return f" ({'; '.join(changes)})" if changes else ""
 
     def _on_main(self, work: Any, root: Path) -> None:

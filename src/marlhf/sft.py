@@ -24,6 +24,7 @@ from marlhf.losses import sft_loss
 from marlhf.plugins import seed_generators
 from marlhf.provenance import data_labels
 from marlhf.run_state import claim
+from marlhf.sharded_base import check_adapters
 from marlhf.supervised import (
     NOT_TRAINED,
     Batch,
@@ -39,13 +40,15 @@ from marlhf.supervised import (
 def run(config: SFTConfig) -> None:
     """The job `marlhf sft`. Raises UserError for what cannot work, where possible before any weight
     is loaded."""
-    distributed = Distributed(config.model.precision)
+    distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
     examples, held_out = load_examples(config, tokenizer)
     rows, held_out_rows = _rows(examples, config), _rows(held_out, config)
     lm_config = loading.load_model_config(config.model)
     _check_length([*rows, *held_out_rows], loading.position_limit(lm_config))
+    if distributed.zero_stage == 3:
+        check_adapters(config.model, lm_config)
     config = resolved(config, len(rows))
     sets = (examples.rows, held_out.rows)
     claimed = claim(config, distributed, dict(zip(data_labels(config.data), sets, strict=True)))

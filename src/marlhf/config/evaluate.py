@@ -15,6 +15,7 @@ from marlhf.config.sections import (
     STRICT,
     Count,
     DataSettings,
+    Minutes,
     Natural,
     NonNegative,
     Place,
@@ -180,6 +181,9 @@ class EvaluateConfig:
     stay: they are kept by what was asked."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
+    distributed_timeout_minutes: Minutes = 360
+    """How long a rank waits for the others, as while one writes a checkpoint, before the run
+    fails."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> EvaluateConfig:

@@ -18,6 +18,7 @@ from marlhf.config.sections import (
     DataSettings,
     Fraction,
     LogSettings,
+    Minutes,
     ModelSettings,
     Natural,
     NonNegative,
@@ -187,6 +188,9 @@ class PPOConfig:
     """Go on from a checkpoint although data, weights or code of plug-ins have changed since."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
+    distributed_timeout_minutes: Minutes = 360
+    """How long a rank waits for the others, as while one writes a checkpoint, before the run
+    fails."""
     steps: Count = 100
     """PPO updates."""
     segmenter: Spec = "ngram"

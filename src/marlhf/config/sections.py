@@ -19,6 +19,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, 
 # torch counts in 64 bits at most, and nobody means a billion of anything
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Minutes = Annotated[int, Field(ge=1, le=365 * 24 * 60)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -14,6 +14,7 @@ from marlhf.config.sections import (
     Count,
     DataSettings,
     MetricsSettings,
+    Minutes,
     ModelSettings,
     NonNegative,
     Place,
@@ -63,6 +64,9 @@ class SFTConfig:
     """Go on from a checkpoint although data, weights or code of plug-ins have changed since."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
+    distributed_timeout_minutes: Minutes = 360
+    """How long a rank waits for the others, as while one writes a checkpoint, before the run
+    fails."""
     epochs: Positive = 1.0
     """Passes over the data, rounded up to whole batches."""
     steps: Count | None = None

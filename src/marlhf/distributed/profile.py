@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 from accelerate import DeepSpeedPlugin
+from accelerate.utils import str_to_bool
+from packaging.version import Version
 
 from marlhf.errors import UserError, one_line
+
+# The versions that pyproject.toml asks for. Before 0.19.8 a step to be discarded is applied.
+DEEPSPEED = ("0.19.8", "0.20")
 
 # what a DeepSpeed configuration may not decide, and who does
 _OURS = {
@@ -21,11 +27,88 @@ _OURS = {
 }
 _NO_ACCUMULATION = ("gradient_accumulation_steps", 1)  # what accelerate writes if not told
 
+# where launchers that do not set WORLD_SIZE say how many processes they started
+_NOT_OF_TORCH = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_HOW_TO_START = (
+    "`accelerate launch --multi_gpu --num_processes N -m marlhf ...` (without GPUs it starts CPU "
+    "processes) or `torchrun --nproc_per_node N -m marlhf ...`"
+)
+# what accelerate spreads models by, and this library does not
+_NOT_SUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+
+
+def uses_cpu() -> bool:
+    """Whether accelerate was told to leave GPUs alone. Raises UserError."""
+    return _flag("ACCELERATE_USE_CPU")
+
+
+def _flag(name: str) -> bool:
+    try:
+        return bool(str_to_bool(os.environ.get(name) or "false"))
+    except ValueError:
+        raise UserError(f"{name}: given {os.environ[name]!r}, must be true or false") from None
+
+
+def lone_process() -> str | None:
+    """A line for the user where this process runs alone though several were asked for.
+
+    Raises UserError where others run that it is not connected with.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return None
+    for name in _NOT_OF_TORCH:
+        if os.environ.get(name, "1") not in ("", "1"):
+            raise UserError(
+                f"{name}: given {os.environ[name]}, but what started these processes does not "
+                f"connect them (no WORLD_SIZE); use {_HOW_TO_START}"
+            )
+    # accelerate says whether to use the CPU to a process that it starts alone, and gives it an
+    # address where it was asked for several
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        return (
+            "one process runs, though accelerate was asked for several: without --multi_gpu or a "
+            f"profile it starts several only where it finds several GPUs; use {_HOW_TO_START}"
+        )
+    return None
+
+
+def _check_deepspeed_version() -> None:
+    """Raises UserError for one that would train wrongly."""
+    lowest, beyond = DEEPSPEED
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError:
+        installed = "none"
+    if installed == "none" or not Version(lowest) <= Version(installed) < Version(beyond):
+        raise UserError(
+            f"DeepSpeed: installed is {installed}, must be at least {lowest} and below {beyond}: "
+            f"pip install 'deepspeed>={lowest},<{beyond}'"
+        )
+
 
 def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
-    """DeepSpeed's configuration, as accelerate puts it together; None for a launch without."""
+    """DeepSpeed's configuration, as accelerate puts it together; None for a launch without.
+
+    Raises UserError, also for what accelerate knows besides DeepSpeed.
+    """
+    for name, kind in _NOT_SUPPORTED.items():
+        if _flag(name):
+            raise UserError(
+                f"accelerate's {kind}: is not supported; models are spread by DDP or DeepSpeed "
+                "ZeRO-1 to 3, as the profiles in configs/accelerate do"
+            )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
+    _check_deepspeed_version()
+    if uses_cpu():
+        raise UserError(
+            "ACCELERATE_USE_CPU: given true beside DeepSpeed, must be left out, or accelerate "
+            "leaves out DeepSpeed; without GPUs the ranks are CPU processes anyway"
+        )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _without_extension("deepspeed_shm_comm")

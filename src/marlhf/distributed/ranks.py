@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -18,9 +20,14 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from marlhf.distributed.profile import check_precision, deepspeed_plugin
+from marlhf.distributed.profile import (
+    check_precision,
+    deepspeed_plugin,
+    lone_process,
+    uses_cpu,
+)
 from marlhf.distributed.trained import Engine, GradientMemory, Replicated, Trained, is_engine
-from marlhf.errors import one_line
+from marlhf.errors import UserError, one_line
 
 # Weights held at a time, in numbers. DeepSpeed's own defaults are 5 to 10 times as large, which a
 # model has to outgrow before ZeRO-3 saves anything.
@@ -64,6 +71,13 @@ def reading(
             part._parameters[name] = parameter
 
 
+def _set_default_timeout(timeout: timedelta) -> None:
+    """Let a rank wait that long in groups that others make too: DeepSpeed passes no time-out on."""
+    constants: Any = torch.distributed.distributed_c10d
+    constants.default_pg_timeout = timeout  # gloo's 30 minutes
+    constants.default_pg_nccl_timeout = timeout  # NCCL's 10
+
+
 class PeerError(RuntimeError):
     """Another rank failed; the message says which and how."""
 
@@ -71,20 +85,28 @@ class PeerError(RuntimeError):
 class Distributed:
     """This process among its peers. One process is the same code with a world of 1.
 
-    precision   "bf16" runs matrix products under autocast; weights stay as they were loaded
+    precision         "bf16" runs matrix products under autocast; weights stay as they were loaded
+    timeout_minutes   how long a rank waits for the others before it fails
 
     Raises UserError where what `accelerate launch` was told contradicts the job's configuration.
     """
 
-    def __init__(self, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(
+        self, precision: Literal["fp32", "bf16"] = "fp32", timeout_minutes: float = 360
+    ) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        on_cpu = not torch.cuda.is_available()
+        on_cpu = uses_cpu() or not torch.cuda.is_available()
         plugin = deepspeed_plugin(on_cpu)
         check_precision(precision)
+        if (line := lone_process()) is not None:
+            print(f"marlhf: {line}", file=sys.stderr)
         handlers = []
-        if on_cpu and (world > 1 or plugin is not None):
+        if world > 1 or plugin is not None:
             # left to itself accelerate counts CPU ranks but does not connect them, silently
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+            backend = "gloo" if on_cpu else "nccl"
+            timeout = timedelta(minutes=timeout_minutes)
+            handlers.append(InitProcessGroupKwargs(backend, timeout=timeout))
+            _set_default_timeout(timeout)
         self._accelerator = Accelerator(
             mixed_precision="no",
             # else Apple's GPU, which has no float64; but `cpu` means no DeepSpeed either
@@ -101,10 +123,17 @@ class Distributed:
         self._offloads: list[Any] = []  # DeepSpeed's keepers of sharded weights
         self._gradients = GradientMemory()
         kind = self._accelerator.distributed_type
-        assert (kind == DistributedType.DEEPSPEED) == (plugin is not None), "DeepSpeed fell away"
-        assert self.world_size == world, f"{self.world_size} of {world} ranks are connected"
         connected = torch.distributed.is_initialized()
-        assert connected or world == 1, "the ranks are not connected"
+        if (kind == DistributedType.DEEPSPEED) != (plugin is not None):
+            raise UserError(
+                "ACCELERATE_USE_DEEPSPEED: given true, but accelerate started without DeepSpeed; "
+                "start with `accelerate launch --config_file configs/accelerate/zero3.yaml ...`"
+            )
+        if self.world_size != world or not (connected or world == 1):
+            raise UserError(
+                f"WORLD_SIZE: given {world}, but accelerate connected {self.world_size} processes; "
+                "start with `accelerate launch` or torchrun, which set RANK and LOCAL_RANK too"
+            )
         if connected:
             atexit.register(_disconnect, self._accelerator)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launches_for_tests import PROFILES, accelerate, first_error, run, torchrun
 from runs_that_die import contents, in_child, train, trainer
 from safetensors import SafetensorError
@@ -42,7 +43,8 @@ WRITES: dict[str, tuple[Any, str, int, Exception]] = {
     "weights": (trained, "save_file", 3, SafetensorError("I/O error: No space (os error 28)")),
     "optimiser": (trained.torch, "save", 4, RuntimeError("PytorchStreamWriter failed writing")),
     "rank": (run_state.torch, "save", 6, NO_SPACE),
-    "manifest": (checkpoint, "sync", 12, NO_SPACE),
+    "digests": (checkpoint, "sync", 23, NO_SPACE),
+    "manifest": (checkpoint, "sync", 30, NO_SPACE),
     "name": (checkpoint.os, "rename", 2, NO_SPACE),
     "deleting an old one": (run_state.shutil, "rmtree", 1, NO_SPACE),
 }
@@ -160,3 +162,20 @@ def test_a_reward_that_fails_on_one_rank_ends_both_with_its_error(
     assert all(text in done.stderr for text in shown), first_error(done)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+def test_a_resume_says_that_the_threads_are_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Sums of products round by how they are shared out."""
+    threads = torch.get_num_threads()
+    train(tmp_path, steps=1, checkpoint={"every": 1})
+    try:
+        torch.set_num_threads(threads + 1)
+        trainer(tmp_path, steps=2, overwrite=False, resume="auto")
+    finally:
+        torch.set_num_threads(threads)
+    line = f"threads {threads} -> {threads + 1}, which may change results by rounding"
+    assert line in capfd.readouterr().err
+    trainer(tmp_path, steps=2, overwrite=False, resume="auto")
+    assert "threads" not in capfd.readouterr().err

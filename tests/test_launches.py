@@ -113,7 +113,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "no launcher": (
         {"ACCELERATE_USE_DEEPSPEED": "true"},
-        "ACCELERATE_USE_DEEPSPEED: given true, but accelerate started without DeepSpeed",
+        "ACCELERATE_USE_DEEPSPEED: given true, but no launcher started this process",
     ),
     "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, "accelerate's FSDP: is not supported"),
     "a word": ({"ACCELERATE_USE_CPU": "perhaps"}, "ACCELERATE_USE_CPU: given 'perhaps', must be"),

@@ -109,6 +109,11 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
             "ACCELERATE_USE_CPU: given true beside DeepSpeed, must be left out, or accelerate "
             "leaves out DeepSpeed; without GPUs the ranks are CPU processes anyway"
         )
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "ACCELERATE_USE_DEEPSPEED: given true, but no launcher started this process; use "
+            "`accelerate launch --config_file configs/accelerate/zero3.yaml -m marlhf ...`"
+        )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _without_extension("deepspeed_shm_comm")

@@ -124,11 +124,7 @@ class Distributed:
         self._gradients = GradientMemory()
         kind = self._accelerator.distributed_type
         connected = torch.distributed.is_initialized()
-        if (kind == DistributedType.DEEPSPEED) != (plugin is not None):
-            raise UserError(
-                "ACCELERATE_USE_DEEPSPEED: given true, but accelerate started without DeepSpeed; "
-                "start with `accelerate launch --config_file configs/accelerate/zero3.yaml ...`"
-            )
+        assert (kind == DistributedType.DEEPSPEED) == (plugin is not None), "DeepSpeed fell away"
         if self.world_size != world or not (connected or world == 1):
             raise UserError(
                 f"WORLD_SIZE: given {world}, but accelerate connected {self.world_size} processes; "

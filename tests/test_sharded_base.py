@@ -38,6 +38,7 @@ RIGHT: dict[str, dict[str, Any]] = {
         "family": "gpt2",
         "lora": {
             "r": 4,
+            "target_modules": ["c_attn", "c_fc", "c_proj"],
             "extra": {
                 "exclude_modules": ["mlp.c_proj"],
                 "layers_to_transform": [0, 1],

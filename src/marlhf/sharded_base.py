@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from marlhf import critics
@@ -124,6 +125,9 @@ def _layers(model: Any) -> tuple[str | None, list[str]]:
 
     odd, right = None, set()
     for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, nn.ModuleList) and name.endswith("experts"):
+            # a rank that skips one would not take part in gathering it
+            odd = odd or f"a model whose experts are modules of their own, {name}"
         if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) or name == _HEAD:
             continue
         if isinstance(layer, Linear | Embedding) and not layer.lora_variant:

@@ -328,7 +328,10 @@ class Distributed:
 
         assert self._deepspeed is not None
         config = copy.deepcopy(self._deepspeed)
-        config["zero_optimization"] = {**_BUFFERS, **config["zero_optimization"]}
+        # DeepSpeed takes whatever is in these modules for its own, adapters in a frozen base too.
+        # They are experts, which needed it as long as each was a module that ranks skip or not.
+        frozen = {"leaf_module": {"classes": []}} if optimizer is None else {}
+        config["zero_optimization"] = {**_BUFFERS, **frozen, **config["zero_optimization"]}
         config |= {
             # DeepSpeed must be told something; our losses are divided by global counts already
             "train_micro_batch_size_per_gpu": 1,

@@ -328,7 +328,7 @@ CROSSED = {"preset", "ppo.minibatches", "ppo.estimator", "rollout.min_new_tokens
 CROSSED |= {"kl.target", "kl.horizon", "ppo.target_kl"}
 CROSSED |= {f"data.{key}" for key in ("preset", "part", "part_seed", "min_good_rows")}
 CROSSED |= {f.key for f in config_fields(PPOConfig) if f.key.startswith("ptx.")}
-CROSSED |= {"resume"}
+CROSSED |= {"resume", "critic.coef"}
 FREE = [f for f in config_fields(PPOConfig) if f.type != "section" and f.key not in CROSSED]
 
 

@@ -32,7 +32,11 @@ ATTENTION = ["q_proj", "v_proj"]
 RIGHT: dict[str, dict[str, Any]] = {
     "fused experts left alone, embeddings and head": {
         "family": "qwen3_moe",
-        "lora": {"r": 4, "target_modules": [*ATTENTION, "embed_tokens", "lm_head"]},
+        "lora": {
+            "r": 4,
+            "target_modules": [*ATTENTION, "embed_tokens", "lm_head"],
+            "extra": {"init_lora_weights": "orthogonal"},
+        },
     },
     "every key that is allowed, with transposed weights": {
         "family": "gpt2",
@@ -46,7 +50,7 @@ RIGHT: dict[str, dict[str, Any]] = {
                 "rank_pattern": {"c_attn": 2},
                 "alpha_pattern": {"c_fc": 7},
                 "use_rslora": True,
-                "init_lora_weights": "orthogonal",
+                "init_lora_weights": True,
                 "lora_bias": True,
             },
         },

@@ -135,7 +135,10 @@ def run_of_trainer(sections: dict[str, Any], family: str = "llama", offset: floa
         rows = []
         for prompt, ids, length in zip(prompts, *generation, strict=True):
             response = ids[:length]
-            text = tokenizer.decode([i for i in response if i > 2])
+            written = len(response)
+            while written and response[written - 1] in (1, 2):  # EOS and padding at the end
+                written -= 1
+            text = tokenizer.decode(response[:written])
             prompt_ids = tokenizer(prompt)["input_ids"]
             rows.append(Row(shortened(prompt_ids), response, vowels([prompt], [text])[0]))
         rollouts.append(rows)

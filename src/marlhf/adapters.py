@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from marlhf.config import LoraSettings
@@ -23,6 +24,7 @@ _OWN_LORA_KEYS = {
     "layer_replication": "cannot be given: it changes the base, which is the reference",
     "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
 }
+_HEADS = {"score", "classifier"}  # that PEFT saves of every sequence classifier
 _HEAD = "base_model.model.score.weight"
 
 
@@ -136,9 +138,12 @@ def saved_adapter(folder: Path | str) -> Any | None:
 
 
 def is_adapter_of(folder: Path | str, base: str) -> bool:
-    """Whether a folder holds an adapter that was trained on the model in `base`."""
+    """Whether a folder holds an adapter that was trained on the model in `base`, and changes none
+    of its weights, so that others can share them."""
     config = saved_adapter(folder)
     if config is None or not config.base_model_name_or_path:
+        return False
+    if {*(config.modules_to_save or ())} - _HEADS or config.trainable_token_indices:
         return False
     own = config.base_model_name_or_path
     return own == base or Path(own).expanduser().resolve() == Path(base).expanduser().resolve()
@@ -167,6 +172,7 @@ def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
     try:
         weights = load_peft_weights(str(Path(folder).expanduser()), device="cpu")
         head = weights.pop(_HEAD, None)
+        _drop_embeddings(weights, model.get_base_model(), folder)
         model.add_adapter(name, config)
         left = set_peft_model_state_dict(model, weights, adapter_name=name)
     except Exception as error:
@@ -183,9 +189,19 @@ def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
 
 def merged(model: Any, folder: Path | str) -> Any:
     """A model with a saved adapter added to its weights, in place. Raises UserError."""
-    from peft import PeftModel
+    from peft import PeftModel, load_peft_weights
 
+    config: Any = saved_adapter(folder)
+    if config.trainable_token_indices:
+        raise UserError(
+            f"the adapter {str(folder)!r} has trainable_token_indices, which PEFT loses when it "
+            "merges; train it with modules_to_save instead"
+        )
     try:
+        weights = load_peft_weights(str(Path(folder).expanduser()), device="cpu")
+        sizes = [len(weights[name]) for name in _embeddings(model) if name in weights]
+        if sizes and sizes[0] != model.get_input_embeddings().weight.shape[0]:
+            grow(model, sizes[0])
         adapted = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
         check_shared(adapted.get_base_model(), f"the adapter {str(folder)!r}")
         return adapted.merge_and_unload()
@@ -193,3 +209,36 @@ def merged(model: Any, folder: Path | str) -> Any:
         raise
     except Exception as error:  # of peft, of safetensors
         raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error
+
+
+@torch.no_grad()
+def grow(model: Any, size: int) -> None:
+    """Give a model embeddings for `size` tokens; those of new tokens are zeros."""
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None and size > old:
+            module.weight[old:].zero_()
+
+
+def _embeddings(model: Any) -> list[str]:
+    """What PEFT calls the embeddings, and the head over all tokens, in an adapter's weights."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [
+        f"base_model.model.{name}.weight"
+        for name, module in model.named_modules()
+        if any(module is one for one in modules if one is not None)
+    ]
+
+
+def _drop_embeddings(weights: dict[str, Tensor], base: Any, folder: Path | str) -> None:
+    """Take out embeddings that PEFT saved because their number had changed in training: those that
+    the base has are its own, and the new ones are of tokens that nobody writes to it. Raises
+    UserError where they were trained."""
+    for name in _embeddings(base):
+        saved = weights.pop(name, None)
+        own = base.get_parameter(name.removeprefix("base_model.model."))
+        if saved is not None and not torch.allclose(saved[: len(own)].to(own), own, atol=1e-2):
+            raise UserError(
+                f"the adapter {str(folder)!r} has embeddings of its own, and cannot share the base"
+            )

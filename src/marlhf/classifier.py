@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from marlhf.adapters import save_adapter
+from marlhf.adapters import grow, save_adapter
 from marlhf.config import ModelSettings
 from marlhf.errors import UserError, one_line
 from marlhf.gate import check_adapter
@@ -51,9 +51,8 @@ def build_classifier(
         raise UserError(
             f"model.path: {type(model).__name__} has no linear `score` head; must be decoder-only"
         )
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if len(tokenizer) > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
+    if settings.lora is None:
+        _pad(model, tokenizer)
     admit(model, longest, samples=False)
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
@@ -83,15 +82,27 @@ def _with_scalar_head(lm: Any) -> Any:
     return model
 
 
+def _pad(model: Any, tokenizer: Any) -> None:
+    """Let stock transformers find the last token that is no padding; a pad token beyond the
+    embeddings gets one, which nothing ever reads."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        grow(model, len(tokenizer))
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
 def save_classifier(model: Any, tokenizer: Any, offset: float, folder: Path) -> None:
     """Write a plain `from_pretrained` directory of a sequence classifier, whose scores less
     `config.score_offset` are centred; adapters are merged in, and kept alone in `adapter/reward`,
-    which is a reward model too, next to its base."""
+    which is a reward model too, next to its base: its config.json has the number of tokens to which
+    that is to grow."""
     model.config.score_offset = offset
     if hasattr(model, "peft_config"):
+        # before it grows: without embeddings
         save_adapter(model, folder / "adapter", "reward")
-        model.get_base_model().config.save_pretrained(folder / "adapter" / "reward")
-        tokenizer.save_pretrained(folder / "adapter" / "reward")
         model = copy.deepcopy(model).merge_and_unload()
+        _pad(model, tokenizer)
+        model.config.save_pretrained(folder / "adapter" / "reward")
+        tokenizer.save_pretrained(folder / "adapter" / "reward")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from marlhf.adapters import add_adapter, attach, is_adapter_of
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
-from marlhf.errors import UserError
+from marlhf.errors import UserError, one_line
 from marlhf.gate import check_adapter
 from marlhf.loading import (
     Shard,
@@ -23,6 +25,8 @@ from marlhf.loading import (
     load_classifier,
     load_classifier_config,
     load_model_config,
+    load_tokenizer,
+    position_limit,
 )
 from marlhf.models import Critic, Policy, hidden_width, trunk_of
 
@@ -30,7 +34,7 @@ from marlhf.models import Critic, Policy, hidden_width, trunk_of
 def build_models(
     config: PPOConfig,
     tokenizer: Any,
-    reward_path: str | None = None,
+    start: CriticStart | None = None,
     model: Any = None,
     critic: Any = None,
     lm_config: Any = None,
@@ -38,11 +42,11 @@ def build_models(
 ) -> tuple[Policy, Critic | None]:
     """The policy, and the critic where the estimator has one that is more than the policy's head.
 
-    reward_path   the reward model that `critic.init` may start from
-    model         a causal LM to use instead of loading `config.model.path`
-    critic        a sequence classifier to use as the critic
-    lm_config     the policy's, from `load_model_config`, where the caller has it already
-    shard         places the frozen base of adapters over the ranks, as `Distributed.shard`
+    start       from `critic_start`, where there may be a reward model to start from
+    model       a causal LM to use instead of loading `config.model.path`
+    critic      a sequence classifier to use as the critic
+    lm_config   the policy's, from `load_model_config`, where the caller has it already
+    shard       places the frozen base of adapters over the ranks, as `Distributed.shard`
 
     Vocabularies and LoRA targets are compared before any weight is read. Raises UserError.
     """
@@ -50,11 +54,9 @@ def build_models(
     lm_config = model.config if model is not None else lm_config or load_model_config(settings)
     check_tokenizer(tokenizer, lm_config)
     vocabulary = lm_config.get_text_config().vocab_size
-    adapter = source = None
     if critic is not None and config.has_head:
         raise UserError("critic.trunk: given 'policy' beside a critic; give only one of them")
-    if critic is None and (adapter := critic_adapter(config, reward_path)) is None:
-        source = critic_source(config, vocabulary, reward_path)
+    start = start or (CriticStart() if critic else critic_start(config, lm_config, tokenizer))
 
     longest = config.longest
     policy = build_policy(settings, tokenizer, lm_config, model, shard, longest)
@@ -62,15 +64,17 @@ def build_models(
     if not config.has_critic_model:
         policy.head = _zero_head(lm) if config.has_head else None
         return policy, None
-    if adapter is not None:
-        return policy, classifier_on_shared_base(lm, adapter, "critic")
-    if source is not None:
-        critic = load_classifier(source, "critic.path")
+    if critic is None and start.adapter is not None:
+        return policy, classifier_on_shared_base(lm, start.adapter, "critic")
+    if critic is None and start.source is not None:
+        critic = load_classifier(start.source, "critic.path")
     elif critic is not None:
         _check_vocabulary("critic", critic.config, vocabulary)
         critic = as_loaded(critic, settings.lora, "critic")
     if critic is not None:
-        admit(critic, longest, "critic.path" if source is not None else "critic", samples=False)
+        admit(
+            critic, longest, "critic.path" if start.source is not None else "critic", samples=False
+        )
         if settings.gradient_checkpointing:
             enable_checkpointing(critic)
         value_model = critic_from_classifier(critic, settings.lora, shard)
@@ -83,36 +87,114 @@ def build_models(
     return policy, value_model
 
 
-def critic_adapter(config: PPOConfig, reward_path: str | None) -> str | None:
-    """The folder of the reward model's adapter that the critic starts from, where both are to be
-    adapters of the policy's base."""
-    path, settings = config.critic.path, config.critic
-    if path is None and settings.init != "policy":
-        path = reward_path
-    if path is None or config.model.lora is None or not config.has_critic_model:
-        return None
-    return path if is_adapter_of(path, config.model.path) else None
+@dataclass(frozen=True)
+class CriticStart:
+    """What the critic starts from; neither of the two: the policy's own trunk.
+
+    adapter   the folder of a reward model's adapter, to be put on the policy's base
+    source    a sequence classifier to load
+    line      says what was chosen and why, where `critic.init` left it open
+    """
+
+    adapter: str | None = None
+    source: ModelSettings | None = None
+    line: str | None = None
 
 
-def critic_source(
-    config: PPOConfig, vocabulary: int, reward_path: str | None, weights: bool = True
-) -> ModelSettings | None:
-    """What the critic is loaded from, its vocabulary checked; None for the policy's own trunk.
-    Arguments as of `build_models` and `load_model_config`. Raises UserError."""
-    settings, path = config.critic, config.critic.path
-    if path is None and settings.init != "policy":
-        if settings.init == "reward" and reward_path is None:
+def critic_start(
+    config: PPOConfig,
+    lm_config: Any,
+    tokenizer: Any = None,
+    reward_path: str | None = None,
+    weights: bool = True,
+    critic: Any = None,
+) -> CriticStart:
+    """What the critic is to start from, by configurations and tokenizers alone.
+
+    lm_config, tokenizer   the policy's; without a tokenizer the sizes of vocabularies are compared
+    reward_path            the first reward model, if there is one
+    weights                as for `load_model_config`
+    critic                 a model to start from, whatever the configuration says
+
+    Raises UserError where `critic.path` or `critic.init: reward` asks for what cannot be.
+    """
+    settings, lora = config.critic, config.model.lora
+    if critic is not None or not config.has_critic_model or settings.init == "policy":
+        return CriticStart()
+    is_open = settings.path is None and settings.init == "auto"
+    path = settings.path or reward_path
+    begin = "critic.init: auto: the critic starts from the"
+    if path is None:
+        if not is_open:
             raise UserError("critic.init: given 'reward', but reward.models has no reward model")
-        path = reward_path if settings.init == "reward" or config.model.lora is None else None
-    if path is None or not config.has_critic_model:
-        return None
+        return CriticStart(line=f"{begin} policy, as reward.models has no reward model")
+    chosen = f"{begin} reward model {path!r}" if is_open else None
+    if lora is not None and is_adapter_of(path, config.model.path):
+        return CriticStart(adapter=path, line=chosen)
     source = replace(config.model, path=path, revision=None)
-    key = "critic.path" if settings.path else "reward.models"
-    own_config = load_classifier_config(source, key, weights)
-    if settings.path is None and settings.init == "auto":
-        return source if own_config.get_text_config().vocab_size == vocabulary else None
-    _check_vocabulary(f"{key}: {path!r}", own_config, vocabulary)
-    return source
+    if is_open and lora is not None:
+        fault = "is no adapter of the policy's base, but a second model in memory"
+    else:
+        key = "critic.path" if settings.path else "reward.models"
+        own = load_classifier_config(source, key, weights)
+        fault = _unfit(own, source, config, lm_config, tokenizer)
+    if fault is None:
+        return CriticStart(source=source, line=chosen)
+    if is_open:
+        return CriticStart(line=f"{begin} policy, as the reward model {path!r} {fault}")
+    given = (
+        f"critic.path: {path!r}" if settings.path else f"critic.init: given 'reward', but {path!r}"
+    )
+    raise UserError(f"{given} {fault}; critic.init=policy starts the critic from the policy")
+
+
+def _unfit(
+    own: Any, source: ModelSettings, config: PPOConfig, lm_config: Any, tokenizer: Any
+) -> str | None:
+    """Why no critic of this policy can start from a sequence classifier; None if one can."""
+    rollout, vocabulary = config.rollout, lm_config.get_text_config().vocab_size
+    if fault := _other_tokens(own, source, vocabulary, tokenizer):
+        return fault
+    wanted = rollout.max_prompt_length + rollout.max_new_tokens
+    wanted = min(wanted, position_limit(lm_config) or wanted)
+    positions = position_limit(own)
+    if positions is not None and positions < wanted:
+        return (
+            f"has {positions} positions, fewer than the {wanted} of rollout.max_prompt_length and "
+            "max_new_tokens together"
+        )
+    if getattr(own, "quantization_config", None) is not None and config.model.lora is None:
+        return "is quantised, and cannot be trained"
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(
+                copy.deepcopy(own), trust_remote_code=source.trust_remote_code
+            )
+    except Exception as error:  # of a model's own code, too
+        return f"is no sequence classifier: {one_line(error)}"
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        return f"is a {type(model).__name__}, which has no linear `score` head as decoders have it"
+    return None
+
+
+def _other_tokens(own: Any, source: ModelSettings, vocabulary: int, tokenizer: Any) -> str | None:
+    """How a classifier's tokens are not the policy's; it may have more of them."""
+    size = own.get_text_config().vocab_size
+    theirs = None
+    if tokenizer is not None:
+        with suppress(UserError):  # a critic may come without a tokenizer
+            theirs = load_tokenizer(source, "critic.path").get_vocab()
+    if size < vocabulary or (theirs is None and size != vocabulary):
+        return f"has a vocabulary of {size} tokens, the policy {vocabulary}; they must be the same"
+    if theirs is None:
+        return None
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(token) != number:
+            return (
+                f"has other tokens than the policy: {token!r} is number {theirs.get(token)} there, "
+                f"and {number} in the policy"
+            )
+    return None
 
 
 def critic_from_classifier(

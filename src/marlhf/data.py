@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from marlhf.chat_templates import render_chat
 from marlhf.config import DataSettings, RolloutSettings
 from marlhf.conversations import Messages, text_or_messages
 from marlhf.data_presets import Stage, preset_records
@@ -32,11 +33,13 @@ class Prompt:
     text       as given or filled in; of a conversation, its messages with empty lines between them
     messages   the conversation, which `render` turns into the policy's template, or None
     columns    the row's other columns, for rewards
+    where      what messages call its row
     """
 
     text: str
     messages: Messages | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False, repr=False)
 
 
 def load_records(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Row], list[Row]]:
@@ -109,16 +112,23 @@ def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None)
 
     A conversation that ends with the assistant's turn is continued in that turn. Raises UserError.
     """
-    messages = prompt.messages
-    if messages is None and settings is not None and settings.apply_chat_template:
-        messages = [{"role": "user", "content": prompt.text}]
+    messages = chat_of(prompt, settings)
     if messages is None:
         return prompt.text
-    return apply_template(messages, tokenizer, for_answer=True)
+    return apply_template(messages, tokenizer, for_answer=True, where=prompt.where)
 
 
-def apply_template(messages: Messages, tokenizer: Any, for_answer: bool = False) -> str:
-    """A conversation in the tokenizer's chat template. Raises UserError.
+def chat_of(prompt: Prompt, settings: DataSettings | None) -> Messages | None:
+    """The conversation that the policy reads, None where it reads plain text."""
+    if prompt.messages is None and settings is not None and settings.apply_chat_template:
+        return [{"role": "user", "content": prompt.text}]
+    return prompt.messages
+
+
+def apply_template(
+    messages: Messages, tokenizer: Any, for_answer: bool = False, where: str = ""
+) -> str:
+    """A conversation in the tokenizer's chat template. Raises UserError, naming the row `where`.
 
     for_answer   leave it open for the assistant: a turn of its own, or the end of its last one
     """
@@ -126,17 +136,17 @@ def apply_template(messages: Messages, tokenizer: Any, for_answer: bool = False)
     continues = for_answer and messages[-1]["role"] == "assistant"
     try:
         with time_limit(_TEMPLATE_SECONDS):
-            return tokenizer.apply_chat_template(
+            return render_chat(
+                tokenizer,
                 messages,
-                tokenize=False,
                 add_generation_prompt=for_answer and not continues,
                 continue_final_message=continues,
             )
     except Exception as error:  # a template can raise anything
         text = "\n\n".join(message["content"] for message in messages)
         raise UserError(
-            f"model.chat_template: the chat template refuses the prompt {_excerpt(text)}: "
-            f"{one_line(error)}"
+            f"model.chat_template: {where}{': ' if where else ''}the chat template refuses the "
+            f"prompt {_excerpt(text)}: {one_line(error)}"
         ) from error
 
 
@@ -334,19 +344,19 @@ def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str)
             raise UserError(f"{where}: the text of the Prompt is {kind}, must be text")
         given = item.messages
         messages = None if given is None else text_or_messages(given, where)[1]
-        prompt = replace(item, messages=messages)
+        prompt = replace(item, messages=messages, where=item.where or where)
     elif isinstance(item, Mapping):
         columns = {name: item.get(name) for name in names}
         if settings.prompt_template is not None:
             text = fill_template(settings.prompt_template, columns, where)
             if not text.strip():
                 raise UserError(f"{where}: the prompt is empty")
-            prompt = Prompt(text, None, columns)
+            prompt = Prompt(text, None, columns, where)
         else:
             value = columns.pop(settings.prompt_column)
-            prompt = Prompt(*text_or_messages(value, where), columns)
+            prompt = Prompt(*text_or_messages(value, where), columns, where)
     else:
-        prompt = Prompt(*text_or_messages(item, where))
+        prompt = Prompt(*text_or_messages(item, where), {}, where)
     if settings.apply_chat_template and prompt.messages is None:
         return replace(prompt, messages=[{"role": "user", "content": prompt.text}])
     return prompt

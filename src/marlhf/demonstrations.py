@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlhf.chat_templates import answer_left_out, begins, joined, reasoning_of
 from marlhf.config import SFTConfig, SFTDataSettings
 from marlhf.conversations import Messages, text_or_messages
 from marlhf.data import (
@@ -22,11 +23,16 @@ from marlhf.data import (
 from marlhf.errors import UserError
 from marlhf.rewards.model import with_completion
 from marlhf.tables import Row
+from marlhf.template_checks import LEFT_OUT, REPEATED, RowNotes
 from marlhf.tokenization import continuation_ids, encode_texts
 
 Span = tuple[str, bool]  # a piece of text, and whether it is trained on
 
 _UNLIMITED = 2**31
+_ADDED = (
+    "the chat template puts text before the answer that the prompt does not end with, so that the "
+    "model learns to write it"
+)
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples ready for training; how many of them were cut, and how many rows were left out
-    because nothing to train on was left of them."""
+    """Examples ready for training; how many of them were cut, how many rows were left out because
+    nothing to train on was left of them, and lines about what became of the rest."""
 
     rows: list[Example]
     truncated: int
     left_out: int
+    notes: Sequence[str] = ()
 
 
 def load_examples(config: SFTConfig, tokenizer: Any) -> tuple[Examples, Examples]:
@@ -72,7 +79,8 @@ def as_examples(
     where, first_row   what messages call the data, and its first row's number
     """
     make = _from_text if config.data.text_column is not None else _from_prompts
-    whole = make(rows, config, tokenizer, where, first_row)
+    notes = RowNotes()
+    whole = make(rows, config, tokenizer, where, first_row, notes)
     if config.loss_on == "all":
         whole = [Example(e.ids, [False] + [True] * (len(e) - 1), e.prompt) for e in whole]
     bos = tokenizer.bos_token_id
@@ -83,7 +91,7 @@ def as_examples(
             f"{where}: no row has a token to train on within max_length={config.max_length}"
         )
     truncated = sum(len(a) > len(b) for a, b in zip(whole, cut, strict=True))
-    return Examples(kept, truncated, len(cut) - len(kept))
+    return Examples(kept, truncated, len(cut) - len(kept), notes.lines())
 
 
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
@@ -104,7 +112,12 @@ def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
 
 
 def _from_prompts(
-    rows: Sequence[Row], config: SFTConfig, tokenizer: Any, where: str, first_row: int
+    rows: Sequence[Row],
+    config: SFTConfig,
+    tokenizer: Any,
+    where: str,
+    first_row: int,
+    notes: RowNotes,
 ) -> list[Example]:
     """Prompt and completion: both text, or either in messages."""
     data = config.data
@@ -126,7 +139,7 @@ def _from_prompts(
             heads.append((i, prompt.text, completion))
         else:
             messages = prompt.messages or [{"role": "user", "content": prompt.text}]
-            spans = _answer_spans(messages, completion, turns, tokenizer, label)
+            spans = _answer_spans(messages, completion, turns, tokenizer, label, notes)
             examples[i] = _example(spans, tokenizer)
     prompt_ids, _ = encode([text for _, text, _ in heads], tokenizer, _UNLIMITED)
     for (i, _, completion), head in zip(heads, prompt_ids, strict=True):
@@ -152,7 +165,12 @@ def _check_columns(rows: Sequence[Row], data: SFTDataSettings, where: str) -> li
 
 
 def _from_text(
-    rows: Sequence[Row], config: SFTConfig, tokenizer: Any, where: str, first_row: int
+    rows: Sequence[Row],
+    config: SFTConfig,
+    tokenizer: Any,
+    where: str,
+    first_row: int,
+    notes: RowNotes,
 ) -> list[Example]:
     """One column: whole texts, or conversations."""
     column, examples = config.data.text_column, []
@@ -169,25 +187,39 @@ def _from_text(
             ids = [*ids, tokenizer.eos_token_id]
             examples.append(Example(ids, [False] + [True] * (len(ids) - 1)))
         elif config.loss_on == "all":
-            examples.append(_example([(apply_template(messages, tokenizer), True)], tokenizer))
+            rendered = apply_template(messages, tokenizer, where=label)
+            notes.add_if(LEFT_OUT, label, answer_left_out(messages, rendered))
+            examples.append(_example([(rendered, True)], tokenizer))
         else:
-            examples.append(_example(_assistant_spans(messages, tokenizer, label), tokenizer))
+            spans = _assistant_spans(messages, tokenizer, label, notes)
+            examples.append(_example(spans, tokenizer))
     return examples
 
 
 def _answer_spans(
-    messages: Messages, completion: str, turns: Messages | None, tokenizer: Any, where: str
+    messages: Messages,
+    completion: str,
+    turns: Messages | None,
+    tokenizer: Any,
+    where: str,
+    notes: RowNotes,
 ) -> list[Span]:
     """Prompt and completion in the chat template; the completion is the assistant's turn, the end
-    of that turn, or several turns."""
+    of that turn, or several turns, which may begin with those of the prompt."""
     if turns is not None:
-        return _assistant_spans([*messages, *turns], tokenizer, where, len(messages))
-    before = apply_template(messages, tokenizer, for_answer=True)
-    after = apply_template(with_completion(messages, completion), tokenizer)
-    return [(before, False), (_rest(after, before, where), True)]
+        conversation, first, repeated = joined(messages, turns)
+        notes.add_if(REPEATED, where, repeated)
+        return _assistant_spans(conversation, tokenizer, where, notes, first)
+    before = apply_template(messages, tokenizer, for_answer=True, where=where)
+    conversation = with_completion(messages, completion)
+    answer = _rest(conversation, before, conversation, tokenizer, where)
+    _compare({"role": "assistant", "content": completion}, answer, where, notes)
+    return [(before, False), (answer, True)]
 
 
-def _assistant_spans(messages: Messages, tokenizer: Any, where: str, first: int = 0) -> list[Span]:
+def _assistant_spans(
+    messages: Messages, tokenizer: Any, where: str, notes: RowNotes, first: int = 0
+) -> list[Span]:
     """The conversation in the chat template, cut into what the assistant says from message `first`
     on, with what the template puts after it, and what is between. Raises UserError.
 
@@ -199,25 +231,47 @@ def _assistant_spans(messages: Messages, tokenizer: Any, where: str, first: int 
         raise UserError(f"{where}: has no turn of the assistant to train on")
     if answers[0] == 0:
         raise UserError(f"{where}: begins with a turn of the assistant, must begin with the user's")
-    whole, spans, position = apply_template(messages, tokenizer), [], 0
+    whole = apply_template(messages, tokenizer, where=where)
+    spans, position = [], 0
     for i in answers:
-        before = apply_template(messages[:i], tokenizer, for_answer=True)
-        after = apply_template(messages[: i + 1], tokenizer)
-        answer = _rest(after, before, where)
-        _rest(whole, after, where)
+        before = apply_template(messages[:i], tokenizer, for_answer=True, where=where)
+        answer = _rest(messages[: i + 1], before, messages, tokenizer, where)
+        if not whole.startswith(before + answer):
+            raise _changes(messages, tokenizer, where)
+        _compare(messages[i], answer, where, notes)
         spans += [(before[position:], False), (answer, True)]
-        position = len(after)
+        position = len(before + answer)
     return spans
 
 
-def _rest(text: str, beginning: str, where: str) -> str:
+def _rest(
+    messages: Messages, beginning: str, conversation: Messages, tokenizer: Any, where: str
+) -> str:
+    """What the template writes of messages after their `beginning`. Raises UserError."""
+    text = apply_template(messages, tokenizer, where=where)
     if not text.startswith(beginning):
-        raise UserError(
-            f"model.chat_template: {where}: the template writes the beginning of a conversation "
-            "otherwise when more follows, so that the assistant's turns cannot be told apart; give "
-            "another template, or conversations in data.text_column and loss_on=all"
-        )
+        raise _changes(conversation, tokenizer, where)
     return text[len(beginning) :]
+
+
+def _changes(conversation: Messages, tokenizer: Any, where: str) -> UserError:
+    """Why a conversation cannot be cut into turns, and what can be done."""
+    advice = "give another template, or conversations in data.text_column and loss_on=all"
+    lost = answer_left_out(conversation, apply_template(conversation, tokenizer))
+    if lost:
+        advice = f"it leaves {lost!r} out altogether; give a template that keeps what they say"
+    return UserError(
+        f"model.chat_template: {where}: the template writes the beginning of a conversation "
+        "otherwise when more follows, so that the assistant's turns cannot be told apart; " + advice
+    )
+
+
+def _compare(turn: dict[str, Any], answer: str, where: str, notes: RowNotes) -> None:
+    """Note what the template leaves out of a turn that is trained on, or puts before it."""
+    lost = answer_left_out([turn], answer)
+    notes.add_if(LEFT_OUT, where, lost)
+    if not lost and not reasoning_of(turn) and not begins(answer, turn["content"]):
+        notes.add(_ADDED, where, answer.partition(turn["content"].strip())[0])
 
 
 def _example(spans: Sequence[Span], tokenizer: Any) -> Example:

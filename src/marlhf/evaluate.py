@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from marlhf import checkpoint
+from marlhf.chat_templates import fix_date
 from marlhf.config import EvaluateConfig
 from marlhf.config_loading import config_to_dict
 from marlhf.data import Prompt, load_rows
@@ -42,6 +43,8 @@ from marlhf.paths import local_path
 from marlhf.provenance import check_apart
 from marlhf.rewards import CombinedReward
 from marlhf.rollout import check_rewards
+from marlhf.run_directory import notice
+from marlhf.template_checks import dated, reward_tokenizers, template_notes
 from marlhf.yaml_text import dump_yaml
 
 SAMPLES, MEASURES = "samples.jsonl", "measures.jsonl"
@@ -59,14 +62,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     Raises UserError for what cannot work, before any weight is loaded where that is possible.
     """
     distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
+    config = dated(config, distributed)
     # 1. check
     measures = build_measures(config)
     _check_names(config, measures)
-    bench, reference = _bench(config, measures, distributed)
+    bench, reference, notes = _bench(config, measures, distributed)
     prints = {each.label: fingerprints(bench, each) for each in bench.sources}
     for each in bench.sources:
         pending_samples(bench, each, prints[each.label])
-    _write_config(config, distributed)
+    _write_config(config, distributed, notes)
     # 2. sample
     for each in bench.sources:
         sample_policy(bench, each, prints[each.label])
@@ -81,14 +85,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
 def _bench(
     config: EvaluateConfig, measures: Sequence[Measure], distributed: Distributed
-) -> tuple[Bench, Source | None]:
-    """Prompts, models short of their weights, and what an earlier run left; and the reference.
+) -> tuple[Bench, Source | None, list[str]]:
+    """Prompts, models short of their weights, and what an earlier run left; the reference; lines
+    about chat templates.
 
     Raises UserError for whatever does not fit together.
     """
     prompts = _prompts(config)
     rewards = CombinedReward(tuple(measure.reward for measure in measures))
     check_rewards(rewards, prompts)
+    for tokenizer in reward_tokenizers(rewards):
+        fix_date(tokenizer, config.data.template_date)
     sources = [
         source(label, path, _key(config, label), config, prompts)
         for label, path in labelled(config.policies).items()
@@ -97,11 +104,16 @@ def _bench(
     if config.reference is not None:
         reference = source("reference", config.reference, "reference", config, prompts)
         check_same_tokens(reference, sources)
+    notes = [
+        note
+        for each in sources
+        for note in template_notes(rewards, prompts, each.tokenizer, config.data)
+    ]
     folder = _claim(config, distributed)
     samples = Records(folder / SAMPLES, SAMPLE_KEY, distributed, Sample)
     known = Records(folder / MEASURES, MEASURE_KEY, distributed, Measured)
     track = _Track(distributed.is_main)
-    return Bench(config, prompts, sources, samples, known, distributed, track), reference
+    return Bench(config, prompts, sources, samples, known, distributed, track), reference, notes
 
 
 def _results(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
@@ -181,8 +193,10 @@ def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:
     return folder
 
 
-def _write_config(config: EvaluateConfig, distributed: Distributed) -> None:
+def _write_config(config: EvaluateConfig, distributed: Distributed, notes: Sequence[str]) -> None:
     if distributed.is_main:
+        for line in dict.fromkeys(notes):
+            notice(line)
         text = dump_yaml(config_to_dict(config))
         (_folder(config) / "config.yaml").write_text(text, encoding="utf-8")
 

@@ -160,10 +160,9 @@ def _fill(models: Sequence[nn.Module]) -> FakeTensorMode:
 def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> Critic | None:
     """Puts the policy's adapter in, too: the critic may share its base."""
     settings = config.model
-    vocabulary = _causal_lm(policy).config.get_text_config().vocab_size
-    adapter, source = critics.critic_adapter(config, reward_path), None
-    if adapter is None:
-        source = critics.critic_source(config, vocabulary, reward_path, weights=False)
+    lm_config = _causal_lm(policy).config
+    start = critics.critic_start(config, lm_config, None, reward_path, weights=False)
+    adapter, source = start.adapter, start.source
     if settings.gradient_checkpointing:
         loading.enable_checkpointing(policy.model)
     if settings.lora is not None:

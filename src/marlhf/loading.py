@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from marlhf.adapters import add_adapter, merged, save_adapter, saved_adapter
+from marlhf.adapters import add_adapter, grow, merged, save_adapter, saved_adapter
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.errors import UserError, one_line
 from marlhf.gate import check_adapter, check_finite, check_model
@@ -157,15 +157,30 @@ def load_classifier(settings: ModelSettings, key: str, base: str | None = None) 
         path = base or adapter.base_model_name_or_path
         if not path:
             raise UserError(f"{key}: the adapter {settings.path!r} does not name its base")
+        of_base = replace(settings, path=path, revision=None)
+        base_key = "base" if base else f"{key}: the adapter's base"
         model = _load_weights(
             AutoModelForSequenceClassification,
-            replace(settings, path=path, revision=None),
-            config,
-            "base" if base else f"{key}: the adapter's base",
+            of_base,
+            _as_large_as(load_model_config(of_base, base_key), config),
+            base_key,
             except_for="score.weight",
         )
-        return merged(model, settings.path)
+        model = merged(model, settings.path)
+        if model.config.get_text_config().vocab_size < config.get_text_config().vocab_size:
+            grow(model, config.get_text_config().vocab_size)
+        model.config = config
+        return model.requires_grad_(True)  # PEFT had frozen its base
     return _load_weights(AutoModelForSequenceClassification, settings, config, key)
+
+
+def _as_large_as(base: Any, config: Any) -> Any:
+    """A configuration for the weights of a base that has fewer tokens, or more."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        part.vocab_size = base.get_text_config().vocab_size
+        part.pad_token_id = None  # which may be among the others, and is no matter of weights
+    return config
 
 
 def _from_pretrained(

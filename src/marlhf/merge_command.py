@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,13 @@ def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False)
         raise UserError(f"adapter: {str(folder)!r} does not name its base; give --base")
     settings = ModelSettings(path=path, trust_remote_code=trust)
     if config.task_type == "SEQ_CLS":
-        own = ModelSettings(path=str(folder), trust_remote_code=trust)
+        own = replace(settings, path=str(folder))
         model: Any = loading.load_classifier(own, "adapter", base=path)
     else:
-        own = settings
         lm_config = loading.load_model_config(settings, "base")
         model = adapters.merged(loading.load_causal_lm(settings, lm_config), folder)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    own = replace(settings, path=str(folder)) if has_tokenizer else settings
     tokenizer = loading.load_tokenizer(own, "base")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -45,6 +45,7 @@ from marlhf.segmenters import (
 )
 from marlhf.sharded_base import check_ppo
 from marlhf.signals import StopSignals, stop
+from marlhf.template_checks import template_notes, with_date
 from marlhf.types import REF_LOGPROBS
 from marlhf.update import Update
 
@@ -82,7 +83,6 @@ class PPOTrainer:
         critic: Any = None,
     ) -> None:
         _check_kinds(config, model)
-        self.config = config
         self.distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
         self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
         self.reward = build_rewards(reward if reward is not None else config.reward.models)
@@ -90,19 +90,23 @@ class PPOTrainer:
             token_reward if token_reward is not None else config.reward.tokens,
             [reward.name for reward in self.reward.rewards],
         ).to(self.distributed.device)
-        sets = prompt_sets(train_dataset, eval_dataset, config.data)
-        train, self.eval_prompts = sets
+        train, self.eval_prompts = sets = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
+        self.config = config = with_date(config, [self.tokenizer], self.distributed, self.reward)
         lm_config = model.config if model is not None else loading.load_model_config(config.model)
         positions = loading.position_limit(lm_config)
         self._check([*train, *self.eval_prompts], positions)
+        functions = [reward.function for reward in self.reward.rewards]
+        reward_paths = [f.path for f in functions if isinstance(f, RewardModel)]
+        first = next(iter(reward_paths), None) if critic is None else None
+        start = critics.critic_start(config, lm_config, self.tokenizer, first, critic=critic)
+        self.notes += [start.line] if start.line else []
         self.texts = config.ptx and TextStream(
             config.ptx, config.seed, self.tokenizer, self.distributed, positions
         )
-        reward_paths = self._reward_model_paths()
         if self.distributed.zero_stage == 3:
-            check_ppo(config, lm_config, reward_paths, critic)
+            check_ppo(config, lm_config, reward_paths, start, critic)
         rows = dict(zip(data_labels(config.data, train_dataset, eval_dataset), sets, strict=True))
         if self.texts is not None and config.ptx is not None:
             rows[f"ptx.path {config.ptx.path!r}"] = self.texts.stream.prompts
@@ -113,9 +117,8 @@ class PPOTrainer:
 
         seed_generators(config.seed)
         shard = self.distributed.shard
-        first = next(iter(reward_paths), None)
         policy, value_model = critics.build_models(
-            config, self.tokenizer, first, model, critic, lm_config, shard
+            config, self.tokenizer, start, model, critic, lm_config, shard
         )
         self.reward.share(policy.model, config.model.path)
         required = self.token_reward.requires | segmenter_requires(self.segmenter)
@@ -162,7 +165,7 @@ class PPOTrainer:
         """
         config, together = self.config, self.distributed.together
         try:
-            together(lambda: self.run.open(config, config.steps))
+            together(lambda: self.run.open(config, config.steps, self.notes))
             with StopSignals(self.distributed.gather_objects) as signals:
                 if self.step_count == 0 and self._evaluation_is_due():
                     self._write({"step": 0} | self.evaluate())
@@ -303,6 +306,7 @@ class PPOTrainer:
         self.stream.check_batch(rollout.batch_size, "rollout.batch_size")
         check_prompts(prompts, self.tokenizer, data, rollout, positions)
         check_rewards(self.reward, prompts)
+        self.notes = template_notes(self.reward, prompts, self.tokenizer, data)
 
     def _check_batch(self, prompts: int) -> None:
         """Every rank gets as many prompts of each minibatch. Raises UserError."""
@@ -312,10 +316,6 @@ class PPOTrainer:
                 f"rollout.batch_size: given {prompts} prompts, must be a multiple of "
                 f"{world * minibatches} ({world} ranks x ppo.minibatches={minibatches})"
             )
-
-    def _reward_model_paths(self) -> list[str]:
-        functions = (reward.function for reward in self.reward.rewards)
-        return [f.path for f in functions if isinstance(f, RewardModel)]
 
     def _learner(self, name: str, module: nn.Module, learning_rate: float) -> Learner:
         adapter = name if self.config.model.lora else None

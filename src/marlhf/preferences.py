@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlhf.chat_templates import answer_left_out, joined
 from marlhf.config import PairDataSettings, RewardConfig
 from marlhf.conversations import text_or_messages
 from marlhf.data import (
@@ -17,8 +18,15 @@ from marlhf.data import (
     source_labels,
 )
 from marlhf.errors import UserError, one_line
-from marlhf.rewards.model import encode_for_reward, reward_texts
+from marlhf.rewards.model import encode_for_reward, reward_texts, with_completion
 from marlhf.tables import Row, number_in, read_rows
+from marlhf.template_checks import LEFT_OUT, REPEATED, RowNotes
+
+_BEGINS_WITH_PROMPT = (
+    "data: every answer begins with its prompt, which the model therefore reads twice; set "
+    "data.full_texts=true where the columns hold both"
+)
+_THE_SAME = "the model reads the same text for both answers, and learns nothing from the pair"
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,14 @@ class Preferences:
 
     demonstrations   token ids of the texts whose mean score becomes 0
     truncated        texts of the training pairs that lost their start
+    notes            lines about what became of the texts
     """
 
     pairs: list[Pair]
     held_out: list[Pair]
     demonstrations: list[list[int]]
     truncated: int
+    notes: Sequence[str] = ()
 
 
 def load_preferences(config: RewardConfig, tokenizer: Any) -> Preferences:
@@ -65,7 +75,7 @@ def load_preferences(config: RewardConfig, tokenizer: Any) -> Preferences:
     else:
         demonstrations = [pair.chosen for pair in pairs]
     held_out_pairs = reader.pairs(held_out, *held_out_label)
-    return Preferences(pairs, held_out_pairs, demonstrations, truncated)
+    return Preferences(pairs, held_out_pairs, demonstrations, truncated, reader.notes())
 
 
 class _Reader:
@@ -75,6 +85,13 @@ class _Reader:
         self._data, self._tokenizer = config.data, tokenizer
         self._max_length = config.max_length
         self.truncated = 0
+        self._notes = RowNotes()
+        self._plain_texts = self._repeating = 0  # answers, and those that begin with the prompt
+
+    def notes(self) -> list[str]:
+        """Lines about what became of the texts."""
+        begin = 0 < self._plain_texts == self._repeating
+        return [*self._notes.lines(), *([_BEGINS_WITH_PROMPT] if begin else [])]
 
     def pairs(self, rows: Sequence[Row], where: str, first_row: int) -> list[Pair]:
         """The pairs of rows."""
@@ -85,7 +102,11 @@ class _Reader:
             _margin(row, data, f"{where}: row {number}")
             for number, row in enumerate(rows, first_row)
         ]
-        return [Pair(*pair) for pair in zip(chosen, rejected, margins, strict=True)]
+        pairs = [Pair(*pair) for pair in zip(chosen, rejected, margins, strict=True)]
+        for number, pair in enumerate(pairs, first_row):
+            same = pair.chosen == pair.rejected
+            self._notes.add_if(_THE_SAME, f"{where}: row {number}", same)
+        return pairs
 
     def texts(
         self, rows: Sequence[Row], column: str, key: str, where: str, first_row: int
@@ -113,15 +134,21 @@ class _Reader:
             if turns[-1]["role"] != "assistant":
                 raise UserError(f"{where}: the last message must be the assistant's")
             before = messages or ([{"role": "user", "content": text}] if prompt else [])
-            messages, answer = [*before, *turns[:-1]], turns[-1]["content"]
+            (*messages, last), _, repeated = joined(before, turns)
+            answer = last["content"]
+            self._notes.add_if(REPEATED, where, repeated)
             if not messages:
                 raise UserError(f"{where}: the conversation has no turn before the assistant's")
+        elif prompt is not None and messages is None:
+            self._plain_texts += 1
+            self._repeating += answer.startswith(text)
         try:
             texts, templated = reward_texts(self._tokenizer, [text], [answer], [messages])
-        except Exception as error:  # a template can raise anything
-            raise UserError(
-                f"model.chat_template: {where}: the chat template refuses it: {one_line(error)}"
-            ) from error
+        except UserError as error:
+            raise UserError(f"model.chat_template: {where}: {error}") from error
+        if messages and templated[0]:
+            lost = answer_left_out(with_completion(messages, answer), texts[0])
+            self._notes.add_if(LEFT_OUT, where, lost)
         (ids,) = encode_for_reward(self._tokenizer, texts, templated)
         if len(ids) <= self._max_length:
             return ids

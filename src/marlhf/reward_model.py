@@ -39,6 +39,7 @@ from marlhf.supervised import (
     resolved,
     shares,
 )
+from marlhf.template_checks import with_date
 
 REPORT = "reward_report.json"
 
@@ -49,6 +50,7 @@ def run(config: RewardConfig) -> None:
     distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
+    config = with_date(config, [tokenizer], distributed)
     data = load_preferences(config, tokenizer)
     base_config = loading.load_model_config(config.model)
     loading.check_tokenizer(tokenizer, base_config)
@@ -89,6 +91,7 @@ def run(config: RewardConfig) -> None:
         selects="eval_loss",
         counts="pairs",
         summary=_summary(data),
+        notes=data.notes,
     )
     trainer = SupervisedTrainer(task, config, claimed, distributed)
     with trainer.running() as folder, torch.no_grad():  # in fp32, as `RewardModel` scores

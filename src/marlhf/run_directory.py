@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,10 @@ class RunDirectory:
             )
         return None
 
-    def open(self, config: Any, steps: int) -> None:
+    def open(self, config: Any, steps: int, notes: Sequence[str] = ()) -> None:
         """Write the resolved configuration and open the sinks; again, after `close`, appends.
 
+        notes   lines about the run, for the user's eyes and for the head of config.yaml
         What there is from after the checkpoint that the run goes on from is cut off first.
         """
         if not self._is_main or self._sinks:
@@ -130,7 +131,9 @@ class RunDirectory:
                 first_step = done + 1
             self._is_new = False
             plain = config_to_dict(config)
-            text = dump_yaml(plain)
+            for line in notes:
+                notice(line)
+            text = "".join(f"# {line}\n" for line in notes) + dump_yaml(plain)
             (self.path / "config.yaml").write_text(text, encoding="utf-8")
             self._sample_sink = JsonLines(self.path / "samples.jsonl")
             self._sinks.append(JsonLines(self.path / "metrics.jsonl"))

@@ -35,6 +35,7 @@ from marlhf.supervised import (
     resolved,
     shares,
 )
+from marlhf.template_checks import with_date
 
 
 def run(config: SFTConfig) -> None:
@@ -43,6 +44,7 @@ def run(config: SFTConfig) -> None:
     distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
+    config = with_date(config, [tokenizer], distributed)
     examples, held_out = load_examples(config, tokenizer)
     rows, held_out_rows = _rows(examples, config), _rows(held_out, config)
     lm_config = loading.load_model_config(config.model)
@@ -76,6 +78,7 @@ def run(config: SFTConfig) -> None:
         selects="eval_loss",
         counts="tokens",
         summary=_summary(examples, held_out),
+        notes=[*examples.notes, *held_out.notes],
     )
     trainer = SupervisedTrainer(task, config, claimed, distributed)
     with trainer.running() as folder:

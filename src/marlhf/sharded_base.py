@@ -62,26 +62,29 @@ def check_adapters(settings: ModelSettings, model_config: Any) -> None:
 
 
 def check_ppo(
-    config: PPOConfig, lm_config: Any, reward_paths: Sequence[str], critic: Any = None
+    config: PPOConfig,
+    lm_config: Any,
+    reward_paths: Sequence[str],
+    start: critics.CriticStart | None = None,
+    critic: Any = None,
 ) -> None:
     """Those of policy, critic and reward models are right on sharded bases.
 
+    start    what the critic starts from; default: as the configuration says
     critic   a model to start the critic from, instead of one in `config`
     Raises UserError.
     """
     if config.model.lora is None:
         return
     check_adapters(config.model, lm_config)
-    first = next(iter(reward_paths), None)
-    vocabulary = lm_config.get_text_config().vocab_size
-    critic_adapter = None if critic is not None else critics.critic_adapter(config, first)
+    if start is None:
+        first = next(iter(reward_paths), None)
+        start = critics.critic_start(config, lm_config, None, first, critic=critic)
     if critic is not None:
         check_adapters(config.model, critic.config)
-    elif critic_adapter is None:
-        source = critics.critic_source(config, vocabulary, first)
-        if source is not None:
-            check_adapters(source, load_classifier_config(source, "critic.path"))
-    for path in {*reward_paths, critic_adapter} - {None}:
+    elif start.source is not None:
+        check_adapters(start.source, load_classifier_config(start.source, "critic.path"))
+    for path in {*reward_paths, start.adapter} - {None}:
         if critics.is_adapter_of(path, config.model.path):
             _check_saved(path, config.model, lm_config)
 

@@ -60,6 +60,7 @@ class Task:
     selects   the metric of `evaluate` that early stopping wants low
     counts    what the loss counts, for the names of metrics: `tokens` or `pairs`
     summary   of the data, for the row of metrics before the first step
+    notes     lines about the data
     """
 
     module: nn.Module
@@ -71,6 +72,7 @@ class Task:
     selects: str
     counts: str
     summary: dict[str, Any]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class SupervisedTrainer:
         """
         run, together = self.run, self.distributed.together
         try:
-            together(lambda: run.open(self.config, self.steps))
+            together(lambda: run.open(self.config, self.steps, self.task.notes))
             with StopSignals(self.distributed.gather_objects) as signals:
                 self._train(signals)
             self.stopping.restore()

@@ -40,8 +40,9 @@ class CriticSettings:
 
     init: Literal["auto", "policy", "reward"] = "auto"
     """Start from the policy or from the reward model (the paper); `auto`: the reward model where
-    one with the policy's vocabulary is given, and with `model.lora` only one that is an adapter of
-    the same base (any other would be a second model in memory: ask for it by `reward`)."""
+    one is given that is a decoder with the policy's tokens, and with `model.lora` only one that is
+    an adapter of the same base (any other would be a second model in memory: ask for it by
+    `reward`). The run says which it was."""
     path: Place | None = None
     """Start from this sequence-classification model instead."""
     warmup_steps: Natural = 0

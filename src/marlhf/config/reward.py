@@ -31,8 +31,8 @@ class PairDataSettings(DataSettings):
     or a hub name."""
 
     chosen_column: str = "chosen"
-    """Column with the preferred answer: text, or a list of chat messages after those of the
-    prompt."""
+    """Column with the preferred answer: text, or a list of chat messages, those after the prompt
+    or all."""
     rejected_column: str = "rejected"
     """Column with the other answer, likewise."""
     full_texts: bool = False

@@ -6,9 +6,10 @@ The docstring under a field is its line in `marlhf JOB --help`.
 from __future__ import annotations
 
 from dataclasses import fields
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from marlhf.paths import checked_path
@@ -27,6 +28,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(checked_path)]  # which a hub name is too
 Place = Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
+
+# YAML reads a date where no quotes tell it otherwise
+Day = Annotated[str, BeforeValidator(lambda day: str(day) if type(day) is date else day)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -102,6 +106,9 @@ class DataSettings:
     """Rename columns: {new name: name in the file}."""
     apply_chat_template: bool = False
     """Wrap plain-text prompts as one user message in the model's chat template."""
+    template_date: Day | None = None
+    """The day that chat templates take for today, YYYY-MM-DD. Default: the day on which the run
+    began, kept on a resume, where a template asks for it (`strftime_now`)."""
     limit: Count | None = None
     """Use the first rows only."""
     shuffle: bool = True
@@ -113,6 +120,16 @@ class DataSettings:
     eval_rows: Natural = 64
     """Held-out prompts: this many of `eval_path` or `eval_split`, or else taken off the end of the
     data before training (with `preset`: of its held-out documents); 0 for none."""
+
+    @model_validator(mode="after")
+    def _is_a_date(self) -> DataSettings:
+        try:
+            date.fromisoformat(self.template_date or "2000-01-01")
+        except ValueError:
+            raise ValueError(
+                f"data.template_date: given {self.template_date!r}, must be a date, YYYY-MM-DD"
+            ) from None
+        return self
 
     @model_validator(mode="after")
     def _preset_and_the_rest(self) -> DataSettings:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf import loading
+from marlhf.chat_templates import fix_date
 from marlhf.config import EvaluateConfig, ModelSettings
 from marlhf.data import Prompt, check_prompts, encode, render
 from marlhf.errors import UserError
@@ -80,6 +81,7 @@ def source(
     )
     lm_config = loading.load_model_config(settings, key)
     tokenizer = loading.load_tokenizer(settings, key)
+    fix_date(tokenizer, config.data.template_date)
     loading.check_tokenizer(tokenizer, lm_config, key)
     loading.check_architecture(lm_config, settings, key)
     positions = loading.position_limit(lm_config)

@@ -139,13 +139,14 @@ def _label(group: Sequence[Run], varying: Sequence[str]) -> str:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys of sections -> values; a segmenter or a reward is one value."""
+    """Dotted keys of sections -> values; a segmenter or a reward is one value. The day on which a
+    run began is no difference."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if key in _NO_DIFFERENCE:
             continue
         if key != "segmenter" and isinstance(value, dict):
-            found.update({f"{key}.{k}": v for k, v in value.items()})
+            found.update({f"{key}.{k}": v for k, v in value.items() if k != "template_date"})
         else:
             spec = {"name": value} if key == "segmenter" and isinstance(value, str) else value
             found[str(key)] = spec

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from marlhf.chat_templates import render_chat
 from marlhf.config import ModelSettings
+from marlhf.errors import UserError, one_line
 from marlhf.models import Critic, length_switch
 from marlhf.tokenization import encode_texts, text_start
-from marlhf.types import UserError
 
 Messages = Sequence[dict[str, Any]]
 
@@ -52,7 +54,7 @@ class RewardModel:
             raise UserError(
                 f"path: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
             )
-        limit = _model_limit(config, tokenizer)
+        limit = model_limit(config, tokenizer)
         length = limit if self.max_length is None else self.max_length
         if length is not None and not 1 <= length <= (limit or length):
             raise UserError(f"max_length: given {length}, must be 1 to {limit or 'any length'}")
@@ -80,8 +82,19 @@ class RewardModel:
 
             model: Any = loading.load_classifier(self._settings, "path")
             model.requires_grad_(False).eval()
+            self._try_longest(model)
             self._state["model"] = model.to(self._state["device"])
         return self
+
+    def _try_longest(self, model: Any) -> None:
+        """Read one text of the longest kind, on the CPU, where an index too high is an error."""
+        limit = self._state["max_length"]
+        if limit is None:
+            return
+        longest = longest_input(model, limit, lambda ids, mask: sequence_scores(model, ids, mask))
+        if self.max_length is not None and longest < self.max_length:
+            raise UserError(f"max_length: given {self.max_length}, must be 1 to {longest}")
+        self._state["max_length"] = longest
 
     def to(self, device: Any) -> RewardModel:
         """Run the model on `device`."""
@@ -170,6 +183,7 @@ def reward_texts(
     Without a conversation: prompt and completion, concatenated. A conversation for a tokenizer
     without a chat template: its messages and the completion, an empty line between them, because
     the prompt is then in the policy's template, which means nothing to another model.
+    Raises UserError where the template does.
     """
     texts, templated = [], []
     conversations = messages if messages is not None else [None] * len(prompts)
@@ -183,7 +197,14 @@ def reward_texts(
             completion = _content(tokenizer, turns, completion)
         turns = with_completion(turns, completion)
         if through_template:
-            texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+            try:
+                texts.append(render_chat(tokenizer, turns))
+            except Exception as error:  # a template can raise anything
+                roles = ", ".join(turn["role"] for turn in turns)
+                raise UserError(
+                    f"the reward model's chat template refuses a conversation of {roles}: "
+                    f"{one_line(error)}"
+                ) from error
         else:
             texts.append("\n\n".join(turn["content"] for turn in turns))
     return texts, templated
@@ -247,7 +268,55 @@ def _any_token(tokenizer: Any) -> int:
     return next((token for token in tokens if token is not None), 0)
 
 
-def _model_limit(config: Any, tokenizer: Any) -> int | None:
+@torch.no_grad()
+def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) -> int:
+    """How many tokens a model can read, at most `limit`: some families have fewer positions than
+    their configuration says, as RoBERTa's begin after the pad token's number.
+
+    model   on the CPU
+    run     calls it with `(input_ids [1,L], attention_mask [1,L])`
+
+    Only a model that keeps a table of positions is tried. Raises UserError where none fits.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or limit
+    least, most = min(limit, positions), max(limit, positions) + 64
+    if not any(least <= size <= most for size in _table_sizes(model)):
+        return limit
+    token = 1 if config.pad_token_id == 0 else 0  # a pad token would have no position
+    faults: list[Exception] = []
+
+    def is_too_long(length: int) -> bool:
+        ids = torch.full((1, length), token)
+        try:
+            run(ids, torch.ones_like(ids, dtype=torch.bool))
+        except Exception as error:  # whatever a family makes of an index that is too high
+            faults.append(error)
+            return True
+        return False
+
+    if not is_too_long(limit):
+        return limit
+    longest = bisect_left(range(1, limit), True, key=is_too_long)
+    if longest == 0:
+        fault = one_line(faults[-1])
+        raise UserError(f"path: {type(model).__name__} cannot read a text of one token: {fault}")
+    return longest
+
+
+def _table_sizes(model: Any) -> Iterator[int]:
+    """Lengths of what may be tables of positions: embeddings of anything but tokens, and other
+    tensors that are called so."""
+    tokens = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            yield module.num_embeddings
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "pos" in name.rpartition(".")[2]:
+            yield from tensor.shape
+
+
+def model_limit(config: Any, tokenizer: Any) -> int | None:
     """The longest input in tokens, or None where neither model nor tokenizer knows one."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and n > 0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from marlhf.errors import UserError, one_line
 from marlhf.rewards.base import require
+from marlhf.rewards.model import longest_input, model_limit, right_pad
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,16 @@ class EmbeddingSimilarity:
                 model: Any = AutoModel.from_pretrained(self.source, dtype=torch.float32)
             except Exception as error:
                 raise UserError(f"path: cannot load {self.source!r}: {one_line(error)}") from error
+            model.eval()
+            longest = longest_input(
+                model,
+                self._limit(model.config, tokenizer),
+                lambda ids, mask: model(input_ids=ids, attention_mask=mask.long()),
+            )
+            if self.max_length is not None and longest < self.max_length:
+                raise UserError(f"max_length: given {self.max_length}, must be 1 to {longest}")
             device = self._state.get("device", "cpu")
-            self._state.update(tokenizer=tokenizer, model=model.eval().to(device))
+            self._state.update(tokenizer=tokenizer, model=model.to(device), longest=longest)
         return self
 
     def to(self, device: Any) -> EmbeddingSimilarity:
@@ -150,27 +159,23 @@ class EmbeddingSimilarity:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch = tokenizer(
-                [texts[i] for i in rows],
-                padding=True,
-                truncation=True,
-                max_length=self._limit(),
-                return_tensors="pt",
-            ).to(model.device)
-            hidden = model(**batch).last_hidden_state
-            mask = batch["attention_mask"][:, :, None]
-            mean = (hidden * mask).sum(1) / mask.sum(1)
+            found = tokenizer(
+                [texts[i] for i in rows], truncation=True, max_length=self._state["longest"]
+            )["input_ids"]
+            ids, mask = (x.to(model.device) for x in right_pad([row or [0] for row in found]))
+            hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
             embeddings[rows] = torch.nn.functional.normalize(mean, dim=1).cpu()
         return embeddings
 
-    def _limit(self) -> int:
-        """Tokens in a text: as given, as sentence-transformers was told, or the tokenizer's."""
+    def _limit(self, config: Any, tokenizer: Any) -> int:
+        """Tokens in a text: as given, as sentence-transformers was told, or the model's."""
         own = Path(self.source) / "sentence_bert_config.json"
         if self.max_length is not None:
             return self.max_length
         if own.is_file():
             return json.loads(own.read_text(encoding="utf-8"))["max_seq_length"]
-        return min(self._state["tokenizer"].model_max_length, 512)
+        return min(model_limit(config, tokenizer) or 512, 512)
 
 
 def _references(values: Sequence[Any], column: str) -> list[str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from marlhf.errors import UserError
 from marlhf.registry import Spec
 from marlhf.rewards.base import CombinedReward, Pairs, build_rewards, needed_columns
+from marlhf.rewards.model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,17 @@ class PerSegment:
             raise UserError(
                 f"boundary: given {self.boundary!r}, not a valid regex: {error}"
             ) from None
-        assert self._inner
+        assert self.inner
 
     @cached_property
-    def _inner(self) -> CombinedReward:
+    def inner(self) -> CombinedReward:
+        """The reward, built."""
         return build_rewards(self.reward)
 
     @property
     def needed_columns(self) -> list[str]:
         """Those of the reward."""
-        return [name for r in self._inner.rewards for name in needed_columns(r.function)]
+        return [name for r in self.inner.rewards for name in needed_columns(r.function)]
 
     def check_values(self, **columns: Sequence[Any]) -> None:
         """Raise UserError where the reward cannot read a column."""
@@ -58,11 +60,11 @@ class PerSegment:
 
     def load(self) -> None:
         """Load the reward's models."""
-        self._inner.load()
+        self.inner.load()
 
     def to(self, device: Any) -> None:
         """Run the reward's models on a device."""
-        self._inner.to(device)
+        self.inner.to(device)
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
@@ -70,7 +72,7 @@ class PerSegment:
         spans = [(row, *s) for row, text in enumerate(completions) for s in self.segments(text)]
         whole = self.read == "response"
         texts = [completions[row][0 if whole else start : end] for row, start, end in spans]
-        found = self._inner(
+        found = self.inner(
             [prompts[row] for row, _, _ in spans],
             texts,
             {name: [values[row] for row, _, _ in spans] for name, values in columns.items()},
@@ -93,3 +95,12 @@ class PerSegment:
                 found.append((start, end))
             start = end if match is None else match.end()
         return found
+
+
+def models_inside(reward: CombinedReward) -> Iterator[tuple[str, RewardModel]]:
+    """Every reward model in a sum of rewards, those inside `per_segment` too, with its name."""
+    for part in reward.rewards:
+        if isinstance(part.function, RewardModel):
+            yield part.name, part.function
+        elif isinstance(part.function, PerSegment):
+            yield from models_inside(part.function.inner)

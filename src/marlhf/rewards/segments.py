@@ -54,7 +54,7 @@ class PerSegment:
 
     def check_values(self, **columns: Sequence[Any]) -> None:
         """Raise UserError where the reward cannot read a column."""
-        for reward in self._inner.rewards:
+        for reward in self.inner.rewards:
             if callable(check := getattr(reward.function, "check_values", None)):
                 check(**columns)
 

@@ -367,6 +367,7 @@ def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     """Write a plain `from_pretrained` directory; adapters are merged in, and also kept alone."""
     model: Any = policy.model
     if hasattr(model, "peft_config"):
+        assert policy.adapter is not None
         save_adapter(model, folder / "adapter", policy.adapter)
         model = copy.deepcopy(model)
         model.set_adapter(policy.adapter)  # modules_to_save are those of the active one

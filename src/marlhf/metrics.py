@@ -152,10 +152,9 @@ class JsonLines:
 
         def is_kept(row: dict[str, Any]) -> bool | None:
             done = row.get("step")
-            is_number = (
-                isinstance(done, int | float) and not isinstance(done, bool) and done == done
-            )
-            return done <= step if is_number else None
+            if isinstance(done, bool) or not isinstance(done, int | float) or done != done:
+                return None
+            return done <= step
 
         tidy(path, is_kept, report)
 

@@ -107,7 +107,8 @@ class PPOTrainer:
         )
         if self.distributed.zero_stage == 3:
             check_ppo(config, lm_config, reward_paths, start, critic)
-        rows = dict(zip(data_labels(config.data, train_dataset, eval_dataset), sets, strict=True))
+        labels = data_labels(config.data, train_dataset, eval_dataset)
+        rows: dict[str, Any] = dict(zip(labels, sets, strict=True))
         if self.texts is not None and config.ptx is not None:
             rows[f"ptx.path {config.ptx.path!r}"] = self.texts.stream.prompts
         arguments = {"reward": reward, "token_reward": token_reward, "segmenter": segmenter}

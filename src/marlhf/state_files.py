@@ -38,7 +38,8 @@ def read_numbers(file: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> di
         raise UserError(f"{file.name} holds no JSON") from None
     for key, kind in kinds.items():
         value = state.get(key) if isinstance(state, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or (isinstance(value, int) and value < 0):
             raise UserError(f"{file.name} has no {key} of the right type")
     return state
 

@@ -98,13 +98,15 @@ class JudgeSettings:
     def _check(self) -> JudgeSettings:
         if not self.url.isprintable() or " " in self.url:
             raise ValueError("url: must hold no blank, line break or control character")
+        no_address = "url: its host or port is none that exists"
         try:
             parts = urlsplit(self.url)
-            possible = parts.port != 0 and (parts.hostname or "").encode("idna") is not None
+            port = parts.port
+            (parts.hostname or "").encode("idna")
         except ValueError:  # a port above 65535, half an IPv6 address, an empty label
-            possible = False
-        if not possible:
-            raise ValueError("url: its host or port is none that exists")
+            raise ValueError(no_address) from None
+        if port == 0:
+            raise ValueError(no_address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 "url: must begin with http:// or https://, such as https://api.openai.com/v1"

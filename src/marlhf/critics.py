@@ -186,7 +186,7 @@ def _other_tokens(own: Any, source: ModelSettings, vocabulary: int, tokenizer: A
             theirs = load_tokenizer(source, "critic.path").get_vocab()
     if size < vocabulary or (theirs is None and size != vocabulary):
         return f"has a vocabulary of {size} tokens, the policy {vocabulary}; they must be the same"
-    if theirs is None:
+    if theirs is None or tokenizer is None:
         return None
     for token, number in tokenizer.get_vocab().items():
         if theirs.get(token) != number:

@@ -125,12 +125,10 @@ class PPOTrainer:
         required = self.token_reward.requires | segmenter_requires(self.segmenter)
         needed = reads_reference(config.kl, required)
         self.reference = loading.reference_of(policy, shard) if needed else None
-        rate = config.optimizer.learning_rate
+        rate, critic_rate = config.optimizer.learning_rate, config.optimizer.critic_learning_rate
+        critic_rate = rate if critic_rate is None else critic_rate
         self.policy = self._learner("policy", policy, rate)
-        critic_rate = config.optimizer.critic_learning_rate
-        self.critic = value_model and self._learner(
-            "critic", value_model, rate if critic_rate is None else critic_rate
-        )
+        self.critic = value_model and self._learner("critic", value_model, critic_rate)
         self.worker = RolloutWorker(
             config,
             self.policy.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,106 @@ def test_adapters_on_what_a_family_calls_in_a_way_of_its_own_are_refused(tmp_pat
         tiny_trainer(tmp_path, lm=lm, model={"lora": lora})  # the router, too
     lm, few = model_of("llama4_text", **sizes), LoraSettings(r=2, target_modules=["q_proj"])
     tiny_trainer(tmp_path, lm=lm, model={"lora": few}).step(BATCH)
+
+
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4}
+GEMMA3N = {
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.0] * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "layers"),
+    [
+        ("jamba", JAMBA, ["dt_proj"]),
+        ("gemma3n_text", GEMMA3N, ["prediction_coefs", "correction_coefs"]),
+    ],
+)
+def test_adapters_that_a_family_reads_a_weight_past_are_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], layers: list[str]
+) -> None:
+    names = ", ".join(layers)
+    with pytest.raises(UserError, match="reads weights past their adapters") as caught:
+        tiny_trainer(tmp_path, lm=model_of(family, **changes), model={"lora": LoraSettings(r=2)})
+    line = str(caught.value)
+    assert line.startswith("model.lora: ")
+    assert f"in {names}; " in line
+    assert line.endswith(f"model.lora.extra.exclude_modules=[{names}]")
+    # adapters that are not zero at the start
+    lora = LoraSettings(r=2, extra={"exclude_modules": layers, "init_lora_weights": False})
+    trainer = tiny_trainer(
+        tmp_path, lm=model_of(family, **changes), model={"lora": lora}, ppo=PLAIN
+    )
+    assert trainer.step(BATCH)["ratio_max"] == pytest.approx(1, abs=1e-4)
+    model: Any = trainer.policy.model.model.eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        trained, merged = model(ids).logits, model.merge_and_unload()(ids).logits
+    assert torch.allclose(trained, merged, atol=1e-4)
+
+
+def read_in_sampling_alone(model: Any) -> Any:
+    """A layer whose weight is read directly for one token, as convolutions of state spaces are."""
+    mlp = model.model.layers[1].mlp
+
+    def forward(x: Any) -> Any:
+        hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        if x.shape[1] > 1:
+            return mlp.down_proj(hidden)
+        return torch.nn.functional.linear(hidden, mlp.down_proj.weight)
+
+    mlp.forward = forward
+    return model
+
+
+def test_a_weight_that_sampling_alone_reads_past_its_adapter(tmp_path: Path) -> None:
+    lm = read_in_sampling_alone(model_of("llama"))
+    with pytest.raises(UserError, match="past their adapters, in down_proj; "):
+        tiny_trainer(tmp_path, lm=lm, model={"lora": LoraSettings(r=2)})
+    lm, few = (
+        read_in_sampling_alone(model_of("llama")),
+        LoraSettings(r=2, target_modules=["q_proj"]),
+    )
+    tiny_trainer(tmp_path, lm=lm, model={"lora": few})
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("llama", {"extra": {"use_dora": True}}),
+        ("opt", {"extra": {"lora_bias": True}}),
+        # 12 tokens do not reach 64 experts
+        ("mixtral", {"target_modules": ["q_proj"], "extra": {"target_parameters": EXPERTS}}),
+    ],
+)
+def test_adapters_that_read_a_weight_themselves_are_none_past_it(
+    tmp_path: Path, family: str, lora: dict[str, Any]
+) -> None:
+    sizes = {"num_local_experts": 64} if family == "mixtral" else {}
+    tiny_trainer(tmp_path, lm=model_of(family, **sizes), model={"lora": LoraSettings(r=2, **lora)})
+
+
+class Experts(torch.nn.Module):
+    """Experts of which every token goes to the first."""
+
+    def __init__(self, first: torch.nn.Module) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList([first, copy.deepcopy(first)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[0](x)
+
+
+def test_experts_that_no_token_reaches_may_have_adapters(tmp_path: Path) -> None:
+    lm = model_of("llama")
+    lm.model.layers[0].mlp = Experts(lm.model.layers[0].mlp)
+    trainer = tiny_trainer(tmp_path, lm=lm, model={"lora": LoraSettings(r=2)})
+    assert trainer.step(BATCH)["ratio_max"] > 0
 
 
 def test_jitter_of_routers_is_off(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,17 +43,38 @@ def check_model(
             raise UserError(f"{key}: {type(model).__name__} {fault}")
 
 
-def check_adapter(model: Any) -> None:
-    """Run a PEFT model with the adapter added last, in training mode. Raises UserError."""
+def check_adapter(model: Any, samples: bool = False) -> None:
+    """Refuse adapters that a PEFT model cannot run with, or whose layers' weights it reads itself.
+
+    Such a weight, as `F.linear(x, self.proj.weight)` reads it, is there without its adapter, which
+    gets no gradient; merged into the weight it would have an effect. Layers that no token reaches,
+    such as experts, are not read at all.
+
+    samples   whether the model is to be sampled from, a token at a time
+
+    Raises UserError.
+    """
     base = model.get_base_model()
-    with _left_as_it_was(model), torch.no_grad():
+    with _left_as_it_was(model), torch.no_grad(), _PastAdapters(base) as past:
         try:
-            _Case(model.train().get_base_model(), 0).read()
+            case = _Case(model.train().get_base_model(), 0)
+            case.read()
+            if samples:
+                case.model.eval()
+                case.causal()
+                case.sampled()
         except Exception as error:  # of peft, of the model
             raise UserError(
                 f"model.lora: {type(base).__name__} cannot run with adapters on these layers, "
                 f"choose others in target_modules: {_raised(error)}"
             ) from error
+    if past.layers:
+        names = ", ".join(past.layers)
+        raise UserError(
+            f"model.lora: {type(base).__name__} reads weights past their adapters, in {names}; "
+            "leave these layers out of target_modules, or give model.lora.extra.exclude_modules="
+            f"[{names}]"
+        )
 
 
 def check_finite(model: nn.Module, key: str) -> None:
@@ -200,6 +222,60 @@ class _Draws(TorchDispatchMode):
         if is_random and "attention" not in str(func) and isinstance(result, Tensor):
             self.count += result.numel() > 1
         return result
+
+
+class _PastAdapters(TorchDispatchMode):
+    """Finds adapted layers whose own weight is read elsewhere than in their forward.
+
+    layers   their names, each once for all blocks, as `target_modules` takes them
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        super().__init__()
+        self.layers: dict[str, None] = {}
+        self._names: dict[int, str] = {}  # by the id of a weight, which stays when it is gathered
+        self._running: set[str] = set()
+        self._hooks = []
+        for name, layer in base.named_modules():
+            if not isinstance(layer, BaseTunerLayer) or name.endswith(".base_layer"):
+                continue  # of several around one layer, each for a parameter, the outer one runs
+            assert isinstance(layer, nn.Module)
+            has_bias = any(getattr(layer, "lora_bias", {}).values())
+            for key, weight in layer.get_base_layer().named_parameters(recurse=False):
+                if key != "bias" or has_bias:
+                    self._names[id(weight)] = name
+            enter, leave = partial(self._enter, name), partial(self._leave, name)
+            # before what gathers a sharded weight, and after what lets it go
+            self._hooks.append(layer.register_forward_pre_hook(enter, prepend=True))
+            self._hooks.append(layer.register_forward_hook(leave))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.add(name)
+
+    def _leave(self, name: str, *_: Any) -> None:
+        self._running.discard(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                name = self._names.get(id(item))
+                if name is not None and name not in self._running:
+                    self.layers[_suffix(name)] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _suffix(name: str) -> str:
+    """The last part of a module's name, with the numbers after it."""
+    parts = name.split(".")
+    words = [i for i, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[words[-1] :])
 
 
 def _close(ours: Tensor, own: Tensor) -> bool:

@@ -31,7 +31,7 @@ from marlhf.errors import UserError, one_line
 from marlhf.gate import check_adapter, check_finite, check_model
 from marlhf.generation import eos_token_ids
 from marlhf.models import Policy, fix_rotary, trunk_forward, trunk_of
-from marlhf.paths import local_path, special_kind
+from marlhf.paths import local_path, special_kind, text_file
 
 # (frozen module, the part of it that every forward pass begins with) -> the module, placed
 Shard = Callable[[Any, nn.Module], Any]
@@ -58,7 +58,7 @@ def model_source(path: str, key: str) -> dict[str, Any]:
         raise UserError(f"{key}: given {path!r}, which is {kind}; must be the model's directory")
     for file in folder.iterdir():
         if file.suffix in _MODEL_FILES:
-            local_path(file, key)
+            text_file(file, key)
     if (folder / "config.json").is_file():
         return {"pretrained_model_name_or_path": str(folder)}
     files = sorted(folder.glob("*.gguf"))
@@ -317,7 +317,7 @@ def build_policy(
         shard(policy, trunk_of(lm))
         policy.model = add_adapter(lm, settings.lora, "policy")
         policy.adapter = "policy"
-        check_adapter(policy.model)
+        check_adapter(policy.model, samples)
     return policy
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from bad_input_for_tests import Refusals, build_world, cases
 
-from marlhf import data
+from marlhf import chat_templates
+from marlhf.errors import UserError
+from marlhf.rewards.calls import evaluate
+from marlhf.rewards.model import RewardModel
 from marlhf.signals import time_limit
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -61,12 +64,36 @@ def test_an_estimate_of_more_layers_than_any_model_has(refused):
 
 
 def test_a_template_that_never_ends(refused, monkeypatch):
-    monkeypatch.setattr(data, "_TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chat_templates, "_TEMPLATE_SECONDS", 0.2)
     start = time.monotonic()
     line = refused.of("data.apply_chat_template=true", f'model.chat_template="{ENDLESS}"')
     assert "the chat template refuses the prompt" in line
     assert "took longer than 0.2 seconds" in line
     assert time.monotonic() - start < 30
+
+
+def test_a_reward_models_template_that_never_ends(world, monkeypatch):
+    """One time limit, though a reward that raises is tried on parts of its batch as a rule."""
+    monkeypatch.setattr(chat_templates, "_TEMPLATE_SECONDS", 0.2)
+    reward = RewardModel(str(world / "rm"))
+    reward.tokenizer.chat_template = ENDLESS
+    columns = {"messages": [[{"role": "user", "content": "Q"}]] * 64}
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"chat template refuses .* took longer than 0\.2 seconds"):
+        evaluate("rm", reward, ["Q"] * 64, ["A"] * 64, columns)
+    assert time.monotonic() - start < 30
+
+
+def test_a_template_that_never_ends_in_reward_training(refused, monkeypatch):
+    monkeypatch.setattr(chat_templates, "_TEMPLATE_SECONDS", 0.2)
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 9)
+    Path("pairs.yaml").write_text(
+        f"model: {{path: lm, chat_template: '{ENDLESS}'}}\noutput_dir: run\n"
+        "data: {path: pairs.jsonl, eval_rows: 0, apply_chat_template: true}\n"
+    )
+    line = refused("reward", "pairs.yaml", weights=True)
+    assert "model.chat_template: " in line
+    assert "took longer than 0.2 seconds" in line
 
 
 def loop_for_ever() -> None:

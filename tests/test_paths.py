@@ -16,6 +16,7 @@ from bad_input_for_tests import Refusals, build_world
 
 from marlhf.cli import main
 from marlhf.paths import local_path, path_fault
+from marlhf.signals import time_limit
 from marlhf.types import UserError
 
 LONG = "a text where a path belongs, " * 10
@@ -132,6 +133,41 @@ def test_paths_that_are_no_fault(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=r"key: cannot read .*loop.*: Too many levels"):
         local_path(tmp_path / "loop", "key")
+
+
+PIPES = [
+    ("config file", "ppo", "PIPE"),
+    ("config file", "sft", "PIPE", "steps=1"),
+    ("config file", "sweep", "PIPE"),
+    ("config file", "sweep", "sweep.yaml"),
+    ("config file", "evaluate", "PIPE"),
+    ("config file", "estimate", "PIPE", "--gpus=1", "--gpu-memory=1"),
+    ("--file", "segment", "--tokenizer=lm", "--file", "PIPE"),
+    (
+        "raters.ratings",
+        "evaluate",
+        "evaluate.yaml",
+        "raters={ratings: [PIPE]}",
+        "policies={a: lm, b: lm}",
+    ),
+    ("model.path", "ppo", "config.yaml", "model.path=MODEL"),
+]
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device"])
+@pytest.mark.parametrize(("key", "words"), [(key, words) for key, *words in PIPES])
+def test_what_may_have_no_end_is_not_read(kind, key, words, refused, world, tmp_path):
+    pipe, model = tmp_path / "pipe", shutil.copytree(world / "lm", tmp_path / "lm")
+    os.mkfifo(pipe)
+    given = {"a named pipe": str(pipe), "a device": "/dev/zero"}[kind]
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to(given)
+    Path("sweep.yaml").write_text(f"config: {given}\nseeds: [1]\noutput_dir: swept\n")
+    words = [word.replace("PIPE", given).replace("MODEL", str(model)) for word in words]
+    with time_limit(20):
+        line = refused(*words)
+    assert line.startswith(f"marlhf: {key}: given ")
+    assert f"which is {kind}, must be a file" in line
 
 
 CLOSED = [

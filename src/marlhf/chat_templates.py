@@ -12,9 +12,11 @@ from datetime import date, datetime, time
 from typing import Any
 
 from marlhf.errors import one_line
+from marlhf.signals import time_limit
 
 Messages = Sequence[Mapping[str, Any]]
 
+_TEMPLATE_SECONDS = 20.0  # for one conversation; a template can loop for days
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZf"
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys in which data have it
 
@@ -22,12 +24,14 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys in which dat
 def render_chat(tokenizer: Any, messages: Messages, **options: Any) -> str:
     """A conversation in a tokenizer's chat template, on the date that `fix_date` gave it.
 
-    options: of `apply_chat_template`. Raises whatever the template raises.
+    options: of `apply_chat_template`. Raises whatever the template raises, and
+    TimeoutError for one that does not end.
     """
     day = getattr(tokenizer, "template_date", None)
     if day is not None and uses_date(tokenizer):
         options["chat_template"] = _clock(day) + tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    with time_limit(_TEMPLATE_SECONDS):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 
 
 def uses_date(tokenizer: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from marlhf.errors import UserError, one_line, requirement
+from marlhf.paths import text_file
 from marlhf.yaml_text import parse_yaml
 
 Config = TypeVar("Config")
@@ -25,7 +26,7 @@ Config = TypeVar("Config")
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_file(path, "config file").read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config file {str(path)!r} does not exist") from None
     except UnicodeDecodeError:

@@ -15,13 +15,11 @@ from marlhf.config import DataSettings, RolloutSettings
 from marlhf.conversations import Messages, text_or_messages
 from marlhf.data_presets import Stage, preset_records
 from marlhf.errors import UserError, one_line
-from marlhf.signals import time_limit
 from marlhf.tables import Row, read_rows
 from marlhf.tokenization import encode_texts
 
 Item = TypeVar("Item")
 
-_TEMPLATE_SECONDS = 20.0  # for one conversation; a template can loop for days
 _MOST_PASSES = 100  # over the data, in one batch
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -135,13 +133,12 @@ def apply_template(
     check_template(tokenizer)
     continues = for_answer and messages[-1]["role"] == "assistant"
     try:
-        with time_limit(_TEMPLATE_SECONDS):
-            return render_chat(
-                tokenizer,
-                messages,
-                add_generation_prompt=for_answer and not continues,
-                continue_final_message=continues,
-            )
+        return render_chat(
+            tokenizer,
+            messages,
+            add_generation_prompt=for_answer and not continues,
+            continue_final_message=continues,
+        )
     except Exception as error:  # a template can raise anything
         text = "\n\n".join(message["content"] for message in messages)
         raise UserError(

@@ -67,6 +67,15 @@ def local_path(path: str | Path, key: str) -> Path:
     return found
 
 
+def text_file(path: str | Path, key: str) -> Path:
+    """As `local_path`, of a file to be read to its end: a pipe or a device, which may have none, is
+    refused. Raises UserError, naming `key`."""
+    file = local_path(path, key)
+    if (kind := special_kind(file)) is not None:
+        raise UserError(f"{key}: given {_shown(str(path))}, which is {kind}, must be a file")
+    return file
+
+
 @contextmanager
 def reading(key: str, path: str | Path) -> Iterator[None]:
     """Around reads below `path`: what the system refuses becomes one line of a UserError."""

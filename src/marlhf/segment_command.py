@@ -13,7 +13,7 @@ from marlhf.errors import Parser, UserError, say
 from marlhf.inspector import segment_texts, show
 from marlhf.inspector_page import inspector_page
 from marlhf.page import write_page
-from marlhf.paths import local_path
+from marlhf.paths import text_file
 from marlhf.registry import spec_label
 from marlhf.yaml_text import parse_yaml
 
@@ -106,7 +106,7 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
         return _read_columns(options)
     text = options.text
     if options.file is not None:
-        text = _read_file(local_path(options.file, "--file"))
+        text = _read_file(text_file(options.file, "--file"))
     elif text is None:
         if sys.stdin.isatty():
             raise UserError("segment: no text; give one, or --file, or --data with --column")

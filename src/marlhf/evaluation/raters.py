@@ -17,6 +17,7 @@ from marlhf.errors import UserError, one_line
 from marlhf.evaluation.judge import Pair
 from marlhf.evaluation.records import fingerprint
 from marlhf.evaluation.statistics import win_rate
+from marlhf.paths import text_file
 
 COLUMNS = ("id", "prompt", "response_a", "response_b", "rating")
 KEY_FILE = "raters_key.jsonl"
@@ -87,7 +88,7 @@ def read_ratings(path: str) -> dict[str, str]:
 
     Raises UserError, naming the row.
     """
-    file = Path(path).expanduser()
+    file = text_file(path, "raters.ratings")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

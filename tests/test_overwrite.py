@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -135,5 +136,5 @@ def test_an_evaluation_reads_none_of_its_results(run: Path) -> None:
     values = {"policies": "other", "data": {"path": "run/samples.jsonl"}, "output_dir": "run"}
     config = config_from_dict(EvaluateConfig, {**values, "overwrite": True})
     with pytest.raises(UserError, match=r"would replace .*samples\.jsonl', which data\.path"):
-        _claim(config, Distributed())
+        _claim(config, Distributed(), ExitStack())
     assert (run / "samples.jsonl").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marlhf.advantages import AllReduceSum
 from marlhf.display import macro_pieces
+from marlhf.errors import one_line
 from marlhf.experience import MacroBatch, explained_variance
 from marlhf.learner import DivergedError
 from marlhf.losses import k1, k3
@@ -81,8 +82,14 @@ def keeping_batch(path: Path) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        torch.save([batch.tensors() for batch in error.batches], path)
-        message = f"{error}; its batch is in {path}, for torch.load"
+        where = f"in {path}, for torch.load"
+        try:
+            torch.save([batch.tensors() for batch in error.batches], path)
+        except (OSError, RuntimeError) as fault:  # a full disk, of which torch says what it pleases
+            where = f"lost: it cannot be saved: {one_line(fault, 100)}"
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        message = f"{error}; its batch is {where}"
         raise DivergedError(message, error.batches) from None
 
 

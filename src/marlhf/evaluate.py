@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,16 @@ from marlhf.evaluation.endpoint import api_key
 from marlhf.evaluation.policies import Source, check_same_tokens, labelled, source
 from marlhf.evaluation.preferences import judge_pairs, rate_pairs
 from marlhf.evaluation.raters import read_ratings
-from marlhf.evaluation.records import Measured, Records, Sample
+from marlhf.evaluation.records import GO_ON, Measured, Records, Sample
 from marlhf.evaluation.sampling import fingerprints, measure_kl, pending_samples, sample_policy
 from marlhf.evaluation.scoring import Measure, apply_measure, build_measures
 from marlhf.evaluation.summary import summarise
 from marlhf.evaluation.tables import markdown, show
-from marlhf.paths import local_path
+from marlhf.paths import local_path, write_whole, writing
 from marlhf.provenance import check_apart
 from marlhf.rewards import CombinedReward
 from marlhf.rollout import check_rewards
-from marlhf.run_directory import notice
+from marlhf.run_directory import notice, only_writer
 from marlhf.template_checks import dated, reward_tokenizers, template_notes
 from marlhf.yaml_text import dump_yaml
 
@@ -61,16 +62,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
     Raises UserError for what cannot work, before any weight is loaded where that is possible.
     """
+    with ExitStack() as held:  # the folder, until the end
+        return _evaluate(config, held)
+
+
+def _evaluate(config: EvaluateConfig, held: ExitStack) -> dict[str, Any] | None:
     distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     config = dated(config, distributed)
     # 1. check
     measures = build_measures(config)
     _check_names(config, measures)
-    bench, reference, notes = _bench(config, measures, distributed)
+    bench, reference, notes = _bench(config, measures, distributed, held)
     prints = {each.label: fingerprints(bench, each) for each in bench.sources}
     for each in bench.sources:
         pending_samples(bench, each, prints[each.label])
-    _write_config(config, distributed, notes)
+    distributed.together(lambda: _write_config(config, distributed.is_main, notes))
     # 2. sample
     for each in bench.sources:
         sample_policy(bench, each, prints[each.label])
@@ -84,7 +90,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
 
 def _bench(
-    config: EvaluateConfig, measures: Sequence[Measure], distributed: Distributed
+    config: EvaluateConfig,
+    measures: Sequence[Measure],
+    distributed: Distributed,
+    held: ExitStack,
 ) -> tuple[Bench, Source | None, list[str]]:
     """Prompts, models short of their weights, and what an earlier run left; the reference; lines
     about chat templates.
@@ -109,7 +118,7 @@ def _bench(
         for each in sources
         for note in template_notes(rewards, prompts, each.tokenizer, config.data)
     ]
-    folder = _claim(config, distributed)
+    folder = _claim(config, distributed, held)
     samples = Records(folder / SAMPLES, SAMPLE_KEY, distributed, Sample)
     known = Records(folder / MEASURES, MEASURE_KEY, distributed, Measured)
     track = _Track(distributed.is_main)
@@ -127,8 +136,8 @@ def _results(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
         if config.judge is not None:
             judge_pairs(bench, results, folder)
     finally:
-        _write_results(results, folder)
         show(results, _console())
+        _write_results(results, folder)
     return results
 
 
@@ -169,45 +178,41 @@ def _prompts(config: EvaluateConfig) -> list[Prompt]:
     return held_out or rows
 
 
-def _claim(config: EvaluateConfig, distributed: Distributed) -> Path:
-    """The output folder, without the files of an earlier evaluation if they may go."""
+def _claim(config: EvaluateConfig, distributed: Distributed, held: ExitStack) -> Path:
+    """The output folder, this process's alone while `held` is open, without the files of an earlier
+    evaluation if they may go."""
     folder = _folder(config)
     fault: list[str] = []
     if distributed.is_main:
         try:
             check_apart(config, [folder / name for name in _OWN_FILES])
-            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_writer(folder))
             if (folder / "metrics.jsonl").exists():
                 fault = [f"output_dir: {config.output_dir!r} holds a training run; choose another"]
-            for name in _OWN_FILES if config.overwrite and not fault else ():
-                checkpoint.delete(folder / name)
+            with writing("output_dir", folder):
+                for name in _OWN_FILES if config.overwrite and not fault else ():
+                    checkpoint.delete(folder / name)
         except UserError as error:
             fault = [str(error)]
-        except FileExistsError:
-            fault = [f"output_dir: given {config.output_dir!r}, which is a file"]
-        except OSError as error:
-            fault = [f"output_dir: cannot write {config.output_dir!r}: {error.strerror}"]
     fault = distributed.gather_objects(fault)
     if fault:
         raise UserError(fault[0])
     return folder
 
 
-def _write_config(config: EvaluateConfig, distributed: Distributed, notes: Sequence[str]) -> None:
-    if distributed.is_main:
+def _write_config(config: EvaluateConfig, is_main: bool, notes: Sequence[str]) -> None:
+    if is_main:
         for line in dict.fromkeys(notes):
             notice(line)
-        text = dump_yaml(config_to_dict(config))
-        (_folder(config) / "config.yaml").write_text(text, encoding="utf-8")
+        with writing("output_dir", _folder(config), GO_ON):
+            write_whole(_folder(config) / "config.yaml", dump_yaml(config_to_dict(config)))
 
 
 def _write_results(results: dict[str, Any], folder: Path) -> None:
-    """Whole or not at all: a reader never meets half a file."""
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    for name, content in (("results.json", text), ("results.md", markdown(results))):
-        partial = folder / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(folder / name)
+    with writing("output_dir", folder, GO_ON):
+        write_whole(folder / "results.json", text)
+        write_whole(folder / "results.md", markdown(results))
 
 
 class _Track:

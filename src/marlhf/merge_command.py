@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf.errors import Parser, UserError, say
-from marlhf.paths import local_path
+from marlhf.paths import local_path, writing
 
 
 def main(words: Sequence[str]) -> None:
@@ -22,8 +23,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--base", help="the base, where it is no longer where the adapter says")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(words)
-    if local_path(options.out, "out").exists():
-        raise UserError(f"out: {str(options.out)!r} exists already; choose another")
+    _check_new(options.out)
     if options.base is not None:
         local_path(options.base, "--base")
     merge(options.adapter, options.out, options.base, options.trust_remote_code)
@@ -36,8 +36,11 @@ def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False)
     adapter   of a policy or of a reward model; a run or `final/` directory stands for its adapter
     base      the model that it was trained on; default: what the adapter names
     """
-    from marlhf import adapters, loading
+    from marlhf import adapters, checkpoint, loading
     from marlhf.config import ModelSettings
+    from marlhf.run_directory import only_writer
+
+    out = local_path(out, "out")
 
     folder = find_adapter(adapter)
     config: Any = adapters.saved_adapter(folder)
@@ -54,8 +57,22 @@ def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     own = replace(settings, path=str(folder)) if has_tokenizer else settings
     tokenizer = loading.load_tokenizer(own, "base")
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    partial = local_path(f"{out}.partial", "out")
+    with only_writer(partial, "out"):
+        _check_new(out)  # which another process may have finished meanwhile
+        try:
+            with writing("out", partial):
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                checkpoint.replace(partial, out)
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)  # room on a full disk
+            raise
+
+
+def _check_new(out: Path) -> None:
+    if local_path(out, "out").exists():
+        raise UserError(f"out: {str(out)!r} exists already; choose another")
 
 
 def find_adapter(path: str) -> Path:

@@ -3,8 +3,12 @@ not."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +16,10 @@ from pathlib import Path
 from marlhf.errors import UserError, one_line
 
 _LONGEST_NAME = 255  # bytes; of every file system that a run is written to
+
+_LITTLE = 2**20  # bytes
+_OF_TORCH = re.compile("inline_container|PytorchStreamWriter")
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")
 
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -86,6 +94,69 @@ def reading(key: str, path: str | Path) -> Iterator[None]:
         where = inside if isinstance(inside, str) and inside != str(path) else path
         reason = error.strerror or one_line(error)
         raise UserError(f"{key}: cannot read {_shown(str(where))}: {reason}") from None
+
+
+@contextmanager
+def writing(key: str, folder: str | Path, advice: str = "") -> Iterator[None]:
+    """Around writes below `folder`: what the system refuses becomes one line of a UserError.
+
+    advice   the end of that line: what is still there, and how to go on
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = _refusal(error, Path(folder))
+        if why is None:
+            raise
+        raise UserError(f"{key}: cannot write in {_shown(str(folder))}: {why}{advice}") from error
+
+
+def _refusal(error: Exception, folder: Path) -> str | None:
+    """What the system said to a write that failed; None where it was something else.
+
+    safetensors and tokenizers put the number into their words. torch says of a full disk what it
+    pleases, so the disk itself is asked.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (told := _IN_WORDS.search(one_line(error, 4000))):
+        number = int(told[1])
+    if number is None and isinstance(error, RuntimeError):
+        number = _tried(folder)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    if isinstance(error, OSError):
+        return one_line(error)
+    if number is not None:
+        return os.strerror(number)
+    return one_line(error) if _OF_TORCH.search(str(error)) else None
+
+
+def _tried(folder: Path) -> int | None:
+    """The number of the error that writing a little below `folder` meets, if it meets one."""
+    try:
+        if shutil.disk_usage(folder).free < _LITTLE:
+            return errno.ENOSPC
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_LITTLE))
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file at once: a reader, and a full disk, never leave half of it.
+
+    Raises OSError.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # room on a full disk
+        raise
 
 
 def special_kind(path: Path) -> str | None:

@@ -16,6 +16,7 @@ from marlhf.config import PPOConfig
 from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
 from marlhf.display import BeforeAfter, before_after_panel, plot_reward_kl
 from marlhf.errors import Parser, UserError, printable
+from marlhf.paths import writing
 from marlhf.quiet import hide_loading_bars
 from marlhf.registry import spec_label
 
@@ -73,7 +74,8 @@ def show(run: Path, console: Console) -> None:
         samples = _before_after(_read_lines(run / "samples.jsonl"), before["step"], after["step"])
         console.print(before_after_panel(before, after, samples[:3], console))
     plot = run / "reward_kl.png"
-    plot_reward_kl(metrics, plot, "Macro-action PPO: score and KL")
+    with writing("--output", run, "; the trained model is whole"):
+        plot_reward_kl(metrics, plot, "Macro-action PPO: score and KL")
     _print(console, f"Plot: {plot}", soft_wrap=True)
     _print(console, f"Trained model: {run / 'final'}", soft_wrap=True)
 

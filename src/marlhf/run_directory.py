@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from marlhf import checkpoint
 from marlhf.checkpoint import Checkpoint
 from marlhf.config import LogSettings, MetricsSettings
 from marlhf.config_loading import config_to_dict
-from marlhf.errors import UserError, one_line, say
+from marlhf.errors import UserError, say
 from marlhf.metrics import JsonLines, ProgressBar, TensorBoard, WandB
-from marlhf.paths import local_path
+from marlhf.paths import local_path, write_whole
+from marlhf.paths import writing as writing_below
 from marlhf.watch import Warnings
 from marlhf.yaml_text import dump_yaml
 
@@ -71,15 +68,8 @@ class RunDirectory:
         self.checkpoint = self._to_resume(overwrite, resume)
         if log.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("log.wandb: needs: pip install 'marlhf[wandb]'")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except FileExistsError:
-            raise UserError(f"output_dir: given {str(folder)!r}, which is a file") from None
-        except OSError as error:
-            raise UserError(f"output_dir: cannot write {str(folder)!r}: {error.strerror}") from None
-        os.close(_lock(self.path))
+        with only_writer(self.path):
+            pass
 
     @property
     def checkpoints(self) -> Path:
@@ -122,7 +112,7 @@ class RunDirectory:
             return
         done = self.checkpoint.step if self.checkpoint is not None else 0
         first_step = None
-        self._held = _lock(self.path)
+        self._held = _lock(self.path, "output_dir")
         with writing(self.path):
             if self._is_new and self.checkpoint is None:
                 self._delete_old()
@@ -134,7 +124,7 @@ class RunDirectory:
             for line in notes:
                 notice(line)
             text = "".join(f"# {line}\n" for line in notes) + dump_yaml(plain)
-            (self.path / "config.yaml").write_text(text, encoding="utf-8")
+            write_whole(self.path / "config.yaml", text)
             self._sample_sink = JsonLines(self.path / "samples.jsonl")
             self._sinks.append(JsonLines(self.path / "metrics.jsonl"))
             if self._log.tensorboard:
@@ -197,7 +187,28 @@ class RunDirectory:
         self._held = None
 
 
-def _lock(folder: Path) -> int:
+@contextmanager
+def only_writer(folder: Path, key: str = "output_dir") -> Iterator[None]:
+    """Make a folder, and keep other processes out of it within this context.
+
+    Raises UserError, naming `key`: it cannot be made or written in, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise UserError(f"{key}: given {str(folder)!r}, which is a file") from None
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {str(folder)!r}: {error.strerror}") from None
+    held = _lock(folder, key)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(folder: Path, key: str) -> int:
     """Keep other processes out of a folder until the descriptor is closed or the process dies.
 
     Raises UserError where another one has it: ranks may live on after their launcher was killed.
@@ -207,7 +218,7 @@ def _lock(folder: Path) -> int:
         if time.monotonic() > patience:
             os.close(descriptor)
             raise UserError(
-                f"output_dir: another process is writing in {str(folder)!r}; wait for it, or end it"
+                f"{key}: another process is writing in {str(folder)!r}; wait for it, or end it"
             )
         time.sleep(0.1)
     return descriptor
@@ -224,25 +235,10 @@ def locked(descriptor: int) -> bool:
     return True
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Around writes under `folder`: what the system refuses becomes one line of a UserError.
-
-    torch and safetensors say of a full disk what they please, so the disk itself is asked.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not isinstance(error, OSError):
-            full = shutil.disk_usage(folder).free < 2**20
-        if not full and not isinstance(error, OSError):
-            raise
-        why = "the disk is full" if full else one_line(error)
-        raise UserError(
-            f"output_dir: cannot write in {str(folder)!r}: {why}; the run can go on from its last "
-            "checkpoint with resume=auto"
-        ) from error
+def writing(folder: Path) -> AbstractContextManager[None]:
+    """Around writes of a run under `folder`; see `paths.writing`."""
+    advice = "; the run can go on from its last checkpoint with resume=auto"
+    return writing_below("output_dir", folder, advice)
 
 
 def notice(line: str) -> None:

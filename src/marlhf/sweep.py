@@ -26,16 +26,17 @@ import yaml
 from marlhf.config import PPOConfig, RewardConfig, SFTConfig, SweepConfig
 from marlhf.config_loading import apply_overrides, config_from_dict, config_to_dict, read_yaml
 from marlhf.errors import Stopped, UserError, one_line, say
-from marlhf.paths import local_path
+from marlhf.paths import local_path, write_whole, writing
 from marlhf.registry import spec_label
 from marlhf.report.runs import read_runs
-from marlhf.run_directory import locked
+from marlhf.run_directory import locked, only_writer
 from marlhf.segmenters import build_segmenter
 from marlhf.yaml_text import dump_yaml
 
 _CONFIGS: dict[str, Any] = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig}
 _OWN_KEYS = ("seed", "output_dir", "overwrite", "resume")
 _STILL_RUNS = "an earlier sweep, which was killed, has left it running"
+_GO_ON = "; the same command goes on from what is there"
 _POLL = 0.2  # seconds
 _PATIENCE = 600.0  # seconds that a stopped run has to finish its update and save it
 
@@ -69,9 +70,8 @@ class Trial:
     def write_status(self, state: str, **more: Any) -> None:
         """Replace the state as a whole, so that no kill leaves half of it."""
         status = {"arm": self.label, "state": state, **more, "config": self.config}
-        partial = self.status_file.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(status, sort_keys=False), encoding="utf-8")
-        partial.replace(self.status_file)
+        with writing("output_dir", self.folder, _GO_ON):
+            write_whole(self.status_file, yaml.safe_dump(status, sort_keys=False))
 
     @property
     def is_done(self) -> bool:
@@ -83,18 +83,23 @@ class Trial:
 def run(config: SweepConfig) -> None:
     """Run what is not done yet. Exits with status 1 where a run has failed."""
     trials = plan(config)
+    with only_writer(local_path(config.output_dir, "output_dir")):
+        failed = _run_trials(trials, config)
+    if failed:
+        names = ", ".join(trial.name for trial in failed)
+        say(f"{len(trials) - len(failed)} done, {len(failed)} failed: {names}")
+        sys.exit(1)
+    say(f"All done. Next: marlhf report {config.output_dir}", sys.stdout)
+
+
+def _run_trials(trials: Sequence[Trial], config: SweepConfig) -> list[Trial]:
     for trial in trials:
         _check_same(trial)
     todo = [trial for trial in trials if not trial.is_done]
     before = len(trials) - len(todo)
     earlier = f", {before} done before" * bool(before)
     say(f"{len(trials)} runs in {config.output_dir}{earlier}", sys.stdout)
-    failed = _run_all(todo, config, len(trials))
-    if failed:
-        names = ", ".join(trial.name for trial in failed)
-        say(f"{len(trials) - len(failed)} done, {len(failed)} failed: {names}")
-        sys.exit(1)
-    say(f"All done. Next: marlhf report {config.output_dir}", sys.stdout)
+    return _run_all(todo, config, len(trials))
 
 
 # --- planning
@@ -236,13 +241,13 @@ def _start(trial: Trial, job: str, threads: int) -> _Running | None:
     count = str(threads)
     environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     environment["PYTHONUNBUFFERED"] = "1"  # the log in the order of events, and at once
-    try:
+    with writing("output_dir", trial.folder, _GO_ON):
         trial.folder.mkdir(parents=True, exist_ok=True)
         with (trial.folder / "log.txt").open("ab") as log:
             # held as long as a process has the file for its output, whatever becomes of this one
             if not locked(log.fileno()):
                 return None
-            job_file.write_text(text, "utf-8")
+            write_whole(job_file, text)
             trial.write_status("running")
             process = subprocess.Popen(
                 _command(job, job_file),
@@ -252,10 +257,6 @@ def _start(trial: Trial, job: str, threads: int) -> _Running | None:
                 env=environment,
                 start_new_session=True,  # Ctrl-C is ours to hand on
             )
-    except OSError as error:
-        raise UserError(
-            f"output_dir: cannot write in {str(trial.folder)!r}: {one_line(error)}"
-        ) from None
     say(f"started {trial.name}", sys.stdout)
     return _Running(trial, process, time.monotonic())
 
@@ -295,7 +296,9 @@ def _stop(running: Sequence[_Running]) -> None:
         for one in running:
             _signal(one, signal.SIGKILL)
             one.process.wait()
-            one.trial.write_status("done" if one.ended_well else "stopped")
+        for one in running:
+            with suppress(UserError):  # of a full disk; the next start sees it by the model
+                one.trial.write_status("done" if one.ended_well else "stopped")
 
 
 def _signal(one: _Running, number: int) -> None:

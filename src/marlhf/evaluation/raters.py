@@ -15,9 +15,9 @@ from typing import Any
 from marlhf.config import RaterSettings
 from marlhf.errors import UserError, one_line
 from marlhf.evaluation.judge import Pair
-from marlhf.evaluation.records import fingerprint
+from marlhf.evaluation.records import GO_ON, fingerprint
 from marlhf.evaluation.statistics import win_rate
-from marlhf.paths import text_file
+from marlhf.paths import text_file, write_whole, writing
 
 COLUMNS = ("id", "prompt", "response_a", "response_b", "rating")
 KEY_FILE = "raters_key.jsonl"
@@ -42,8 +42,9 @@ def write_file(pairs: Sequence[Pair], settings: RaterSettings, folder: Path, see
             )
         if path.exists():
             return path
-    path.write_text(_text(rows, settings.format), encoding="utf-8", newline="")
-    key_path.write_text(key_text, encoding="utf-8")
+    with writing("output_dir", folder, GO_ON):
+        write_whole(path, _text(rows, settings.format))
+        write_whole(key_path, key_text)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from marlhf.errors import UserError, one_line
 from marlhf.lines import tidy
+from marlhf.paths import writing
 from marlhf.provenance import base_of, commit_of, model_files
 from marlhf.run_directory import notice
 
 Line = dict[str, Any]
 Key = tuple[Any, ...]
+GO_ON = "; what is there is kept, and the same command goes on from it"
 
 
 class Sample(BaseModel):
@@ -84,16 +87,37 @@ class Records:
         return tuple(line[name] for name in self._names)
 
     def append(self, lines: Iterable[Line]) -> None:
-        """Add lines, on disk before this returns. Every rank calls it, with lines of its own."""
+        """Add lines, on disk before this returns. Every rank calls it, with lines of its own.
+
+        Where the disk refuses, none of them is on it: batches are whole. Raises UserError.
+        """
         new = self._shared(list(lines))
+        if self._distributed is None:
+            self._write(new)
+        else:
+            self._distributed.together(lambda: self._write(new))
         self.lines.update((self.key(line), line) for line in new)
-        if self._is_main and new:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+
+    def _write(self, lines: list[Line]) -> None:
+        if self._is_main and lines:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            with writing("output_dir", self.path.parent, GO_ON):
+                _append(self.path, text.encode("utf-8"))
 
     def _shared(self, lines: list[Line]) -> list[Line]:
         return lines if self._distributed is None else self._distributed.gather_objects(lines)
+
+
+def _append(path: Path, text: bytes) -> None:
+    """Add all of a text to a file, or nothing. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        size, rest = file.seek(0, os.SEEK_END), memoryview(text)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_lines(path: Path, names: Sequence[str], schema: type[BaseModel] | None) -> list[Line]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marlhf.errors import Parser, UserError, say
-from marlhf.paths import local_path
+from marlhf.paths import local_path, writing
 
 
 def main(words: Sequence[str]) -> None:
@@ -30,14 +30,11 @@ def main(words: Sequence[str]) -> None:
                 say(f"{run.name}: {note}", sys.stdout)
     say(f"Report: {path}", sys.stdout)
     if not options.no_png:
-        try:
-            say(f"PNGs: {len(write_pngs(groups, folder))} in {folder}", sys.stdout)
-        except UserError as error:
-            say(error, sys.stdout)
-        except OSError as error:
-            raise UserError(
-                f"--output: cannot write {error.filename!r}: {error.strerror}"
-            ) from None
+        with writing("--output", folder):
+            try:
+                say(f"PNGs: {len(write_pngs(groups, folder))} in {folder}", sys.stdout)
+            except UserError as error:
+                say(error, sys.stdout)
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -171,6 +171,7 @@ def test_a_sweep_on_a_full_disk_leaves_no_process_behind(
         if started:
             fill(disk)
         one = real(*given)
+        assert one is not None
         started.append(one.process.pid)
         return one
 
@@ -262,7 +263,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     model = tiny_causal_lm("llama", BYTES_VOCAB)
     for save in (model.save_pretrained, byte_tokenizer().save_pretrained):
-        save(folder / "base")
+        save(str(folder / "base"))
     tuned = get_peft_model(
         loading.AutoModelForCausalLM.from_pretrained(folder / "base"),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),

@@ -57,7 +57,7 @@ class Settings:
     epochs: int
     response_tokens: int
     threads: int
-    trunk: str = "own"
+    backbone: str = "own"
 
     def prompts(self) -> list[str]:
         """One for each row, no two alike."""
@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=8, help="rows in a training pass")
     parser.add_argument("--response-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--trunk", choices=["own", "policy"], default="own", help="critic.trunk")
+    parser.add_argument(
+        "--backbone", choices=["own", "policy"], default="own", help="critic.backbone"
+    )
     args = parser.parse_args()
     pythons = {"marlhf": sys.executable, "trl": args.trl}
     results = []
@@ -100,7 +102,7 @@ def main() -> None:
                     epochs,
                     args.response_tokens,
                     args.threads,
-                    args.trunk,
+                    args.backbone,
                 )
                 make_reward_model(settings)
                 sides = {name: Side(python, name, settings) for name, python in pythons.items()}
@@ -145,7 +147,7 @@ def compare(sides: dict[str, Side], settings: Settings, updates: int) -> dict[st
     for side in sides.values():
         side.end()
     found: dict[str, Any] = {"case": settings.case, "epochs": settings.epochs}
-    found["trunk"] = settings.trunk
+    found["backbone"] = settings.backbone
     for what in ("seconds", "processor_seconds"):
         for name in sides:
             found[f"{name}_{what}"] = [round[name][what] for round in rounds[1:]]
@@ -178,7 +180,7 @@ def print_tables(results: list[dict[str, Any]]) -> None:
 
 
 def make_reward_model(settings: Settings) -> None:
-    """A classifier of the policy's trunk with a random head; for `lora`, an adapter and a head."""
+    """A classifier: the policy's backbone, a random head; for `lora`, an adapter and a head."""
     code = f"""
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -210,10 +212,10 @@ def serve(update: Callable[[int], Any]) -> None:
 
 def marlhf_side(settings: Settings) -> None:
     """This library."""
-    from marlhf import generation
     from marlhf.config import PPOConfig
-    from marlhf.config_loading import config_from_dict
-    from marlhf.ppo import PPOTrainer
+    from marlhf.config.loading import config_from_dict
+    from marlhf.rollout import generation
+    from marlhf.training.ppo import PPOTrainer
 
     lora = {"r": LORA["r"], "alpha": float(LORA["lora_alpha"])} if settings.case == "lora" else None
     longest = 96 if settings.case == "mixed" else settings.response_tokens
@@ -229,7 +231,7 @@ def marlhf_side(settings: Settings) -> None:
                 "max_new_tokens": longest,
                 "min_new_tokens": 0 if settings.case == "mixed" else longest,
             },
-            "critic": {"trunk": settings.trunk},
+            "critic": {"backbone": settings.backbone},
             "ppo": {"epochs": settings.epochs},
             "optimizer": {"micro_batch_size": settings.micro},
             "log": {"progress": False, "tensorboard": False, "samples": 0},

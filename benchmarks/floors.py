@@ -46,12 +46,12 @@ def update_flops(model: Any, rows: int, prompt: int, new: int, epochs: int = 1) 
     matrices -= 0 if config.tie_word_embeddings else head
     length = prompt + new
     wide = config.num_hidden_layers * config.num_attention_heads * model_head_size(config)
-    trunk = rows * (2 * matrices * length + 2 * wide * length**2)
+    backbone = rows * (2 * matrices * length + 2 * wide * length**2)
     logits = rows * 2 * head * new
     return {
-        "generate": trunk + logits,
-        "score": 3 * trunk + 2 * logits,
-        "train": epochs * 3 * (2 * trunk + logits),
+        "generate": backbone + logits,
+        "score": 3 * backbone + 2 * logits,
+        "train": epochs * 3 * (2 * backbone + logits),
     }
 
 

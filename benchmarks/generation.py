@@ -33,9 +33,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from marlhf import generation, packing
 from marlhf.config import RolloutSettings
-from marlhf.models import Policy
+from marlhf.models.policy import Policy
+from marlhf.rollout import generation, packed_weights
 
 
 class EndAt(StoppingCriteria):
@@ -61,7 +61,7 @@ def transformers_side(model: Any, prompts: torch.Tensor, lengths: torch.Tensor) 
 
 
 def our_side(model: Any, tokenizer: Any, prompts: torch.Tensor, lengths: torch.Tensor) -> None:
-    """`marlhf.generation.generate`."""
+    """`marlhf.rollout.generation.generate`."""
     rows = prompts.tolist()
     going = list(range(len(rows)))  # rows in the batch, as `generate` keeps them
 
@@ -86,14 +86,14 @@ def copied_cache(layer: Any, rows: torch.Tensor, room: int) -> Any:
 @contextmanager
 def products_apart() -> Iterator[None]:
     """Layers that share an input as products of their own."""
-    packed = packing.packed
+    packed = packed_weights.packed
     apart = lambda groups, *rest: packed([[x] for g in groups for x in g], *rest)  # noqa: E731
     with patch.object(generation, "packed", apart):
         yield
 
 
 WITHOUT: dict[str, Callable[[], Any]] = {
-    "packed weights": lambda: patch.object(packing, "_FEWEST_TOKENS", math.inf),
+    "packed weights": lambda: patch.object(packed_weights, "_FEWEST_TOKENS", math.inf),
     "shared products": products_apart,
     "cache with room": lambda: patch.object(generation, "_Buffer", copied_cache),
 }

@@ -25,13 +25,13 @@ import torch
 from floors import english, matmul_rate, update_flops
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from marlhf.algorithm.experience import TokenData, macro_batch
+from marlhf.commands.quickstart import quickstart_config
+from marlhf.common.types import ResponseBatch
 from marlhf.config import MacroSettings, PPOSettings
-from marlhf.experience import TokenRewards, macro_batch
-from marlhf.ppo import PPOTrainer
-from marlhf.quickstart import quickstart_config
 from marlhf.segmenters import build_segmenter
 from marlhf.segmenters.base import segment
-from marlhf.types import ResponseBatch
+from marlhf.training.ppo import PPOTrainer
 
 SIZES = ["8x128", "64x512", "128x1024", "512x2048"]
 LARGEST_TEXT = 2**17  # tokens, for segmenters that read text: they are slower
@@ -93,7 +93,7 @@ def by_size(segmenters: dict[str, Any], options: argparse.Namespace) -> list[dic
     return rows
 
 
-def responses(tokenizer: Any, B: int, T: int) -> tuple[ResponseBatch, TokenRewards]:
+def responses(tokenizer: Any, B: int, T: int) -> tuple[ResponseBatch, TokenData]:
     """English text as responses of full length, with random rewards and values."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(B, T, dtype=torch.bool)
@@ -106,18 +106,18 @@ def responses(tokenizer: Any, B: int, T: int) -> tuple[ResponseBatch, TokenRewar
         tokenizer=tokenizer,
     )
     none = torch.zeros(B)
-    return batch, TokenRewards(mask, 0.1 * values, 0.1 * values, values, none, mask[:, 0])
+    return batch, TokenData(mask, 0.1 * values, 0.1 * values, values, none, mask[:, 0])
 
 
 def macro_actions(
-    segmenter: Any, batch: ResponseBatch, tokens: TokenRewards, warm_up: bool = False
+    segmenter: Any, batch: ResponseBatch, tokens: TokenData, warm_up: bool = False
 ) -> None:
     """All that the trainer does between scores and training; a warm-up, on one row, loads what the
     segmenter reads with. Texts and offsets are found anew: a batch remembers them."""
     n = 1 if warm_up else len(batch.token_ids)
     names = ("token_ids", "response_mask", "logprobs", "ref_logprobs")
     batch = replace(batch, **{name: getattr(batch, name)[:n] for name in names})
-    tokens = TokenRewards(**{name: getattr(tokens, name)[:n] for name in vars(tokens)})
+    tokens = TokenData(**{name: getattr(tokens, name)[:n] for name in vars(tokens)})
     macro_batch(segment(segmenter, batch), tokens, MacroSettings(), PPOSettings())
 
 

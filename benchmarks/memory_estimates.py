@@ -8,7 +8,7 @@ if there is one, and reads the peak of each: the resident set on a CPU, on a GPU
 Python, its libraries and the connection between ranks. The C library is told to give freed tensors
 back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built, as
 reading them is no part of an update. The copies of weights that only a CPU samples from are left
-out (`marlhf.packing`). Needs about 14 GB; the cases with small models about 4.
+out (`marlhf.rollout.packed_weights`). Needs about 14 GB; the cases with small models about 4.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def measure(
     """`(most bytes of any rank, estimate, phase of its peak)` of one case."""
     import torch
 
-    from marlhf.estimate_command import counter_of
-    from marlhf.memory import estimate
+    from marlhf.estimate.command import counter_of
+    from marlhf.estimate.memory_model import estimate
 
     ranks = 1 if profile == "single" else 2
     with tempfile.TemporaryDirectory() as name:
@@ -197,7 +197,7 @@ def launcher(profile: str) -> list[str]:
 def config(case: dict[str, Any], folder: Path) -> Any:
     """The run of a case; its model's config.json is written to the folder."""
     from marlhf.config import PPOConfig
-    from marlhf.config_loading import config_from_dict, merge
+    from marlhf.config.loading import config_from_dict, merge
 
     model_config(case).save_pretrained(folder / "model")
     values = {
@@ -230,10 +230,10 @@ def run_rank(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from marlhf import packing
-    from marlhf.ppo import PPOTrainer
+    from marlhf.rollout import packed_weights
+    from marlhf.training.ppo import PPOTrainer
 
-    packing._FEWEST_TOKENS = sys.maxsize
+    packed_weights._FEWEST_TOKENS = sys.maxsize
     case = json.loads((folder / "case.json").read_text())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, []))

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlhf import PPOTrainer
 from marlhf.config import PPOConfig
-from marlhf.config_loading import config_from_dict
+from marlhf.config.loading import config_from_dict
 
 SHAPES = ["4x32", "16x32", "64x32", "4x128", "16x128", "4x512"]
 PHASES = ("generate", "score", "segment", "train")

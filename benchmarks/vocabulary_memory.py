@@ -16,8 +16,8 @@ import json
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from marlhf.fake_passes import LiveBytes
-from marlhf.models import Policy
+from marlhf.estimate.allocations import LiveBytes
+from marlhf.models.policy import Policy
 
 VOCABULARIES = (32_768, 65_536, 131_072, 262_144)
 PROMPT_TOKENS = 64

@@ -27,9 +27,9 @@ def measure() -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     from marlhf.config import PPOConfig
-    from marlhf.config_loading import config_from_dict
-    from marlhf.metrics import peak_memory_gb
-    from marlhf.ppo import PPOTrainer
+    from marlhf.config.loading import config_from_dict
+    from marlhf.runs.metrics import peak_memory_gb
+    from marlhf.training.ppo import PPOTrainer
 
     torch.manual_seed(0)
     before = 0.0 if torch.cuda.is_available() else peak_memory_gb()

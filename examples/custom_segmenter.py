@@ -17,8 +17,8 @@ from itertools import pairwise
 
 import torch
 
+from marlhf.common.types import ResponseBatch
 from marlhf.segmenters import build_segmenter, from_text, validate
-from marlhf.types import ResponseBatch
 
 TEXT = "When it rains, the streets are empty; nobody sings.\nStill, some of us dance: gladly 😀!"
 

@@ -197,7 +197,7 @@ def row(family: str) -> list[str]:
 def _loaded(path: Path, **arguments: Any) -> Any:
     """The policy as a run has it."""
     from marlhf.config import ModelSettings
-    from marlhf.loading import build_policy, load_model_config
+    from marlhf.models.loading import build_policy, load_model_config
 
     settings = ModelSettings(path=str(path), **arguments)
     config = load_model_config(settings)
@@ -208,8 +208,8 @@ def _loaded(path: Path, **arguments: Any) -> Any:
 
 def _full(path: Path) -> tuple[str, str]:
     """What became of full fine-tuning, and of packing in `marlhf sft`."""
-    from marlhf.errors import UserError
-    from marlhf.loading import check_packing
+    from marlhf.common.errors import UserError
+    from marlhf.models.loading import check_packing
 
     try:
         policy = _loaded(path)
@@ -228,8 +228,8 @@ def _lora(path: Path, lora: Any) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from marlhf.errors import UserError
-    from marlhf.loading import save_policy
+    from marlhf.common.errors import UserError
+    from marlhf.models.loading import save_policy
 
     try:
         policy = _loaded(path, lora=lora)
@@ -251,10 +251,10 @@ def _differences(policy: Any, path: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from marlhf.common.types import Sequences
     from marlhf.config import RolloutSettings
-    from marlhf.generation import generate
-    from marlhf.models import forward
-    from marlhf.types import Sequences
+    from marlhf.models.policy import forward
+    from marlhf.rollout.generation import generate
 
     settings = RolloutSettings(max_new_tokens=_NEW, top_k=1)
     sampled = generate(policy, Tokens(), _PROMPTS, [0, 1, 2], settings)
@@ -324,14 +324,14 @@ def _short(error: Exception) -> str:
 
 def main() -> None:
     """Print the table."""
-    from marlhf.quiet import hide_loading_bars, quiet_libraries
+    from marlhf.common.third_party_output import hide_loading_bars, quiet_libraries
 
     quiet_libraries()
     # once, not in every process
     import transformers  # noqa: F401
 
-    import marlhf.loading
-    import marlhf.packing  # noqa: F401
+    import marlhf.models.loading
+    import marlhf.rollout.packed_weights  # noqa: F401
 
     with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401  which PEFT imports

@@ -2,8 +2,12 @@
 a busy machine make the tests many times slower."""
 
 import os
+from pathlib import Path
 
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
+os.environ["PYTHONPATH"] = os.pathsep.join(  # where they find `support`
+    filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)

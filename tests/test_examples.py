@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models_for_tests import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

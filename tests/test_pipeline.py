@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from marlhf.quickstart import packaged_model
+from marlhf.commands.quickstart import packaged_model
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "debian_summaries.jsonl"

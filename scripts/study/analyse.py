@@ -10,8 +10,8 @@ reward      of held-out prompts, mean over a run's last 5 evaluations, mean over
 KL          likewise, and its ratio to token PPO's; without a KL penalty nobody measures it
 parity      updates until the held-out reward, averaged over 5 evaluations, reaches token PPO's
             final mean; medians and their ratio to token PPO's with 95% bootstrap intervals; seconds
-            likewise (`marlhf.report.groups.parity`); once more with the median of token PPO's runs
-            as the bar, on which one run that failed has no say
+            likewise (`marlhf.views.report.groups.parity`); once more with the median of token
+            PPO's runs as the bar, on which one run that failed has no say
 search      the last 5 evaluations of the search's runs, at every learning rate: reward and KL
 variance of the advantages, explained variance, value loss, macro length: means over the updates of
             a run
@@ -34,11 +34,11 @@ import numpy as np
 from pack import Study, read
 from run import OFF, TOKEN, by_rate
 
-from marlhf.charts import number
-from marlhf.report.document import mean, median_text, ratio_text
-from marlhf.report.figures import figure, frontier
-from marlhf.report.groups import Group, Mean, Parity, difference, finals, parity
-from marlhf.report.png import draw, new_figure, save
+from marlhf.views.charts import number
+from marlhf.views.report.document import mean, median_text, ratio_text
+from marlhf.views.report.figures import figure, frontier
+from marlhf.views.report.groups import Group, Mean, Parity, difference, finals, parity
+from marlhf.views.report.png import draw, new_figure, save
 
 NEAR = 0.9  # of a known optimum
 

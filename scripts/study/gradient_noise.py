@@ -34,8 +34,8 @@ import yaml
 from torch import Tensor
 
 from marlhf.config import PPOConfig
-from marlhf.config_loading import apply_overrides, config_from_dict, read_yaml
-from marlhf.ppo import PPOTrainer
+from marlhf.config.loading import apply_overrides, config_from_dict, read_yaml
+from marlhf.training.ppo import PPOTrainer
 
 REFERENCE = "token, lambda 1"
 

@@ -39,9 +39,9 @@ from gradient_noise import (
 )
 from torch import Tensor
 
-from marlhf.experience import Experience
-from marlhf.metrics import Metrics
-from marlhf.update import Update
+from marlhf.algorithm.experience import Experience
+from marlhf.runs.metrics import Metrics
+from marlhf.training.update import Update
 
 EDGES = [0, 1, 4, 8, 16, 32]  # tokens from the end at which a group begins
 

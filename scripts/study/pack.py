@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from marlhf.report.runs import Row, Run, read_runs
+from marlhf.views.report.runs import Row, Run, read_runs
 
 EVALUATED = ["eval_score_mean", "eval_kl_mean"]
 KEPT = [

@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from marlhf.report.runs import Run, read_runs
+from marlhf.views.report.runs import Run, read_runs
 
 TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over

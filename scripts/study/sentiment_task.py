@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from marlhf.quickstart import packaged_model
+from marlhf.commands.quickstart import packaged_model
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
 def unpack(source: Path, folder: Path) -> None:
     """Write the model of a folder with a .gguf file as a plain `from_pretrained` one."""
     from marlhf.config import ModelSettings
-    from marlhf.loading import load_model_config, load_policy, load_tokenizer, save_policy
+    from marlhf.models.loading import load_model_config, load_policy, load_tokenizer, save_policy
 
     settings = ModelSettings(path=str(source))
     tokenizer = load_tokenizer(settings)

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from marlhf.common.errors import UserError as UserError
+    from marlhf.common.types import ResponseBatch as ResponseBatch
     from marlhf.config import PPOConfig as PPOConfig
-    from marlhf.config_loading import config_from_dict as config_from_dict
-    from marlhf.config_loading import load_config as load_config
-    from marlhf.errors import UserError as UserError
-    from marlhf.ppo import PPOTrainer as PPOTrainer
+    from marlhf.config.loading import config_from_dict as config_from_dict
+    from marlhf.config.loading import load_config as load_config
     from marlhf.segmenters import EntropyJump as EntropyJump
     from marlhf.segmenters import Line as Line
     from marlhf.segmenters import NGram as NGram
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from marlhf.segmenters import Word as Word
     from marlhf.segmenters import from_lengths as from_lengths
     from marlhf.segmenters import from_text as from_text
-    from marlhf.types import ResponseBatch as ResponseBatch
+    from marlhf.training.ppo import PPOTrainer as PPOTrainer
 
 __version__ = "0.1.0"
 
@@ -71,11 +71,11 @@ _SEGMENTERS = (
 _HOMES = {
     **dict.fromkeys(_CONFIGS, "marlhf.config"),
     **dict.fromkeys(_SEGMENTERS, "marlhf.segmenters"),
-    "PPOTrainer": "marlhf.ppo",
-    "ResponseBatch": "marlhf.types",
-    "UserError": "marlhf.errors",
-    "config_from_dict": "marlhf.config_loading",
-    "load_config": "marlhf.config_loading",
+    "PPOTrainer": "marlhf.training.ppo",
+    "ResponseBatch": "marlhf.common.types",
+    "UserError": "marlhf.common.errors",
+    "config_from_dict": "marlhf.config.loading",
+    "load_config": "marlhf.config.loading",
 }
 
 

@@ -11,45 +11,54 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from marlhf.errors import Stopped, UserError, one_line, raised, say
+from marlhf.common.errors import ReportedError, Stopped, UserError, one_line, raised, say
+from marlhf.compat import IncompatibleError
 
 # job -> its configuration, what runs it, and a line of help
 JOBS = {
-    "sft": ("marlhf.config.SFTConfig", "marlhf.sft.run", "fine-tune a model on demonstrations"),
+    "sft": (
+        "marlhf.config.SFTConfig",
+        "marlhf.training.sft.run",
+        "fine-tune a model on demonstrations",
+    ),
     "reward": (
         "marlhf.config.RewardConfig",
-        "marlhf.reward_model.run",
+        "marlhf.training.reward_model.run",
         "train a reward model on preference pairs",
     ),
-    "ppo": ("marlhf.config.PPOConfig", "marlhf.ppo.run", "train a policy by macro-action PPO"),
+    "ppo": (
+        "marlhf.config.PPOConfig",
+        "marlhf.training.ppo.run",
+        "train a policy by macro-action PPO",
+    ),
     "evaluate": (
         "marlhf.config.EvaluateConfig",
-        "marlhf.evaluate.run",
+        "marlhf.evaluation.job.run",
         "scores, win rates and pass@k of trained policies",
     ),
     "sweep": (
         "marlhf.config.SweepConfig",
-        "marlhf.sweep.run",
+        "marlhf.commands.sweep.run",
         "one job over a grid of settings and seeds",
     ),
 }
 # command -> what is called with the words after it, and a line of help
 COMMANDS = {
     "segment": (
-        "marlhf.segment_command.main",
+        "marlhf.commands.segment.main",
         "look at the macro actions of a text, a file or a dataset",
     ),
     "report": (
-        "marlhf.report.command.main",
+        "marlhf.views.report.command.main",
         "one HTML page about runs: curves, frontier, macro actions, samples, parity",
     ),
     "estimate": (
-        "marlhf.estimate_command.main",
+        "marlhf.estimate.command.main",
         "memory that a ppo run needs on each GPU, under every launch profile",
     ),
-    "merge": ("marlhf.merge_command.main", "write the model that an adapter makes of its base"),
+    "merge": ("marlhf.commands.merge.main", "write the model that an adapter makes of its base"),
     "quickstart": (
-        "marlhf.quickstart.main",
+        "marlhf.commands.quickstart.main",
         "watch a small model learn to write cheerfully; needs no config",
     ),
 }
@@ -120,9 +129,7 @@ def _show_fault(kind: Any, error: BaseException, trace: Any) -> None:
 
 def _one_line(error: Exception) -> str | None:
     """The message for the user, or None for what is our fault and deserves a traceback."""
-    # a reward that failed, gradients that are not finite, either of these on another rank
-    its_own = type(error).__name__ in ("RewardError", "DivergedError", "PeerError")
-    if isinstance(error, UserError) or its_own:
+    if isinstance(error, UserError | ReportedError | IncompatibleError):
         return one_line(error, sys.maxsize)
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
         return one_line(f"{error.filename or 'the system'}: {error.strerror}", sys.maxsize)
@@ -130,7 +137,7 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _run(job: str, words: list[str]) -> None:
-    from marlhf.quiet import hide_loading_bars, quiet_libraries
+    from marlhf.common.third_party_output import hide_loading_bars, quiet_libraries
 
     quiet_libraries()
     if job in COMMANDS:
@@ -138,7 +145,7 @@ def _run(job: str, words: list[str]) -> None:
         return
     if job not in JOBS:
         raise UserError(f"no job is called {job!r}; possible: {', '.join([*JOBS, *COMMANDS])}")
-    from marlhf.config_loading import load_config
+    from marlhf.config.loading import load_config
 
     config_path, run_path, _ = JOBS[job]
     config_class = _imported(config_path)
@@ -162,7 +169,7 @@ def _run(job: str, words: list[str]) -> None:
 
 def _check_file(path: str, config: Any) -> None:
     """That `overwrite` deletes no configuration that it starts from. Raises UserError."""
-    from marlhf.errors import UserError
+    from marlhf.common.errors import UserError
 
     own = os.path.join(os.path.expanduser(str(config.output_dir)), "config.yaml")
     is_own = os.path.exists(own) and os.path.samefile(path, own)
@@ -180,7 +187,7 @@ def _imported(path: str) -> Any:
 
 def job_help(job: str, cls: Any) -> str:
     """Every key of a job's configuration, with type, default and meaning."""
-    from marlhf.config_loading import config_fields
+    from marlhf.config.loading import config_fields
 
     lines = [f"usage: marlhf {job} CONFIG.yaml [key.sub=value ...]", "", "keys:"]
     for field in config_fields(cls):

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, JsonValue, model_validator
 from pydantic.dataclasses import dataclass
 
+from marlhf.common.registry import Spec
 from marlhf.config.sections import (
     STRICT,
     Count,
@@ -23,7 +24,6 @@ from marlhf.config.sections import (
     RolloutSettings,
     Text,
 )
-from marlhf.registry import Spec
 
 Label = Annotated[str, Field(min_length=1, pattern=r"\S")]
 

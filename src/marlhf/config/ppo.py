@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from marlhf.common.registry import Spec
+from marlhf.config.loading import merge, read_yaml
 from marlhf.config.sections import (
     STRICT,
     CheckpointSettings,
@@ -30,8 +32,6 @@ from marlhf.config.sections import (
     Text,
     check_resume,
 )
-from marlhf.config_loading import merge, read_yaml
-from marlhf.registry import Spec
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -47,12 +47,12 @@ class CriticSettings:
     """Start from this sequence-classification model instead."""
     warmup_steps: Natural = 0
     """Updates at the start that train the critic alone."""
-    trunk: Literal["own", "policy"] = "own"
+    backbone: Literal["own", "policy"] = "own"
     """`policy`: the value head reads the policy's last hidden states, and one pass and one step
     minimise the policy's loss plus `coef` times the critic's, whose gradient moves the policy's
     weights (or adapter) too. Half the time and memory of training, but no critic of its own."""
     coef: Positive = 0.1
-    """Weight of the critic's loss beside the policy's, for `trunk: policy`."""
+    """Weight of the critic's loss beside the policy's, for `backbone: policy`."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ _OF_THE_CRITIC = (
     "critic.init",
     "critic.path",
     "critic.warmup_steps",
-    "critic.trunk",
+    "critic.backbone",
     "critic.coef",
     "macro.value",
     "macro.reward",
@@ -223,7 +223,7 @@ class PPOConfig:
         values = dict(given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
         if not isinstance(values, Mapping) or not isinstance(values.get("preset"), str):
             return given
-        path = Path(__file__).parent.parent / "presets" / f"{values['preset']}.yaml"
+        path = Path(__file__).parent / "presets" / f"{values['preset']}.yaml"
         if not path.is_file():
             return given  # the field's own check names what is possible
         preset = read_yaml(path)
@@ -265,7 +265,7 @@ class PPOConfig:
                     "and does not use it; leave it out"
                 )
         self._check_kl()
-        self._check_trunk()
+        self._check_backbone()
         if self.critic.path is not None and self.critic.init != "auto":
             raise ValueError(
                 f"critic.init: given {self.critic.init!r} beside critic.path; give only one of them"
@@ -277,13 +277,13 @@ class PPOConfig:
             )
         return self
 
-    def _check_trunk(self) -> None:
+    def _check_backbone(self) -> None:
         critic = self.critic
-        if critic.trunk == "own":
+        if critic.backbone == "own":
             if critic.coef != CriticSettings.coef:
                 raise ValueError(
-                    f"critic.coef: given {critic.coef:g}, but a critic with a trunk of its own has "
-                    "a step of its own; leave it out, or set critic.trunk=policy"
+                    f"critic.coef: given {critic.coef:g}, but a critic with its own backbone has "
+                    "a step of its own; leave it out, or set critic.backbone=policy"
                 )
             return
         alone = {
@@ -295,8 +295,8 @@ class PPOConfig:
         for key, given in alone.items():
             if given not in (None, False, 0):
                 raise ValueError(
-                    f"{key}: given {given!r}, but with critic.trunk=policy the critic is a head on "
-                    "the policy, which starts at 0 and steps with it; leave it out"
+                    f"{key}: given {given!r}, but with critic.backbone=policy the critic is a head "
+                    "on the policy, which starts at 0 and steps with it; leave it out"
                 )
 
     def _check_kl(self) -> None:
@@ -329,7 +329,7 @@ class PPOConfig:
     @property
     def has_head(self) -> bool:
         """Whether the critic is a head on the policy."""
-        return self.critic.trunk == "policy"
+        return self.critic.backbone == "policy"
 
     @property
     def longest(self) -> int:

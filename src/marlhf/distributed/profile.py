@@ -9,7 +9,8 @@ from accelerate import DeepSpeedPlugin
 from accelerate.utils import str_to_bool
 from packaging.version import Version
 
-from marlhf.errors import UserError, one_line
+from marlhf.common.errors import UserError, one_line
+from marlhf.compat.deepspeed import check_names, without_extension
 
 # The versions that pyproject.toml asks for. Before 0.19.8 a step to be discarded is applied.
 DEEPSPEED = ("0.19.8", "0.20")
@@ -116,7 +117,8 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
         )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _without_extension("deepspeed_shm_comm")
+        without_extension("deepspeed_shm_comm")
+    check_names()
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true":
         raise UserError(
             "accelerate's zero3_init_flag: given true, must be false; weights are read whole by "
@@ -136,17 +138,6 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
     if stage not in (1, 2, 3):
         raise UserError(f"DeepSpeed's zero stage: given {stage!r}, must be 1, 2 or 3")
     return plugin
-
-
-def _without_extension(name: str) -> None:
-    """Keep DeepSpeed from compiling one of its extensions at start.
-
-    That takes a compiler and a minute, and a process that is killed meanwhile leaves a lock for
-    which every later run on the machine would wait, without end.
-    """
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__[name] = False
 
 
 def check_precision(precision: str) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -20,14 +20,22 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from marlhf.common.cpu_memory import GradientBuffer
+from marlhf.common.errors import ReportedError, UserError, one_line
+from marlhf.compat.deepspeed import (
+    gathered_parameter,
+    is_engine,
+    is_sharded,
+    passes_begin_at,
+    without_hooks,
+)
 from marlhf.distributed.profile import (
     check_precision,
     deepspeed_plugin,
     lone_process,
     uses_cpu,
 )
-from marlhf.distributed.trained import Engine, GradientMemory, Replicated, Trained, is_engine
-from marlhf.errors import UserError, one_line
+from marlhf.distributed.trained import Engine, Replicated, Trained
 
 # Weights held at a time, in numbers. DeepSpeed's own defaults are 5 to 10 times as large, which a
 # model has to outgrow before ZeRO-3 saves anything.
@@ -63,12 +71,12 @@ def reading(
         if parameter in others
     ]
     for part, name, parameter in replaced:
-        part._parameters[name] = others[parameter]
+        setattr(part, name, others[parameter])
     try:
         yield
     finally:
         for part, name, parameter in replaced:
-            part._parameters[name] = parameter
+            setattr(part, name, parameter)
 
 
 def _set_default_timeout(timeout: timedelta) -> None:
@@ -78,7 +86,7 @@ def _set_default_timeout(timeout: timedelta) -> None:
     constants.default_pg_nccl_timeout = timeout  # NCCL's 10
 
 
-class PeerError(RuntimeError):
+class PeerError(ReportedError):
     """Another rank failed; the message says which and how."""
 
 
@@ -116,12 +124,12 @@ class Distributed:
         )
         self._precision = precision
         if plugin is not None:
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+            from marlhf.compat.transformers import load_complete_models
 
-            unset_hf_deepspeed_config()  # or it would shard each model while reading it
-        self._deepspeed: dict[str, Any] | None = plugin and plugin.deepspeed_config
-        self._offloads: list[Any] = []  # DeepSpeed's keepers of sharded weights
-        self._gradients = GradientMemory()
+            load_complete_models()
+        self._deepspeed: dict[str, Any] | None = None if plugin is None else plugin.deepspeed_config
+        self._offloads: list[Any] = []  # `DeepSpeedZeRoOffload` handles of sharded weights
+        self._gradients = GradientBuffer()
         kind = self._accelerator.distributed_type
         connected = torch.distributed.is_initialized()
         assert (kind == DistributedType.DEEPSPEED) == (plugin is not None), "DeepSpeed fell away"
@@ -174,7 +182,7 @@ class Distributed:
         torch.distributed.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
 
-    def together(self, work: Callable[[], Result], waits: bool = False) -> Result:
+    def fail_together(self, work: Callable[[], Result], waits: bool = False) -> Result:
         """What `work` returns here; where it fails on any rank, all ranks raise and none waits.
 
         The rank that failed raises its own error, the others PeerError. `work` may be different on
@@ -221,22 +229,17 @@ class Distributed:
             self._offloads.append(engine.optimizer.parameter_offload)
         return Engine(engine)
 
-    def shard(self, module: Any, trunk: nn.Module) -> Any:
+    def shard(self, module: Any, backbone: nn.Module) -> Any:
         """Place a frozen model: sharded under ZeRO-3, whole on this rank's device otherwise.
 
-        trunk   the part of it that every forward pass begins with
+        backbone   the part of it that every forward pass begins with
 
         Adapters that are put into it later stay replicated.
         """
         if self.zero_stage < 3:
             return module.to(self.device)
         offload = self._engine(module.requires_grad_(False)).optimizer
-        # DeepSpeed takes a call of `module` for the begin of a pass; ours may call its parts
-        offload.fwd_pre_hook.remove()
-        start = trunk.register_forward_pre_hook(
-            lambda *_: offload.get_param_coordinator().reset_step()
-        )
-        offload.forward_hooks.append(start)
+        passes_begin_at(offload, backbone)
         self._offloads.append(offload)
         return module
 
@@ -247,7 +250,7 @@ class Distributed:
 
         In bf16 those of linear layers are copies, rounded as autocast would in every product.
         """
-        parameters = {p for p in module.parameters() if hasattr(p, "ds_id")}
+        parameters = {p for p in module.parameters() if is_sharded(p)}
         if not parameters:
             yield
             return
@@ -257,12 +260,12 @@ class Distributed:
         rounded: dict[nn.Parameter, nn.Parameter] = {}
         for parameter in (p for layer in linear for p in layer.parameters(recurse=False)):
             if parameter in parameters:
-                with _whole(parameter):  # one at a time
+                with gathered_parameter(parameter):  # one at a time
                     rounded[parameter] = in_bf16(parameter)
         with ExitStack() as stack:
             for offload in self._offloads:
                 if not parameters.isdisjoint(offload.module.parameters()):
-                    stack.enter_context(_without_hooks(offload))
+                    stack.enter_context(without_hooks(offload))
             stack.enter_context(reading(linear, rounded))
             others = [p for p in module.parameters() if p in parameters]
             stack.enter_context(GatheredParameters(others))
@@ -274,7 +277,7 @@ class Distributed:
         device need hold all. Elsewhere nothing happens. To be entered on all ranks alike."""
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for parameter in module.parameters() if self._is_sharded(module) else ():
-            with _whole(parameter):
+            with gathered_parameter(parameter):
                 if self.is_main:
                     whole = parameter.detach().to("cpu", copy=True)
                     copies[parameter] = nn.Parameter(whole, parameter.requires_grad)
@@ -288,7 +291,7 @@ class Distributed:
         found = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                with _whole(parameter):
+                with gathered_parameter(parameter):
                     if self.is_main:
                         copied = torch.clone(parameter.cpu(), memory_format=torch.contiguous_format)
                         found[name] = copied
@@ -300,10 +303,10 @@ class Distributed:
         optimiser is not told: training is over."""
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                with _whole(parameter, modifier_rank=0):
+                with gathered_parameter(parameter, modifier_rank=0):
                     if self.is_main:
                         parameter.copy_(weights[name])
-                    if self.world_size > 1 and not hasattr(parameter, "ds_id"):
+                    if self.world_size > 1 and not is_sharded(parameter):
                         torch.distributed.broadcast(parameter, 0)
 
     def unwrap(self, model: Any) -> Any:
@@ -316,7 +319,7 @@ class Distributed:
         self._accelerator.wait_for_everyone()
 
     def _is_sharded(self, module: nn.Module) -> bool:
-        return any(hasattr(p, "ds_id") for p in module.parameters())
+        return any(is_sharded(p) for p in module.parameters())
 
     def _engine(
         self,
@@ -375,26 +378,3 @@ def _others_run() -> bool:
             if state in "RD" and int(task.name) != threading.get_native_id():
                 return True
     return False
-
-
-def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
-    """Context in which a weight is here, whole; what `modifier_rank` writes into it is for all."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters([parameter], modifier_rank=modifier_rank)
-
-
-@contextmanager
-def _without_hooks(offload: Any) -> Iterator[None]:
-    """Keep DeepSpeed from releasing weights after each layer, and from talking to other ranks."""
-    removed = []
-    for handle in (*offload.forward_hooks, *offload.backward_hooks):
-        hooks = handle.hooks_dict_ref()
-        removed.append((hooks, handle.id, hooks.pop(handle.id)))
-    try:
-        yield
-    finally:
-        for hooks, number, hook in removed:
-            hooks[number] = hook

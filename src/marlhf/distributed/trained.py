@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from marlhf.errors import UserError
-from marlhf.state_files import check_weights, loading_optimizer, read_tensors
-
-
-class GradientMemory:
-    """On a CPU, memory for the gradients of one model at a time, kept from step to step: the system
-    hands out fresh memory slowly."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def lend(self, weights: Collection[Tensor]) -> None:
-        """Give each fp32 weight a gradient of zeros, instead of those that were lent before."""
-        sizes = [weight.numel() for weight in weights]
-        if len(self._memory) < sum(sizes):
-            self._memory = torch.empty(sum(sizes))
-        gradients = self._memory[: sum(sizes)].zero_().split(sizes)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient.view_as(weight)
+from marlhf.common.cpu_memory import GradientBuffer
+from marlhf.common.errors import UserError
+from marlhf.common.state_files import check_weights, loading_optimizer, read_tensors
+from marlhf.compat.deepspeed import discard_gradient, gradient_norms, release_gathered
+from marlhf.compat.torch import ignore_in_ddp
 
 
 class Replicated:
     """A model of which every rank holds all trained weights.
 
-    offloads   DeepSpeed's keepers of frozen weights that may be below them, sharded
+    offloads   `DeepSpeedZeRoOffload` handles of ZeRO-3-sharded frozen bases
     memory     for gradients, shared with other models
     """
 
@@ -49,7 +35,7 @@ class Replicated:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
         offloads: list[Any],
-        memory: GradientMemory,
+        memory: GradientBuffer,
     ) -> None:
         held = {p: None for group in optimizer.param_groups for p in group["params"]}
         self._weights = {name: p for name, p in module.named_parameters() if p in held}
@@ -64,9 +50,7 @@ class Replicated:
             # Only the gradients that the optimiser reads cross ranks. DDP would wait for all others
             # too, such as those of the critic's adapter in a base that the policy shares.
             named = module.named_parameters(remove_duplicate=False)
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                module, [name for name, parameter in named if parameter not in held]
-            )
+            ignore_in_ddp(module, [name for name, parameter in named if parameter not in held])
             # gradients lie in the buffers that cross ranks, instead of beside them
             self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
 
@@ -78,14 +62,14 @@ class Replicated:
             return self.model.no_sync()
         weights = self._weights.values()
         if all(weight.grad is None and weight.device.type == "cpu" for weight in weights):
-            self._memory.lend(weights)
+            self._memory.attach_to(weights)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the *sum* of all ranks' losses (DDP would average it)."""
         (loss * self._world_size).backward()
         for offload in self._offloads:  # an engine would do this itself
-            offload.release_backward_leftovers()
+            release_gathered(offload)
 
     def norm(self) -> float:
         """Of the gradient, before it is clipped here."""
@@ -145,10 +129,7 @@ class Engine:
 
     def norm(self) -> float:
         """L2 norm of the gradient before `step` clips it; NaN where it is not finite."""
-        optimizer = self.optimizer
-        sub_groups = self._stage == 3  # of `sub_group_size` weights, each with a norm of its own
-        norms = optimizer._get_norm_groups() if sub_groups else [optimizer.scaled_global_norm()]
-        return combined_norm(map(float, norms))
+        return combined_norm(gradient_norms(self.model))
 
     def step(self) -> None:
         """Move the weights along the clipped gradient, and forget it."""
@@ -156,15 +137,8 @@ class Engine:
         assert self.model.was_step_applied()
 
     def discard(self) -> None:
-        """Forget the gradient: DeepSpeed does so by itself where it finds its norm not finite."""
-        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
-        not_finite = torch.tensor(-1.0)  # in DeepSpeed's words
-        setattr(self.optimizer, name, lambda: [not_finite] if self._stage == 3 else not_finite)
-        try:
-            self.model.step()
-        finally:
-            delattr(self.optimizer, name)
-        assert not self.model.was_step_applied()
+        """Forget the gradient."""
+        discard_gradient(self.model)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights and optimiser."""
@@ -196,7 +170,3 @@ def combined_norm(norms: Iterable[float]) -> float:
 
 
 Trained = Replicated | Engine
-
-
-def is_engine(model: Any) -> bool:
-    return type(model).__name__ == "DeepSpeedEngine"

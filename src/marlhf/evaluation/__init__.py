@@ -1,1 +1,1 @@
-"""What `marlhf evaluate` is made of; the job itself is `marlhf.evaluate`."""
+"""What `marlhf evaluate` is made of; the job itself is `marlhf.evaluation.job`."""

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from marlhf.config import EvaluateConfig
-from marlhf.data import Prompt
+from marlhf.data.prompts import Prompt
 from marlhf.distributed import Distributed
 from marlhf.evaluation.policies import Source
 from marlhf.evaluation.records import Key, Line, Records

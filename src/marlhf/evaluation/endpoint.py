@@ -20,8 +20,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
+from marlhf.common.errors import UserError, one_line
 from marlhf.config import JudgeSettings
-from marlhf.errors import UserError, one_line
 
 Messages = Sequence[Mapping[str, str]]
 

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from marlhf.common.errors import UserError, one_line
 from marlhf.config import JudgeSettings
-from marlhf.errors import UserError, one_line
 from marlhf.evaluation.endpoint import Endpoint, RequestError, StoppedError, token_estimate
 from marlhf.evaluation.records import Line, Records, fingerprint
 from marlhf.evaluation.statistics import win_rate

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlhf import loading
-from marlhf.chat_templates import fix_date
+from marlhf.common.chat_templates import fix_date
+from marlhf.common.errors import UserError
+from marlhf.common.paths import local_path
 from marlhf.config import EvaluateConfig, ModelSettings
-from marlhf.data import Prompt, check_prompts, encode, render
-from marlhf.errors import UserError
+from marlhf.data.encoding import check_prompts, encode
+from marlhf.data.prompts import Prompt, render
 from marlhf.evaluation.records import identity
-from marlhf.paths import local_path
+from marlhf.models import loading
 
 
 @dataclass(frozen=True)

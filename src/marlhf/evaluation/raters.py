@@ -12,12 +12,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from marlhf.common.errors import UserError, one_line
+from marlhf.common.paths import text_file, write_whole, writing
 from marlhf.config import RaterSettings
-from marlhf.errors import UserError, one_line
 from marlhf.evaluation.judge import Pair
 from marlhf.evaluation.records import GO_ON, fingerprint
 from marlhf.evaluation.statistics import win_rate
-from marlhf.paths import text_file, write_whole, writing
 
 COLUMNS = ("id", "prompt", "response_a", "response_b", "rating")
 KEY_FILE = "raters_key.jsonl"

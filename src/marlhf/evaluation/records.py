@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from marlhf.errors import UserError, one_line
-from marlhf.lines import tidy
-from marlhf.paths import writing
-from marlhf.provenance import base_of, commit_of, model_files
-from marlhf.run_directory import notice
+from marlhf.common.errors import UserError, one_line
+from marlhf.common.paths import writing
+from marlhf.runs.directory import notice
+from marlhf.runs.json_lines import tidy
+from marlhf.runs.provenance import base_of, commit_of, model_files
 
 Line = dict[str, Any]
 Key = tuple[Any, ...]
@@ -95,7 +95,7 @@ class Records:
         if self._distributed is None:
             self._write(new)
         else:
-            self._distributed.together(lambda: self._write(new))
+            self._distributed.fail_together(lambda: self._write(new))
         self.lines.update((self.key(line), line) for line in new)
 
     def _write(self, lines: list[Line]) -> None:

@@ -8,17 +8,17 @@ from dataclasses import asdict, replace
 
 import torch
 
-from marlhf.batching import micro_batches
-from marlhf.errors import UserError
+from marlhf.common.errors import UserError
+from marlhf.common.seeds import EVAL_STEP, row_seed
+from marlhf.common.tokenization import ResponseDecoder, has_text
+from marlhf.common.types import Generation, Sequences
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.policies import Source
 from marlhf.evaluation.records import Key, Line, fingerprint
-from marlhf.generation import generate, left_pad
-from marlhf.models import Policy, forward
-from marlhf.rewards.model import right_pad
-from marlhf.segmenters.ngram import row_seed
-from marlhf.tokenization import ResponseDecoder, has_text
-from marlhf.types import Generation, Sequences
+from marlhf.models.policy import Policy, forward
+from marlhf.rewards.learned import right_pad
+from marlhf.rollout.batching import micro_batches
+from marlhf.rollout.generation import generate, left_pad
 
 # Settings that change no response: how many at once, and what is in the key.
 _FREE = ("batch_size", "micro_batch_size", "responses_per_prompt", "temperature")
@@ -80,7 +80,7 @@ def _sampled(bench: Bench, policy: Policy, source: Source, keys: Sequence[Key]) 
     """
     settings = replace(bench.config.rollout, temperature=keys[0][1])
     ids = [source.prompt_ids[row] for _, _, row, _ in keys]
-    seeds = [row_seed(bench.config.seed, -1 - sample, row) for _, _, row, sample in keys]
+    seeds = [row_seed(bench.config.seed, EVAL_STEP - sample, row) for _, _, row, sample in keys]
     with bench.distributed.autocast():
         generation = generate(policy, source.tokenizer, ids, seeds, settings)
     logprobs = sequence_logprobs(bench, policy, generation, settings.temperature)

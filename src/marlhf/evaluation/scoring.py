@@ -9,7 +9,6 @@ from typing import Any
 from marlhf.config import EvaluateConfig
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.records import Key, fingerprint, identity
-from marlhf.provenance import code_of
 from marlhf.rewards import (
     CombinedReward,
     EmbeddingSimilarity,
@@ -17,7 +16,8 @@ from marlhf.rewards import (
     RewardModel,
     build_rewards,
 )
-from marlhf.rollout import reward_columns
+from marlhf.rollout.worker import reward_columns
+from marlhf.runs.provenance import code_of
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 

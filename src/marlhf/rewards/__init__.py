@@ -12,8 +12,8 @@ from marlhf.rewards.base import (
 from marlhf.rewards.calls import RewardError, RewardFn, needed_columns
 from marlhf.rewards.code import Code
 from marlhf.rewards.curiosity import Curiosity
-from marlhf.rewards.model import RewardModel
-from marlhf.rewards.reference import EmbeddingSimilarity, Rouge
+from marlhf.rewards.learned import RewardModel
+from marlhf.rewards.overlap import EmbeddingSimilarity, Rouge
 from marlhf.rewards.sandbox import Limits, Sandbox
 from marlhf.rewards.segments import PerSegment
 from marlhf.rewards.text import Keyword, Length, Regex, Sentiment

@@ -24,9 +24,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from marlhf.paths import local_path
-from marlhf.plugins import called
-from marlhf.registry import Registry, Spec, construct, import_path, split_spec
+from marlhf.common.paths import local_path
+from marlhf.common.plugins import called
+from marlhf.common.registry import Registry, Spec, construct, import_path, split_spec
+from marlhf.common.tokenization import Span
+from marlhf.common.types import UserError
 from marlhf.rewards.calls import (
     Columns,
     Pairs,
@@ -36,8 +38,6 @@ from marlhf.rewards.calls import (
     needed_columns,
     texts_by_place,
 )
-from marlhf.tokenization import Span
-from marlhf.types import UserError
 
 Shard = Callable[[Any, Any], Any]
 
@@ -49,9 +49,9 @@ REWARDS = Registry(
         "length": "marlhf.rewards.text.Length",
         "regex": "marlhf.rewards.text.Regex",
         "keyword": "marlhf.rewards.text.Keyword",
-        "rouge": "marlhf.rewards.reference.Rouge",
+        "rouge": "marlhf.rewards.overlap.Rouge",
         "per_segment": "marlhf.rewards.segments.PerSegment",
-        "embedding_similarity": "marlhf.rewards.reference.EmbeddingSimilarity",
+        "embedding_similarity": "marlhf.rewards.overlap.EmbeddingSimilarity",
         "code": "marlhf.rewards.code.Code",
     },
 )
@@ -62,7 +62,7 @@ class Shardable(Protocol):
     """A reward whose model may be spread over the ranks."""
 
     def shard(self, shard: Shard) -> None:
-        """Let `shard(model, trunk)` place the model; see `Distributed.shard`."""
+        """Let `shard(model, backbone)` place the model; see `Distributed.shard`."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def weight_of(weight: Any) -> float:
 def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
     """A directory, a registered name, an import path or a hub name, in this order."""
     if _is_model_path(name):
-        factory = import_path("marlhf.rewards.model.RewardModel", "reward")
+        factory = import_path("marlhf.rewards.learned.RewardModel", "reward")
         model = construct(factory, {"path": name, **arguments}, f"reward {name}")
         return local_path(name, "reward").resolve().name, model
     found = REWARDS.find(name)

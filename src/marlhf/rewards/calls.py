@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from marlhf.errors import UserError, one_line, raised, shown
-from marlhf.plugins import called, copied
+from marlhf.common.errors import ReportedError, UserError, one_line, raised, shown
+from marlhf.common.plugins import called, copied
 
 RewardFn = Callable[..., Any]
 Pairs = list[tuple[int, float]]
 Columns = Mapping[str, Sequence[Any]]
 
 
-class RewardError(RuntimeError):
+class RewardError(ReportedError):
     """A reward failed on a batch; one line names the reward and the row. Chained to the cause."""
 
 

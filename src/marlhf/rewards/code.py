@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal
 
-from marlhf.errors import UserError, one_line
+from marlhf.common.errors import UserError, one_line
 from marlhf.rewards.sandbox import (
     Calls,
     Check,

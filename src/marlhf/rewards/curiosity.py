@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from marlhf.advantages import AllReduceSum
-from marlhf.errors import UserError
+from marlhf.common.errors import UserError
+from marlhf.common.state_files import check_weights, loading_optimizer
+from marlhf.common.types import AllReduceSum
 from marlhf.rewards.tokens import TokenReward
-from marlhf.state_files import check_weights, loading_optimizer
 
 _TOKENS_PER_PASS = 4096
 

@@ -60,7 +60,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from marlhf.errors import UserError, one_line
+from marlhf.common.errors import UserError, one_line
 from marlhf.jail.scratch import remove
 from marlhf.jail.server import Limits, receive, receive_output, send
 from marlhf.jail.values import Opaque, encode

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from marlhf.errors import UserError
-from marlhf.registry import Spec
+from marlhf.common.errors import UserError
+from marlhf.common.registry import Spec
 from marlhf.rewards.base import CombinedReward, Pairs, build_rewards, needed_columns
-from marlhf.rewards.model import RewardModel
+from marlhf.rewards.learned import RewardModel
 
 
 @dataclass(frozen=True)

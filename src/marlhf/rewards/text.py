@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from marlhf.common.types import UserError
 from marlhf.rewards.base import Pairs, require
-from marlhf.types import UserError
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from marlhf.advantages import AllReduceSum
-from marlhf.errors import UserError, shown
-from marlhf.plugins import called, copied, names_required, numbers, unchanged
-from marlhf.registry import Registry, construct, split_spec
+from marlhf.common.errors import UserError, shown
+from marlhf.common.plugins import called, copied, names_required, numbers, unchanged
+from marlhf.common.registry import Registry, construct, split_spec
+from marlhf.common.types import REF_LOGPROBS, AllReduceSum
 from marlhf.rewards.base import free_name, is_pair, weight_of
 from marlhf.rewards.calls import RewardError
-from marlhf.types import REF_LOGPROBS
 
 EXTRAS = frozenset({"hidden_states", "token_embeddings", "token_ranks"})
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError, shown
-from marlhf.plugins import called, copied, names_required, numbers, unchanged
-from marlhf.registry import Registry, Spec, construct, split_spec
-from marlhf.types import REF_LOGPROBS, ResponseBatch
+from marlhf.common.errors import UserError, shown
+from marlhf.common.plugins import called, copied, names_required, numbers, unchanged
+from marlhf.common.registry import Registry, Spec, construct, split_spec
+from marlhf.common.types import REF_LOGPROBS, ResponseBatch
 
 SegmenterFn = Callable[[ResponseBatch], Tensor]
 

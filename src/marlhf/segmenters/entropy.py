@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError
+from marlhf.common.errors import UserError
+from marlhf.common.types import ResponseBatch
 from marlhf.segmenters.base import Segmenter
-from marlhf.types import ResponseBatch
 
 
 @dataclass(frozen=True)

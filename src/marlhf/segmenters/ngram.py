@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError
+from marlhf.common.errors import UserError
+from marlhf.common.seeds import row_seed
+from marlhf.common.types import ResponseBatch
 from marlhf.segmenters.base import Segmenter
-from marlhf.types import ResponseBatch
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,3 @@ class RandomNGram(Segmenter):
             ends = choices[picks].cumsum(0)
             starts[row, ends[ends < starts.shape[1]].to(starts.device)] = True
         return starts
-
-
-def row_seed(seed: int, step: int, row_id: int) -> int:
-    """A well-mixed 63-bit seed for one row of one step (splitmix64 over the three)."""
-    state = 0
-    for part in (seed, step, row_id):
-        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from marlhf.tokenization import Span
-from marlhf.types import ResponseBatch
+from marlhf.common.tokenization import Span
+from marlhf.common.types import ResponseBatch
 
 _BLANKS = re.compile("[^\\S\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")  # but line breaks
 

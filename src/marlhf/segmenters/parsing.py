@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from marlhf.errors import UserError
-from marlhf.paths import local_path
-from marlhf.registry import import_path
+from marlhf.common.errors import UserError
+from marlhf.common.paths import local_path
+from marlhf.common.registry import import_path
+from marlhf.common.types import ResponseBatch
 from marlhf.segmenters.base import Segmenter
 from marlhf.segmenters.offsets import TokenIndex, starts_tensor
 from marlhf.segmenters.text import run_cuts, sentence_spans
-from marlhf.types import ResponseBatch
 
 if TYPE_CHECKING:
     from nltk.tree import Tree

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError
+from marlhf.common.errors import UserError
+from marlhf.common.types import REF_LOGPROBS, ResponseBatch
 from marlhf.segmenters.base import Segmenter
-from marlhf.types import REF_LOGPROBS, ResponseBatch
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf.errors import UserError
+from marlhf.common.errors import UserError
+from marlhf.common.types import ResponseBatch
 from marlhf.segmenters.base import Segmenter
-from marlhf.types import ResponseBatch
 
 Phrase = tuple[int, ...]
 

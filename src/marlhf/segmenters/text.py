@@ -23,11 +23,11 @@ from typing import Any
 import regex
 from torch import Tensor
 
-from marlhf.errors import UserError
+from marlhf.common.errors import UserError
+from marlhf.common.tokenization import Span
+from marlhf.common.types import ResponseBatch
 from marlhf.segmenters.base import Segmenter, SegmenterFn, close
 from marlhf.segmenters.offsets import starts_tensor, token_starts
-from marlhf.tokenization import Span
-from marlhf.types import ResponseBatch
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The formulas of macro-action PPO: no model, no I/O."""

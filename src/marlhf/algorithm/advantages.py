@@ -1,0 +1,114 @@
+"""Advantages over macro actions: GAE with a critic, or a comparison of responses without one.
+
+Pure functions; what crosses ranks is an argument.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from marlhf.common.types import AllReduceSum
+
+
+def gae(
+    rewards_BM: Tensor,
+    values_BM: Tensor,
+    mask_BM: Tensor,
+    discounts_BM: Tensor,
+    lam: float,
+    bootstrap_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over macro actions.
+
+        delta_k = R_k + disc_k * V_(k+1) - V_k
+        A_k     = delta_k + disc_k * lam * A_(k+1)
+        G_k     = A_k + V_k
+
+    rewards_BM     R_k, reward collected during macro action k
+    values_BM      V_k, value of the state in which macro action k starts
+    mask_BM        bool, a prefix of True in each row
+    discounts_BM   disc_k, from the start of macro action k to the start of the next
+    lam            GAE lambda, per macro action
+    bootstrap_B    V after the last macro action; None for 0 (a finished response)
+
+    Returns (advantages_BM, returns_BM), 0 outside the mask, whose inputs are ignored even if NaN.
+    Source: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; over options: arXiv 2410.02743.
+    """
+    assert rewards_BM.shape == values_BM.shape == mask_BM.shape == discounts_BM.shape
+    assert rewards_BM.dtype == values_BM.dtype
+    assert mask_BM.dtype == torch.bool
+    zeros = torch.zeros_like(values_BM)
+    rewards = torch.where(mask_BM, rewards_BM, zeros)
+    values = torch.where(mask_BM, values_BM, zeros)
+    discounts = torch.where(mask_BM, discounts_BM.to(values.dtype), zeros)
+
+    next_values = torch.cat([values[:, 1:], zeros[:, :1]], 1)
+    if bootstrap_B is not None:
+        is_last = mask_BM & ~torch.cat([mask_BM[:, 1:], torch.zeros_like(mask_BM[:, :1])], 1)
+        bootstrap = bootstrap_B.to(values.dtype)[:, None].expand_as(values)
+        next_values = torch.where(is_last, bootstrap, next_values)
+
+    deltas = rewards + discounts * next_values - values
+    advantages = torch.zeros_like(values)
+    advantage = values.new_zeros(values.shape[0])
+    for k in reversed(range(values.shape[1])):
+        advantage = deltas[:, k] + discounts[:, k] * lam * advantage
+        advantages[:, k] = advantage
+    return advantages, torch.where(mask_BM, advantages + values, zeros)
+
+
+def group_relative(
+    returns_B: Tensor,
+    group_size: int,
+    estimator: Literal["rloo", "grpo", "reinforce"],
+    all_reduce: AllReduceSum = lambda x: x,
+) -> Tensor:
+    """One advantage for each response, from comparing it with others; no critic.
+
+    rloo       return minus the mean return of the group's other responses (Ahmadian et al. 2024)
+    grpo       (return - group mean) / group standard deviation (Shao et al. 2024), the unbiased
+               estimate; 0 where all returns of a group are the same
+    reinforce  return minus the mean return of the whole batch, over all ranks
+
+    returns_B holds groups of `group_size` consecutive responses to one prompt. Returns [B].
+    """
+    if estimator == "reinforce":
+        count = torch.tensor(float(returns_B.numel()), dtype=torch.float64)
+        total = all_reduce(torch.stack([returns_B.double().sum().cpu(), count]))
+        return returns_B - (total[0] / total[1]).to(returns_B)
+    if estimator not in ("rloo", "grpo"):
+        raise ValueError(f"estimator: given {estimator!r}, must be 'rloo', 'grpo' or 'reinforce'")
+    if group_size < 2 or returns_B.numel() % group_size:
+        raise ValueError(
+            f"group_size: given {group_size}, must be at least 2 and divide the "
+            f"{returns_B.numel()} responses"
+        )
+    groups = returns_B.reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if estimator == "rloo":
+        return (centred * (group_size / (group_size - 1))).reshape(-1)
+    std = groups.std(1, keepdim=True)
+    resolution = 1e-6 * groups.abs().amax(1, keepdim=True)  # equal scores differ by rounding
+    scaled = centred / torch.where(std > resolution, std, torch.ones_like(std))
+    return torch.where(std > resolution, scaled, torch.zeros_like(scaled)).reshape(-1)
+
+
+def whiten(x: Tensor, weights: Tensor, all_reduce: AllReduceSum = lambda x: x) -> Tensor:
+    """Mean 0 and variance 1 under non-negative weights, over all ranks.
+
+    x, weights    the same shape; weight 0 leaves an entry out, and makes it 0
+    all_reduce    sums a small float64 tensor over ranks
+
+    A batch without spread becomes 0: the variance has 1e-8 added.
+    """
+    assert x.shape == weights.shape
+    weights = weights.double()
+    kept = torch.where(weights > 0, x.double(), torch.zeros_like(weights))
+    total, count = all_reduce(torch.stack([(weights * kept).sum(), weights.sum()])).unbind()
+    mean = total / count.clamp(min=1e-300)
+    centred = torch.where(weights > 0, kept - mean, torch.zeros_like(kept))
+    variance = all_reduce((weights * centred**2).sum()) / count.clamp(min=1e-300)
+    return (centred * torch.rsqrt(variance + 1e-8)).to(x.dtype)

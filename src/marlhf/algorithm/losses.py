@@ -1,0 +1,180 @@
+"""Losses on log-probabilities and values, and estimators of the KL divergence.
+
+Every loss is a sum over the mask divided by `denominator`. The trainer passes the number of valid
+entries of the whole optimiser step, over micro-batches and ranks, so that no split of the batch
+changes the gradient; None is the mask's own count.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from marlhf.algorithm.macro import expand, reduce
+
+Ratio = Literal["token", "macro_mean", "macro_product"]
+Stats = dict[str, Tensor]
+
+
+def policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    clip_range: float,
+    ratio: Ratio = "token",
+    segment_ids: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """PPO's clipped objective, negated: max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)).
+
+    advantages_BT   the advantage of the macro action that holds each token
+    ratio           what r is, with l_t = logprobs - old_logprobs:
+        token           exp(l_t)
+        macro_mean      exp(mean of l over the macro action), for each of its tokens; with one
+                        macro action a response this is GSPO's (Zheng et al. 2025), whose clip
+                        range is near 1e-3
+        macro_product   exp(sum of l over the macro action), once for each macro action (the
+                        formula of MA-RLHF, arXiv 2410.02743)
+    segment_ids     [B,T], needed by the two macro ratios
+    denominator     tokens to divide by, in all three
+
+    At r = 1 all three have the same gradient. Returns (loss, stats): `clip_fraction` and
+    `approx_kl` (k3 of the old policy against the new), means over what r is counted for, tokens
+    or (macro_product) macro actions, and `ratio_max`.
+    Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7.
+    """
+    assert logprobs_BT.shape == old_logprobs_BT.shape == advantages_BT.shape == mask_BT.shape
+    zeros = torch.zeros_like(logprobs_BT)
+    log_ratio = torch.where(mask_BT, logprobs_BT - old_logprobs_BT, zeros)
+    advantages = torch.where(mask_BT, advantages_BT.to(logprobs_BT.dtype), zeros)
+    counted = mask_BT
+    if ratio != "token":
+        if segment_ids is None:
+            raise ValueError(f"segment_ids: must be given for ratio={ratio!r}")
+        if ratio == "macro_mean":
+            log_ratio = expand(reduce(log_ratio, segment_ids, "equal"), segment_ids)
+        elif ratio == "macro_product":
+            log_ratio = reduce(log_ratio, segment_ids, "sum")
+            advantages = reduce(advantages, segment_ids, "first")
+            counted = reduce(mask_BT.to(log_ratio.dtype), segment_ids, "first") > 0
+        else:
+            raise ValueError(
+                f"ratio: given {ratio!r}, must be 'token', 'macro_mean' or 'macro_product'"
+            )
+    # Within the range of exp, so that a clipped entry has gradient 0 and not 0 * inf.
+    log_ratio = log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2)
+    r = log_ratio.exp()
+    clipped = r.clamp(1 - clip_range, 1 + clip_range)
+    per_entry = torch.maximum(-advantages * r, -advantages * clipped)
+    loss = torch.where(counted, per_entry, torch.zeros_like(per_entry)).sum()
+    loss = loss / _denominator(mask_BT, denominator)
+
+    with torch.no_grad():
+        is_clipped = -advantages * clipped > -advantages * r
+        stats = {
+            "clip_fraction": _mean(is_clipped.to(r.dtype), counted),
+            "approx_kl": _mean(k3(-log_ratio), counted),
+            "ratio_max": torch.where(counted, r, torch.zeros_like(r)).amax()
+            if r.numel()
+            else r.new_zeros(()),
+        }
+    return loss, stats
+
+
+def value_loss(
+    values_BT: Tensor,
+    old_values_BT: Tensor,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
+    clip_range: float | None,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """0.5 max((V - G)^2, (clip(V, V_old - clip_range, V_old + clip_range) - G)^2).
+
+    Works on tokens [B,T] or on macro actions [B,M] alike. clip_range None: no clipping.
+    Returns (loss, stats) with `value_clip_fraction`, a mean over the mask.
+    Source: the PPO implementation of Dhariwal et al. 2017 (OpenAI Baselines).
+    """
+    assert values_BT.shape == old_values_BT.shape == returns_BT.shape == mask_BT.shape
+    zeros = torch.zeros_like(values_BT)
+    values = torch.where(mask_BT, values_BT, zeros)
+    old_values = torch.where(mask_BT, old_values_BT.to(values.dtype), zeros)
+    returns = torch.where(mask_BT, returns_BT.to(values.dtype), zeros)
+    squared = (values - returns) ** 2
+    stats = {"value_clip_fraction": values.new_zeros(())}
+    if clip_range is not None:
+        near = values.clamp(old_values - clip_range, old_values + clip_range)
+        squared_near = (near - returns) ** 2
+        with torch.no_grad():
+            stats["value_clip_fraction"] = _mean((squared_near > squared).to(values.dtype), mask_BT)
+        squared = torch.maximum(squared, squared_near)
+    return 0.5 * squared.sum() / _denominator(mask_BT, denominator), stats
+
+
+def kl_loss(
+    logprobs_BT: Tensor,
+    ref_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """The k3 estimate of KL(policy || reference) a token, differentiable in `logprobs_BT`."""
+    difference = torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, torch.zeros_like(logprobs_BT))
+    return k3(difference).sum() / _denominator(mask_BT, denominator)
+
+
+def sft_loss(
+    logprobs_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None
+) -> Tensor:
+    """Cross-entropy of the tokens under the mask, nats a token."""
+    kept = torch.where(mask_BT, logprobs_BT, torch.zeros_like(logprobs_BT))
+    return -kept.sum() / _denominator(mask_BT, denominator)
+
+
+def pairwise_loss(
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    margin_B: Tensor | None = None,
+    centring: float = 0.0,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """Bradley-Terry: -log sigmoid(chosen - rejected - margin), nats a pair.
+
+    chosen_B, rejected_B   scores of the two texts of each pair
+    margin_B    by how much the chosen one should win (Touvron et al. 2023, arXiv 2307.09288)
+    centring    weight of (chosen + rejected)^2, which keeps scores around 0 (Eisenstein et al.
+                2023, arXiv 2312.09244)
+    denominator pairs to divide by
+    """
+    assert chosen_B.shape == rejected_B.shape
+    difference = chosen_B - rejected_B
+    if margin_B is not None:
+        difference = difference - margin_B
+    losses = -torch.nn.functional.logsigmoid(difference)
+    if centring:
+        losses = losses + centring * (chosen_B + rejected_B) ** 2
+    return losses.sum() / (len(chosen_B) if denominator is None else denominator)
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """log(p/q) of samples from p: unbiased for KL(p || q), can be negative.
+
+    Source of k1 and k3: Schulman 2020, "Approximating KL divergence".
+    """
+    return log_ratio
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """q/p - 1 - log(q/p) for log_ratio = log(p/q), samples from p: unbiased, never negative."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def _denominator(mask: Tensor, denominator: Tensor | float | None) -> Tensor | float:
+    return mask.sum().clamp(min=1) if denominator is None else denominator
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, torch.zeros_like(x)).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Commands that train nothing themselves: merge, segment, sweep, quickstart."""

@@ -1,0 +1,90 @@
+"""`marlhf merge`: an adapter and its base become one plain model."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from marlhf.common.errors import Parser, UserError, say
+from marlhf.common.paths import local_path, writing
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command. Raises UserError."""
+    parser = Parser(
+        prog="marlhf merge", description="Write the model that an adapter makes of its base."
+    )
+    parser.add_argument("adapter", help="an adapter's folder, or a run that trained one")
+    parser.add_argument("out", type=Path, help="where to write the model; must not exist")
+    parser.add_argument("--base", help="the base, where it is no longer where the adapter says")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    options = parser.parse_args(words)
+    _check_new(options.out)
+    if options.base is not None:
+        local_path(options.base, "--base")
+    merge(options.adapter, options.out, options.base, options.trust_remote_code)
+    say(f"wrote {options.out}", sys.stdout)
+
+
+def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False) -> None:
+    """Write the merged model and its tokenizer, a plain `from_pretrained` directory.
+
+    adapter   of a policy or of a reward model; a run or `final/` directory stands for its adapter
+    base      the model that it was trained on; default: what the adapter names
+    """
+    from marlhf.config import ModelSettings
+    from marlhf.models import adapters, loading
+    from marlhf.runs import checkpoint
+    from marlhf.runs.directory import only_writer
+
+    out = local_path(out, "out")
+
+    folder = find_adapter(adapter)
+    config: Any = adapters.saved_adapter(folder)
+    path = base or config.base_model_name_or_path
+    if not path:
+        raise UserError(f"adapter: {str(folder)!r} does not name its base; give --base")
+    settings = ModelSettings(path=path, trust_remote_code=trust)
+    if config.task_type == "SEQ_CLS":
+        own = replace(settings, path=str(folder))
+        model: Any = loading.load_classifier(own, "adapter", base=path)
+    else:
+        lm_config = loading.load_model_config(settings, "base")
+        model = adapters.merged(loading.load_causal_lm(settings, lm_config), folder)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    own = replace(settings, path=str(folder)) if has_tokenizer else settings
+    tokenizer = loading.load_tokenizer(own, "base")
+    partial = local_path(f"{out}.partial", "out")
+    with only_writer(partial, "out"):
+        _check_new(out)  # which another process may have finished meanwhile
+        try:
+            with writing("out", partial):
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                checkpoint.replace(partial, out)
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)  # room on a full disk
+            raise
+
+
+def _check_new(out: Path) -> None:
+    if local_path(out, "out").exists():
+        raise UserError(f"out: {str(out)!r} exists already; choose another")
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter's folder in an adapter's folder, `final/`, or a run. Raises UserError."""
+    root = local_path(path, "adapter")
+    if not root.is_dir():
+        raise UserError(f"adapter: given {path!r}, which is not a directory that exists")
+    for place in ("", "adapter/*/", "final/adapter/*/"):
+        found = list(root.glob(f"{place}adapter_config.json"))
+        if len(found) == 1:
+            return found[0].parent
+    raise UserError(
+        f"adapter: {path!r} holds no adapter (adapter_config.json), nor does its final/adapter"
+    )

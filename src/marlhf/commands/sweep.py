@@ -1,0 +1,335 @@
+"""`marlhf sweep`: one job over a grid of settings and seeds, in processes of their own.
+
+A run's folder holds, beside what the job writes there, its configuration (`job.yaml`), what it
+printed (`log.txt`) and where it stands (`sweep.yaml`). Started again, a sweep leaves out what is
+done and goes on with what was stopped or has failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from marlhf.common.errors import Stopped, UserError, one_line, say
+from marlhf.common.paths import local_path, write_whole, writing
+from marlhf.common.registry import spec_label
+from marlhf.config import PPOConfig, RewardConfig, SFTConfig, SweepConfig
+from marlhf.config.loading import apply_overrides, config_from_dict, config_to_dict, read_yaml
+from marlhf.config.yaml_text import dump_yaml
+from marlhf.runs.directory import locked, only_writer
+from marlhf.segmenters import build_segmenter
+from marlhf.views.report.runs import read_runs
+
+_CONFIGS: dict[str, Any] = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig}
+_OWN_KEYS = ("seed", "output_dir", "overwrite", "resume")
+_STILL_RUNS = "an earlier sweep, which was killed, has left it running"
+_GO_ON = "; the same command goes on from what is there"
+_POLL = 0.2  # seconds
+_PATIENCE = 600.0  # seconds that a stopped run has to finish its update and save it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    label    its arm and its point of the grid, without the seed; None where nothing varies
+    config   resolved, as plain data
+    """
+
+    folder: Path
+    name: str
+    label: str | None
+    config: dict[str, Any]
+
+    @property
+    def status_file(self) -> Path:
+        """Where the trial's state is kept."""
+        return self.folder / "sweep.yaml"
+
+    def status(self) -> dict[str, Any]:
+        """What was written last; empty before the first start."""
+        try:
+            found = yaml.safe_load(self.status_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeError, yaml.YAMLError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """Replace the state as a whole, so that no kill leaves half of it."""
+        status = {"arm": self.label, "state": state, **more, "config": self.config}
+        with writing("output_dir", self.folder, _GO_ON):
+            write_whole(self.status_file, yaml.safe_dump(status, sort_keys=False))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ended well: by its state, or by its model, which is published at the end."""
+        status = self.status()
+        return bool(status) and (status.get("state") == "done" or (self.folder / "final").is_dir())
+
+
+def run(config: SweepConfig) -> None:
+    """Run what is not done yet. Exits with status 1 where a run has failed."""
+    trials = plan(config)
+    with only_writer(local_path(config.output_dir, "output_dir")):
+        failed = _run_trials(trials, config)
+    if failed:
+        names = ", ".join(trial.name for trial in failed)
+        say(f"{len(trials) - len(failed)} done, {len(failed)} failed: {names}")
+        sys.exit(1)
+    say(f"All done. Next: marlhf report {config.output_dir}", sys.stdout)
+
+
+def _run_trials(trials: Sequence[Trial], config: SweepConfig) -> list[Trial]:
+    for trial in trials:
+        _check_same(trial)
+    todo = [trial for trial in trials if not trial.is_done]
+    before = len(trials) - len(todo)
+    earlier = f", {before} done before" * bool(before)
+    say(f"{len(trials)} runs in {config.output_dir}{earlier}", sys.stdout)
+    return _run_all(todo, config, len(trials))
+
+
+# --- planning
+
+
+def plan(config: SweepConfig) -> list[Trial]:
+    """Every run, its configuration checked. Raises UserError that names the run."""
+    cls = _CONFIGS[config.job]
+    base = read_yaml(config.config)
+    trials: dict[Path, Trial] = {}  # a value given twice makes one run
+    used: dict[str, str | None] = {}
+    for label, settings in _points(config):
+        slug = "" if label is None else _slug(label) or "arm"
+        while slug and used.setdefault(slug, label) != label:
+            slug += "-2"
+        for seed in config.seeds:
+            name = "/".join(part for part in (slug, f"seed-{seed}") if part)
+            folder = local_path(config.output_dir, "output_dir") / name
+            own = {"seed": seed, "output_dir": str(folder), "overwrite": False, "resume": "auto"}
+            given = {**config.overrides, **settings, **own}
+            assignments = [f"{key}={_written(value)}" for key, value in given.items()]
+            try:
+                values = apply_overrides(cls, base, assignments)
+                resolved = config_to_dict(config_from_dict(cls, values))
+                if "segmenter" in resolved:
+                    build_segmenter(resolved["segmenter"])
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            trials[folder] = Trial(folder, name, label, resolved)
+    return [*trials.values()]
+
+
+def _points(config: SweepConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Label and keys of every arm at every point of the grid."""
+    sources = {"overrides": config.overrides, "grid": config.grid}
+    sources |= {f"arms.{name}": keys for name, keys in config.arms.items()}
+    for where, keys in sources.items():
+        for key in keys:
+            if key in _OWN_KEYS:
+                raise UserError(f"{where}: {key} is set by the sweep itself; leave it out")
+    arms: dict[str | None, dict[str, Any]] = {**config.arms} or {None: {}}
+    for (arm, settings), values in itertools.product(
+        arms.items(), itertools.product(*config.grid.values())
+    ):
+        point = dict(zip(config.grid, values, strict=True))
+        parts = [arm] if arm is not None else []
+        parts += [f"{key}={spec_label(value)}" for key, value in point.items()]
+        yield ", ".join(parts) or None, {**settings, **point}
+
+
+def _written(value: Any) -> str:
+    """A value as YAML: JSON, but of a character beyond 16 bits YAML takes no surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", label).strip("-.")[:100]
+
+
+def _check_same(trial: Trial) -> None:
+    """Raises UserError where the trial's folder holds a run of another configuration. Keys that
+    only one of the two has (another version wrote it) say nothing."""
+    before, now = _flat(trial.status().get("config")), _flat(trial.config)
+    for key in before.keys() & now.keys():
+        if before[key] != now[key]:
+            raise UserError(
+                f"output_dir: {str(trial.folder)!r} holds a run with {key}={before[key]}, which is "
+                f"now {now[key]}; choose another output_dir, or delete that folder"
+            )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(config, Mapping):
+        return {}
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not prefix:
+            found |= _flat(value, f"{name}.")
+        elif name not in (*_OWN_KEYS, "resume_changed"):
+            found[name] = json.dumps(value, sort_keys=True, default=str)
+    return found
+
+
+# --- running
+
+
+@dataclass(frozen=True)
+class _Running:
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    began: float
+
+    @property
+    def ended_well(self) -> bool:
+        """By its status and by its model: code of the user's may end a process with status 0."""
+        return self.process.returncode == 0 and (self.trial.folder / "final").is_dir()
+
+
+def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Trial]:
+    """Run trials, some at a time; those that failed. However this ends, no process stays behind."""
+    waiting, failed, told = list(todo), [], list[Trial]()
+    finished = total - len(todo)
+    running: list[_Running] = []
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.parallel)
+    with _sigterm_raises():
+        try:
+            while waiting or running:
+                while waiting and len(running) < config.parallel:
+                    if waiting[0] in told and waiting[0].is_done:
+                        finished += 1
+                        waiting[0].write_status("done")
+                        say(f"[{finished}/{total}] done {waiting.pop(0).name}", sys.stdout)
+                        continue
+                    one = _start(waiting[0], config.job, threads)
+                    if one is None:
+                        if waiting[0] not in told:
+                            told.append(waiting[0])
+                            say(f"waiting for {waiting[0].name}: {_STILL_RUNS}", sys.stdout)
+                        break
+                    running.append(one)
+                    waiting.pop(0)
+                time.sleep(_POLL)
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    finished += 1
+                    if not _finish(one, f"[{finished}/{total}]"):
+                        failed.append(one.trial)
+        except BaseException:
+            _stop(running)
+            raise
+    return failed
+
+
+def _start(trial: Trial, job: str, threads: int) -> _Running | None:
+    """Start a trial; None while one that an earlier sweep has left behind still runs."""
+    job_file = trial.folder / "job.yaml"
+    text = dump_yaml(trial.config)
+    count = str(threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    environment["PYTHONUNBUFFERED"] = "1"  # the log in the order of events, and at once
+    with writing("output_dir", trial.folder, _GO_ON):
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        with (trial.folder / "log.txt").open("ab") as log:
+            # held as long as a process has the file for its output, whatever becomes of this one
+            if not locked(log.fileno()):
+                return None
+            write_whole(job_file, text)
+            trial.write_status("running")
+            process = subprocess.Popen(
+                _command(job, job_file),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is ours to hand on
+            )
+    say(f"started {trial.name}", sys.stdout)
+    return _Running(trial, process, time.monotonic())
+
+
+def _command(job: str, job_file: Path) -> list[str]:
+    return [sys.executable, "-m", "marlhf", job, str(job_file)]
+
+
+def _finish(one: _Running, count: str) -> bool:
+    """Record how a run ended and say so; whether it ended well."""
+    trial, code = one.trial, one.process.returncode
+    seconds = round(time.monotonic() - one.began, 1)
+    if one.ended_well:
+        trial.write_status("done", seconds=seconds)
+        say(f"{count} done {trial.name}, {seconds:.0f} s{_outcome(trial.folder)}", sys.stdout)
+        return True
+    error = _last_words(trial.folder / "log.txt")
+    trial.write_status("failed", status=code, seconds=seconds, error=error)
+    say(f"{count} FAILED {trial.name}, status {code}: {error}")
+    say(f"    see {trial.folder / 'log.txt'}")
+    return False
+
+
+def _stop(running: Sequence[_Running]) -> None:
+    """Let runs finish their update and save it; a second Ctrl-C, or much time, kills them."""
+    if not running:
+        return
+    say(f"stopping {len(running)} runs; once more kills them")
+    for one in running:
+        _signal(one, signal.SIGINT)
+    end = time.monotonic() + _PATIENCE
+    try:
+        for one in running:
+            with suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.0, end - time.monotonic()))
+    finally:
+        for one in running:
+            _signal(one, signal.SIGKILL)
+            one.process.wait()
+        for one in running:
+            with suppress(UserError):  # of a full disk; the next start sees it by the model
+                one.trial.write_status("done" if one.ended_well else "stopped")
+
+
+def _signal(one: _Running, number: int) -> None:
+    with suppress(ProcessLookupError):  # it has just ended
+        os.killpg(one.process.pid, number)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def end(number: int, _frame: Any) -> NoReturn:
+        raise Stopped(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _outcome(folder: Path) -> str:
+    """The last held-out score and KL of a run, where it has them."""
+    try:
+        (found,) = read_runs([str(folder)])
+    except (UserError, ValueError):
+        return ""
+    words = {"score": "eval_score_mean", "KL": "eval_kl_mean", "loss": "eval_loss"}
+    last = {word: list(found.values(key).values())[-1:] for word, key in words.items()}
+    return "".join(f", held-out {word} {value[0]:.3f}" for word, value in last.items() if value)
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = [line for line in lines if line.strip()] or ["nothing was printed"]
+    return one_line(last[-1].removeprefix("marlhf: "))

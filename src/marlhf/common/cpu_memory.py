@@ -1,0 +1,54 @@
+"""Memory of a process on a CPU: gradient buffers that stay, and heap pages that go back.
+
+The C library keeps what was freed, in pieces that later, larger arrays may not fit into, and the
+operating system hands out fresh pages slowly (about 2 GB/s). docs/performance.md has the figures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+
+def trim_heap(device: torch.device) -> None:
+    """Return free heap pages to the operating system (glibc's `malloc_trim`); on CPUs alone."""
+    if device.type != "cpu":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def trim_heap_before_embedding_gradients(module: nn.Module) -> None:
+    """Trim the heap in each backward pass, just before gradients of embeddings are allocated.
+
+    They are the largest and the last allocations of the pass: freed activations would stay beside
+    them, in pieces that they do not fit into.
+    """
+
+    def register(layer: nn.Module, inputs: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: trim_heap(gradient.device))
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Embedding) and layer.weight.requires_grad:
+            layer.register_forward_hook(register)
+
+
+class GradientBuffer:
+    """Memory for gradients on a CPU, kept between steps; one model at a time uses it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def attach_to(self, weights: Collection[Tensor]) -> None:
+        """Give each fp32 weight a gradient of zeros in this memory, instead of the last user's."""
+        sizes = [weight.numel() for weight in weights]
+        if len(self._memory) < sum(sizes):
+            self._memory = torch.empty(sum(sizes))
+        gradients = self._memory[: sum(sizes)].zero_().split(sizes)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.view_as(weight)

@@ -1,0 +1,129 @@
+"""The error that is the user's to mend, and how foreign text is worded and shown."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+_NOT_THEIRS = (str(Path(__file__).parents[1]) + os.sep, importlib.__file__, "<frozen importlib")
+_WRAPPERS = ("_contextlib.py", "contextlib.py")  # a decorator is not where it went wrong
+
+# What commands a terminal or reorders its text: C0, DEL, C1, bidi marks, halves of a character.
+_COMMANDS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message says what, and what is possible.
+
+    The command line prints it as one line and exits with status 2.
+    """
+
+
+class ReportedError(RuntimeError):
+    """A failure that its message explains; the command line prints no traceback for it."""
+
+
+class Stopped(SystemExit):
+    """The end of a process that somebody asked for by a signal; no plug-in may swallow it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments, whose complaints are UserErrors too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        name = self.prog.removeprefix("marlhf ")
+        raise UserError(f"{name}: {message}; see {self.prog} --help")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with � for control characters, bidi marks and surrogates that `keep` lacks.
+
+    Everything foreign goes through here before a terminal or a page shows it.
+    """
+    return _COMMANDS.sub(lambda found: found[0] if found[0] in keep else "�", text)
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Lines for whoever started the command, without what commands a terminal.
+
+    file   stderr by default
+    """
+    print(printable(str(text), "\n\t"), file=file or sys.stderr, flush=True)
+
+
+def one_line(text: object, length: int = 300) -> str:
+    """A text, or what an exception says, as a printable line of at most `length` characters."""
+    try:
+        words = str(text)
+    except Exception:  # the class is a plug-in's
+        words = f"{type(text).__name__} (which cannot be shown)"
+    words = printable(" ".join(words.split()))
+    words = words or (type(text).__name__ if isinstance(text, BaseException) else "")
+    return words if len(words) <= length else words[: length - 3] + "..."
+
+
+def shown(value: object, length: int = 60) -> str:
+    """`repr` of any value on a printable line of at most `length` characters."""
+    try:
+        return one_line(repr(value), length)
+    except Exception:  # the class is a plug-in's
+        return f"<{type(value).__name__}, which cannot be shown>"
+
+
+def raised(error: BaseException) -> str:
+    """What the code of a plug-in raised, and where: its name, what it says, and the last line of
+    the file that this library called, as far as that is not its own."""
+    text = f"raised {one_line(type(error).__name__)}: {one_line(error)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(_NOT_THEIRS) and Path(frame.filename).name not in _WRAPPERS
+    ]
+    if not theirs:
+        return text
+    line = next(f.lineno for f in reversed(theirs) if f.filename == theirs[0].filename)
+    return f"{text} ({Path(theirs[0].filename).name}, line {line})"
+
+
+_REQUIREMENTS = {
+    "bool_type": "true or false",
+    "dataclass_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "none_required": "null",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "tuple_type": "a list",
+}
+
+
+def requirement(finding: Mapping[str, Any]) -> str:
+    """What a value must be, by one of pydantic's findings, in the words of somebody who writes
+    YAML."""
+    template = _REQUIREMENTS.get(finding["type"])
+    if template is None:
+        return finding["msg"].removeprefix("Input should be ")
+    bounds = finding.get("ctx", {}).items()
+    whole = {n: int(x) if isinstance(x, float) and x.is_integer() else x for n, x in bounds}
+    return template.format(**whole)

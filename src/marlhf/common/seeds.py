@@ -1,0 +1,15 @@
+"""Seeds of sampling: what fixes the noise of each response."""
+
+EVAL_STEP = -1
+"""The step of held-out responses, which are always sampled with the same noise."""
+
+
+def row_seed(seed: int, step: int, row_id: int) -> int:
+    """A well-mixed 63-bit seed for one response of one step (splitmix64 over the three)."""
+    state = 0
+    for part in (seed, step, row_id):
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

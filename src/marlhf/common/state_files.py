@@ -1,0 +1,85 @@
+"""State that a run reads back: plain data alone, and nothing that does not fit is used.
+
+A tensor of another shape would be broadcast by `copy_`, and makes fused optimisers write beyond
+their memory.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlhf.common.errors import UserError
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """What `torch.save` wrote of a dict of tensors and plain data. Raises UserError and OSError."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError):  # in words of their own, and many
+        raise UserError(f"{file.name} holds more than tensors, numbers, texts and lists") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{file.name} holds no dict")
+    return state
+
+
+def read_numbers(file: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A JSON object that has these keys, each of its type. Raises UserError and OSError."""
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{file.name} holds no JSON") from None
+    for key, kind in kinds.items():
+        value = state.get(key) if isinstance(state, dict) else None
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or (isinstance(value, int) and value < 0):
+            raise UserError(f"{file.name} has no {key} of the right type")
+    return state
+
+
+def check_weights(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    """Weights of these names and shapes, and no others. Raises UserError."""
+    for name in saved.keys() ^ shapes.keys():
+        raise UserError(f"{name} is {'no weight of this model' if name in saved else 'missing'}")
+    for name, shape in shapes.items():
+        if saved[name].shape != shape:
+            raise UserError(f"{name} has shape {list(saved[name].shape)}, not {list(shape)}")
+
+
+@contextmanager
+def loading_optimizer(optimizer: torch.optim.Optimizer, is_ours: bool = True) -> Iterator[None]:
+    """Around what loads the state of an AdamW: its settings stay what they are, and its moments
+    are of their parameters' shapes and strides. Raises UserError.
+
+    is_ours   false where DeepSpeed keeps it, which may have swapped tensors out
+    """
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, Tensor) or not isinstance(state, dict):
+            raise UserError("the optimiser's state is of other parameters")
+        if is_ours and state and state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise UserError("the optimiser's state is not that of AdamW")
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                if is_ours:
+                    raise UserError(f"the optimiser's {name} is no tensor")
+                continue
+            swapped = not is_ours and 0 in (value.numel(), parameter.numel())
+            fits = value.numel() == 1 if name == "step" else value.shape == parameter.shape
+            if not (swapped or (fits and value.is_floating_point())):
+                raise UserError(
+                    f"the optimiser's {name} has shape {list(value.shape)} and type {value.dtype}, "
+                    f"for a weight of shape {list(parameter.shape)}"
+                )
+            if is_ours and name != "step" and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(value)

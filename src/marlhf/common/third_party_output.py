@@ -1,0 +1,62 @@
+"""The terminal belongs to the run: other libraries' notices, warnings and bars stay off it.
+
+Only the command line asks for this; a program that imports marlhf keeps its own settings. Python's
+`-W` and the libraries' own environment variables still have their say.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import suppress
+
+from marlhf.common.errors import printable
+
+_ENVIRONMENT = {
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def quiet_libraries() -> None:
+    """Errors only, please. To be called before the libraries are imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # DeepSpeed warns, whoever imports it, that there is no GPU, and sets its own level
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if logging.getLogRecordFactory() is logging.LogRecord:
+        logging.setLogRecordFactory(
+            lambda *given, **more: _printable(logging.LogRecord(*given, **more))
+        )
+
+
+def _printable(record: logging.LogRecord) -> logging.LogRecord:
+    """What any library logs may quote a text that commands the terminal."""
+    with suppress(Exception):  # a message that does not fit its arguments: logging tells so
+        record.msg, record.args = printable(record.getMessage(), "\n\t"), ()
+    return record
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def hide_loading_bars() -> None:
+    """No bars while weights are read and written; those of downloads stay."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    from marlhf.compat.transformers import hide_gguf_bar
+
+    downloads_hidden = huggingface_hub.utils.are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()
+    hide_gguf_bar()
+    if not downloads_hidden:
+        huggingface_hub.utils.enable_progress_bars()

@@ -1,0 +1,139 @@
+"""Private parts of DeepSpeed: gradient norms, skipped steps, sharded weights that stay frozen.
+
+Importing this file does not import DeepSpeed, which takes seconds; `check_names` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from marlhf.compat import needs
+from marlhf.compat.torch import hooks_removed
+
+_STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_STAGE12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+_OFFLOAD = "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload"
+_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+
+
+def check_names() -> None:
+    """Raise IncompatibleError where DeepSpeed lacks a name that is used here (all: 0.19.8)."""
+    needs(
+        f"{_STAGE3}._get_norm_groups(self)",
+        f"{_STAGE3}.parameter_offload",
+        f"{_STAGE12}.scaled_global_norm(self)",
+        "deepspeed.runtime.utils:is_invalid_grad_norm(norm)",
+        f"{_OFFLOAD}.fwd_pre_hook",
+        f"{_OFFLOAD}.forward_hooks",
+        f"{_OFFLOAD}.backward_hooks",
+        f"{_OFFLOAD}.get_param_coordinator(self)",
+        f"{_OFFLOAD}.release_backward_leftovers(self)",
+        "deepspeed.runtime.zero.partitioned_param_coordinator:"
+        "PartitionedParameterCoordinator.reset_step(self)",
+        f"{_ENGINE}.set_gradient_accumulation_boundary(self, is_boundary)",
+        f"{_ENGINE}.was_step_applied(self)",
+        "deepspeed.ops:__compatible_ops__",
+    )
+
+
+# private: DeepSpeedZeroOptimizer_Stage3._get_norm_groups, scaled_global_norm (0.19.8)
+# why: engine.get_global_grad_norm() is known only after the step, and the step must depend on it
+# remove when: DeepSpeed gives the norm of the gradient before the step
+def gradient_norms(engine: Any) -> list[float]:
+    """L2 norms of the parts of an engine's gradient before clipping; -1: not finite.
+
+    Under ZeRO-3 a part is a sub-group of `sub_group_size` weights; otherwise there is one.
+    """
+    optimizer = engine.optimizer
+    sharded = engine.zero_optimization_stage() == 3
+    norms = optimizer._get_norm_groups() if sharded else [optimizer.scaled_global_norm()]
+    return [float(norm) for norm in norms]
+
+
+# private: the same methods, replaced on the instance, and -1 for a norm that is not finite (0.19.8:
+#          deepspeed.runtime.utils.is_invalid_grad_norm; earlier versions would take the step)
+# why: zero_grad leaves gradients that ZeRO has already reduced and partitioned
+# remove when: an engine can forget its gradient
+def discard_gradient(engine: Any) -> None:
+    """Forget an engine's gradient, as DeepSpeed does where its norm is not finite."""
+    sharded = engine.zero_optimization_stage() == 3
+    name = "_get_norm_groups" if sharded else "scaled_global_norm"
+    not_finite = torch.tensor(-1.0)
+    setattr(engine.optimizer, name, lambda: [not_finite] if sharded else not_finite)
+    try:
+        engine.step()
+    finally:
+        delattr(engine.optimizer, name)
+    assert not engine.was_step_applied()
+
+
+# private: Parameter.ds_id (0.19.8)
+# why: nothing public tells a parameter that ZeRO-3 has sharded from another
+# remove when: deepspeed.zero has a function that does
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has spread a parameter over the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathered_parameter(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
+    """Context in which a weight is complete; what `modifier_rank` writes into it is for all."""
+    if not is_sharded(parameter):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=modifier_rank)
+
+
+# private: DeepSpeedZeRoOffload.fwd_pre_hook, .forward_hooks, get_param_coordinator().reset_step()
+#          (0.19.8)
+# why: DeepSpeed takes a call of the module for the begin of a pass; ours may call its parts
+# remove when: an engine for inference can be told where passes begin
+def passes_begin_at(offload: Any, module: nn.Module) -> None:
+    """Have the passes of a frozen sharded model begin with `module`."""
+    offload.fwd_pre_hook.remove()
+    start = module.register_forward_pre_hook(
+        lambda *_: offload.get_param_coordinator().reset_step()
+    )
+    offload.forward_hooks.append(start)
+
+
+# private: DeepSpeedZeRoOffload.forward_hooks, .backward_hooks (0.19.8)
+# why: where weights are gathered for many passes, each layer would still release its own
+# remove when: GatheredParameters keeps weights for passes within it
+@contextmanager
+def without_hooks(offload: Any) -> Iterator[None]:
+    """Within, layers neither fetch nor release weights, and talk to no other rank."""
+    with hooks_removed([*offload.forward_hooks, *offload.backward_hooks]):
+        yield
+
+
+# private: DeepSpeedZeRoOffload.release_backward_leftovers (0.19.3)
+# why: only an engine's own backward pass releases what it gathered, and adapters are not in one
+# remove when: a backward pass outside an engine releases sharded weights
+def release_gathered(offload: Any) -> None:
+    """Release the weights that a backward pass outside an engine has gathered."""
+    offload.release_backward_leftovers()
+
+
+# private: deepspeed.ops.__compatible_ops__ (0.19.8)
+# why: compiling takes a compiler and a minute, and a process that is killed meanwhile leaves a lock
+#      for which every later run on the machine would wait, without end
+# remove when: DeepSpeed's CPU accelerator can be told not to compile it
+def without_extension(name: str) -> None:
+    """Keep DeepSpeed from compiling one of its extensions at start."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__[name] = False
+
+
+def is_engine(model: Any) -> bool:
+    """Whether a model is a DeepSpeed engine."""
+    import sys
+
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)

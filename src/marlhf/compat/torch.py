@@ -1,0 +1,95 @@
+"""Private parts of torch: packed linear layers, fake tensors, hooks, DDP's ignored parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from marlhf.compat import needs
+
+# private: torch._subclasses.fake_tensor.FakeTensorMode, torch.utils._python_dispatch
+#          .TorchDispatchMode, torch.utils._pytree.tree_leaves (2.13)
+# why: only a dispatch mode sees every storage that a pass makes, and fake tensors have none
+# remove when: torch documents them under public names
+needs(
+    "torch._subclasses.fake_tensor:FakeTensorMode",
+    "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__(self, func, types, args)",
+    "torch.utils._pytree:tree_leaves(tree)",
+)
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves as tree_leaves  # noqa: E402
+
+
+# private: DistributedDataParallel._set_params_and_buffers_to_ignore_for_model (2.13)
+# why: DDP waits for the gradient of every parameter, also of those that another model trains
+# remove when: DDP takes the parameters to synchronise as an argument
+@needs(
+    "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
+    "(module, params_and_buffers_to_ignore)"
+)
+def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
+    """Keep DDP, when it wraps `module`, from synchronising these parameters and buffers."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+
+
+# private: torch.utils.hooks.RemovableHandle.hooks_dict_ref, .id (2.13)
+# why: a handle can remove its hook, but not put it back in its place
+# remove when: torch can disable a hook for a while
+@needs(
+    "torch.utils.hooks:RemovableHandle.hooks_dict_ref",
+    "torch.utils.hooks:RemovableHandle.id",
+)
+@contextmanager
+def hooks_removed(handles: Iterable[Any]) -> Iterator[None]:
+    """Within, these hooks (given by their handles) do not run; afterwards they do again."""
+    removed = []
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        removed.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        yield
+    finally:
+        for hooks, number, hook in removed:
+            hooks[number] = hook
+
+
+# private: torch.Tensor._version (2.13)
+# why: nothing else tells whether a tensor was written to in place
+# remove when: torch documents a counter of writes
+@needs("torch:Tensor._version")
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return tensor._version
+
+
+# private: torch.ops.mkldnn._reorder_linear_weight, ._linear_pointwise,
+#          ._is_mkldnn_bf16_supported (2.13)
+# why: oneDNN's blocked weights, which `torch.compile` uses, have no public function; on a CPU they
+#      make decoding 1.5 times as fast (docs/performance.md)
+# remove when: an eager linear layer can keep its weight packed
+def has_packed_linear(dtype: torch.dtype) -> bool:
+    """Whether a CPU product with packed weights of this dtype exists here."""
+    operations = torch.ops.mkldnn
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(operations, n) for n in names):
+        return False
+    if dtype == torch.bfloat16:
+        return operations._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def pack_linear_weight(weight: Tensor, rows: int) -> Tensor:
+    """`weight [out,in]` in oneDNN's layout for inputs of `rows` rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def packed_linear(x: Tensor, packed_weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [..., in] -> [..., out]` with a weight of `pack_linear_weight`."""
+    product = torch.ops.mkldnn._linear_pointwise
+    return product(x.to(packed_weight.dtype), packed_weight, bias, "none", [], "")

@@ -1,0 +1,25 @@
+"""Datasets by name: `data.preset`. See `base` for the contract."""
+
+from marlhf.data.presets.base import (
+    PRESETS,
+    Example,
+    PresetFn,
+    RowError,
+    Source,
+    build_preset,
+    value,
+)
+from marlhf.data.presets.parts import Stage, place, preset_records
+
+__all__ = [
+    "PRESETS",
+    "Example",
+    "PresetFn",
+    "RowError",
+    "Source",
+    "Stage",
+    "build_preset",
+    "place",
+    "preset_records",
+    "value",
+]

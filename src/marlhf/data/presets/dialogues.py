@@ -1,0 +1,33 @@
+"""`Dahoas/full-hh-rlhf`: dialogues with a helpful and harmless assistant, and a choice between two
+of its answers (Bai et al. 2022, arXiv 2204.05862)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from marlhf.data.files import Files, Row
+from marlhf.data.presets.base import Example, RowError, Source, value
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class FullHHRLHF:
+    """The prompt is the dialogue so far, in the dataset's own words "Human:" and "Assistant:".
+
+    Rows are often later turns of one dialogue; all that begin alike are one document. Prompts have
+    the column `reference`, the answer preferred.
+    """
+
+    source: ClassVar[Source] = Source(
+        "Dahoas/full-hh-rlhf", Files(columns=("prompt", "chosen", "rejected")), eval_split="test"
+    )
+
+    def __call__(self, row: Row) -> Example:
+        prompt = value(row, "prompt", str)
+        chosen, rejected = value(row, "chosen", str), value(row, "rejected", str)
+        first_turn = prompt.partition(_ASSISTANT)[0].removeprefix(_HUMAN)
+        if not first_turn.strip():
+            raise RowError("prompt is empty")
+        return Example(prompt, (chosen,), (chosen, rejected), {"reference": chosen}, first_turn)

@@ -1,0 +1,81 @@
+"""`openai/summarize_from_feedback`: posts of the TL;DR dataset, news articles, and human judgements
+of their summaries (Stiennon et al. 2020, arXiv 2009.01325)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from marlhf.data.files import Files, Row
+from marlhf.data.presets.base import Example, RowError, Source, value
+
+
+@dataclass(frozen=True)
+class SummarizeFromFeedback:
+    """config: `comparisons` (two summaries and a choice) or `axis` (one summary and its marks; the
+        hub has `validation` and `test` of it, and no `train`)
+    demonstrations: what sft imitates: the summary preferred (as the paper's released code does) or
+        `human`, the post's own summary by its author, in rows that have it
+
+    Prompts have the columns `reference` (the human summary, or null), `subreddit` and `id`.
+    """
+
+    config: Literal["comparisons", "axis"] = "comparisons"
+    demonstrations: Literal["chosen", "human"] = "chosen"
+
+    @property
+    def source(self) -> Source:
+        axis = self.config == "axis"
+        columns = ("info", "summary") if axis else ("info", "summaries", "choice")
+        return Source(
+            "openai/summarize_from_feedback",
+            Files(self.config, "refs/convert/parquet", columns),
+            eval_split="test" if axis else "validation",
+        )
+
+    def __call__(self, row: Row) -> Example:
+        document, prompt = _prompt(row)
+        if self.config == "axis":
+            summaries, choice = [_summary(row.get("summary"), "summary")], None
+        else:
+            summaries, choice = _compared(row)
+        human = next((text for text, policy in summaries if policy == "ref"), None)
+        chosen = None if choice is None else summaries[choice][0]
+        pair = None if choice is None else (summaries[choice][0], summaries[1 - choice][0])
+        wanted = chosen if self.demonstrations == "chosen" and choice is not None else human
+        columns = {
+            "reference": human,
+            "subreddit": value(row, "info.subreddit", str, optional=True),
+            "id": value(row, "info.id", str, optional=True),
+        }
+        return Example(prompt, () if wanted is None else (wanted,), pair, columns, document)
+
+
+def _prompt(row: Row) -> tuple[str, str]:
+    """The post or article, and the prompt that the released code makes of it."""
+    post = value(row, "info.post", str, optional=True)
+    article = value(row, "info.article", str, optional=True)
+    kind, text = ("POST", post) if (post or "").strip() else ("ARTICLE", article)
+    if text is None or not text.strip():
+        raise RowError("info.post and info.article are both null or empty")
+    subreddit = value(row, "info.subreddit", str, optional=True)
+    where = "" if subreddit is None else f"Subreddit: r/{subreddit}\n"
+    return text, f"{kind}\n{where}{text}\nTL;DR: "
+
+
+def _compared(row: Row) -> tuple[list[tuple[str, str | None]], int]:
+    given = value(row, "summaries", list)
+    if len(given) != 2:
+        raise RowError(f"summaries has {len(given)} entries, must have 2")
+    choice = value(row, "choice", int)
+    if choice not in (0, 1):
+        raise RowError(f"choice is {choice}, must be 0 or 1")
+    return [_summary(s, f"summaries.{i}") for i, s in enumerate(given)], choice
+
+
+def _summary(summary: object, where: str) -> tuple[str, str | None]:
+    """Text and policy. The policy `ref` is the human author of the post."""
+    try:
+        return value(summary, "text", str), value(summary, "policy", str, optional=True)
+    except RowError as error:
+        raise RowError(f"{where}: {error}") from None

@@ -1,0 +1,1 @@
+"""`marlhf estimate`: the memory that a run needs, from configurations alone."""

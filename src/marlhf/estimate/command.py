@@ -1,0 +1,202 @@
+"""`marlhf estimate`: the memory that a ppo run needs on each GPU, under every launch profile."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from marlhf.common.errors import Parser, UserError, say
+from marlhf.config import PPOConfig
+from marlhf.config.loading import load_config
+from marlhf.estimate.memory_model import PROFILES, Estimate, Profile, Run, estimate, is_sharded
+
+if TYPE_CHECKING:
+    from marlhf.estimate.allocations import PassCounter
+
+_GB = 10**9
+_TIGHT = 0.9  # of the memory: CUDA's own, and gaps between tensors, come on top
+_NOTES = """\
+GB are 1e9 bytes. Prompts and responses are taken to be as long as the config allows. What stays,
+and one phase at a time, are in memory together. CUDA's own memory and gaps between tensors come on
+top: "tight" is more than 90%. Profiles are those of configs/accelerate; host is the CPU's memory
+for this rank's part of an offloaded run."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Print the table; nothing is loaded but the models' config.json."""
+    options = _parse(words)
+    try:
+        config = load_config(PPOConfig, options.config, options.overrides)
+    except UserError as error:
+        raise UserError(f"{error} (estimate takes a config of marlhf ppo)") from None
+    memory = round(options.gpu_memory * _GB)
+    gpus = options.gpus
+    counter = counter_of(config)
+    found = estimates(counter, gpus)
+    say(header(config, counter.run(gpus), gpus, options.gpu_memory), sys.stdout)
+    print(table(found, memory))
+    print(_NOTES)
+    fits = [profile for profile, each in found.items() if each.peak <= memory]
+    if fits:
+        print(f"\nFits: {', '.join(fits)}.")
+        return
+    print(
+        f"\nNothing fits in {options.gpu_memory:g} GB. What would help, with the least peak of all:"
+    )
+    for change, each in helps(config, gpus):
+        profile, least = min(each.items(), key=lambda item: item[1].peak)
+        print(f"  {change}\n    {profile}: {least.peak / _GB:.4g} GB{_mark(least, memory)}")
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="marlhf estimate",
+        usage="marlhf estimate CONFIG.yaml [key.sub=value ...] --gpus N --gpu-memory GB",
+        description="How much memory `marlhf ppo CONFIG.yaml` needs on each GPU, without running "
+        "it: only the models' config.json are read.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG.yaml", help="a config of marlhf ppo")
+    add("overrides", nargs="*", metavar="key.sub=value", help="as for marlhf ppo")
+    add("--gpus", type=_count, required=True, metavar="N", help="processes, one a GPU")
+    add("--gpu-memory", type=_positive, required=True, metavar="GB", help="of one GPU, 1e9 bytes")
+    return parser.parse_intermixed_args(list(words))
+
+
+def _count(given: str) -> int:
+    if not given.isdecimal() or not 1 <= int(given) < 2**31:
+        raise argparse.ArgumentTypeError(f"given {given}, must be a whole number, at least 1")
+    return int(given)
+
+
+def _positive(given: str) -> float:
+    try:
+        number = float(given)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"given {given}, must be a number above 0")
+    return number
+
+
+def counter_of(config: PPOConfig) -> PassCounter:
+    """What counts the passes of a config. Raises UserError."""
+    from marlhf.estimate.allocations import PassCounter, fake_models
+
+    return PassCounter(config, fake_models(config))
+
+
+def estimates(counter: PassCounter, gpus: int) -> dict[Profile, Estimate]:
+    """Profile -> the memory of a rank."""
+    found = {}
+    for profile in PROFILES:
+        ranks = _ranks(profile, gpus)
+        run = counter.run(ranks, is_sharded(profile))
+        found[profile] = estimate(run, profile, ranks)
+    return found
+
+
+def _ranks(profile: Profile, gpus: int) -> int:
+    return 1 if profile == "single" else gpus
+
+
+def helps(config: PPOConfig, gpus: int) -> Iterable[tuple[str, dict[Profile, Estimate]]]:
+    """`(changes, estimates with them)`: what lowers the memory, each on top of those before; and
+    adapters, with as many GPUs as were given."""
+    from marlhf.config.loading import apply_overrides, config_from_dict, config_to_dict
+
+    values: dict[str, Any] = config_to_dict(config)
+    done: list[str] = []
+
+    def counter() -> PassCounter:
+        return counter_of(config_from_dict(PPOConfig, apply_overrides(PPOConfig, values, done)))
+
+    for change in ("model.gradient_checkpointing=true", "optimizer.micro_batch_size=1"):
+        if not _has(values, change):
+            done.append(change)
+            yield " ".join(done), estimates(counter(), gpus)
+    last = counter()
+    for more in (2 * gpus, 8 * gpus):
+        yield " ".join([*done, f"--gpus {more}"]), estimates(last, more)
+    if config.model.lora is None:
+        done.append("model.lora.r=16")
+        yield " ".join(done), estimates(counter(), gpus)
+
+
+def _has(values: dict[str, Any], change: str) -> bool:
+    key, _, wanted = change.partition("=")
+    section, name = key.split(".")
+    return str(values[section][name]).lower() == wanted
+
+
+def header(config: PPOConfig, run: Run, gpus: int, gpu_memory: float) -> str:
+    """The models, and the shapes of what they are given."""
+    rollout = config.rollout
+    responses = rollout.batch_size * rollout.responses_per_prompt
+    models = [
+        f"{name} {_millions(model.frozen + model.trained)}"
+        + (f" ({_millions(model.trained)} trained)" if model.trained and model.frozen else "")
+        for name, model in run.models.items()
+    ]
+    return (
+        f"Parameters: {', '.join(models)}.\n"
+        f"{gpus} GPUs of {gpu_memory:g} GB; {responses} responses an update, prompts of "
+        f"{rollout.max_prompt_length} and responses of {rollout.max_new_tokens} tokens; "
+        f"micro-batches of {config.optimizer.micro_batch_size} rows in {config.model.precision}; "
+        f"keys and values of a rank's responses {run.generation.cache / _GB:.1f} GB.\n"
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count >= 1e7 else 2}f}M"
+
+
+def table(found: Mapping[Profile, Estimate], memory: int) -> str:
+    """A row a profile, in GB."""
+    first = next(iter(found.values()))
+    phases = list(first.phases)
+    heads = ["profile", "weights", "optimiser", "buffers", *phases, "peak", "fits", "host"]
+    above = ["", "what stays:", "", "", "and one of:", *[""] * (len(phases) - 1), "", "", ""]
+    rows = [above, heads]
+    details = []
+    for profile, each in found.items():
+        stays = [each.weights, each.optimizer, each.buffers]
+        extra = [phase.total for phase in each.phases.values()]
+        numbers = [f"{size / _GB:.2f}" for size in (*stays, *extra, each.peak)]
+        rows.append([profile, *numbers, _verdict(each, memory), f"{each.host / _GB:.1f}"])
+        parts = [
+            f"{name}: {_parts(phase)}"
+            for name, phase in each.phases.items()
+            if phase.gathered or phase.gradients
+        ]
+        details.append(f"  {profile:<14} {'; '.join(parts)}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(
+        [*lines, "", "Of these, weights gathered + gradients + activations:", *details, ""]
+    )
+
+
+def _parts(phase: Any) -> str:
+    sizes = (phase.gathered, phase.gradients, phase.activations)
+    return " + ".join(f"{size / _GB:.2f}" for size in sizes)
+
+
+def _verdict(each: Estimate, memory: int) -> str:
+    if each.peak > memory:
+        return "no"
+    return "tight" if each.peak > _TIGHT * memory else "yes"
+
+
+def _mark(each: Estimate, memory: int) -> str:
+    return {"no": "", "tight": ", fits tightly", "yes": ", fits"}[_verdict(each, memory)]

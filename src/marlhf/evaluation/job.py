@@ -1,0 +1,239 @@
+"""The job `marlhf evaluate`.
+
+  1. check everything that needs no weights                       evaluation/policies
+  2. sample responses, one policy in memory at a time             evaluation/sampling
+  3. score them: rewards, ROUGE, KL to the reference              evaluation/scoring
+  4. means, intervals, win rates, pass@k, best-of-n               evaluation/summary
+  5. ask a judge, score people's ratings                          evaluation/preferences
+
+Every response, measure and judgement is on disk as soon as it exists; a second run of the same
+configuration does only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+from marlhf.common.chat_templates import fix_date
+from marlhf.common.errors import UserError, printable, say
+from marlhf.common.paths import local_path, write_whole, writing
+from marlhf.config import EvaluateConfig
+from marlhf.config.loading import config_to_dict
+from marlhf.config.yaml_text import dump_yaml
+from marlhf.data.prompts import Prompt, load_rows
+from marlhf.data.template_checks import dated, reward_tokenizers, template_notes
+from marlhf.distributed import Distributed
+from marlhf.evaluation.bench import MEASURE_KEY, SAMPLE_KEY, Bench
+from marlhf.evaluation.endpoint import api_key
+from marlhf.evaluation.policies import Source, check_same_tokens, labelled, source
+from marlhf.evaluation.raters import read_ratings
+from marlhf.evaluation.records import GO_ON, Measured, Records, Sample
+from marlhf.evaluation.render import markdown, show
+from marlhf.evaluation.sampling import fingerprints, measure_kl, pending_samples, sample_policy
+from marlhf.evaluation.scoring import Measure, apply_measure, build_measures
+from marlhf.evaluation.summary import summarise
+from marlhf.evaluation.win_rates import judge_pairs, rate_pairs
+from marlhf.rewards import CombinedReward
+from marlhf.rollout.worker import check_rewards
+from marlhf.runs import checkpoint
+from marlhf.runs.directory import notice, only_writer
+from marlhf.runs.provenance import check_apart
+
+SAMPLES, MEASURES = "samples.jsonl", "measures.jsonl"
+_OWN_FILES = (SAMPLES, MEASURES, "results.json", "results.md", "config.yaml")
+
+
+def run(config: EvaluateConfig) -> None:
+    """The job `marlhf evaluate`."""
+    evaluate(config)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
+    """Evaluate; returns what results.json holds (None on ranks other than the main one).
+
+    Raises UserError for what cannot work, before any weight is loaded where that is possible.
+    """
+    with ExitStack() as held:  # the folder, until the end
+        return _evaluate(config, held)
+
+
+def _evaluate(config: EvaluateConfig, held: ExitStack) -> dict[str, Any] | None:
+    distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
+    config = dated(config, distributed)
+    # 1. check
+    measures = build_measures(config)
+    _check_names(config, measures)
+    bench, reference, notes = _bench(config, measures, distributed, held)
+    prints = {each.label: fingerprints(bench, each) for each in bench.sources}
+    for each in bench.sources:
+        pending_samples(bench, each, prints[each.label])
+    distributed.fail_together(lambda: _write_config(config, distributed.is_main, notes))
+    # 2. sample
+    for each in bench.sources:
+        sample_policy(bench, each, prints[each.label])
+    # 3. score
+    for measure in measures:
+        apply_measure(bench, measure)
+    if reference is not None:
+        measure_kl(bench, reference)
+    # 4. summarise, 5. ask
+    return _results(bench, measures) if distributed.is_main else None
+
+
+def _bench(
+    config: EvaluateConfig,
+    measures: Sequence[Measure],
+    distributed: Distributed,
+    held: ExitStack,
+) -> tuple[Bench, Source | None, list[str]]:
+    """Prompts, models short of their weights, and what an earlier run left; the reference; lines
+    about chat templates.
+
+    Raises UserError for whatever does not fit together.
+    """
+    prompts = _prompts(config)
+    rewards = CombinedReward(tuple(measure.reward for measure in measures))
+    check_rewards(rewards, prompts)
+    for tokenizer in reward_tokenizers(rewards):
+        fix_date(tokenizer, config.data.template_date)
+    sources = [
+        source(label, path, _key(config, label), config, prompts)
+        for label, path in labelled(config.policies).items()
+    ]
+    reference = None
+    if config.reference is not None:
+        reference = source("reference", config.reference, "reference", config, prompts)
+        check_same_tokens(reference, sources)
+    notes = [
+        note
+        for each in sources
+        for note in template_notes(rewards, prompts, each.tokenizer, config.data)
+    ]
+    folder = _claim(config, distributed, held)
+    samples = Records(folder / SAMPLES, SAMPLE_KEY, distributed, Sample)
+    known = Records(folder / MEASURES, MEASURE_KEY, distributed, Measured)
+    track = _Track(distributed.is_main)
+    return Bench(config, prompts, sources, samples, known, distributed, track), reference, notes
+
+
+def _results(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
+    """Everything known, on disk and on the terminal, whatever becomes of the judge."""
+    config, folder = bench.config, _folder(bench.config)
+    results = summarise(bench, measures)
+    _write_results(results, folder)
+    try:
+        if config.raters is not None:
+            rate_pairs(bench, results, folder)
+        if config.judge is not None:
+            judge_pairs(bench, results, folder)
+    finally:
+        show(results, _console())
+        _write_results(results, folder)
+    return results
+
+
+def _folder(config: EvaluateConfig) -> Path:
+    return local_path(config.output_dir, "output_dir")
+
+
+def _key(config: EvaluateConfig, label: str) -> str:
+    return f"policies.{label}" if isinstance(config.policies, dict) else "policies"
+
+
+def _check_names(config: EvaluateConfig, measures: Sequence[Measure]) -> None:
+    """Labels, rewards, keys and files that the configuration names exist. Raises UserError."""
+    labels = list(labelled(config.policies))
+    if config.baseline is not None and config.baseline not in labels:
+        raise UserError(
+            f"baseline: given {config.baseline!r}, must be one of the policies: {', '.join(labels)}"
+        )
+    if len(labels) < 2:
+        for key in ("baseline", "judge", "raters"):
+            if getattr(config, key) is not None:
+                raise UserError(f"{key}: needs two policies to compare, given one")
+    if config.judge is not None:
+        api_key(config.judge)
+    for path in config.raters.ratings if config.raters is not None else ():
+        read_ratings(path)
+    wanted = config.pass_at.reward if config.pass_at is not None else None
+    names = [m.name.removeprefix("reward_") for m in measures if m.weight is not None]
+    if wanted is not None and wanted not in names:
+        raise UserError(
+            f"pass_at.reward: given {wanted!r}, must be the name of one of the rewards, of an "
+            f"import path its last part: {', '.join(names)}"
+        )
+
+
+def _prompts(config: EvaluateConfig) -> list[Prompt]:
+    rows, held_out = load_rows(config.data, "evaluate")
+    return held_out or rows
+
+
+def _claim(config: EvaluateConfig, distributed: Distributed, held: ExitStack) -> Path:
+    """The output folder, this process's alone while `held` is open, without the files of an earlier
+    evaluation if they may go."""
+    folder = _folder(config)
+    fault: list[str] = []
+    if distributed.is_main:
+        try:
+            check_apart(config, [folder / name for name in _OWN_FILES])
+            held.enter_context(only_writer(folder))
+            if (folder / "metrics.jsonl").exists():
+                fault = [f"output_dir: {config.output_dir!r} holds a training run; choose another"]
+            with writing("output_dir", folder):
+                for name in _OWN_FILES if config.overwrite and not fault else ():
+                    checkpoint.delete(folder / name)
+        except UserError as error:
+            fault = [str(error)]
+    fault = distributed.gather_objects(fault)
+    if fault:
+        raise UserError(fault[0])
+    return folder
+
+
+def _write_config(config: EvaluateConfig, is_main: bool, notes: Sequence[str]) -> None:
+    if is_main:
+        for line in dict.fromkeys(notes):
+            notice(line)
+        with writing("output_dir", _folder(config), GO_ON):
+            write_whole(_folder(config) / "config.yaml", dump_yaml(config_to_dict(config)))
+
+
+def _write_results(results: dict[str, Any], folder: Path) -> None:
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    with writing("output_dir", folder, GO_ON):
+        write_whole(folder / "results.json", text)
+        write_whole(folder / "results.md", markdown(results))
+
+
+class _Track:
+    """A bar on stderr for a list of batches; a line where there is no terminal."""
+
+    def __init__(self, is_main: bool) -> None:
+        self._console = Console(stderr=True)
+        self._is_main = is_main
+
+    def __call__(self, batches: Sequence[Any], what: str) -> Iterator[Any]:
+        if not self._is_main:
+            return iter(batches)
+        if not self._console.is_terminal:
+            say(f"{what}: {len(batches)} batches")
+            return iter(batches)
+        return iter(track(batches, escape(printable(what)), console=self._console, transient=True))
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for a table."""
+    console = Console()
+    return (
+        console if console.is_terminal else Console(width=max(shutil.get_terminal_size()[0], 200))
+    )

@@ -1,0 +1,244 @@
+"""LoRA: adapters on a frozen base, several of which may share it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlhf.common.errors import UserError, one_line
+from marlhf.config import LoraSettings
+
+_OWN_LORA_KEYS = {
+    "r": "must be given as model.lora.r",
+    "lora_alpha": "must be given as model.lora.alpha",
+    "target_modules": "must be given as model.lora.target_modules",
+    "task_type": "is chosen by the library",
+    "inference_mode": "is chosen by the library",
+    "bias": "must stay none: the reference is the base with the adapters off",
+    "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
+    "layer_replication": "cannot be given: it changes the base, which is the reference",
+    "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
+}
+_HEADS = {"score", "classifier"}  # that PEFT saves of every sequence classifier
+_HEAD = "base_model.model.score.weight"
+
+
+def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
+    """Freeze a model and add a LoRA adapter; a PEFT model gets one more. Raises UserError."""
+    from peft import get_peft_model
+
+    is_first = not hasattr(model, "peft_config")
+    trained_before = [] if is_first else [p for p in model.parameters() if p.requires_grad]
+    try:
+        config = _lora_config(lora, task)
+        if not is_first:
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+        _check_merging(model.get_base_model(), config)
+    except UserError:
+        raise
+    except Exception as error:  # peft raises whatever its checks come to
+        raise UserError(f"model.lora: {one_line(error)}") from error
+    model.set_adapter(name)  # which freezes all others
+    for parameter in trained_before:
+        parameter.requires_grad_(True)
+    return model
+
+
+def _check_merging(base: Any, config: Any) -> None:
+    """The adapter can be merged: into layers with a bias if it has one, and not into a weight that
+    other layers have too, as it would change them all. Raises UserError."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = base.named_modules() if config.lora_bias else ()
+    layers = [(n, m.get_base_layer()) for n, m in modules if hasattr(m, "lora_A")]
+    for name, layer in layers:
+        if getattr(layer, "bias", None) is None:
+            raise UserError(f"model.lora.extra.lora_bias: given true, but {name} has no bias")
+    head = base.get_output_embeddings()
+    is_tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    for module in (head, base.get_input_embeddings()) if head is not None and is_tied else ():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise UserError(
+                "model.lora: adapts the embeddings or the head, which are one weight in this model "
+                "(tie_word_embeddings); take them out of target_modules and extra.modules_to_save"
+            )
+    check_shared(base, "model.lora")
+
+
+def check_shared(base: Any, key: str) -> None:
+    """No adapted weight belongs to several modules, such as the blocks that Zamba repeats: each may
+    have an adapter of its own, and their updates cannot all be merged into it. Raises UserError."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, list[str]] = {}
+    for name, module in base.named_modules():
+        for weight in module.parameters(recurse=False):
+            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    for module in (m for m in base.modules() if isinstance(m, BaseTunerLayer)):
+        for weight in module.get_base_layer().parameters(recurse=False):
+            if len(shared := owners[id(weight)]) > 1:
+                raise UserError(
+                    f"{key}: adapts a weight that {len(shared)} layers share, {shared[0]} and "
+                    f"{shared[1]} among them; take them out of target_modules"
+                )
+
+
+def _lora_config(lora: LoraSettings, task: str) -> Any:
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)} - _OWN_LORA_KEYS.keys()
+    for key in lora.extra.keys() - known:
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        fault = _OWN_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
+        raise UserError(f"model.lora.extra.{key}: {fault}")
+    if lora.extra.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(
+            f"model.lora.extra.init_lora_weights: given {lora.extra['init_lora_weights']!r}, must "
+            "be true, false, gaussian or orthogonal: others change the base, which is the reference"
+        )
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+        task_type=task,
+        **lora.extra,
+    )
+
+
+def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
+    """What an optimiser should hold: all that requires a gradient, or one adapter and the head."""
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+        and (adapter is None or adapter in name.split(".") or name.startswith("head."))
+    ]
+
+
+def saved_adapter(folder: Path | str) -> Any | None:
+    """The PEFT configuration of an adapter's folder, None for any other. Raises UserError."""
+    if not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(Path(folder).expanduser()))
+    except Exception as error:  # of json, of peft's checks
+        raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error
+
+
+def is_adapter_of(folder: Path | str, base: str) -> bool:
+    """Whether a folder holds an adapter that was trained on the model in `base`, and changes none
+    of its weights, so that others can share them."""
+    config = saved_adapter(folder)
+    if config is None or not config.base_model_name_or_path:
+        return False
+    if {*(config.modules_to_save or ())} - _HEADS or config.trainable_token_indices:
+        return False
+    own = config.base_model_name_or_path
+    return own == base or Path(own).expanduser().resolve() == Path(base).expanduser().resolve()
+
+
+def save_adapter(model: Any, folder: Path, name: str) -> None:
+    """Write an adapter of a PEFT model, the same bytes in every process."""
+    for key, value in list(vars(model.peft_config[name]).items()):
+        if isinstance(value, set):  # whose order is another in each process
+            setattr(model.peft_config[name], key, sorted(value))
+    model.save_pretrained(folder, selected_adapters=[name])
+
+
+def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
+    """Put a saved adapter beside those of a PEFT model on the same base, with requires_grad as a
+    new one has it; returns the weight of its scalar head `[1,H]`, if it has one.
+
+    Raises UserError.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    config = saved_adapter(folder)
+    assert config is not None
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    trained_before = [p for p in model.parameters() if p.requires_grad]
+    try:
+        weights = load_peft_weights(str(Path(folder).expanduser()), device="cpu")
+        head = weights.pop(_HEAD, None)
+        _drop_embeddings(weights, model.get_base_model(), folder)
+        model.add_adapter(name, config)
+        left = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except Exception as error:
+        raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error
+    if left.unexpected_keys:
+        raise UserError(
+            f"the adapter {str(folder)!r} does not fit the base: it has {left.unexpected_keys[0]}"
+        )
+    model.set_adapter(name)
+    for parameter in trained_before:
+        parameter.requires_grad_(True)
+    return head
+
+
+def merged(model: Any, folder: Path | str) -> Any:
+    """A model with a saved adapter added to its weights, in place. Raises UserError."""
+    from peft import PeftModel, load_peft_weights
+
+    config: Any = saved_adapter(folder)
+    if config.trainable_token_indices:
+        raise UserError(
+            f"the adapter {str(folder)!r} has trainable_token_indices, which PEFT loses when it "
+            "merges; train it with modules_to_save instead"
+        )
+    try:
+        weights = load_peft_weights(str(Path(folder).expanduser()), device="cpu")
+        sizes = [len(weights[name]) for name in _embeddings(model) if name in weights]
+        if sizes and sizes[0] != model.get_input_embeddings().weight.shape[0]:
+            grow(model, sizes[0])
+        adapted = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
+        check_shared(adapted.get_base_model(), f"the adapter {str(folder)!r}")
+        return adapted.merge_and_unload()
+    except UserError:
+        raise
+    except Exception as error:  # of peft, of safetensors
+        raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error
+
+
+@torch.no_grad()
+def grow(model: Any, size: int) -> None:
+    """Give a model embeddings for `size` tokens; those of new tokens are zeros."""
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None and size > old:
+            module.weight[old:].zero_()
+
+
+def _embeddings(model: Any) -> list[str]:
+    """What PEFT calls the embeddings, and the head over all tokens, in an adapter's weights."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [
+        f"base_model.model.{name}.weight"
+        for name, module in model.named_modules()
+        if any(module is one for one in modules if one is not None)
+    ]
+
+
+def _drop_embeddings(weights: dict[str, Tensor], base: Any, folder: Path | str) -> None:
+    """Take out embeddings that PEFT saved because their number had changed in training: those that
+    the base has are its own, and the new ones are of tokens that nobody writes to it. Raises
+    UserError where they were trained."""
+    for name in _embeddings(base):
+        saved = weights.pop(name, None)
+        own = base.get_parameter(name.removeprefix("base_model.model."))
+        if saved is not None and not torch.allclose(saved[: len(own)].to(own), own, atol=1e-2):
+            raise UserError(
+                f"the adapter {str(folder)!r} has embeddings of its own, and cannot share the base"
+            )

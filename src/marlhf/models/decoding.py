@@ -1,0 +1,98 @@
+"""Incremental decoding: a causal LM with its KV cache, and the tokens that end a response."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from marlhf.common.errors import UserError
+from marlhf.compat.transformers import preallocate
+from marlhf.models.policy import backbone_of, head_of
+
+
+def eos_token_ids(lm: Any, tokenizer: Any, key: str = "model.path") -> list[int]:
+    """Every id that ends a response: those of the generation config and of the tokenizer.
+
+    An id that the model has no logit for is left out. Raises UserError.
+    """
+    generation = getattr(lm, "generation_config", None)
+    of_config = getattr(generation, "eos_token_id", None)
+    ids = [] if of_config is None else of_config if isinstance(of_config, list) else [of_config]
+    if any(type(i) is not int for i in ids):
+        raise UserError(
+            f"{key}: generation_config.json has eos_token_id {of_config!r}, must be a token id or "
+            "a list of them"
+        )
+    of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    vocabulary = range(lm.config.get_text_config().vocab_size)
+    return sorted({i for i in (*ids, *of_tokenizer) if i in vocabulary})
+
+
+class Decoder:
+    """Incremental decoding of a causal LM with a cache: prefill, then one token per step."""
+
+    def __init__(self, lm: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        """Prefill `prompt_ids [U,P]`, padded on the left as `prompt_mask` says."""
+        self._lm, self._backbone, self._head = lm, backbone_of(lm), head_of(lm)
+        self._cache: Cache = KeysAndValues(config=lm.config)
+        taken = inspect.signature(self._backbone.forward).parameters
+        # a family that is all states calls its cache so, and swallows any other name
+        self._is_stateful = "cache_params" in taken and "past_key_values" not in taken
+        self._mask = prompt_mask.long()
+        self._next = prompt_mask.sum(1)  # position of the next token
+        self._logits = self._read(prompt_ids, (self._mask.cumsum(1) - 1).clamp(min=0))
+
+    def expand(self, prompt_of: Tensor, tokens: int) -> Tensor:
+        """Start sequence i of a batch from the prompt `prompt_of[i]`, with room for `tokens` more.
+
+        Returns the logits [B,V] of the first.
+        """
+        room = self._mask.shape[1] + tokens - 1  # the last token is never an input
+        preallocate(self._cache, prompt_of, room)
+        self._mask, self._next = self._mask[prompt_of], self._next[prompt_of]
+        return self._logits[prompt_of]
+
+    def keep(self, rows: Tensor) -> None:
+        """Continue with these sequences of the batch."""
+        self._cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+        self._mask, self._next = self._mask[rows], self._next[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each sequence [B]; returns the logits [B,V] of the next one."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+        self._next = self._next + 1
+        return self._read(tokens[:, None], self._next[:, None] - 1)
+
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        cached: dict[str, Any] = {"past_key_values": self._cache}
+        if self._is_stateful:  # whose mask is that of the tokens read now
+            cached = {"cache_params": self._cache}
+        output = self._backbone(
+            input_ids=ids,
+            attention_mask=self._mask[:, -ids.shape[1] :] if self._is_stateful else self._mask,
+            position_ids=positions,
+            use_cache=True,
+            **cached,
+        )
+        return self._head(output.last_hidden_state[:, -1]).float()
+
+
+class KeysAndValues(DynamicCache):
+    """KV cache in the autocast dtype, so that attention does not cast it again at every step.
+
+    Rotary embeddings return keys in fp32.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values to a layer's; returns all of the layer's."""
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)

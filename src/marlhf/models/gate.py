@@ -1,0 +1,302 @@
+"""A gate at load: a model of which the library would compute something else is refused.
+
+What sampling and training read of a model is compared with what its own forward says of the same
+tokens alone, without padding or cache: a dozen passes over two rows of twelve tokens. Nothing here
+changes the model, its modes or the random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from marlhf.common.errors import UserError, one_line
+from marlhf.models.decoding import Decoder
+from marlhf.models.policy import backbone_forward, backbone_of, head_of
+
+_TOKENS, _PADDING, _STEPS = 12, 2, 4  # of the longer row; before the shorter one; sampled ones
+_TOLERANCE = 0.01  # of the standard deviation; kernels of one family differ by up to 0.002
+_TOLERANCE_IN_HALF = 1.0  # bf16 rounds by up to 0.2; what is wrong is off by 1.5 and more
+_ATTEMPTS = 2  # rounding may flip a router's near tie, but not with other tokens too
+
+
+def check_model(
+    model: Any, key: str = "model.path", longest: int | None = None, samples: bool = True
+) -> None:
+    """Refuse a causal LM, or a sequence classifier's backbone, that is not read exactly.
+
+    longest   tokens of the longest sequence of the run, in whose company a row must read the same
+    samples   whether the model is to be sampled from, a token at a time
+
+    Raises UserError, whatever the model raises.
+    """
+    check_finite(model, key)
+    with _left_as_it_was(model), torch.no_grad():
+        faults = (_fault(_Case(model, attempt), longest, samples) for attempt in range(_ATTEMPTS))
+        if all(fault := f for f in faults):
+            raise UserError(f"{key}: {type(model).__name__} {fault}")
+
+
+def check_adapter(model: Any, samples: bool = False) -> None:
+    """Refuse adapters that a PEFT model cannot run with, or whose layers' weights it reads itself.
+
+    Such a weight, as `F.linear(x, self.proj.weight)` reads it, is there without its adapter, which
+    gets no gradient; merged into the weight it would have an effect. Layers that no token reaches,
+    such as experts, are not read at all.
+
+    samples   whether the model is to be sampled from, a token at a time
+
+    Raises UserError.
+    """
+    base = model.get_base_model()
+    with _left_as_it_was(model), torch.no_grad(), _PastAdapters(base) as past:
+        try:
+            case = _Case(model.train().get_base_model(), 0)
+            case.read()
+            if samples:
+                case.model.eval()
+                case.causal()
+                case.sampled()
+        except Exception as error:  # of peft, of the model
+            raise UserError(
+                f"model.lora: {type(base).__name__} cannot run with adapters on these layers, "
+                f"choose others in target_modules: {_raised(error)}"
+            ) from error
+    if past.layers:
+        names = ", ".join(past.layers)
+        raise UserError(
+            f"model.lora: {type(base).__name__} reads weights past their adapters, in {names}; "
+            "leave these layers out of target_modules, or give model.lora.extra.exclude_modules="
+            f"[{names}]"
+        )
+
+
+def check_finite(model: nn.Module, key: str) -> None:
+    """No weight is NaN or infinite. Raises UserError."""
+    for name, weight in model.named_parameters():
+        weight = weight.detach()
+        # a sum may overflow
+        if not (weight.is_meta or weight.sum().isfinite() or weight.isfinite().all()):
+            raise UserError(f"{key}: the weights hold NaN or infinity, in {name}")
+
+
+def _fault(case: _Case, longest: int | None, samples: bool) -> str:
+    """What is wrong with a model, "" if nothing is."""
+    for task, fault, compute in _checks(case, longest, samples):
+        outcome = _outcome(case, compute)
+        if outcome is not None:
+            return f"fails {task}: {outcome}" if outcome else fault
+    return ""
+
+
+def _outcome(case: _Case, compute: Callable[[], _Pairs]) -> str | None:
+    """What was raised, "" where two sides of a pair differ, None where all is well."""
+    case.model.eval()
+    try:
+        return None if all(_close(ours, own) for ours, own in compute()) else ""
+    except Exception as error:  # of the model's code, whatever it comes to
+        return _raised(error)
+
+
+_Pairs = list[tuple[Tensor, Tensor]]  # what is computed here, and what the model itself says
+
+
+def _checks(
+    case: _Case, longest: int | None, samples: bool
+) -> Iterator[tuple[str, str, Callable[[], _Pairs]]]:
+    """The task, what is wrong where its pairs differ, and how to compute them."""
+    yield "at a forward pass", "reads tokens to come: it is no causal language model", case.causal
+    yield (
+        "at a forward pass",
+        "changes its logits, or reads padding, in a way that is not supported; please report it",
+        case.read,
+    )
+    yield (
+        "in training mode",
+        "computes something else in training mode than in evaluation, or something random (its "
+        "routing, perhaps), so that a policy's ratio to itself would not be 1",
+        case.trained,
+    )
+    if longest is not None:
+        yield (
+            f"with {longest} tokens",
+            f"reads a row in another way in the company of one of {longest} tokens, as rotary "
+            "factors switch before; must be limits on lengths below the switch",
+            lambda: case.in_company(longest),
+        )
+    if samples:
+        yield (
+            "when it is sampled from",
+            "cannot be sampled from: token by token, with a cache, it does not give its own logits",
+            case.sampled,
+        )
+
+
+class _Case:
+    """Two rows of tokens, the second padded on its left, and ways for a model to read them."""
+
+    def __init__(self, model: Any, attempt: int) -> None:
+        self.model, self._backbone = model, None
+        vocabulary = model.config.get_text_config().vocab_size
+        places = torch.arange(1, _TOKENS + 1, dtype=torch.float64) * 0.6180339887 + attempt / 7
+        ids = ((places % 1) * vocabulary).long().to(model.device)
+        self._rows = [ids, ids[_PADDING:].flip(0)]
+        self._batch = torch.stack([ids, nn.functional.pad(self._rows[1], (_PADDING, 0))])
+        self._mask = torch.ones_like(self._batch)
+        self._mask[1, :_PADDING] = 0
+        self._is_lm = model.get_output_embeddings() is not None
+        self._own: list[Tensor] = []
+
+    def _itself(self, row: Tensor) -> Tensor:
+        """[t,V] the model's own logits for a row alone, a classifier's hidden states."""
+        reads = self.model if self._is_lm else backbone_of(self.model)
+        output = reads(input_ids=row[None], use_cache=False)
+        return (output.logits if self._is_lm else output.last_hidden_state)[0]
+
+    def read(self) -> _Pairs:
+        """A padded pass, as log-probabilities and values are computed."""
+        hidden = backbone_forward(backbone_of(self.model), self._batch, self._mask)
+        read = head_of(self.model)(hidden) if self._is_lm else hidden
+        return list(zip((read[0], read[1, _PADDING:]), self._own, strict=False))
+
+    def causal(self) -> _Pairs:
+        self._own = [self._itself(row) for row in self._rows]
+        assert all(own.isfinite().all() for own in self._own), "its outputs are not finite"
+        return [(self._itself(self._rows[0][:_STEPS]), self._own[0][:_STEPS])]
+
+    def trained(self) -> _Pairs:
+        self.model.train()
+        with _Draws() as draws:
+            pairs = self.read()
+        # routing may be random for few tokens, none of which is here
+        return [*pairs, (torch.full((2,), draws.count), torch.zeros(2))]
+
+    def in_company(self, longest: int) -> _Pairs:
+        """The first row, beside one whose last token is at the run's last position."""
+        positions = torch.arange(_TOKENS, device=self._batch.device).repeat(2, 1)
+        positions[1, -1] = max(longest, _TOKENS) - 1
+        output = backbone_of(self.model)(
+            input_ids=self._batch,
+            attention_mask=torch.ones_like(self._mask),
+            position_ids=positions,
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state[0]
+        return [(head_of(self.model)(hidden) if self._is_lm else hidden, self._own[0])]
+
+    def sampled(self) -> _Pairs:
+        """Prompts of two lengths, one of them twice, and the tokens after them one by one; half-way
+        a row leaves the batch."""
+        start, rows = _TOKENS - _STEPS, torch.tensor([0, 1, 1], device=self._batch.device)
+        reader, pairs = Decoder(self.model, self._batch[:, :start], self._mask[:, :start]), []
+        logits = reader.expand(rows, _STEPS + 1)
+        for t in range(start, _TOKENS + 1):
+            own = [self._own[i][t - 1 - i * _PADDING] for i in rows.tolist()]
+            pairs += zip(logits, own, strict=True)
+            if t == start + _STEPS // 2:
+                left = torch.tensor([0, 2], device=rows.device)
+                rows = rows[left]
+                reader.keep(left)
+            if t < _TOKENS:
+                logits = reader.step(self._batch[rows, t])
+        return pairs
+
+
+class _Draws(TorchDispatchMode):
+    """Counts operations that draw random numbers for the elements of a tensor. (Those of attention
+    may, but would show; single numbers decide on whole layers, with probability 0 here.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if is_random and "attention" not in str(func) and isinstance(result, Tensor):
+            self.count += result.numel() > 1
+        return result
+
+
+class _PastAdapters(TorchDispatchMode):
+    """Finds adapted layers whose own weight is read elsewhere than in their forward.
+
+    layers   their names, each once for all blocks, as `target_modules` takes them
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        super().__init__()
+        self.layers: dict[str, None] = {}
+        self._names: dict[int, str] = {}  # by the id of a weight, which stays when it is gathered
+        self._running: set[str] = set()
+        self._hooks = []
+        for name, layer in base.named_modules():
+            if not isinstance(layer, BaseTunerLayer) or name.endswith(".base_layer"):
+                continue  # of several around one layer, each for a parameter, the outer one runs
+            assert isinstance(layer, nn.Module)
+            has_bias = any(getattr(layer, "lora_bias", {}).values())
+            for key, weight in layer.get_base_layer().named_parameters(recurse=False):
+                if key != "bias" or has_bias:
+                    self._names[id(weight)] = name
+            enter, leave = partial(self._enter, name), partial(self._leave, name)
+            # before what gathers a sharded weight, and after what lets it go
+            self._hooks.append(layer.register_forward_pre_hook(enter, prepend=True))
+            self._hooks.append(layer.register_forward_hook(leave))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.add(name)
+
+    def _leave(self, name: str, *_: Any) -> None:
+        self._running.discard(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                name = self._names.get(id(item))
+                if name is not None and name not in self._running:
+                    self.layers[_suffix(name)] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _suffix(name: str) -> str:
+    """The last part of a module's name, with the numbers after it."""
+    parts = name.split(".")
+    words = [i for i, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[words[-1] :])
+
+
+def _close(ours: Tensor, own: Tensor) -> bool:
+    is_whole = own.dtype in (torch.float32, torch.float64)
+    ours, own = ours.double(), own.double()
+    tolerance = (_TOLERANCE if is_whole else _TOLERANCE_IN_HALF) * own.std()
+    return bool((ours - own).abs().max() <= tolerance + 1e-5 * own.abs().max())
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+@contextmanager
+def _left_as_it_was(model: Any) -> Iterator[None]:
+    """Restores every module's mode, and the random state."""
+    modes = {module: module.training for module in model.modules()}
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

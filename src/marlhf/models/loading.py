@@ -1,0 +1,432 @@
+"""Model files -> policy, reference, critic and tokenizer, and back.
+
+A path is a hub name, a directory of safetensors, or a directory with one GGUF file. Everything that
+can be wrong short of the weights' numbers is found before any weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from marlhf.common.errors import UserError, one_line
+from marlhf.common.paths import local_path, special_kind, text_file
+from marlhf.config import LoraSettings, ModelSettings
+from marlhf.models.adapters import add_adapter, grow, merged, save_adapter, saved_adapter
+from marlhf.models.decoding import eos_token_ids
+from marlhf.models.gate import check_adapter, check_finite, check_model
+from marlhf.models.policy import Policy, backbone_forward, backbone_of, fix_rotary
+
+# (frozen module, the part of it that every forward pass begins with) -> the module, placed
+Shard = Callable[[Any, nn.Module], Any]
+# a closed one of these is "missing" to transformers
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+def model_source(path: str, key: str) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for a model path.
+
+    Raises UserError, naming the configuration `key`, when a local path holds no model.
+    """
+    folder = local_path(path, key)
+    if not folder.exists():
+        if not _HUB_NAME.match(path) or path.startswith("."):
+            raise UserError(
+                f"{key}: given {path!r}, which does not exist; must be a directory with "
+                "a model, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct"
+            )
+        return {"pretrained_model_name_or_path": path}
+    if not folder.is_dir():
+        kind = special_kind(folder) or "a file"
+        raise UserError(f"{key}: given {path!r}, which is {kind}; must be the model's directory")
+    for file in folder.iterdir():
+        if file.suffix in _MODEL_FILES:
+            text_file(file, key)
+    if (folder / "config.json").is_file():
+        return {"pretrained_model_name_or_path": str(folder)}
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files) or "neither"
+        final = folder / "final"
+        hint = f"; did you mean {str(final)!r}?" if (final / "config.json").is_file() else ""
+        raise UserError(
+            f"{key}: directory {path!r} must hold a config.json or exactly one .gguf "
+            f"file; found {found}{hint}"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{key}: reading {files[0].name} needs: pip install 'marlhf[gguf]'")
+    return {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0].name}
+
+
+def load_model_config(
+    settings: ModelSettings, key: str = "model.path", weights: bool = True
+) -> Any:
+    """The model's configuration, with all noise of training set to zero; its weights are there and
+    their files whole, unless `weights` is false: then nobody will need them. Raises UserError."""
+    config = _from_pretrained(AutoConfig, settings, key)
+    if weights:
+        _check_files(Path(settings.path).expanduser(), key)
+    for part in (config, config.get_text_config()):
+        _zero_noise(part)
+    return config
+
+
+def load_classifier_config(settings: ModelSettings, key: str, weights: bool = True) -> Any:
+    """The configuration of a model with one label, as `load_model_config`. Raises UserError."""
+    config = load_model_config(settings, key, weights)
+    if config.num_labels != 1:
+        kind = "".join(f"is a {n}, " for n in config.architectures or [] if "CausalLM" in n)
+        raise UserError(
+            f"{key}: {settings.path!r} {kind}has {config.num_labels} labels, must have 1 (a "
+            "sequence classifier trained as a reward model)"
+        )
+    return config
+
+
+def load_tokenizer(settings: ModelSettings, key: str = "model.path") -> Any:
+    """The model's tokenizer. Raises UserError."""
+    tokenizer = _from_pretrained(AutoTokenizer, settings, key, what="the tokenizer of ")
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
+    return tokenizer
+
+
+def load_causal_lm(
+    settings: ModelSettings, config: Any | None = None, key: str = "model.path"
+) -> PreTrainedModel:
+    """A causal LM with fp32 weights, whatever the checkpoint's dtype. Raises UserError."""
+    config = config if config is not None else load_model_config(settings, key)
+    model = _load_weights(AutoModelForCausalLM, settings, config, key)
+    if "gguf_file" in model_source(settings.path, key):
+        model = _without_quantization(model)
+    return model
+
+
+def load_policy(
+    settings: ModelSettings, tokenizer: Any, config: Any, key: str, longest: int | None = None
+) -> Policy:
+    """A policy to sample from, not to train; `longest` as of `admit`.
+
+    Raises UserError.
+    """
+    model = load_causal_lm(settings, config, key).requires_grad_(False).eval()
+    eos_ids = eos_token_ids(model, tokenizer, key)
+    admit(model, longest, key)
+    return Policy(model, eos_ids=eos_ids)
+
+
+def admit(
+    model: Any, longest: int | None = None, key: str = "model.path", samples: bool = True
+) -> None:
+    """Ready a model for a run's sequences; other arguments as of `check_model`.
+
+    longest   tokens of the longest one, None for all that the model has positions for
+
+    Raises UserError for a family that the library does not read exactly.
+    """
+    positions = position_limit(model.config)
+    longest = min((n for n in (longest, positions) if n is not None), default=None)
+    if longest is not None:
+        fix_rotary(model, longest)
+    check_model(model, key, longest, samples)
+
+
+def load_classifier(settings: ModelSettings, key: str, base: str | None = None) -> PreTrainedModel:
+    """A one-label sequence classifier (a reward model) with fp32 weights; an adapter's folder is
+    merged into `base`, or into the one that it names. Raises UserError."""
+    config = load_classifier_config(settings, key)
+    adapter = saved_adapter(settings.path)
+    if adapter is not None:
+        path = base or adapter.base_model_name_or_path
+        if not path:
+            raise UserError(f"{key}: the adapter {settings.path!r} does not name its base")
+        of_base = replace(settings, path=path, revision=None)
+        base_key = "base" if base else f"{key}: the adapter's base"
+        model = _load_weights(
+            AutoModelForSequenceClassification,
+            of_base,
+            _as_large_as(load_model_config(of_base, base_key), config),
+            base_key,
+            except_for="score.weight",
+        )
+        model = merged(model, settings.path)
+        if model.config.get_text_config().vocab_size < config.get_text_config().vocab_size:
+            grow(model, config.get_text_config().vocab_size)
+        model.config = config
+        return model.requires_grad_(True)  # PEFT had frozen its base
+    return _load_weights(AutoModelForSequenceClassification, settings, config, key)
+
+
+def _as_large_as(base: Any, config: Any) -> Any:
+    """A configuration for the weights of a base that has fewer tokens, or more."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        part.vocab_size = base.get_text_config().vocab_size
+        part.pad_token_id = None  # which may be among the others, and is no matter of weights
+    return config
+
+
+def _from_pretrained(
+    auto: Any, settings: ModelSettings, key: str, what: str = "", **arguments: Any
+) -> Any:
+    """`auto.from_pretrained` on a model path; whatever it raises becomes one UserError line."""
+    source = model_source(settings.path, key)
+    if settings.revision is not None and Path(settings.path).expanduser().exists():
+        raise UserError(
+            f"model.revision: given {settings.revision!r}, but {settings.path!r} is local and has "
+            "no revisions"
+        )
+    try:
+        return auto.from_pretrained(
+            **source,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **arguments,
+        )
+    except Exception as error:  # of transformers, safetensors, the hub, or a model's own code
+        here = Path(settings.path).expanduser().exists()
+        source = "" if here else ", which is no folder here, from the hub"
+        given = f"{what}{settings.path!r}{source}"
+        raise UserError(f"{key}: cannot load {given}: {one_line(error)}") from error
+
+
+def _load_weights(
+    auto: Any, settings: ModelSettings, config: Any, key: str, except_for: str = ""
+) -> Any:
+    """A model with fp32 weights, all but one of which were in its files. Raises UserError."""
+    model, report = _from_pretrained(
+        auto,
+        settings,
+        key,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report: a random weight is none of them
+    )
+    missing = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if set(missing) - {except_for}:
+        raise UserError(
+            f"{key}: the weights in {settings.path!r} do not make a {type(model).__name__} as its "
+            f"config.json describes it: {len(missing)} are missing or of another shape, "
+            f"{missing[0]} among them"
+        )
+    _check_surplus(model, report["unexpected_keys"], settings, key)
+    check_finite(model, key)
+    return model
+
+
+def _check_surplus(model: Any, keys: Collection[str], settings: ModelSettings, key: str) -> None:
+    """No layer of the files is left over; those that predict further tokens may be. Raises
+    UserError."""
+    text = model.config.get_text_config()
+    extra = getattr(text, "num_nextn_predict_layers", None) or 0
+    stacks = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    for surplus in sorted(keys):
+        for place in re.finditer(r"\.(\d+)\.", surplus):
+            stack = surplus[: place.start()]
+            names = [n for n in stacks if n == stack or n.endswith(f".{stack}")]
+            layers = min((stacks[n] for n in names), default=None)
+            if layers is not None and int(place[1]) >= layers + extra:
+                raise UserError(
+                    f"{key}: the weights in {settings.path!r} have more layers than its "
+                    f"config.json, which says {layers}: {surplus} is not among them"
+                )
+
+
+def _check_files(folder: Path, key: str) -> None:
+    """A local model has weights, and no safetensors file is cut short. Raises UserError."""
+    if not folder.is_dir():
+        return
+    if not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.iterdir()):
+        raise UserError(f"{key}: directory {str(folder)!r} has a config.json but no weights")
+    file = folder
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt"):
+                pass
+    except Exception as error:  # safetensors has an exception of its own
+        raise UserError(f"{key}: cannot read {str(file)!r}: {one_line(error)}") from error
+
+
+def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
+    """A model given as an object, in place, as loading would have made it: without noise in
+    training, and with fp32 weights unless they stay frozen under adapters. Raises UserError."""
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            f"{argument}: given a PEFT model; must be a plain one, with its adapter in model.lora"
+        )
+    try:  # as it will be when the model is saved, after all training
+        if model.can_generate():
+            model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(f"{argument}: its generation_config: {one_line(error)}") from error
+    for part in (model.config, model.config.get_text_config(), *model.modules()):
+        _zero_noise(part)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model if lora is not None else model.float()
+
+
+def build_policy(
+    settings: ModelSettings,
+    tokenizer: Any,
+    lm_config: Any,
+    model: Any = None,
+    shard: Shard = lambda module, backbone: module,
+    longest: int | None = None,
+    samples: bool = True,
+) -> Policy:
+    """The causal LM to train, with its adapter if it has one.
+
+    model     instead of loading one
+    shard     places the frozen base of an adapter over the ranks
+    longest   as of `admit`
+    samples   whether the model is to be sampled from
+
+    Raises UserError, where possible before any weight is read.
+    """
+    check_tokenizer(tokenizer, lm_config)
+    if model is None:
+        check_architecture(lm_config, settings)
+        lm = load_causal_lm(settings, lm_config)
+    else:
+        lm = as_loaded(model, settings.lora, "model")
+    policy = Policy(lm, eos_ids=eos_token_ids(lm, tokenizer))
+    admit(lm, longest, samples=samples)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(lm)
+    if settings.lora is not None:
+        shard(policy, backbone_of(lm))
+        policy.model = add_adapter(lm, settings.lora, "policy")
+        policy.adapter = "policy"
+        check_adapter(policy.model, samples)
+    return policy
+
+
+def check_tokenizer(tokenizer: Any, lm_config: Any, key: str = "model.path") -> None:
+    """The model knows every token of the tokenizer. Raises UserError."""
+    vocabulary = lm_config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"{key}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}")
+
+
+def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "model.path") -> None:
+    """A causal LM of this configuration exists, and takes the adapters. Raises UserError."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                lm_config, trust_remote_code=settings.trust_remote_code
+            )
+    except Exception as error:
+        fault = f"is no causal language model: {one_line(error)}"
+        raise UserError(f"{key}: {settings.path!r} {fault}") from error
+    if settings.lora is not None:
+        add_adapter(model, settings.lora, "policy")
+
+
+def reference_of(policy: Policy, shard: Shard = lambda module, backbone: module) -> Policy:
+    """The policy as it is now, frozen: a copy, or with LoRA the shared base without adapter."""
+    if hasattr(policy.model, "peft_config"):
+        return Policy(policy.model, adapter=None, eos_ids=policy.eos_ids)
+    reference = Policy(copy.deepcopy(policy.model), eos_ids=policy.eos_ids)
+    return shard(reference.requires_grad_(False).eval(), backbone_of(reference.model))
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass (works in `train()` mode only).
+
+    Raises UserError for a family that cannot.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"model.gradient_checkpointing: given true, must be false: {one_line(error)}"
+        ) from error
+
+
+def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """Write a plain `from_pretrained` directory; adapters are merged in, and also kept alone."""
+    model: Any = policy.model
+    if hasattr(model, "peft_config"):
+        assert policy.adapter is not None
+        save_adapter(model, folder / "adapter", policy.adapter)
+        model = copy.deepcopy(model)
+        model.set_adapter(policy.adapter)  # modules_to_save are those of the active one
+        model = model.merge_and_unload(adapter_names=[policy.adapter])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def position_limit(model_config: Any) -> int | None:
+    """Tokens that fit in the model, None where it knows no limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def check_packing(policy: Policy) -> None:
+    """Two examples in one row must give the hidden states of each alone. Raises UserError for a
+    family that does not keep them apart."""
+    model: Any = policy.model
+    lm = model.get_base_model() if policy.adapter else model
+    ids = torch.arange(1, 8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    parts = ids[:, :3], ids[:, 3:]
+    positions = [torch.arange(part.shape[1], device=lm.device)[None] for part in parts]
+    backbone, fault = backbone_of(lm), "does not keep examples in one row apart"
+    try:
+        apart = [
+            backbone_forward(backbone, i, None, p) for i, p in zip(parts, positions, strict=True)
+        ]
+        together = backbone_forward(backbone, ids, None, torch.cat(positions, 1))
+        if torch.allclose(together, torch.cat(apart, 1), rtol=1e-3, atol=1e-3):
+            return
+    except Exception as error:  # of the model's code
+        fault = f"cannot read several examples in one row ({one_line(error)})"
+    raise UserError(f"packing: given true, but {type(lm).__name__} {fault}; must be false")
+
+
+def _zero_noise(owner: Any) -> None:
+    """Set every dropout and every jitter of routers to zero. Phi-MoE's jitter stays, as its
+    routers read the number in evaluation too."""
+    config = getattr(owner, "config", owner)
+    noise = ("drop",) if getattr(config, "model_type", "") == "phimoe" else ("drop", "jitter")
+    for name, value in list(vars(owner).items()):
+        if any(word in name for word in noise) and isinstance(value, float):
+            setattr(owner, name, 0.0)
+
+
+def _without_quantization(model: Any) -> Any:
+    """The same weights in a model that forgot its GGUF file, so that it can be saved."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        clean = AutoModelForCausalLM.from_config(config)
+    clean.load_state_dict(model.state_dict(), assign=True)
+    clean.tie_weights()
+    # buffers that are no part of the state dict (rotary frequencies) come from the loaded model
+    loaded = dict(model.named_buffers())
+    for name, buffer in list(clean.named_buffers()):
+        if buffer.is_meta:
+            owner = clean.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], loaded[name], persistent=False)
+    clean.generation_config = model.generation_config
+    return clean.eval()

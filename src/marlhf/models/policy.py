@@ -1,0 +1,368 @@
+"""Policy, reference and critic: log-probabilities and values.
+
+A policy is a causal LM whose forward gives log-probabilities of response tokens; a critic is a
+backbone with a scalar head whose forward gives values. With LoRA both, and the reference, share one
+frozen base: each forward switches to its own adapter, the reference to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from marlhf.common.errors import UserError
+from marlhf.common.types import Sequences
+
+_LONGROPE = "longrope"
+_LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the vocabulary
+
+
+class PolicyOutput(NamedTuple):
+    """What a policy's forward pass returns.
+
+    logprobs   [B,T] fp32, nats, 0 outside the mask
+    extras     what was asked for besides, by name
+    """
+
+    logprobs: Tensor
+    extras: dict[str, Tensor]
+
+
+class CriticOutput(NamedTuple):
+    """What a critic's forward pass returns: values [B,T] and last_values [B], fp32."""
+
+    values: Tensor
+    last_values: Tensor
+
+
+class Policy(nn.Module):
+    """Log-probabilities of responses under a causal LM.
+
+    model     a transformers causal LM, or a PEFT model around one
+    adapter   with PEFT: the adapter to run with, None for the bare base (the reference)
+    head      Linear(H, 1) of a critic that reads this policy's hidden states
+    eos_ids   every token that ends a response
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str | None = None,
+        head: nn.Linear | None = None,
+        eos_ids: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.adapter = adapter
+        self.head = head
+        self.eos_ids = list(eos_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        min_tokens: int = 0,
+        extras: Collection[str] = (),
+        position_ids: Tensor | None = None,
+    ) -> PolicyOutput:
+        """Log-probabilities of response tokens, fp32, nats; 0 outside the mask.
+
+        input_ids, attention_mask [B,P+T] as in `Sequences`; logits are divided by `temperature`.
+        EOS is masked for the first `min_tokens` tokens of a response, as in sampling: its
+        probability would get no gradient there.
+        position_ids [B,P+T] instead of an attention mask: rows without padding on their left. Where
+        positions start again at 0 another example starts, which attends to itself alone.
+        Logits exist for response positions only, and for a chunk of those at a time.
+
+        extras   what else to return, by name:
+            entropy            [B,T] nats, 0 outside the mask, without a gradient
+            token_ranks        [B,T] int64, tokens that are likelier than the one there, 0 outside
+            hidden_states      [B,T+1,H] the last layer's, before each token and after the last
+            token_embeddings   [B,T,H] the response tokens as the first layer reads them
+            values             [B,T] and last_values [B] of the head, as `Critic` returns them
+        """
+        T = response_mask.shape[1]
+        with use_adapter(self.model, self.adapter):
+            causal_lm = _causal_lm(self.model)
+            hidden = backbone_forward(
+                backbone_of(causal_lm), input_ids, attention_mask, position_ids
+            )
+            before = hidden[:, -T - 1 : -1][response_mask]
+            targets = input_ids[:, -T:][response_mask]
+            impossible = None
+            if min_tokens and self.eos_ids:
+                early = torch.arange(T, device=hidden.device) < min_tokens
+                impossible = early.expand_as(response_mask)[response_mask], self.eos_ids
+            logprobs, of_logits = target_logprobs(
+                causal_lm, before, targets, temperature, extras, impossible
+            )
+            found = {}
+            if "hidden_states" in extras:
+                found["hidden_states"] = hidden[:, -T - 1 :]
+            if "values" in extras:
+                assert self.head is not None
+                states = head_states(self.head, hidden[:, -T - 1 :])
+                found["values"], found["last_values"] = split_states(states, response_mask)
+            if "token_embeddings" in extras:
+                found["token_embeddings"] = causal_lm.get_input_embeddings()(input_ids[:, -T:])
+
+        def placed(x: Tensor) -> Tensor:
+            return x.new_zeros(response_mask.shape).masked_scatter(response_mask, x)
+
+        placed_extras = {name: placed(x) for name, x in of_logits.items()}
+        return PolicyOutput(placed(logprobs), {**found, **placed_extras})
+
+
+class Critic(nn.Module):
+    """V(prompt, response[:t]) from a backbone and a scalar head.
+
+    backbone     a transformers base model (no language-model head)
+    head      Linear(H, 1)
+    offset    subtracted from the head's output (a reward model's `score_offset`)
+    model     what owns the backbone where it is shared (a PEFT model), to switch adapters in
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        offset: float = 0.0,
+        model: nn.Module | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.offset = offset
+        self._owner = [model]  # in a list: not a submodule
+        self.adapter = adapter
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """The PEFT model that the backbone is shared with, if it is."""
+        return self._owner[0]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
+    ) -> CriticOutput:
+        """Values of the states before each response token, and after the last one.
+
+        values[b,t] is the head on the hidden state of the position before token t.
+        """
+        T = response_mask.shape[1]
+        with use_adapter(self.owner, self.adapter):
+            hidden = backbone_forward(self.backbone, input_ids, attention_mask)[:, -T - 1 :]
+        states = head_states(self.head, hidden) - self.offset
+        return CriticOutput(*split_states(states, response_mask))
+
+
+def head_states(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """`hidden [B,T+1,H] -> [B,T+1]` of a scalar head, fp32: bf16 would round values."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def split_states(states: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of states `[B,T+1]` -> those before each token [B,T] and after the last one [B]."""
+    last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+    return states[:, :-1], last
+
+
+def length_switch(config: Any) -> int | None:
+    """Tokens beyond which a LongRoPE model has other rotary factors; None for any other model."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    found = [p for p in parts if p.get("rope_type") == "longrope"]
+    return min((p["original_max_position_embeddings"] for p in found), default=None)
+
+
+def fix_rotary(model: nn.Module, longest: int) -> None:
+    """Give LongRoPE the factors of sequences of `longest` tokens, whatever it reads.
+
+    transformers chooses by the longest row of a batch, so that a row's log-probabilities depend on
+    its company, and keys in a cache are of other factors than the query. (vLLM fixes them too.)
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def fixed(module: Any, kind: str, layers: str | None = None) -> str:
+        if not kind.startswith(_LONGROPE):
+            return kind
+        buffer = getattr(module, f"{layers}_inv_freq" if layers else "inv_freq")
+        rope: Any = ROPE_INIT_FUNCTIONS[_LONGROPE]
+        buffer.copy_(rope(module.config, buffer.device, seq_len=longest, layer_type=layers)[0])
+        return f"{_LONGROPE}, fixed"  # a name at which transformers lets the factors be
+
+    modules: Any = model.modules()
+    for module in modules:
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            module.rope_type = {name: fixed(module, k, name) for name, k in kind.items()}
+        elif isinstance(kind, str):
+            module.rope_type = fixed(module, kind)
+
+
+@contextmanager
+def use_adapter(model: nn.Module | None, adapter: str | None) -> Iterator[None]:
+    """Run a PEFT model with one adapter, or with none; any other model as it is.
+
+    The adapter stays active on exit, because gradient checkpointing reruns the layers in the
+    backward pass.
+    """
+    if model is None or not hasattr(model, "peft_config"):
+        yield
+        return
+    from marlhf.compat.peft import activate, adapter_layers, enable
+
+    layers = adapter_layers(model)
+    for layer in layers:
+        activate(layer, adapter)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            enable(layer)
+
+
+def forward(model: nn.Module, sequences: Sequences, **arguments: Any) -> Any:
+    """Call a policy or critic, wrapped for several ranks or not, on a record."""
+    s = sequences
+    return model(s.input_ids, s.attention_mask, s.response_mask, **arguments)
+
+
+def backbone_of(model: Any) -> nn.Module:
+    """The base model inside a transformers model with a head. Raises UserError."""
+    for name in (model.base_model_prefix, "model"):  # Llama 4 has a prefix that names nothing
+        if isinstance(backbone := getattr(model, name, None), nn.Module):
+            return backbone
+    raise UserError(f"model.path: {type(model).__name__} keeps its backbone where nothing names it")
+
+
+def hidden_width(model: Any) -> int:
+    """Elements of a causal LM's last hidden states, of which some have fewer than inside."""
+    inside = model.config.get_text_config().hidden_size
+    return getattr(model.get_output_embeddings(), "in_features", inside)
+
+
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """Hidden states -> logits, with what the family does to its logits."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    multiplier = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def logits(hidden: Tensor) -> Tensor:
+        raw = head(hidden) * multiplier if multiplier != 1.0 else head(hidden)
+        raw = raw / divisor if divisor != 1.0 else raw
+        return softcap * torch.tanh(raw / softcap) if softcap else raw
+
+    return logits
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def backbone_forward(
+    backbone: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Hidden states [B,P+T,H]; positions count from the first real token under left padding.
+
+    Given positions and no mask, transformers itself keeps examples apart in a row: whatever the
+    attention, its mask never crosses a place where the positions do not count on by 1.
+    """
+    assert (attention_mask is None) != (position_ids is None)
+    if attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        attention_mask = attention_mask.long()
+    output = backbone(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def target_logprobs(
+    causal_lm: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    extras: Collection[str],
+    impossible: tuple[Tensor, Sequence[int]] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], the logits of a chunk of tokens
+    at a time. In training all chunks but the last, with which the backward pass begins, are
+    computed again there.
+
+    impossible   which of the tokens ([N] bool) could not have been which ids
+    """
+    head = head_of(causal_lm)
+    size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
+
+    names = [name for name in ("entropy", "token_ranks") if name in extras]
+
+    limited, ids = impossible or (targets, [])
+
+    def chunk(hidden: Tensor, targets: Tensor, limited: Tensor) -> tuple[Tensor, ...]:
+        logits = head(hidden).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        if ids:  # a probability of 0 has a gradient of 0: autograd need not know
+            logits.detach()[limited.nonzero(), ids] = torch.finfo(logits.dtype).min
+        found, fixed = [], logits.detach()
+        if "entropy" in names:
+            found.append(fixed.logsumexp(-1) - (torch.softmax(fixed, -1) * fixed).sum(-1))
+        if "token_ranks" in names:
+            found.append((fixed > fixed.gather(-1, targets[:, None])).sum(-1))
+        logprobs, _ = _TargetLogprobs.apply(logits, targets)
+        return (logprobs, *found)
+
+    if len(targets) == 0:
+        nothing = hidden.sum(-1).float()  # an empty tensor that still hangs on the graph
+        return nothing, dict.fromkeys(names, nothing)
+    sizes = [size] * ((len(targets) - 1) // size)
+    sizes = [len(targets) - sum(sizes), *sizes]
+    chunks = list(zip(*(x.split(sizes) for x in (hidden, targets, limited)), strict=True))
+    recomputed = len(chunks) - 1 if torch.is_grad_enabled() else 0
+    parts = [checkpoint(chunk, *part, use_reentrant=False) for part in chunks[:recomputed]]
+    parts += [chunk(*part) for part in chunks[recomputed:]]
+    logprobs, *others = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, dict(zip(names, others, strict=True))
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """`logits [N,V], targets [N] -> logprobs [N]`, exponentials and gradient written over the
+    logits, so that there is one array of their size in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        own = logits.gather(-1, targets[:, None])
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weights, total, targets)
+        return (own - top - total.log()).squeeze(-1), weights
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        gradient, of_weights = gradients
+        assert of_weights is None
+        if gradient is None:
+            return None, None
+        weights, total, targets = ctx.saved_tensors
+        weights.mul_(-gradient[:, None] / total)
+        return weights.scatter_add_(1, targets[:, None], gradient[:, None]), None

@@ -1,0 +1,108 @@
+"""A reward model to train: a sequence classifier with one label, made from a causal LM."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from marlhf.common.errors import UserError, one_line
+from marlhf.config import ModelSettings
+from marlhf.models.adapters import grow, save_adapter
+from marlhf.models.gate import check_adapter
+from marlhf.models.loading import (
+    Shard,
+    add_adapter,
+    admit,
+    check_architecture,
+    enable_checkpointing,
+    load_causal_lm,
+    load_classifier,
+)
+from marlhf.models.policy import backbone_of, hidden_width, length_switch
+
+
+def build_classifier(
+    settings: ModelSettings,
+    base_config: Any,
+    tokenizer: Any,
+    shard: Shard = lambda module, backbone: module,
+    longest: int | None = None,
+) -> Any:
+    """A one-label sequence classifier to train: the reward model in `settings.path`, or the causal
+    LM there with a new scalar head, drawn small; PEFT around it with LoRA, whose frozen backbone
+    `shard` places over the ranks. `longest` as of `admit`. Raises UserError."""
+    switch = length_switch(base_config)
+    if switch is not None and longest is not None and longest > switch:
+        raise UserError(
+            f"max_length: given {longest}, but {settings.path!r} has other rotary factors for "
+            f"texts of more than {switch} tokens; must be at most {switch}"
+        )
+    if any(name.endswith("Classification") for name in base_config.architectures or ()):
+        model: Any = load_classifier(settings, "model.path")
+    else:
+        check_architecture(base_config, settings)
+        model = _with_scalar_head(load_causal_lm(settings, base_config))
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(
+            f"model.path: {type(model).__name__} has no linear `score` head; must be decoder-only"
+        )
+    if settings.lora is None:
+        _pad(model, tokenizer)
+    admit(model, longest, samples=False)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    if settings.lora is None:
+        return model
+    backbone = backbone_of(model)
+    shard(backbone, backbone)  # not the head, which is trained
+    model = add_adapter(model, settings.lora, "reward", "SEQ_CLS")
+    check_adapter(model)
+    return model
+
+
+def _with_scalar_head(lm: Any) -> Any:
+    """A sequence classifier around a causal LM's backbone."""
+    config = copy.deepcopy(lm.config)
+    config.num_labels, config.architectures = 1, None
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(f"model.path: {one_line(error)}") from error
+    setattr(model, model.base_model_prefix, backbone_of(lm))
+    hidden_size = hidden_width(lm)
+    model.score = nn.Linear(hidden_size, 1, bias=False)
+    # the scale of Stiennon et al. 2020 (arXiv 2009.01325)
+    nn.init.normal_(model.score.weight, std=(hidden_size + 1) ** -0.5)
+    return model
+
+
+def _pad(model: Any, tokenizer: Any) -> None:
+    """Let stock transformers find the last token that is no padding; a pad token beyond the
+    embeddings gets one, which nothing ever reads."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        grow(model, len(tokenizer))
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def save_classifier(model: Any, tokenizer: Any, offset: float, folder: Path) -> None:
+    """Write a plain `from_pretrained` directory of a sequence classifier, whose scores less
+    `config.score_offset` are centred; adapters are merged in, and kept alone in `adapter/reward`,
+    which is a reward model too, next to its base: its config.json has the number of tokens to which
+    that is to grow."""
+    model.config.score_offset = offset
+    if hasattr(model, "peft_config"):
+        # before it grows: without embeddings
+        save_adapter(model, folder / "adapter", "reward")
+        model = copy.deepcopy(model).merge_and_unload()
+        _pad(model, tokenizer)
+        model.config.save_pretrained(folder / "adapter" / "reward")
+        tokenizer.save_pretrained(folder / "adapter" / "reward")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

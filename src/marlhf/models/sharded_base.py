@@ -1,0 +1,142 @@
+"""Which LoRA adapters train right on a base that ZeRO-3 shards.
+
+PEFT's plain layers add a product of their own to what the base's layer returns. Its others read or
+copy weights of the base, of which a rank has none outside that layer's pass. What is listed here
+was compared with one process; all else is refused, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from marlhf.common.errors import UserError
+from marlhf.config import ModelSettings, PPOConfig
+from marlhf.models import building
+from marlhf.models.adapters import add_adapter, saved_adapter
+from marlhf.models.loading import load_classifier_config
+
+_RIGHT_KEYS = {
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out", "lora_bias"),
+}
+_HEAD = "score"  # of a classifier: every rank has it
+_ELSEWHERE = "the profiles single, ddp, zero1 and zero2 keep the base whole"
+
+
+def check_adapters(settings: ModelSettings, model_config: Any) -> None:
+    """The adapter of a model to train, if it has one, is right on a sharded base.
+
+    Raises UserError.
+    """
+    if settings.lora is None:
+        return
+    from peft import LoraConfig
+
+    plain = LoraConfig()
+    for key, value in settings.lora.extra.items():
+        if key not in _RIGHT_KEYS and value != getattr(plain, key, value):
+            raise UserError(
+                f"model.lora.extra.{key}: given {value!r}, which is not supported under ZeRO-3: "
+                f"there the base is sharded; {_ELSEWHERE}"
+            )
+    is_classifier = any(n.endswith("Classification") for n in model_config.architectures or ())
+    model = _without_weights(settings, model_config, is_classifier)
+    if model is None:
+        return
+    task = "SEQ_CLS" if is_classifier else "CAUSAL_LM"
+    model = add_adapter(model, settings.lora, "policy", task)
+    odd, right = _layers(model)
+    if odd:
+        targets = settings.lora.target_modules
+        instead = f"; or give target_modules: [{', '.join(right)}]" if right else ""
+        raise UserError(
+            f"model.lora.target_modules: given {targets!r}, which adapts {odd}; under ZeRO-3 that "
+            f"is not supported, as the base is sharded; {_ELSEWHERE}{instead}"
+        )
+
+
+def check_ppo(
+    config: PPOConfig,
+    lm_config: Any,
+    reward_paths: Sequence[str],
+    start: building.CriticStart | None = None,
+    critic: Any = None,
+) -> None:
+    """Those of policy, critic and reward models are right on sharded bases.
+
+    start    what the critic starts from; default: as the configuration says
+    critic   a model to start the critic from, instead of one in `config`
+    Raises UserError.
+    """
+    if config.model.lora is None:
+        return
+    check_adapters(config.model, lm_config)
+    if start is None:
+        first = next(iter(reward_paths), None)
+        start = building.critic_start(config, lm_config, None, first, critic=critic)
+    if critic is not None:
+        check_adapters(config.model, critic.config)
+    elif start.source is not None:
+        check_adapters(start.source, load_classifier_config(start.source, "critic.path"))
+    for path in {*reward_paths, start.adapter} - {None}:
+        if building.is_adapter_of(path, config.model.path):
+            _check_saved(path, config.model, lm_config)
+
+
+def _check_saved(folder: str, settings: ModelSettings, lm_config: Any) -> None:
+    """A saved adapter is right on the policy's base. Raises UserError."""
+    from peft import get_peft_model
+
+    adapter = saved_adapter(folder)
+    model = _without_weights(settings, lm_config, is_classifier=False)
+    if adapter is None or model is None:
+        return
+    adapter.task_type, adapter.modules_to_save = "CAUSAL_LM", None  # as `attach` reads it
+    odd, _ = _layers(get_peft_model(model, adapter))
+    if odd:
+        raise UserError(
+            f"the adapter {folder!r}: adapts {odd}; under ZeRO-3 that is not supported, as the "
+            f"base is sharded; {_ELSEWHERE}"
+        )
+
+
+def _without_weights(settings: ModelSettings, config: Any, is_classifier: bool) -> Any:
+    """A model on the meta device; None for what `loading` will refuse."""
+    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return auto.from_config(
+                copy.deepcopy(config), trust_remote_code=settings.trust_remote_code
+            )
+    except Exception:
+        return None
+
+
+def _layers(model: Any) -> tuple[str | None, list[str]]:
+    """The first adapted part that is none of PEFT's plain layers, in words; and the names of the
+    modules that are."""
+    from peft.tuners.lora import Embedding, Linear
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    odd, right = None, set()
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, nn.ModuleList) and name.endswith("experts"):
+            # a rank that skips one would not take part in gathering it
+            odd = odd or f"a model whose experts are modules of their own, {name}"
+        if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) or name == _HEAD:
+            continue
+        if isinstance(layer, Linear | Embedding) and not layer.lora_variant:
+            right.add(name.rpartition(".")[2])
+        elif odd is None:
+            fused = isinstance(layer, ParamWrapper)
+            kind = "the fused experts" if fused else f"by PEFT's {type(layer).__name__} the module"
+            odd = f"{kind} {name}"
+    return odd, sorted(right)

@@ -1,0 +1,326 @@
+"""Scalar reward models: sequence classifiers with one label, read from a path."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlhf.common.chat_templates import render_chat
+from marlhf.common.errors import UserError, one_line
+from marlhf.common.tokenization import encode_texts, text_start
+from marlhf.config import ModelSettings
+from marlhf.models.policy import Critic, length_switch
+
+Messages = Sequence[dict[str, Any]]
+
+
+class RewardModel:
+    """Scores of a sequence classifier with one label, less its `config.score_offset` (0 if absent).
+
+    The text is tokenised anew with the model's own tokenizer. A row of the column `messages` goes
+    through that tokenizer's chat template with the completion as the assistant's turn, where it has
+    one; see `reward_texts` for all others.
+
+    path            a directory of safetensors or a hub name
+    batch_size      rows in one forward pass; scores do not depend on it
+    max_length      tokens; longer texts lose their start. Default: the model's limit
+    trust_remote_code   run code that comes with a hub model
+
+    Building one reads configuration and tokenizer; the weights (fp32) are read by `load` or at the
+    first call. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size: given {batch_size}, must be at least 1")
+        self.path, self.batch_size, self.max_length = path, batch_size, max_length
+        self.trust_remote_code = trust_remote_code
+        from marlhf.models import loading
+
+        config = loading.load_classifier_config(self._settings, "path")
+        tokenizer = loading.load_tokenizer(self._settings, "path")
+        vocabulary = config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary:
+            raise UserError(
+                f"path: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
+            )
+        limit = model_limit(config, tokenizer)
+        length = limit if self.max_length is None else self.max_length
+        if length is not None and not 1 <= length <= (limit or length):
+            raise UserError(f"max_length: given {length}, must be 1 to {limit or 'any length'}")
+        switch = length_switch(config)
+        self.tokenizer = tokenizer  # the reward model's own
+        self._limit, self._switch = length, switch
+        self._model: Any = None
+        self._device: Any = "cpu"
+
+    @property
+    def _settings(self) -> ModelSettings:
+        return ModelSettings(path=self.path, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def model(self) -> Any:
+        """The sequence classifier, loaded at first use."""
+        self.load()
+        return self._model
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights have been read."""
+        return self._model is not None
+
+    def load(self) -> RewardModel:
+        """Read the weights, if not done already. Raises UserError."""
+        if not self.is_loaded:
+            from marlhf.models import loading
+
+            model: Any = loading.load_classifier(self._settings, "path")
+            model.requires_grad_(False).eval()
+            self._try_longest(model)
+            self._model = model.to(self._device)
+        return self
+
+    def _try_longest(self, model: Any) -> None:
+        """Read one text of the longest kind, on the CPU, where an index too high is an error."""
+        limit = self._limit
+        if limit is None:
+            return
+        longest = longest_input(model, limit, lambda ids, mask: sequence_scores(model, ids, mask))
+        if self.max_length is not None and longest < self.max_length:
+            raise UserError(f"max_length: given {self.max_length}, must be 1 to {longest}")
+        self._limit = longest
+
+    def to(self, device: Any) -> RewardModel:
+        """Run the model on `device`."""
+        self._device = device
+        if self.is_loaded:
+            self._model.to(device)
+        return self
+
+    def share(self, policy: Any, base: str) -> None:
+        """Score with the frozen base of a PEFT model, where this is an adapter of that base."""
+        from marlhf.models import adapters, building
+
+        if hasattr(policy, "peft_config") and adapters.is_adapter_of(self.path, base):
+            name = f"reward_{len(policy.peft_config)}"
+            model = building.classifier_on_shared_base(policy, self.path, name)
+            model.head.requires_grad_(False)
+            for parameter in adapters.trainable_parameters(policy, name):
+                parameter.requires_grad_(False)
+            self._model = model
+
+    def shard(self, shard: Callable[[Any, nn.Module], Any]) -> None:
+        """Let `shard(model, backbone)` place the weights over the ranks, as `Distributed.shard`."""
+        if not isinstance(self.model, Critic):
+            self._model = shard(self.model, self.model.base_model)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
+        model = self.model
+        if isinstance(model, Critic):
+            offset = model.offset
+        else:
+            offset = float(getattr(model.config, "score_offset", None) or 0.0)
+        texts, templated = reward_texts(
+            self.tokenizer, prompts, completions, columns.get("messages")
+        )
+        ids = encode_for_reward(self.tokenizer, texts, templated, self._limit)
+        scores = [0.0] * len(ids)
+        switch = self._switch or 0
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        short = [i for i in order if len(ids[i]) <= switch]
+        parts = (short, order[len(short) :])  # a batch has the rotary factors of its longest row
+        size = self.batch_size
+        for rows in (part[i : i + size] for part in parts for i in range(0, len(part), size)):
+            input_ids, mask = (x.to(self._device) for x in right_pad([ids[i] for i in rows]))
+            values = sequence_scores(model, input_ids, mask).tolist()
+            for row, value in zip(rows, values, strict=True):
+                scores[row] = value - offset
+        return scores
+
+
+def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """`[B]` float32 logits of a one-label sequence classifier for right-padded rows `[B,L]`.
+
+    A decoder's score is that of the last token under the mask. transformers looks for the last
+    token other than the pad token instead, which is the wrong one where a text ends in a token that
+    is also the pad token. An encoder pools by itself, under the mask.
+    """
+    if isinstance(model, Critic):  # an adapter on the policy's base
+        return model(input_ids, attention_mask, attention_mask[:, 1:])[1] + model.offset
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module):
+        return model(input_ids=input_ids, attention_mask=attention_mask.long()).logits[:, 0].float()
+    hidden = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
+    ).last_hidden_state
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (positions * attention_mask.long()).argmax(1)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    with torch.autocast(hidden.device.type, enabled=False):  # bf16 would round the score
+        dtype = next(head.parameters()).dtype
+        return head(hidden[rows, last].to(dtype))[:, 0].float()
+
+
+def reward_texts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    messages: Sequence[Messages | None] | None = None,
+) -> tuple[list[str], list[bool]]:
+    """What a reward model reads, and for each row whether it went through the chat template.
+
+    Without a conversation: prompt and completion, concatenated. A conversation for a tokenizer
+    without a chat template: its messages and the completion, an empty line between them, because
+    the prompt is then in the policy's template, which means nothing to another model.
+    Raises UserError where the template does.
+    """
+    texts, templated = [], []
+    conversations = messages if messages is not None else [None] * len(prompts)
+    for prompt, completion, turns in zip(prompts, completions, conversations, strict=True):
+        through_template = turns is not None and bool(tokenizer.chat_template)
+        templated.append(through_template)
+        if turns is None:
+            texts.append(prompt + completion)
+            continue
+        if through_template:
+            completion = _content(tokenizer, turns, completion)
+        turns = with_completion(turns, completion)
+        if through_template:
+            try:
+                texts.append(render_chat(tokenizer, turns))
+            except Exception as error:  # a template can raise anything
+                roles = ", ".join(turn["role"] for turn in turns)
+                raise UserError(
+                    f"the reward model's chat template refuses a conversation of {roles}: "
+                    f"{one_line(error)}"
+                ) from error
+        else:
+            texts.append("\n\n".join(turn["content"] for turn in turns))
+    return texts, templated
+
+
+def _content(tokenizer: Any, turns: Messages, completion: str) -> str:
+    """The completion as a chat template takes it: without its first space where the template
+    writes one after its generation prompt, as policies do that were trained on such a template."""
+    if not completion.startswith(" ") or turns[-1]["role"] == "assistant":
+        return completion
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected += completion
+    for content in (completion, completion[1:]):
+        answered = with_completion(turns, content)
+        if tokenizer.apply_chat_template(answered, tokenize=False).startswith(expected):
+            return content
+    return completion
+
+
+def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:
+    """The conversation with the completion as the assistant's turn, or as the end of that turn."""
+    turns = list(messages)
+    if turns[-1]["role"] == "assistant":
+        return [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + completion}]
+    return [*turns, {"role": "assistant", "content": completion}]
+
+
+def encode_for_reward(
+    tokenizer: Any, texts: Sequence[str], templated: Iterable[bool], max_length: int | None = None
+) -> list[list[int]]:
+    """Token ids of each text, of its end where it is too long.
+
+    The tokenizer adds its special tokens, except to a text from a chat template, which has them.
+    Those that begin a text stay where it is cut. See `encode_texts`.
+    """
+    rows = encode_texts(tokenizer, texts, [not t for t in templated], ending=True)
+    if max_length is not None:
+        rows = [_truncated(ids, max_length, text_start(tokenizer)) for ids in rows]
+    return [ids or [_any_token(tokenizer)] for ids in rows]
+
+
+def _truncated(ids: list[int], max_length: int, start: list[int]) -> list[int]:
+    """The last tokens of a text, behind those that it starts with."""
+    kept = max_length - len(start)
+    if len(ids) <= max_length or kept < 1 or ids[: len(start)] != start:
+        return ids[-max_length:]
+    return start + ids[-kept:]
+
+
+def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """`(input_ids [B,L] int64, attention_mask [B,L] bool)`; padding is token 0, never attended."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
+    return ids, mask
+
+
+def _any_token(tokenizer: Any) -> int:
+    """Something to read where there is no text at all."""
+    tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((token for token in tokens if token is not None), 0)
+
+
+@torch.no_grad()
+def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) -> int:
+    """How many tokens a model can read, at most `limit`: some families have fewer positions than
+    their configuration says, as RoBERTa's begin after the pad token's number.
+
+    model   on the CPU
+    run     calls it with `(input_ids [1,L], attention_mask [1,L])`
+
+    Only a model that keeps a table of positions is tried. Raises UserError where none fits.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or limit
+    least, most = min(limit, positions), max(limit, positions) + 64
+    if not any(least <= size <= most for size in _table_sizes(model)):
+        return limit
+    token = 1 if config.pad_token_id == 0 else 0  # a pad token would have no position
+    faults: list[Exception] = []
+
+    def is_too_long(length: int) -> bool:
+        ids = torch.full((1, length), token)
+        try:
+            run(ids, torch.ones_like(ids, dtype=torch.bool))
+        except Exception as error:  # whatever a family makes of an index that is too high
+            faults.append(error)
+            return True
+        return False
+
+    if not is_too_long(limit):
+        return limit
+    longest = bisect_left(range(1, limit), True, key=is_too_long)
+    if longest == 0:
+        fault = one_line(faults[-1])
+        raise UserError(f"path: {type(model).__name__} cannot read a text of one token: {fault}")
+    return longest
+
+
+def _table_sizes(model: Any) -> Iterator[int]:
+    """Lengths of what may be tables of positions: embeddings of anything but tokens, and other
+    tensors that are called so."""
+    tokens = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            yield module.num_embeddings
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "pos" in name.rpartition(".")[2]:
+            yield from tensor.shape
+
+
+def model_limit(config: Any, tokenizer: Any) -> int | None:
+    """The longest input in tokens, or None where neither model nor tokenizer knows one."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
+    # a tokenizer without a limit says 1e30
+    return min((n for n in limits if n < 10**9), default=None)

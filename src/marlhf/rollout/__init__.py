@@ -1,0 +1,1 @@
+"""From prompts to responses with log-probs, values and rewards."""

@@ -1,0 +1,153 @@
+"""A model's weights as sampling reads them: a copy that lasts as long as the sampling.
+
+Reading one token of each of a few rows takes as long as streaming the weights through the
+processor. On a CPU they stream faster in oneDNN's blocked layout than row by row; layers that read
+the same input (queries, keys and values; gate and up) are one product; and adapters are added to
+the weights that they adapt. docs/performance.md says what each is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from marlhf.compat.torch import has_packed_linear, pack_linear_weight, packed_linear, version
+
+_SMALLEST = 2**16  # parameters; smaller weights stay in the processor's caches
+_FEWEST_TOKENS = 16  # packing takes as long as it gains on about ten
+
+
+@contextmanager
+def shared_inputs(model: nn.Module, adapter: str | None) -> Iterator[list[list[nn.Module]]]:
+    """Finds the linear layers that a forward pass within calls, grouped by the tensor that they
+    read, if they do one after the other."""
+    groups: list[list[nn.Module]] = []
+    last: Tensor | None = None
+
+    def called(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal last
+        if last is None or inputs[0] is not last:
+            groups.append([])
+        last = inputs[0]
+        groups[-1].append(layer)
+
+    hooks = [layer.register_forward_pre_hook(called) for layer in _linears(model, adapter)]
+    try:
+        yield groups
+    finally:
+        last = None
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def packed(
+    groups: Sequence[Sequence[nn.Module]], adapter: str | None, rows: int, tokens: int
+) -> Iterator[None]:
+    """On a CPU, run groups of layers on copies of their weights: adapters merged, in autocast's
+    precision, packed for inputs of `rows` rows. Where that gains nothing layers stay as they are.
+
+    tokens   that will be read; the weights must not change meanwhile
+    """
+    replaced: dict[Any, None] = {}
+    try:
+        for group in groups if tokens >= _FEWEST_TOKENS else ():
+            layers = [layer for layer in group if layer not in replaced]
+            linear = _linear(layers, adapter, rows)
+            if linear is None:
+                continue
+            product = _Product(linear, [_weight_of(layer).shape[0] for layer in layers])
+            for i, layer in enumerate(layers):
+                replaced[layer] = None
+                layer.forward = partial(product, i)
+        yield
+    finally:
+        for layer in replaced:
+            del layer.forward
+
+
+def _linears(module: Any, adapter: str | None) -> Iterator[nn.Module]:
+    """Linear layers below a module, one with the adapter in it as a whole."""
+    is_plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
+    if is_plain or _merges(module, adapter):
+        yield module
+        return
+    children = [module.base_layer] if hasattr(module, "lora_A") else module.children()
+    for child in children:
+        yield from _linears(child, adapter)
+
+
+def _merges(module: Any, adapter: str | None) -> bool:
+    """A linear layer with a plain low-rank update, which can be added to its weight."""
+    if not hasattr(module, "lora_A"):
+        return False
+    from marlhf.compat.peft import is_plain_lora
+
+    return is_plain_lora(module, adapter) and type(module.base_layer) in (nn.Linear, Conv1D)
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """[out,in], without adapters."""
+    own = getattr(layer, "base_layer", layer)
+    return own.weight.T if type(own) is Conv1D else own.weight
+
+
+def _linear(
+    layers: Sequence[Any], adapter: str | None, rows: int
+) -> Callable[[Tensor], Tensor] | None:
+    """The outputs of all layers side by side, from copies of their weights; None where the layers
+    are as good by themselves."""
+    weights = [_weight_of(layer) for layer in layers]
+    dtype = _dtype(weights[0]) if weights else torch.float32
+    on_cpu = bool(weights) and weights[0].device.type == "cpu"
+    if sum(map(Tensor.numel, weights)) < _SMALLEST or not (on_cpu and has_packed_linear(dtype)):
+        return None
+    for i, layer in enumerate(layers):
+        if hasattr(layer, "base_layer"):
+            update = layer.get_delta_weight(adapter)
+            update = update.T if type(layer.base_layer) is Conv1D else update
+            # rounded before, as it already is where ZeRO-3 gathered it: samples stay the same
+            weights[i] = weights[i].to(dtype) + update
+    bias = _bias_of(layers, weights, dtype)
+    packed_weight = pack_linear_weight(torch.cat([w.to(dtype) for w in weights]), rows)
+    return partial(packed_linear, packed_weight=packed_weight, bias=bias)
+
+
+def _bias_of(layers: Sequence[Any], weights: Sequence[Tensor], dtype: Any) -> Tensor | None:
+    biases = [getattr(layer, "base_layer", layer).bias for layer in layers]
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(biases, weights, strict=True)
+    return torch.cat([w.new_zeros(len(w)) if b is None else b for b, w in pairs]).to(dtype)
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """What the product is computed in."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+class _Product:
+    """What layers make of an input that they share, computed once for all of them."""
+
+    def __init__(self, linear: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+        self._linear, self._sizes = linear, sizes
+        self._input: Tensor | None = None
+        self._version = 0
+        self._outputs: Sequence[Tensor] = ()
+
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        """The output of layer `index`."""
+        if x is not self._input or version(x) != self._version:
+            self._input, self._version = x, version(x)
+            self._outputs = self._linear(x).split(self._sizes, -1)
+        output = self._outputs[index]
+        if index + 1 == len(self._sizes):
+            self._input, self._outputs = None, ()
+        return output

@@ -1,0 +1,311 @@
+"""Checkpoints as files: a folder `step-N` is whole, or it is not there.
+
+A checkpoint is written in `step-N.partial`; `commit` adds a manifest with the size and SHA-256 of
+every file, as each rank has it from `digests`, brings all of it to the disk and renames the folder.
+Whatever kills the process between two instructions, the checkpoints that were there before are
+still whole. Nothing here knows what the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from marlhf.common.errors import UserError, one_line
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+_RANK = re.compile(r"(?<![a-z])rank[-_](\d+)")
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, and what `commit` was told about it."""
+
+    path: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The updates that it holds."""
+        return int(self.facts["step"])
+
+
+class _Facts(BaseModel):
+    """What every manifest says, and what one of a run says in addition."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    step: int = Field(ge=0)
+    score: float | None = None
+    world_size: int = Field(default=1, ge=1)
+    config: dict[str, Any] = Field(default_factory=dict)
+    made_of: dict[str, dict[str, Any]] | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    facts: _Facts
+    files: dict[str, _File]
+    sha256: str
+
+
+class DamagedError(Exception):
+    """A folder is no whole checkpoint; the message says why."""
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty folder under `root` to write the checkpoint of a step into, for `commit`.
+
+    What earlier attempts left unfinished is deleted. Raises OSError.
+    """
+    for leftover in root.glob("step-*.partial"):
+        delete(leftover)
+    partial = root / f"step-{step}.partial"
+    partial.mkdir(parents=True)
+    return partial
+
+
+def digests(partial: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Size and SHA-256 of the files of a rank, flushed to the disk, by path in the folder.
+
+    They are those with `rank-R` or `rank_R` in their name and, on the first rank, all without. One
+    rank alone would be hours with the files of all, and its node may not have them in memory.
+    Raises OSError.
+    """
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    mine = [path for path in files if _rank_of(path.name, world_size) == rank]
+    for path in mine:
+        sync(path)
+    return {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in mine
+    }
+
+
+def commit(
+    partial: Path, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Turn a folder that is completely written into a checkpoint, at once and for good.
+
+    facts   plain data to keep in the manifest; `step` is added from the folder's name
+    files   `digests` of all ranks; None for those of a single one
+    An older checkpoint of the same step is replaced. Raises OSError.
+    """
+    final = partial.with_suffix("")
+    facts = {"step": _step_of(final), **facts}
+    files = digests(partial) if files is None else files
+    contents = {"facts": facts, "files": dict(sorted(files.items()))}
+    text = json.dumps({**contents, "sha256": _digest(contents)}, indent=1)
+    (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    replace(partial, final)
+    return Checkpoint(final, facts)
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, after comparing every byte with the manifest.
+
+    Raises DamagedError.
+    """
+    checkpoint, files = _manifest(folder)
+    for name, wanted in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedError(f"{name} is missing")
+        if file.stat().st_size != wanted.bytes:
+            raise DamagedError(f"{name} has {file.stat().st_size} bytes instead of {wanted.bytes}")
+        if _sha256(file) != wanted.sha256:
+            raise DamagedError(f"{name} is not what was written: its SHA-256 differs")
+    return checkpoint
+
+
+def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint under `root`; None where none was ever completed.
+
+    report(line) is called for every damaged one that is passed over. Raises UserError where there
+    are checkpoints and all are damaged: nobody wants their run to begin again unasked.
+    """
+    folders = steps(root)
+    for folder in folders:
+        found = _read_or_fault(folder)
+        if isinstance(found, Checkpoint):
+            return found
+        report(f"checkpoint {folder} is damaged and passed over: {found}")
+    if folders:
+        raise UserError(
+            f"resume: all checkpoints in {root} are damaged; delete the folder to begin again"
+        )
+    return None
+
+
+def given(folder: Path, root: Path) -> Checkpoint:
+    """The checkpoint in a folder that a user named. Raises UserError; it says what is in `root`."""
+    if not folder.is_dir() or not _NAME.fullmatch(folder.name):
+        names = ", ".join(path.name for path in steps(root)) or "none"
+        raise UserError(
+            f"resume: given {str(folder)!r}, must be auto or the folder of a checkpoint, step-N; "
+            f"in {root}: {names}"
+        )
+    found = _read_or_fault(folder)
+    if isinstance(found, str):
+        raise UserError(f"resume: checkpoint {folder} is damaged: {found}")
+    return found
+
+
+def _read_or_fault(folder: Path) -> Checkpoint | str:
+    try:
+        return read(folder)
+    except (DamagedError, OSError) as error:
+        return one_line(error)
+
+
+def steps(root: Path) -> list[Path]:
+    """The folders of completed checkpoints, the newest first; damaged ones count."""
+    found = [p for p in root.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def cut_back(root: Path, step: int) -> None:
+    """Delete the checkpoints after a step: a run that goes on from there writes them anew.
+
+    Raises OSError.
+    """
+    for folder in steps(root):
+        if _step_of(folder) > step:
+            remove(folder)
+
+
+def prune(root: Path, keep: int, keep_best: bool) -> None:
+    """Delete all but the last `keep` checkpoints and the best: the one with the highest fact
+    `score`, the newest of equals. Raises OSError."""
+    folders = steps(root)
+    kept = set(folders[:keep])
+    if keep_best and (best := _best(folders)) is not None:
+        kept.add(best)
+    for folder in folders:
+        if folder not in kept:
+            remove(folder)
+
+
+def replace(partial: Path, final: Path) -> None:
+    """Bring a folder to the disk and give it its final name, in place of what has that name.
+
+    Raises OSError.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    remove(final)
+    os.rename(partial, final)
+    sync(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete what has a folder's name, if anything has. Raises OSError.
+
+    It gets another name first: one that is half deleted should not be taken for damaged.
+    """
+    doomed = folder.with_name(f"{folder.name}.old.partial")
+    delete(doomed)
+    if os.path.lexists(folder):
+        os.rename(folder, doomed)
+        delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk, so that it outlives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _best(folders: list[Path]) -> Path | None:
+    scores = [(_score(folder), _step_of(folder), folder) for folder in folders]
+    known = [(score, step, folder) for score, step, folder in scores if score is not None]
+    return max(known)[2] if known else None
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        score = _manifest(folder)[0].facts.get("score")
+    except (DamagedError, OSError):
+        return None
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _manifest(folder: Path) -> tuple[Checkpoint, dict[str, _File]]:
+    """What the manifest says. Raises DamagedError."""
+    try:
+        contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        _Manifest.model_validate(contents)
+        digest = contents.pop("sha256")
+        is_sealed = _digest(contents) == digest
+    except FileNotFoundError:
+        raise DamagedError(f"{MANIFEST} is missing") from None
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DamagedError(
+            f"{MANIFEST} cannot be read: {place} is not what is written there"
+        ) from None
+    except (ValueError, RecursionError):
+        raise DamagedError(f"{MANIFEST} cannot be read") from None
+    if not is_sealed:
+        raise DamagedError(f"{MANIFEST} is not what was written: its SHA-256 differs")
+    facts = contents["facts"]
+    if facts["step"] != _step_of(folder):
+        raise DamagedError(f"{MANIFEST} is of step {facts['step']}")
+    files = {name: _File(**entry) for name, entry in contents["files"].items()}
+    return Checkpoint(folder, facts), files
+
+
+def _step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None, f"{folder.name} must be called step-N"
+    return int(match[1])
+
+
+def _rank_of(name: str, world_size: int) -> int:
+    """Who wrote a file, by its name: `rank-1.pt`, DeepSpeed's `zero_pp_rank_1_mp_rank_00_...`."""
+    match = _RANK.search(name)
+    rank = 0 if match is None else int(match[1])
+    return rank if rank < world_size else 0
+
+
+def _digest(contents: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""The folder a run writes: resolved config, metrics, samples, TensorBoard events, checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from marlhf.runs import checkpoint
+from marlhf.runs.checkpoint import Checkpoint
+from marlhf.config import LogSettings, MetricsSettings
+from marlhf.config.loading import config_to_dict
+from marlhf.common.errors import UserError, say
+from marlhf.runs.metrics import JsonLines, ProgressBar, TensorBoard, WandB
+from marlhf.common.paths import local_path, write_whole
+from marlhf.common.paths import writing as writing_below
+from marlhf.runs.alarms import Warnings
+from marlhf.config.yaml_text import dump_yaml
+
+_OWN_FILES = (
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
+    *("final", "final.partial", "reward_report.json", "metrics.jsonl.bad", "samples.jsonl.bad"),
+)
+_PATIENCE = 5.0  # seconds that a process which was killed may take to end
+
+
+def own_files(folder: str | Path) -> list[Path]:
+    """What a run writes in its folder, and deletes before it begins again."""
+    return [Path(folder).expanduser() / name for name in _OWN_FILES]
+
+
+class RunDirectory:
+    """Claims `folder` for one run; every write is a no-op on ranks other than the main one.
+
+    resume      None refuses a folder that holds a run; `auto` goes on from its latest whole
+                checkpoint, or begins where there is none yet; a path goes on from that checkpoint
+    overwrite   begins again, deleting the old run's own files and nothing else
+
+    Raises UserError for what cannot be. Nothing is deleted or cut before `open`, as the new run may
+    yet be refused.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        overwrite: bool,
+        log: MetricsSettings,
+        is_main: bool,
+        resume: str | None = None,
+    ) -> None:
+        self.path = local_path(folder, "output_dir")
+        self.checkpoint: Checkpoint | None = None
+        self._log = log
+        self._is_main = is_main
+        self._is_new = True
+        self._sinks: list[Any] = []
+        self._sample_sink: JsonLines | None = None
+        self._samples: list[Mapping[str, Any]] = []  # of the update at work
+        self._held: int | None = None
+        if not is_main:
+            return
+        self.checkpoint = self._to_resume(overwrite, resume)
+        if log.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError("log.wandb: needs: pip install 'marlhf[wandb]'")
+        with only_writer(self.path):
+            pass
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def _to_resume(self, overwrite: bool, resume: str | None) -> Checkpoint | None:
+        """The checkpoint to go on from, None to begin. Raises UserError."""
+        is_used = (self.path / "metrics.jsonl").exists() or checkpoint.steps(self.checkpoints) != []
+        if resume == "auto":
+            found = checkpoint.latest(self.checkpoints, notice)
+            if found is None and (self.path / "final").exists():
+                raise UserError(
+                    f"resume: {str(self.path)!r} holds a finished run without checkpoints; choose "
+                    "another output_dir, or set overwrite=true to delete it"
+                )
+            return found
+        if resume is not None:
+            found = checkpoint.given(local_path(resume, "resume"), self.checkpoints)
+            if is_used and found.path.parent.resolve() != self.checkpoints.resolve():
+                raise UserError(
+                    f"resume: {resume!r} is not of the run that output_dir {str(self.path)!r} "
+                    "already holds; choose another output_dir"
+                )
+            return found
+        if is_used and not overwrite:
+            raise UserError(
+                f"output_dir: {str(self.path)!r} already holds a run; choose another, or set "
+                "resume=auto to continue it, or overwrite=true to delete it"
+            )
+        return None
+
+    def open(self, config: Any, steps: int, notes: Sequence[str] = ()) -> None:
+        """Write the resolved configuration and open the sinks; again, after `close`, appends.
+
+        notes   lines about the run, for the user's eyes and for the head of config.yaml
+        What there is from after the checkpoint that the run goes on from is cut off first.
+        """
+        if not self._is_main or self._sinks:
+            return
+        done = self.checkpoint.step if self.checkpoint is not None else 0
+        first_step = None
+        self._held = _lock(self.path, "output_dir")
+        with writing(self.path):
+            if self._is_new and self.checkpoint is None:
+                self._delete_old()
+            elif self._is_new:
+                self._cut_back(done)
+                first_step = done + 1
+            self._is_new = False
+            plain = config_to_dict(config)
+            for line in notes:
+                notice(line)
+            text = "".join(f"# {line}\n" for line in notes) + dump_yaml(plain)
+            write_whole(self.path / "config.yaml", text)
+            self._sample_sink = JsonLines(self.path / "samples.jsonl")
+            self._sinks.append(JsonLines(self.path / "metrics.jsonl"))
+            if self._log.tensorboard:
+                self._sinks.append(TensorBoard(self.path / "tensorboard", first_step))
+            if self._log.wandb:
+                self._sinks.append(WandB(self.path, plain))
+            if isinstance(self._log, LogSettings) and self._log.warnings:
+                self._sinks.append(Warnings(self.path / "metrics.jsonl"))
+            if self._log.progress:
+                self._sinks.append(ProgressBar(steps, done))
+
+    def _delete_old(self) -> None:
+        for file in own_files(self.path):
+            checkpoint.delete(file)
+
+    def _cut_back(self, step: int) -> None:
+        checkpoint.cut_back(self.checkpoints, step)
+        JsonLines.cut_back(self.path / "metrics.jsonl", step, notice)
+        JsonLines.cut_back(self.path / "samples.jsonl", step, notice)
+        TensorBoard.cut_back(self.path / "tensorboard", step)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Send one row of metrics to every sink, after the samples that belong to it. Raises
+        UserError where it cannot be written."""
+        with writing(self.path):
+            if self._sample_sink is not None:
+                for sample in self._samples:
+                    self._sample_sink.write(sample)
+            self._samples = []
+            for sink in self._sinks:
+                sink.write(row)
+
+    def write_sample(self, sample: Mapping[str, Any]) -> None:
+        """Add a line to samples.jsonl, together with the next row of metrics."""
+        if self._sample_sink is not None:
+            self._samples.append(sample)
+
+    def sync(self) -> None:
+        """Bring all rows to the disk, where a checkpoint of them may follow."""
+        with writing(self.path):
+            for sink in (self._sample_sink, *self._sinks):
+                if sink is not None:
+                    sink.sync()
+
+    def publish(self, partial: Path) -> None:
+        """Give a folder `NAME.partial`, now that it is complete, the name NAME."""
+        if self._is_main:
+            with writing(self.path):
+                checkpoint.replace(partial, partial.with_suffix(""))
+
+    def close(self) -> None:
+        """Close what `open` opened."""
+        sinks = [sink for sink in (self._sample_sink, *self._sinks) if sink is not None]
+        self._sample_sink, self._sinks, self._samples = None, [], []
+        for sink in sinks:
+            with suppress(OSError):  # of a full disk, which `write` has reported
+                sink.close()
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
+
+
+@contextmanager
+def only_writer(folder: Path, key: str = "output_dir") -> Iterator[None]:
+    """Make a folder, and keep other processes out of it within this context.
+
+    Raises UserError, naming `key`: it cannot be made or written in, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise UserError(f"{key}: given {str(folder)!r}, which is a file") from None
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {str(folder)!r}: {error.strerror}") from None
+    held = _lock(folder, key)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(folder: Path, key: str) -> int:
+    """Keep other processes out of a folder until the descriptor is closed or the process dies.
+
+    Raises UserError where another one has it: ranks may live on after their launcher was killed.
+    """
+    descriptor, patience = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
+    while not locked(descriptor):
+        if time.monotonic() > patience:
+            os.close(descriptor)
+            raise UserError(
+                f"{key}: another process is writing in {str(folder)!r}; wait for it, or end it"
+            )
+        time.sleep(0.1)
+    return descriptor
+
+
+def locked(descriptor: int) -> bool:
+    """Whether an open file or folder is now this process's, and those that inherit it, alone."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def writing(folder: Path) -> AbstractContextManager[None]:
+    """Around writes of a run under `folder`; see `paths.writing`."""
+    advice = "; the run can go on from its last checkpoint with resume=auto"
+    return writing_below("output_dir", folder, advice)
+
+
+def notice(line: str) -> None:
+    """Tell the user something about the run, on stderr."""
+    say(f"marlhf: {line}")

@@ -1,0 +1,313 @@
+"""What a checkpoint of a run holds, and how all ranks write and read it together.
+
+    step-N/policy, step-N/critic   a folder for each part that has `save(folder)` and `load(folder)`
+    step-N/rank-R.pt               on each rank: every part that has `state_dict()` and
+                                   `load_state_dict(state)`, and the random number generators
+    step-N/manifest.json           step, held-out score, configuration, number of ranks, digests of
+                                   what the run is made of; checksums
+
+The position in the data and the noise of every response are functions of (seed, step, row).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlhf.runs import checkpoint
+from marlhf.runs.checkpoint import Checkpoint
+from marlhf.config import CheckpointSettings
+from marlhf.config.loading import config_from_dict, config_to_dict, with_new_names
+from marlhf.distributed import Distributed
+from marlhf.common.errors import UserError, one_line
+from marlhf.common.plugins import (
+    called,
+    check_state,
+    generators,
+    plugin_generators,
+    set_generators,
+    set_plugin_generators,
+)
+from marlhf.runs.provenance import Provenance, check_apart
+from marlhf.runs.directory import RunDirectory, notice, own_files, writing
+from marlhf.common.state_files import read_tensors
+
+# Sections and keys that change no result, or (the sizes of passes) only its rounding. More steps
+# are a longer run: from the checkpoint on, learning rates follow the longer schedule.
+MAY_DIFFER = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "resume_changed",
+    "steps",
+    "epochs",
+    "log",
+    "checkpoint",
+    "model.gradient_checkpointing",
+    "rollout.micro_batch_size",
+    "optimizer.micro_batch_size",
+    "optimizer.max_skipped_steps",
+    "distributed_timeout_minutes",
+)
+
+
+class RunState:
+    """Saves and loads the parts of a run; every method is called on all ranks.
+
+    parts     everything that an update changes, by name; those that keep no state are skipped
+    made_of   what the run is made of, on the main rank
+
+    Raises UserError for a part whose state no checkpoint could hold.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Any],
+        config: Any,
+        distributed: Distributed,
+        made_of: Provenance | None = None,
+    ) -> None:
+        self._folders = {n: p for n, p in parts.items() if hasattr(p, "save")}
+        self._dicts = {n: p for n, p in parts.items() if hasattr(p, "load_state_dict")}
+        self._dicts = {n: p for n, p in self._dicts.items() if n not in self._folders}
+        self._config = config
+        self._distributed = distributed
+        self._made_of = made_of
+        for name, part in self._dicts.items() if config.checkpoint.every else ():
+            state: Any = None
+            with suppress(UserError), called(name):  # it may have none before its first call
+                state = part.state_dict()
+            with called(name):  # now rather than after the first hundred updates
+                check_state(state)
+
+    def is_due(self, step: int, stopping: bool) -> bool:
+        """Whether a checkpoint follows this update; `stopping` where it is the last for now."""
+        every = self._config.checkpoint.every
+        return bool(every and (stopping or step % every == 0 or step == self._config.steps))
+
+    def save(self, root: Path, step: int, score: float | None) -> None:
+        """Write `root/step-N` and delete what `config.checkpoint` does not keep. Raises UserError
+        where the disk refuses; the checkpoints before are whole then."""
+        try:
+            self._write(root, step, score)
+        except Exception:
+            if self._distributed.is_main:  # room on a full disk
+                shutil.rmtree(root / f"step-{step}.partial", ignore_errors=True)
+            raise
+        settings: CheckpointSettings = self._config.checkpoint
+        self._on_main(lambda: checkpoint.prune(root, settings.keep, settings.keep_best), root)
+
+    def _write(self, root: Path, step: int, score: float | None) -> None:
+        partial = root / f"step-{step}.partial"
+        self._on_main(lambda: checkpoint.begin(root, step), root)
+        waits = self._distributed.zero_stage > 0  # engines save in step with each other
+        for name, part in self._folders.items():
+            self._on_all(lambda part=part, name=name: part.save(partial / name), root, waits)
+        self._on_all(lambda: self._save_rank(partial), root)
+        facts = {
+            "score": score,
+            "world_size": self._distributed.world_size,
+            "threads": torch.get_num_threads(),
+            "config": config_to_dict(self._config),
+        }
+        if self._made_of is not None:
+            facts["made_of"] = self._made_of.facts()
+        own: dict[str, Any] = {}
+        place = self._distributed.rank, self._distributed.world_size
+        self._on_all(lambda: own.update(checkpoint.digests(partial, *place)), root)
+        files = dict(self._distributed.gather_objects(list(own.items())))
+        self._on_main(lambda: checkpoint.commit(partial, facts, files), root)
+
+    def load(self, found: Checkpoint) -> int:
+        """Go on from a checkpoint; its step. Raises UserError."""
+        waits = self._distributed.zero_stage > 0
+        self._distributed.fail_together(lambda: self._read(found), waits)
+        if self._distributed.is_main:
+            notice(f"resuming from {found.path}{self._what_differs(found)}")
+        return found.step
+
+    def _read(self, found: Checkpoint) -> None:
+        world = found.facts["world_size"]
+        file = found.path / f"rank-{self._distributed.rank % world}.pt"
+        at_work = file.name
+        try:
+            for name, part in self._folders.items():
+                at_work = name
+                part.load(found.path / name)
+            at_work = file.name
+            state = read_tensors(file)
+            for name, part in self._dicts.items():
+                at_work, kept = file.name, state["parts"][name]
+                with called(name):
+                    part.load_state_dict(kept)
+            at_work = f"{file.name}, generators"
+            of_plugins = state.get("plugins", state["generators"])
+            if of_plugins is not None:
+                set_generators(of_plugins)  # that they fit shows now, and not in a plug-in
+            set_generators(state["generators"])
+            set_plugin_generators(of_plugins)
+        except Exception as error:  # whatever a part makes of what it never wrote
+            raise UserError(
+                f"resume: checkpoint {found.path} does not fit this run: {at_work}: "
+                f"{_as_said(error)}"
+            ) from error
+
+    def _save_rank(self, partial: Path) -> None:
+        parts = {}
+        for name, part in self._dicts.items():
+            with called(f"checkpoint: {name}"):
+                parts[name] = part.state_dict()
+                check_state(parts[name])
+        state = {"parts": parts, "generators": generators(), "plugins": plugin_generators()}
+        torch.save(state, partial / f"rank-{self._distributed.rank}.pt")
+
+    def _what_differs(self, found: Checkpoint) -> str:
+        """The end of the line that tells of a resume: what is not as it was."""
+        changes = [
+            f"{key} {a!r} -> {b!r}"
+            for key, a, b in differences(_config_of(found, self._config), self._config)
+            if key not in ("output_dir", "overwrite", "resume", "resume_changed")
+        ]
+        ranks, now = found.facts["world_size"], self._distributed.world_size
+        if ranks != now:
+            changes.append(f"ranks {ranks} -> {now}, which may change results by rounding")
+        threads, now = found.facts.get("threads"), torch.get_num_threads()
+        if threads not in (None, now):
+            changes.append(f"threads {threads} -> {now}, which may change results by rounding")
+        return f" ({'; '.join(changes)})" if changes else ""
+
+    def _on_main(self, work: Any, root: Path) -> None:
+        self._on_all(work if self._distributed.is_main else lambda: None, root)
+
+    def _on_all(self, work: Any, root: Path, waits: bool = False) -> None:
+        def guarded() -> None:
+            with writing(root):
+                work()
+
+        self._distributed.fail_together(guarded, waits)
+
+
+def _as_said(error: Exception) -> str:
+    """What an error says, with its kind where that is needed to understand it."""
+    is_plain = isinstance(error, UserError | OSError | RuntimeError)
+    return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """The folder of a run, the checkpoint that it goes on from, and what the run is made of, which
+    the main rank knows."""
+
+    run: RunDirectory
+    found: Checkpoint | None
+    made_of: Provenance | None
+
+
+def claim(
+    config: Any,
+    distributed: Distributed,
+    rows: Mapping[str, Iterable[Any]],
+    arguments: Mapping[str, Any] | None = None,
+) -> Claimed:
+    """Claim the folder of a run, for all ranks.
+
+    rows, arguments   as of `Provenance`
+
+    Raises UserError where the folder or the checkpoint is not for this run.
+    """
+    given = arguments or {}
+    keys = (config.output_dir, config.overwrite, config.log)
+
+    def claimed() -> RunDirectory:
+        if distributed.is_main:
+            check_apart(config, own_files(config.output_dir), given)
+        return RunDirectory(*keys, distributed.is_main, config.resume)
+
+    run = distributed.fail_together(claimed)
+    (found, *_) = distributed.gather_objects([run.checkpoint])
+    if found is not None:
+        check_config(config, found)
+    is_wanted = distributed.is_main and (found is not None or config.checkpoint.every > 0)
+    made_of = distributed.fail_together(
+        lambda: _made_of(config, rows, given, found) if is_wanted else None
+    )
+    return Claimed(run, found, made_of)
+
+
+def _made_of(
+    config: Any,
+    rows: Mapping[str, Iterable[Any]],
+    arguments: Mapping[str, Any],
+    found: Checkpoint | None,
+) -> Provenance:
+    """What a run is made of: on a resume, what it was made of before. Raises UserError."""
+    made_of = Provenance(config, rows, arguments)
+    before = None if found is None else found.facts.get("made_of")
+    if found is None or before is None:
+        made_of.begin()
+    if found is not None and before is None:
+        notice(
+            f"checkpoint {found.path} does not say what the run was made of: whether data and "
+            "weights are the same could not be checked"
+        )
+    if found is None or before is None:
+        return made_of
+    changed = "; ".join(made_of.changes(before))
+    if changed and not config.resume_changed:
+        raise UserError(
+            f"resume: since checkpoint {found.path} these have changed: {changed}; bring back what "
+            "was there, or set resume_changed=true to go on with what is there now"
+        )
+    if changed:
+        notice(f"resume_changed: goes on although these have changed: {changed}")
+    return made_of
+
+
+def check_config(config: Any, found: Checkpoint) -> None:
+    """That a run may go on from a checkpoint with this configuration. Raises UserError."""
+    faults = [
+        f"{key} ({a!r}, now {b!r})"
+        for key, a, b in differences(_config_of(found, config), config)
+        if key not in MAY_DIFFER and key.split(".")[0] not in MAY_DIFFER
+    ]
+    if faults:
+        raise UserError(
+            f"resume: the configuration differs from that of checkpoint {found.path} in "
+            f"{', '.join(faults)}; on a resume only these may differ: {', '.join(MAY_DIFFER)}"
+        )
+    if config.steps < found.step:
+        raise UserError(
+            f"steps: given {config.steps}, but the checkpoint {found.path} to resume is already of "
+            f"update {found.step}"
+        )
+
+
+def _config_of(found: Checkpoint, config: Any) -> Any:
+    """The configuration of a checkpoint; keys that came since have their defaults. Raises
+    UserError."""
+    try:
+        return config_from_dict(type(config), with_new_names(found.facts["config"]))
+    except UserError as error:
+        raise UserError(
+            f"resume: the configuration of checkpoint {found.path} is not one of this version of "
+            f"marlhf: {error}"
+        ) from None
+
+
+def differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys in which two configurations of a class differ, with both values."""
+    return _differences(config_to_dict(old), config_to_dict(new), "")
+
+
+def _differences(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{prefix}{name}.")
+    elif old != new:
+        yield prefix[:-1], old, new

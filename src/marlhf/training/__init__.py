@@ -1,0 +1,1 @@
+"""The jobs that train: ppo, sft and reward."""

@@ -1,0 +1,229 @@
+"""A model being trained: its optimiser and schedule, and one exact optimiser step."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from marlhf.common.cpu_memory import trim_heap, trim_heap_before_embedding_gradients
+from marlhf.common.errors import ReportedError, UserError, one_line
+from marlhf.common.state_files import read_numbers
+from marlhf.config import AdamWSettings
+from marlhf.distributed import Distributed
+from marlhf.models.adapters import trainable_parameters
+from marlhf.rollout.batching import micro_batches
+from marlhf.runs.metrics import Metrics
+
+Objective = Callable[..., Tensor]
+
+
+class Rows(Protocol):
+    """What a loss is computed on, such as `Experience`."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B,L] bool."""
+        ...
+
+    def rows(self, index: Tensor) -> Any:
+        """Some of the rows."""
+        ...
+
+    def counts(self) -> Tensor:
+        """float64 [K], what losses are divided by: tokens, for one."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, saved for debugging when training diverges."""
+        ...
+
+
+Term = tuple[Rows, Objective]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What an optimiser step goes along.
+
+    norm     L2 norm before clipping; NaN where the loss or the gradient is not finite
+    finite   on every rank, the loss included; otherwise the step is skipped
+    """
+
+    norm: float
+    finite: bool
+
+
+class DivergedError(ReportedError):
+    """Too many losses or gradients in a row were not finite; `batches` are those of the last."""
+
+    def __init__(self, message: str, batches: list[Rows]) -> None:
+        super().__init__(message)
+        self.batches = batches
+
+
+class Learner:
+    """Policy or critic with its AdamW.
+
+    adapter   train this LoRA adapter (and the critic's head) only; None for all that is trainable
+    steps     updates in the whole run, for the schedule
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adapter: str | None,
+        learning_rate: float,
+        settings: AdamWSettings,
+        steps: int,
+        distributed: Distributed,
+    ) -> None:
+        self.settings = settings
+        self.distributed = distributed
+        self.parameters = trainable_parameters(module, adapter)
+        self._skipped_in_a_row = 0
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=learning_rate,
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        # what transformers calls constant has no warm-up
+        schedule = settings.schedule.replace("constant", "constant_with_warmup")
+        self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, steps)
+        trim_heap_before_embedding_gradients(module)
+        self.trained = distributed.train(module, optimizer, settings.max_grad_norm)
+        self.model, self.optimizer = self.trained.model, self.trained.optimizer
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def optimise(self, *terms: Term) -> Gradient:
+        """Take one optimiser step on a sum of losses; see `accumulate`."""
+        gradient = self.accumulate(*terms)
+        self.step(gradient)
+        return gradient
+
+    def accumulate(self, *terms: Term) -> Gradient:
+        """Compute the clipped gradient of a sum of losses, for `step` or `discard`.
+
+        terms   `(minibatch, objective)`: objective(rows, *counts) is the loss of some rows,
+                divided by the counts of the whole minibatch over all ranks, so that no split into
+                micro-batches and ranks changes the gradient
+
+        Raises DivergedError after `max_skipped_steps` gradients in a row that are not finite.
+        """
+        size, alike = self.settings.micro_batch_size, self.distributed.world_size > 1
+        passes = []
+        for minibatch, objective in terms:
+            counts = self.distributed.all_reduce(minibatch.counts()).tolist()  # the denominators
+            parts = micro_batches(minibatch.attention_mask, size, alike)
+            passes += [(minibatch, part, objective, counts) for part in parts]
+        self.model.train()
+        device = self.distributed.device
+        total = torch.zeros((), device=device)
+        for i, (minibatch, part, objective, counts) in enumerate(passes):
+            trim_heap(device)
+            with self.trained.accumulate(last=i == len(passes) - 1):
+                with self.distributed.autocast():
+                    loss = objective(minibatch.rows(part), *counts)
+                self.trained.backward(loss)
+            total += loss.detach()
+        trim_heap(device)
+        gradient = self._agreed(float(total), self.trained.norm())
+        self._skipped_in_a_row = 0 if gradient.finite else self._skipped_in_a_row + 1
+        if not gradient.finite and self._skipped_in_a_row >= self.settings.max_skipped_steps:
+            raise DivergedError(
+                f"training has diverged: the loss or its gradient was not finite in "
+                f"{self._skipped_in_a_row} optimiser steps in a row (optimizer.max_skipped_steps); "
+                f"the last loss is {float(total)}",
+                [minibatch for minibatch, _ in terms],
+            )
+        return gradient
+
+    def step(self, gradient: Gradient) -> None:
+        """Move the weights along the gradient, where it is finite, and forget it."""
+        if gradient.finite:
+            self.trained.step()
+        else:
+            self.trained.discard()
+
+    def discard(self) -> None:
+        """Forget the gradient."""
+        self.trained.discard()
+
+    def _agreed(self, loss: float, norm: float) -> Gradient:
+        """The gradient as all ranks see it: all must take the step, or none."""
+        fault = 0.0 if math.isfinite(loss) and math.isfinite(norm) else 1.0
+        finite = float(self.distributed.all_reduce(torch.tensor(fault))) == 0.0
+        return Gradient(norm if finite else math.nan, finite)
+
+    def save(self, folder: Path) -> None:
+        """Write the trained weights, the optimiser and the schedule; called on every rank."""
+        folder.mkdir(exist_ok=True)
+        self.trained.save(folder)
+        if self.distributed.is_main:
+            state = {
+                "layout": self.trained.layout,
+                "updates": self.scheduler.last_epoch,
+                "skipped_in_a_row": self._skipped_in_a_row,
+            }
+            (folder / "learner.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote, on every rank; what is replicated may be loaded by any
+        number of ranks, what DeepSpeed sharded by ranks that shard alike. Raises UserError.
+
+        The learning rate is that of this run's schedule, which may have more steps.
+        """
+        kinds = {"layout": str, "updates": int, "skipped_in_a_row": int}
+        state = read_numbers(folder / "learner.json", kinds)
+        if state["layout"] != self.trained.layout:
+            raise UserError(
+                f"the checkpoint is of {state['layout']}, this launch is {self.trained.layout}; "
+                "they must be the same"
+            )
+        self.trained.load(folder)
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.scheduler.last_epoch = state["updates"] - 1
+        with warnings.catch_warnings():  # that no optimiser step came before
+            warnings.simplefilter("ignore")
+            self.scheduler.step()  # sets this run's learning rate for the update
+
+
+def count_step(name: str, gradient: Gradient, metrics: Metrics) -> None:
+    """Add the gradient's norm to the metric `name`, or 1 to `skipped_steps`."""
+    if gradient.finite:
+        metrics.add(name, gradient.norm)
+    else:
+        metrics.add("skipped_steps", 1.0, 0.0)
+
+
+@contextmanager
+def keeping_batch(path: Path) -> Iterator[None]:
+    """Save the batch of an update that diverges, as dicts of tensors, and name the file."""
+    try:
+        yield
+    except DivergedError as error:
+        where = f"in {path}, for torch.load"
+        try:
+            torch.save([batch.tensors() for batch in error.batches], path)
+        except (OSError, RuntimeError) as fault:  # a full disk, of which torch says what it pleases
+            where = f"lost: it cannot be saved: {one_line(fault, 100)}"
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        message = f"{error}; its batch is {where}"
+        raise DivergedError(message, error.batches) from None

@@ -1,0 +1,151 @@
+"""Texts to model beside PPO, so that the policy does not forget them: InstructGPT's PPO-ptx.
+
+Source: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from marlhf.common.errors import UserError
+from marlhf.common.tokenization import continuation_ids
+from marlhf.config import PTXSettings
+from marlhf.data.encoding import encode
+from marlhf.data.files import Row, read_rows
+from marlhf.data.order import PromptStream
+from marlhf.distributed import Distributed
+
+Text = tuple[str | None, str]  # a prompt or None, and the text to model
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Texts as the policy reads them.
+
+    input_ids [B,L], attention_mask [B,L] bool: right-padded
+    loss_mask [B,L-1] bool: which tokens after the first are modelled
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+
+    def rows(self, index: Tensor) -> TextRows:
+        """Some rows, without the columns that are padding in all of them."""
+        index = index.to(self.input_ids.device)
+        attention_mask = self.attention_mask[index]
+        L = int(attention_mask.sum(1).max())
+        return TextRows(
+            self.input_ids[index, :L], attention_mask[:, :L], self.loss_mask[index, : L - 1]
+        )
+
+    def counts(self) -> Tensor:
+        """Modelled tokens, float64 [1]."""
+        return self.loss_mask.sum().double()[None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return dict(vars(self))
+
+
+class TextStream:
+    """This rank's texts for each policy step; those of a step follow from seed and step alone."""
+
+    def __init__(
+        self,
+        settings: PTXSettings,
+        seed: int,
+        tokenizer: Any,
+        distributed: Distributed,
+        positions: int | None = None,
+    ) -> None:
+        """positions: of the model. Raises UserError."""
+        texts, world = load_texts(settings), distributed.world_size
+        if settings.batch_size % world:
+            raise UserError(
+                f"ptx.batch_size: given {settings.batch_size}, must be a multiple of the {world} "
+                "ranks"
+            )
+        if positions is not None and settings.max_length > positions:
+            raise UserError(
+                f"ptx.max_length: given {settings.max_length}, must not exceed the {positions} "
+                "positions of the model"
+            )
+        self.settings, self.tokenizer, self.distributed = settings, tokenizer, distributed
+        self.stream = PromptStream(texts, seed)
+        self.stream.check_batch(settings.batch_size, "ptx.batch_size")
+
+    def batch(self, step: int) -> TextRows:
+        """For the policy's optimiser step `step` of the whole run, from 0."""
+        size, world = self.settings.batch_size, self.distributed.world_size
+        mine = self.stream.batch(step, size)[self.distributed.rank :: world]
+        limit = self.settings.max_length
+        encoded = [text_ids(prompt, text, self.tokenizer, limit) for prompt, text in mine]
+        device = self.distributed.device
+        ids = pad_sequence([torch.tensor(x) for x, _ in encoded], batch_first=True).to(device)
+        lengths, prompts = (torch.tensor(x, device=device)[:, None] for x in _sizes(encoded))
+        positions = torch.arange(ids.shape[1], device=device)
+        attention_mask = positions < lengths
+        loss_mask = attention_mask & (positions >= prompts)
+        return TextRows(ids, attention_mask, loss_mask[:, 1:])
+
+
+def load_texts(settings: PTXSettings) -> list[Text]:
+    """Every row's text, and its prompt if there is one. Raises UserError, naming the row."""
+    rows = read_rows(
+        settings.path,
+        settings.split,
+        settings.name,
+        settings.limit,
+        key="ptx.path",
+        split_key="ptx.split",
+    )
+    columns = {"text_column": settings.text_column, "prompt_column": settings.prompt_column}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for key, column in columns.items():
+        if column is not None and column not in names:
+            raise UserError(
+                f"ptx.{key}: no column is called {column!r}; the data has {', '.join(names)}"
+            )
+
+    def cell(row: Row, number: int, column: str) -> str:
+        value = row.get(column)
+        if not isinstance(value, str) or not value.strip():
+            kind = "empty" if value == "" or isinstance(value, str) else type(value).__name__
+            raise UserError(f"ptx.path: row {number}: {column!r} is {kind}, must be text")
+        return value
+
+    prompt_column = settings.prompt_column
+    return [
+        (
+            None if prompt_column is None else cell(row, number, prompt_column),
+            cell(row, number, settings.text_column),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def text_ids(
+    prompt: str | None, text: str, tokenizer: Any, max_length: int
+) -> tuple[list[int], int]:
+    """`(token ids with EOS at the end, how many of them at the start are not modelled)`.
+
+    Without a prompt that is the first token alone, which nothing comes before. What exceeds
+    `max_length` is cut: of the text at the end, of a prompt on the left.
+    """
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if prompt is None:
+        ((ids,), _) = encode([text], tokenizer, 2**31)
+        return (ids + eos)[:max_length], 1
+    tail = [*continuation_ids(text, tokenizer), *eos][: max_length - 1]
+    ((head,), _) = encode([prompt], tokenizer, max_length - len(tail))
+    return head + tail, len(head)
+
+
+def _sizes(encoded: list[tuple[list[int], int]]) -> tuple[list[int], list[int]]:
+    return [len(ids) for ids, _ in encoded], [first for _, first in encoded]

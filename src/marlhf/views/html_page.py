@@ -1,0 +1,111 @@
+"""One self-contained HTML page: nothing is loaded from anywhere, light and dark as the reader's
+system is.
+
+Style and scripts are files in `assets/`; the page carries them inside.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from marlhf.common.errors import UserError, printable
+from marlhf.common.paths import local_path
+from marlhf.views.terminal import visible
+
+_ASSETS = Path(__file__).parent / "assets"
+_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<div id="tip" role="tooltip" hidden></div>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+HUES = 4  # backgrounds of macro actions, in turn
+
+
+def page(title: str, body: str) -> str:
+    """A whole document around `body`, which is HTML."""
+    style, script = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    return _TEMPLATE.format(
+        title=text(title), body=body, style=style, script=script, policy=_POLICY
+    )
+
+
+def write_page(path: str | Path, content: str, key: str) -> Path:
+    """Write a page; UserError, naming the option `key`, where that cannot be."""
+    target = local_path(path, key)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content, encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}: cannot write {str(path)!r}: {reason}") from None
+    return target
+
+
+def text(value: object) -> str:
+    """Any text as HTML, without control characters and bidi marks."""
+    return html.escape(printable(str(value), "\n\t"))
+
+
+def tag(name: str, content: str = "", **attributes: Any) -> str:
+    """`<name attributes>content</name>`: content is HTML, attribute values are text.
+
+    A trailing underscore is dropped from attribute names (`class_`), others become hyphens; an
+    attribute that is None is left out.
+    """
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{text(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return f"<{name}{given}>{content}</{name}>"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    """A table that scrolls by itself where it is too wide. Cells are HTML; numbers to the right."""
+    head = tag("tr", "".join(tag("th", text(h), scope="col") for h in heads))
+    body = "".join(tag("tr", "".join(tag("td", cell) for cell in row)) for row in rows)
+    whole = tag("thead", head) + tag("tbody", body)
+    return tag("div", tag("table", whole, class_="numbers" if numbers else None), class_="wide")
+
+
+def macro_span(content: str, index: int, **attributes: Any) -> str:
+    """A macro action on its background; its edge shows where it starts without any colour."""
+    return tag("span", content, class_=f"m h{index % HUES}", **attributes)
+
+
+def shown(piece: str) -> str:
+    """What tokens wrote, as HTML: line breaks are marked and kept, control characters too."""
+    return text(visible(piece, "⏎\n"))
+
+
+def shown_token(piece: str) -> str:
+    """As `shown`, with a mark for what writes nothing: special tokens, parts of a character."""
+    return shown(piece) or "∅"
+
+
+def data(value: Any) -> str:
+    """Plain data for an attribute, which a script reads."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,240 @@
+"""What segmenters make of texts, and how it looks in a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from marlhf.common.errors import UserError, printable
+from marlhf.views.terminal import colour_macro_actions, macro_pieces
+
+if TYPE_CHECKING:
+    from marlhf.segmenters import SegmenterFn
+
+_NARROWEST = 36  # columns of a terminal in which a segmenter's text is still pleasant to read
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A text in tokens, and where each segmenter has macro actions start.
+
+    pieces     the characters that each token wrote; together they are the text
+    ids        the tokens
+    logprobs   of each token under the model, nats, or None without a model
+    starts     for each segmenter, for each token: whether a macro action starts there
+    """
+
+    pieces: list[str]
+    ids: list[int]
+    logprobs: list[float] | None
+    starts: list[list[bool]]
+
+    def macro_actions(self, segmenter: int) -> list[range]:
+        """The tokens of each macro action."""
+        begins = [t for t, start in enumerate(self.starts[segmenter]) if start]
+        return [range(a, b) for a, b in pairwise([*begins, len(self.ids)])]
+
+    def written(self, tokens: range) -> str:
+        """What some tokens wrote."""
+        return "".join(self.pieces[tokens.start : tokens.stop])
+
+
+def segment_texts(
+    texts: Sequence[str],
+    segmenters: Sequence[SegmenterFn],
+    tokenizer: Any,
+    model_path: str | None = None,
+    prompts: Sequence[str | None] | None = None,
+) -> list[Segmented]:
+    """Cut texts, tokenised as what continues their prompts, by every segmenter.
+
+    model_path   a causal LM that gives each token's log-probability after prompt and text so far
+
+    Raises UserError, naming the segmenter, for whatever a segmenter does wrong.
+    """
+    import torch
+
+    from marlhf.common.tokenization import continuation_ids, encode_texts
+    from marlhf.common.types import ResponseBatch
+    from marlhf.segmenters import segment
+
+    given = list(prompts or [None] * len(texts))
+    # a text that begins with a space is taken for a response without its prompt
+    continues = [bool(p) or t[:1] == " " for p, t in zip(given, texts, strict=True)]
+    rows = [
+        continuation_ids(text, tokenizer)
+        if is_response
+        else encode_texts(tokenizer, [text], special=[False])[0]
+        for text, is_response in zip(texts, continues, strict=True)
+    ]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    logprobs = entropy = None
+    if model_path is not None:
+        logprobs, entropy = _logprobs(model_path, tokenizer, rows, given, mask)
+    batch = ResponseBatch(
+        ids, mask, logprobs, logprobs, entropy, tokenizer=tokenizer, continues=continues
+    )
+    cut = [segment(segmenter, batch).tolist() for segmenter in segmenters]
+    found = []
+    for i, row in enumerate(rows):
+        count = len(row)
+        found.append(
+            Segmented(
+                pieces=macro_pieces(batch.texts[i], batch.offsets[i], [True] * count),
+                ids=row,
+                logprobs=None if logprobs is None else logprobs[i, :count].tolist(),
+                starts=[starts[i][:count] for starts in cut],
+            )
+        )
+    return found
+
+
+def _logprobs(
+    path: str,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    prompts: Sequence[str | None],
+    mask: Any,
+) -> Any:
+    """[B,T] log-probabilities of the tokens of `rows` and entropy before them, nats, 0 outside the
+    mask."""
+    import torch
+
+    from marlhf.common.third_party_output import hide_loading_bars
+    from marlhf.config import ModelSettings
+    from marlhf.models.loading import admit, load_causal_lm, load_model_config, position_limit
+    from marlhf.models.policy import Policy
+
+    hide_loading_bars()
+    settings = ModelSettings(path=path)
+    config = load_model_config(settings, "--model")
+    contexts = [_context(tokenizer, prompt) for prompt in prompts]
+    longest = max(len(c) + len(row) for c, row in zip(contexts, rows, strict=True))
+    limit = position_limit(config)
+    if limit is not None and longest > limit:
+        raise UserError(f"--model: takes {limit} tokens, and prompt and text have {longest}")
+    vocabulary = config.get_text_config().vocab_size
+    if any(i >= vocabulary for row in [*rows, *contexts] for i in row):
+        raise UserError(
+            f"--model: has {vocabulary} tokens, fewer than the tokenizer uses; leave --tokenizer "
+            "out to take the model's own"
+        )
+    model = load_causal_lm(settings, config)
+    admit(model, longest, "--model", samples=False)
+    policy = Policy(model).eval()
+    found = torch.zeros(2, *mask.shape)
+    for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
+        if row:
+            ids = torch.tensor([[*context, *row]])
+            with torch.no_grad():
+                whole, response = torch.ones_like(ids).bool(), mask[i : i + 1, : len(row)]
+                part, extras = policy(ids, whole, response, extras=("entropy",))
+            found[:, i, : len(row)] = torch.cat((part, extras["entropy"]))
+    return found
+
+
+def _context(tokenizer: Any, prompt: str | None) -> list[int]:
+    """What the model reads before the text: the prompt, or at least one token to start from."""
+    from marlhf.common.tokenization import encode_texts
+
+    if prompt:
+        return encode_texts(tokenizer, [prompt], special=[True])[0]
+    for first in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if first is not None:
+            return [first]
+    raise UserError(
+        "--prompt: must be given, because this tokenizer has no token that begins a text"
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Macro actions of one segmenter over all texts; `lengths` counts them by their tokens."""
+
+    lengths: Counter[int]
+
+    @property
+    def count(self) -> int:
+        """Macro actions."""
+        return self.lengths.total()
+
+    @property
+    def mean(self) -> float:
+        """Tokens a macro action."""
+        return sum(n * k for n, k in self.lengths.items()) / max(self.count, 1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return max(self.lengths, default=0)
+
+
+def summarise(segmented: Sequence[Segmented], segmenter: int) -> Summary:
+    """Lengths of all macro actions of a segmenter."""
+    return Summary(Counter(len(r) for item in segmented for r in item.macro_actions(segmenter)))
+
+
+def show(segmented: Sequence[Segmented], labels: Sequence[str], console: Console) -> None:
+    """Every text by every segmenter, side by side where the terminal is wide enough."""
+    wide = console.is_terminal and console.width >= _NARROWEST * len(labels)
+    for number, item in enumerate(segmented, 1):
+        heading = f"text {number} of {len(segmented)}, " if len(segmented) > 1 else ""
+        perplexity = f", perplexity {_perplexity(item):.1f}" if item.logprobs else ""
+        console.rule(f"{heading}{len(item.ids)} tokens{perplexity}", align="left", style="dim")
+        cut = [
+            colour_macro_actions(
+                [item.written(tokens) for tokens in item.macro_actions(i)], console, "⏎\n"
+            )
+            for i in range(len(labels))
+        ]
+        if wide:
+            table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
+            for label in labels:
+                table.add_column(Text(printable(label)), ratio=1)
+            table.add_row(*cut)
+            console.print(table)
+            continue
+        for label, coloured in zip(labels, cut, strict=True):
+            console.print(Text(printable(label), style="bold"), soft_wrap=True)
+            console.print(Group(coloured, ""), soft_wrap=not console.is_terminal)
+    console.print(_summary_table(segmented, labels))
+
+
+def _perplexity(item: Segmented) -> float:
+    assert item.logprobs is not None
+    return math.exp(-sum(item.logprobs) / max(len(item.logprobs), 1))
+
+
+def _summary_table(segmented: Sequence[Segmented], labels: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("segmenter", overflow="fold")
+    for heading in ("macro actions", "tokens each", "longest"):
+        table.add_column(heading, justify="right")
+    table.add_column("of 1, 2, 3... tokens")
+    for i, label in enumerate(labels):
+        found = summarise(segmented, i)
+        cells = (f"{found.count}", f"{found.mean:.2f}", f"{found.longest}", _bars(found.lengths))
+        table.add_row(Text(printable(label)), *cells)
+    return table
+
+
+def _bars(lengths: Counter[int], width: int = 24) -> str:
+    """A histogram in a line; lengths of `width` and more share its last place."""
+    counts = [lengths[n] for n in range(1, min(max(lengths, default=0), width) + 1)]
+    if max(lengths, default=0) > width:
+        counts[-1] += sum(k for n, k in lengths.items() if n > width)
+    top = max(counts, default=1)
+    return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // top)] for count in counts)

@@ -1,0 +1,182 @@
+"""Groups of runs -> the charts of a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from marlhf.views.charts import Line, LineChart
+from marlhf.views.report.groups import Group, Mean
+from marlhf.views.report.runs import Run
+
+_LONGEST = 2**20  # tokens of a macro action; what is beyond it no model has written
+_POINTS = 120  # of a line; more would be neither seen nor quick to draw
+
+SECTIONS = {
+    "Reward, KL and responses": {
+        "eval_score_mean": "Reward, held-out prompts",
+        "score_mean": "Reward, training batch",
+        "eval_kl_mean": "KL to the reference, held-out (nats)",
+        "kl_mean": "KL to the reference, training (nats)",
+        "objective_mean": "Reward less KL penalty",
+        "entropy": "Entropy of the policy (nats a token)",
+        "response_length_mean": "Response length (tokens)",
+        "eos_fraction": "Finished responses (share)",
+    },
+    "Learning": {
+        "loss": "Loss",
+        "eval_loss": "Loss, held-out",
+        "accuracy": "Accuracy",
+        "eval_accuracy": "Accuracy, held-out",
+        "policy_loss": "Policy loss",
+        "value_loss": "Value loss",
+        "explained_variance": "Explained variance of the returns",
+        "clip_fraction": "Clipped ratios (share)",
+        "approx_kl": "KL of the update (nats a token)",
+        "ratio_max": "Largest ratio",
+        "grad_norm_policy": "Gradient norm, policy",
+        "grad_norm_value": "Gradient norm, critic",
+        "learning_rate": "Learning rate",
+    },
+    "Macro actions": {
+        "macro_length_mean": "Tokens in a macro action",
+        "macro_count_mean": "Macro actions in a response",
+    },
+    "Time and memory": {
+        "step_seconds": "Seconds an update",
+        "generate_seconds": "Seconds generating",
+        "score_seconds": "Seconds scoring",
+        "segment_seconds": "Seconds segmenting",
+        "train_seconds": "Seconds training",
+        "tokens_per_second": "Tokens a second",
+        "peak_memory_gb": "Peak memory (GB)",
+    },
+}
+_NEVER_NEGATIVE = ("_seconds", "_length_mean", "_count_mean", "_fraction", "_per_second", "_gb")
+_NAMED = {key for section in SECTIONS.values() for key in section}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric, against steps and against seconds. `name` is that of its PNG."""
+
+    name: str
+    title: str
+    by_step: LineChart
+    by_seconds: LineChart
+
+
+def sections(groups: Sequence[Group]) -> dict[str, list[Figure]]:
+    """Charts of every metric that some run has, by section; sections without one are left out."""
+    present = set().union(*(run.keys() for group in groups for run in group.runs))
+    others = {key: key for key in sorted(present - _NAMED)}
+    found = {
+        title: [figure(groups, key, name) for key, name in metrics.items() if key in present]
+        for title, metrics in {**SECTIONS, "Other metrics": others}.items()
+    }
+    return {title: figures for title, figures in found.items() if figures}
+
+
+def figure(groups: Sequence[Group], key: str, title: str) -> Figure:
+    """Means over the runs of each group, with a 95% band where there are several."""
+    few = key.startswith("eval_")
+    charts = [
+        LineChart(
+            title,
+            label,
+            [mean_line(group, key, seconds) for group in groups],
+            dots=few,
+            from_zero=_never_negative(key) or key.endswith("kl_mean"),  # a small wiggle looks small
+        )
+        for label, seconds in (("update", False), ("seconds of updates", True))
+    ]
+    return Figure(key, title, *charts)
+
+
+def mean_line(group: Group, key: str, seconds: bool = False) -> Line:
+    """A group's mean of a metric at every step at which some run has it, in at most _POINTS points
+    (each a mean over neighbouring steps)."""
+    curves = [_curve(run, key) for run in group.runs]
+    clocks = [run.seconds() for run in group.runs]
+    x, y, low, high = [], [], [], []
+    for step in sorted(set().union(*curves)):
+        mean = Mean.of(curve[step] for curve in curves if step in curve)
+        assert mean is not None
+        times = [clock[step] for clock, curve in zip(clocks, curves, strict=True) if step in curve]
+        x.append(float(np.mean(times)) if seconds else float(step))
+        y.append(mean.value)
+        bottom = mean.value - (mean.half or 0.0)
+        low.append(max(bottom, 0.0) if _never_negative(key) else bottom)
+        high.append(mean.value + (mean.half or 0.0))
+    banded = low != high
+    return Line(group.label, group.index, x, y, low if banded else None, high if banded else None)
+
+
+def _never_negative(key: str) -> bool:
+    """`reward_length_mean` is a reward."""
+    return key.endswith(_NEVER_NEGATIVE) and not key.startswith("reward_")
+
+
+def _curve(run: Run, key: str) -> dict[int, float]:
+    """A metric by step; of a long run, means over as many neighbouring steps as it takes."""
+    values = run.values(key)
+    width = -(-run.last_step // _POINTS)
+    if width <= 1 or key.startswith("eval_"):
+        return values
+    bins: dict[int, list[float]] = {}
+    steps = [row["step"] for row in run.rows]
+    ends: dict[int, int] = {}
+    for step in steps:
+        ends[(step - 1) // width] = step
+    for step, value in values.items():
+        bins.setdefault((step - 1) // width, []).append(value)
+    return {ends[i]: float(np.mean(chunk)) for i, chunk in bins.items()}
+
+
+def frontier(groups: Sequence[Group]) -> LineChart | None:
+    """Reward against KL as training goes on, means over runs; None where no run has both.
+
+    Held-out evaluations where there are some, else training batches.
+    """
+    for title, prefix in (("Reward, held-out prompts", "eval_"), ("Reward, training batch", "")):
+        lines = [_path(group, f"{prefix}kl_mean", f"{prefix}score_mean") for group in groups]
+        if any(line.x for line in lines):
+            return LineChart(title, "KL to the reference (nats a response)", lines, dots=True)
+    return None
+
+
+def _path(group: Group, kl: str, score: str) -> Line:
+    by_kl, by_score = mean_line(group, kl), mean_line(group, score)
+    kls, scores = (dict(zip(line.x, line.y, strict=True)) for line in (by_kl, by_score))
+    steps = sorted(kls.keys() & scores.keys())
+    if len(steps) > 24:
+        steps = [steps[i] for i in np.linspace(0, len(steps) - 1, 24).round().astype(int)]
+    return Line(group.label, group.index, [kls[s] for s in steps], [scores[s] for s in steps])
+
+
+def macro_lengths(group: Group) -> tuple[Counter[int], int]:
+    """Macro actions in a group's samples, by their tokens; how many responses those are."""
+    lengths: Counter[int] = Counter()
+    responses = 0
+    for sample in (sample for run in group.runs for sample in run.samples):
+        given = sample.get("macro_lengths")
+        if isinstance(given, list) and all(isinstance(n, int) and 0 < n < _LONGEST for n in given):
+            lengths.update(given)
+            responses += 1
+    return lengths, responses
+
+
+def final(
+    group: Group, key: str, of: Callable[[Iterable[float]], Mean | None] = Mean.of
+) -> Mean | None:
+    """The mean over runs of the last value of a metric."""
+    curves = [run.values(key) for run in group.runs]
+    return of(list(curve.values())[-1] for curve in curves if curve)
+
+
+def total_seconds(run: Run) -> float:
+    """Seconds of all updates."""
+    return max(run.seconds().values(), default=0.0)

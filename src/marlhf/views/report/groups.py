@@ -1,0 +1,296 @@
+"""Runs -> groups of one configuration, means over their seeds, and steps to parity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from marlhf.common.errors import UserError
+from marlhf.common.registry import spec_label
+from marlhf.views.report.runs import Run
+
+# What tells runs of one configuration apart, and what has no say in what is learnt.
+_NO_DIFFERENCE = {
+    "seed",
+    "output_dir",
+    "overwrite",
+    "resume",
+    "resume_changed",
+    "log",
+    "checkpoint",
+}
+SMOOTHED = 5  # evaluations
+_LONG = 70  # characters
+_RESAMPLES = 2000
+# Student's t, two-sided 95%, for 1, 2, ... degrees of freedom: tables of any textbook.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+_T += (2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
+_T += (2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, usually over seeds. `index` chooses colour, dashes and marker."""
+
+    label: str
+    index: int
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over runs with its 95% interval (Student's t), None where a single run leaves it
+    open."""
+
+    value: float
+    half: float | None
+    count: int
+
+    @staticmethod
+    def of(values: Iterable[float]) -> Mean | None:
+        """None of no values."""
+        x = np.asarray(list(values), dtype=np.float64)
+        if not len(x):
+            return None
+        if len(x) == 1:
+            return Mean(float(x[0]), None, 1)
+        half = student_t(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+        return Mean(float(x.mean()), float(half), len(x))
+
+
+def student_t(freedom: float) -> float:
+    """Two-sided 95% quantile for at least one degree of freedom, of which fractions are cut."""
+    whole = int(freedom)
+    return _T[whole - 1] if whole <= len(_T) else 1.96 + 2.4 / whole
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean | None:
+    """Mean of `ours` minus mean of `theirs` with Welch's 95% interval, whose half is None where
+    one of the two is a single value; None of no values."""
+    a, b = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
+    if not len(a) or not len(b):
+        return None
+    value, count = float(a.mean() - b.mean()), min(len(a), len(b))
+    if count == 1:
+        return Mean(value, None, count)
+    parts = [x.var(ddof=1) / len(x) for x in (a, b)]
+    if not sum(parts):
+        return Mean(value, 0.0, count)
+    welch = sum(parts) ** 2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b), strict=True))
+    return Mean(value, float(student_t(welch) * math.sqrt(sum(parts))), count)
+
+
+# --- grouping
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs whose configurations agree in everything but seed and outputs belong together, in the
+    order in which they were given. That a run does not have a key (it was made by another version)
+    tells it apart only where others differ in that key. A run without configuration is a group of
+    its own."""
+    varying = what_varies(runs)
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        values = _flat(run.config)
+        key = tuple(_canonical(values[k]) if k in values else "" for k in varying)
+        members.setdefault(key if run.config else (f"no config {run.path}",), []).append(run)
+    labels = [_label(group, varying) for group in members.values()]
+    arms = [_arm(group) for group in members.values()]
+    too_long = any(len(label) > _LONG for label in labels)
+    if too_long:  # too much differs to be a name
+        labels = [group[0].name for group in members.values()]
+    if too_long or None not in arms:  # a sweep's own names, where they tell the groups apart
+        named = [arm or label for arm, label in zip(arms, labels, strict=True)]
+        labels = named if len(set(named)) == len(named) else labels
+    return [
+        Group(label, i, group)
+        for i, (label, group) in enumerate(zip(labels, members.values(), strict=True))
+    ]
+
+
+def what_varies(runs: Sequence[Run]) -> list[str]:
+    """Keys in which those configurations that have them differ."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in _flat(run.config).items():
+            found.setdefault(key, set()).add(_canonical(value))
+    return sorted(key for key, values in found.items() if len(values) > 1)
+
+
+def _arm(group: Sequence[Run]) -> str | None:
+    """The arm of a sweep that all runs of a group belong to."""
+    arms = {run.arm for run in group}
+    return arms.pop() if len(arms) == 1 else None
+
+
+def _label(group: Sequence[Run], varying: Sequence[str]) -> str:
+    config = group[0].config
+    if not config:
+        return group[0].name
+    if not varying:
+        return spec_label(config["segmenter"]) if "segmenter" in config else group[0].name
+    known = {key: spec_label(value) for key, value in _flat(config).items() if key in varying}
+    parts = [v if k == "segmenter" else f"{k}={v}" for k, v in sorted(known.items())]
+    return ", ".join(parts) or group[0].name
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of sections -> values; a segmenter or a reward is one value. The day on which a
+    run began is no difference."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _NO_DIFFERENCE:
+            continue
+        if key != "segmenter" and isinstance(value, dict):
+            found.update({f"{key}.{k}": v for k, v in value.items() if k != "template_date"})
+        else:
+            spec = {"name": value} if key == "segmenter" and isinstance(value, str) else value
+            found[str(key)] = spec
+    return found
+
+
+def _canonical(value: Any) -> str:
+    """A value as text, whatever the order of its keys."""
+    if isinstance(value, dict):
+        return repr(sorted(f"{key!r}: {_canonical(v)}" for key, v in value.items()))
+    return repr([*map(_canonical, value)] if isinstance(value, list) else value)
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key of `what_varies`; a dash where the run does not have it."""
+    return _flat(config).get(key, "–")
+
+
+def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
+    """The group that others are compared with: the one that is asked for by its label or by the
+    name of one of its runs, or else token-level PPO, or else the first.
+
+    Raises UserError.
+    """
+    if wanted is not None:
+        for group in groups:
+            if wanted == group.label or wanted in (run.name for run in group.runs):
+                return group
+        labels = "; ".join(group.label for group in groups)
+        raise UserError(f"--baseline: no group is called {wanted!r}; possible: {labels}")
+    for group in groups:
+        spec = group.runs[0].config.get("segmenter")
+        name = spec.get("name") if isinstance(spec, dict) else spec
+        if name == "token":
+            return group
+    return groups[0]
+
+
+# --- parity
+
+
+@dataclass(frozen=True)
+class Parity:
+    """When the runs of a group reach the baseline's final held-out reward.
+
+    steps      of each run with evaluations, infinite where it never does
+    median     of these; low, high: its 95% interval, where there are several runs
+    ratio      of the medians, this group's to the baseline's, with its interval
+    """
+
+    steps: list[float]
+    median: float
+    low: float | None
+    high: float | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+
+    @property
+    def reached(self) -> int:
+        """Runs that do."""
+        return sum(math.isfinite(s) for s in self.steps)
+
+
+def smoothed(values: Mapping[int, float]) -> dict[int, float]:
+    """Means of the last SMOOTHED evaluations, from the first step that has so many on."""
+    steps = sorted(values)
+    return {
+        steps[i]: float(np.mean([values[s] for s in steps[i + 1 - SMOOTHED : i + 1]]))
+        for i in range(SMOOTHED - 1, len(steps))
+    }
+
+
+def finals(group: Group, key: str = "eval_score_mean") -> list[float]:
+    """The final smoothed value of a held-out metric, of each run that has one."""
+    curves = [smoothed(run.values(key)) for run in group.runs]
+    return [list(curve.values())[-1] for curve in curves if curve]
+
+
+def target_of(baseline: Group) -> float | None:
+    """The mean over the baseline's runs of their final smoothed held-out reward."""
+    found = finals(baseline)
+    return float(np.mean(found)) if found else None
+
+
+def parity(
+    group: Group, baseline: Group, seconds: bool = False, target: float | None = None
+) -> Parity | None:
+    """Steps (or seconds of updates) to parity, or to another reward that is given as `target`; None
+    where there are too few evaluations.
+
+    Intervals are percentiles of a bootstrap over runs, of both groups for the ratio. In the ratio a
+    run of the baseline that never reaches its group's mean counts with its last step, which is too
+    early and so favours the baseline.
+    """
+    target = target_of(baseline) if target is None else target
+    if target is None:
+        return None
+    ours = [_first_at(run, target, seconds) for run in group.runs if _curve(run)]
+    theirs = [_first_at(run, target, seconds) for run in baseline.runs if _curve(run)]
+    ends = [_last(run, seconds) for run in baseline.runs if _curve(run)]
+    if not ours:
+        return None
+    theirs = [min(step, end) for step, end in zip(theirs, ends, strict=True)]
+    median, base = float(np.median(ours)), float(np.median(theirs))
+    low = high = ratio_low = ratio_high = None
+    if len(ours) > 1:
+        draws = _medians(ours, 0)
+        low, high = _interval(draws)
+        if len(theirs) > 1:
+            # the baseline against itself is 1 by definition: the same runs are drawn for both
+            others = _medians(theirs, 0 if group is baseline else 1)
+            if base > 0 and group is not baseline:
+                ratio_low, ratio_high = _interval(draws / np.maximum(others, 1e-12))
+    ratio = None if group is baseline or base <= 0 else median / base
+    return Parity(ours, median, low, high, ratio, ratio_low, ratio_high)
+
+
+def _curve(run: Run) -> dict[int, float]:
+    return smoothed(run.values("eval_score_mean"))
+
+
+def _first_at(run: Run, target: float, seconds: bool) -> float:
+    for step, value in _curve(run).items():
+        if value >= target - 1e-9 * abs(target):
+            return run.seconds()[step] if seconds else float(step)
+    return math.inf
+
+
+def _last(run: Run, seconds: bool) -> float:
+    step = list(_curve(run))[-1]
+    return run.seconds()[step] if seconds else float(step)
+
+
+def _medians(values: Sequence[float], seed: int) -> np.ndarray:
+    x = np.asarray(values, dtype=np.float64)
+    drawn = x[np.random.default_rng(seed).integers(0, len(x), (_RESAMPLES, len(x)))]
+    ordered = np.sort(drawn, axis=1)
+    # of an even number the middle two are averaged; infinity stays infinity
+    return (ordered[:, (len(x) - 1) // 2] + ordered[:, len(x) // 2]) / 2
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    """Percentiles that are values drawn: between a number and infinity there is nothing."""
+    ordered = np.sort(draws)
+    count = len(ordered)
+    return float(ordered[int(0.025 * count)]), float(ordered[math.ceil(0.975 * count) - 1])

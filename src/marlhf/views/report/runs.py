@@ -1,0 +1,191 @@
+"""Folders -> runs. Whatever is missing or broken in a run is left out and noted, never fatal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from marlhf.common.errors import UserError, one_line
+from marlhf.common.paths import local_path
+from marlhf.runs.alarms import finite
+
+Row = dict[str, Any]
+_DEEPEST, _LARGEST = 50, 100_000  # levels and values of a configuration
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    name      how the report calls it: its folder, as far as it is needed to tell runs apart
+    config    its resolved configuration, empty where there is none
+    rows      metrics by step, one row a step; values are as in the file
+    samples   lines of samples.jsonl
+    notes     what was left out, for the reader
+    arm       what a sweep called its configuration
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    rows: list[Row]
+    samples: list[Row]
+    notes: list[str] = field(default_factory=list)
+    arm: str | None = None
+
+    def values(self, key: str) -> dict[int, float]:
+        """A metric by step, where it is a finite number."""
+        found = {row["step"]: _drawable(row.get(key)) for row in self.rows}
+        return {step: value for step, value in found.items() if value is not None}
+
+    def seconds(self) -> dict[int, float]:
+        """Seconds of updates up to each step, without evaluations."""
+        total, found = 0.0, {}
+        for row in self.rows:
+            total += max(_drawable(row.get("step_seconds")) or 0.0, 0.0)
+            found[row["step"]] = total
+        return found
+
+    def keys(self) -> set[str]:
+        """Metrics that have a number at some step."""
+        return {key for row in self.rows for key in row if _drawable(row[key]) is not None} - {
+            "step"
+        }
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which there is a row; 0 without any."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+
+def _drawable(value: Any) -> float | None:
+    """A finite number that single precision holds; what is beyond it no model has computed."""
+    number = finite(value)
+    return number if number is not None and abs(number) < 3e38 else None
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs in some folders: each is one, or holds some below it (a sweep).
+
+    Raises UserError for a folder that does not exist, or where none of them holds a run.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        folder = local_path(path, "report")
+        if not folder.is_dir():
+            fault = "is a file" if folder.exists() else "does not exist"
+            raise UserError(f"report: given {path!r}, which {fault}; must be a run's output_dir")
+        found = list(_below(folder))
+        if not found:
+            raise UserError(f"report: no run in {path!r}: no metrics.jsonl in it or below it")
+        folders.update(dict.fromkeys(f.resolve() for f in found))
+    names = _short_names(list(folders))
+    return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _below(folder: Path) -> Iterable[Path]:
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+    files = sorted(folder.rglob("metrics.jsonl"))
+    return [f.parent for f in files if not any(p.startswith(".") for p in f.parts[1:])] or [
+        f.parent for f in files
+    ]
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as long as it takes for all to differ."""
+    parts = [folder.parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    notes: list[str] = []
+    rows = _by_step(_read_lines(folder / "metrics.jsonl", notes), notes)
+    samples = _read_lines(folder / "samples.jsonl", notes)
+    if not rows:
+        notes.append("metrics.jsonl holds no metrics")
+    config = _read_mapping(folder / "config.yaml", notes)
+    if not config:
+        notes.append("config.yaml is missing: the run is a group of its own")
+    sweep = _read_mapping(folder / "sweep.yaml", notes).get("arm")
+    return Run(
+        name, folder, config, rows, samples, notes, sweep if isinstance(sweep, str) else None
+    )
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[Row]:
+    """Objects, one a line; lines that are none (the last one of a run that was killed) are left
+    out and counted."""
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            lines = list(file)  # not splitlines: a response may hold U+2028 and its like
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        return []
+    rows, broken = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = ()
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            broken += 1
+    if broken:
+        notes.append(f"{path.name}: {broken} broken line{'s' * (broken > 1)} left out")
+    return rows
+
+
+def _by_step(rows: Iterable[Row], notes: list[str]) -> list[Row]:
+    """Rows in the order of their steps, joined where a step has several (a later one wins)."""
+    found: dict[int, Row] = {}
+    lost = 0
+    for row in rows:
+        step = finite(row.get("step"))
+        if step is None:
+            lost += 1
+            continue
+        found[int(step)] = {**found.get(int(step), {}), **row, "step": int(step)}
+    if lost:
+        notes.append(f"metrics.jsonl: {lost} row{'s' * (lost > 1)} without a step left out")
+    return [found[step] for step in sorted(found)]
+
+
+def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} cannot be read: {one_line(error, 100)}")
+        return {}
+    if not _is_plain(value):
+        notes.append(f"{path.name} is nested too deeply, or too large")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a configuration's size once its aliases are written out: a loop has no end."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        parts = [*node, *node.values()] if isinstance(node, dict) else node
+        count += 1
+        if depth > _DEEPEST or count > _LARGEST:
+            return False
+        if isinstance(parts, list | tuple | set):
+            waiting += [(part, depth + 1) for part in parts]
+    return True

@@ -1,0 +1,123 @@
+"""The same held-out prompts before and after training, macro action by macro action."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from marlhf.runs.alarms import finite
+from marlhf.views.charts import number
+from marlhf.views.html_page import data, shown, shown_token, tag, text
+from marlhf.views.report.runs import Run
+
+_PROMPTS = 4
+_LONG_PROMPT = 240  # characters; of a longer one the beginning is folded away
+
+Sample = dict[str, Any]
+
+
+def before_after(run: Run) -> str:
+    """HTML of a run's first and last held-out responses, prompt by prompt, and of responses of its
+    last update; says what is missing where there is none."""
+    held_out = [s for s in run.samples if s.get("held_out") is True and _usable(s)]
+    steps = sorted({s["step"] for s in held_out})
+    parts = []
+    if len(steps) > 1:
+        first = {repr(s.get("row")): s for s in held_out if s["step"] == steps[0]}
+        last = {repr(s.get("row")): s for s in held_out if s["step"] == steps[-1]}
+        pairs = [(first[row], last[row]) for row in first if row in last][:_PROMPTS]
+        scale = _scale([s for pair in pairs for s in pair])
+        for before, after in pairs:
+            names = [f"before (update {steps[0]})", f"after (update {steps[-1]})"]
+            parts.append(_prompt(before, [*zip(names, (before, after), strict=True)], scale))
+    else:
+        parts.append(
+            tag(
+                "p",
+                "No held-out samples of two evaluations: set log.eval_every and log.samples.",
+                class_="muted",
+            )
+        )
+    trained = [s for s in run.samples if s.get("held_out") is False and _usable(s)]
+    step = max((s["step"] for s in trained), default=0)
+    recent = [s for s in trained if s["step"] == step][:_PROMPTS]
+    if recent:
+        scale = _scale(recent)
+        inner = "".join(_prompt(s, [(f"update {step}", s)], scale) for s in recent)
+        parts.append(
+            tag("details", tag("summary", text(f"Training responses of update {step}")) + inner)
+        )
+    return "".join(parts)
+
+
+def _usable(sample: Sample) -> bool:
+    pieces = sample.get("macro_actions")
+    return (
+        isinstance(pieces, list)
+        and all(isinstance(piece, str) for piece in pieces)
+        and finite(sample.get("step")) is not None
+    )
+
+
+def _scale(samples: Sequence[Sample]) -> float:
+    """The advantage that is shaded most."""
+    return max((abs(a) for s in samples for a in _advantages(s)), default=0.0) or 1.0
+
+
+def _advantages(sample: Sample) -> list[float]:
+    """Advantages, one a macro action; empty where they are not known."""
+    given = sample.get("macro_advantages")
+    if not isinstance(given, list) or len(given) != len(sample["macro_actions"]):
+        return []
+    numbers = [finite(a) for a in given]
+    return [] if None in numbers else [a for a in numbers if a is not None]
+
+
+def _prompt(sample: Sample, answers: Sequence[tuple[str, Sample]], scale: float) -> str:
+    given = str(sample.get("prompt", ""))
+    if len(given) > _LONG_PROMPT:
+        begin, rest = given[:-_LONG_PROMPT], given[-_LONG_PROMPT:]
+        folded = tag("summary", "the beginning of the prompt") + tag(
+            "p", shown(begin), class_="text"
+        )
+        prompt = tag("details", folded) + tag("p", "…" + shown(rest), class_="text")
+    else:
+        prompt = tag("p", shown(given), class_="text")
+    responses = "".join(_answer(label, answer, scale) for label, answer in answers)
+    return tag("article", tag("div", prompt, class_="prompt") + responses, class_="card sample")
+
+
+def _answer(label: str, sample: Sample, scale: float) -> str:
+    score, kl = finite(sample.get("score")), finite(sample.get("kl"))
+    facts = [label]
+    facts += [f"score {number(score)}"] if score is not None else []
+    facts += [f"KL {number(kl)} nats"] if kl is not None else []
+    facts += ["cut at the limit"] if sample.get("finished") is False else []
+    advantages = _advantages(sample)
+    pieces = [
+        _macro_action(sample, i, piece, advantages[i] if advantages else None, scale)
+        for i, piece in enumerate(sample["macro_actions"])
+    ]
+    return tag("p", text(" · ".join(facts)), class_="muted facts") + tag(
+        "p", "".join(pieces), class_="text"
+    )
+
+
+def _macro_action(
+    sample: Sample, index: int, piece: str, advantage: float | None, scale: float
+) -> str:
+    lengths = sample.get("macro_lengths")
+    tip = [f"macro action {index + 1}"]
+    if isinstance(lengths, list) and index < len(lengths):
+        tip[0] += f", {lengths[index]} tokens"
+    style, sign = None, ""
+    if advantage is not None:
+        tip.append(f"advantage {advantage:+.3g}")
+        hue = "good" if advantage >= 0 else "bad"
+        style = f"--a:rgba(var(--{hue}),{min(abs(advantage) / scale, 1) * 0.55:.2f})"
+        if abs(advantage) > 0.01 * scale:
+            sign = tag("sup", "+" if advantage > 0 else "−", class_="sign")
+    content = shown_token(piece)
+    line = content.removesuffix("\n")  # the sign stays on it
+    content = line + sign + content[len(line) :]
+    return tag("span", content, class_=f"a e{index % 4}", style=style, data_tip=data(tip))

@@ -1,0 +1,81 @@
+"""Tiny PPO runs: a random model, a byte tokenizer, a reward that counts letters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from marlhf.config import (
+    CheckpointSettings,
+    CriticSettings,
+    DataSettings,
+    KLSettings,
+    LogSettings,
+    MacroSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PPOConfig,
+    PPOSettings,
+    PTXSettings,
+    RewardSettings,
+    RolloutSettings,
+)
+from marlhf.training.ppo import PPOTrainer
+from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+
+PROMPTS = ["ab", "hello there", "a longer prompt than the others", "x", "12", "one two", "q q", "?"]
+
+
+def vowels(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Vowels a response, less a little for its length, so that rows differ."""
+    return [sum(c in "aeiou" for c in text) - 0.01 * len(text) for text in completions]
+
+
+def tiny_config(folder: Path, **sections: Any) -> PPOConfig:
+    """A run of two updates of 8 responses of up to 11 tokens. Sections are given as dicts."""
+    defaults: dict[str, Any] = {
+        "checkpoint": CheckpointSettings(every=0),
+        "critic": CriticSettings(),
+        "data": DataSettings(eval_rows=0),
+        "rollout": RolloutSettings(batch_size=8, max_new_tokens=11, max_prompt_length=16),
+        "reward": RewardSettings(),
+        "kl": KLSettings(),
+        "macro": MacroSettings(),
+        "ppo": PPOSettings(gamma=0.97, minibatches=2, epochs=2),
+        "optimizer": OptimizerSettings(learning_rate=1e-3, micro_batch_size=2),
+        "ptx": PTXSettings(path="not given"),
+        "log": LogSettings(progress=False, tensorboard=False, eval_every=0, samples=2),
+        "model": ModelSettings(path="given in Python"),
+    }
+    if sections.get("ppo", {}).get("estimator", "gae") != "gae":
+        defaults["ppo"] = replace(defaults["ppo"], gamma=1.0)  # there is no critic to use it
+    if "ptx" not in sections:
+        del defaults["ptx"]
+    top = {"steps": 2, "segmenter": {"name": "ngram", "n": 3}, "overwrite": True}
+    for name, value in sections.items():
+        if name in defaults:
+            defaults[name] = replace(defaults[name], **value)
+        else:
+            top[name] = value
+    return PPOConfig(output_dir=str(folder), **defaults, **top)
+
+
+def tiny_trainer(
+    folder: Path,
+    family: str = "llama",
+    lm: Any = None,
+    score: Any = vowels,
+    token_reward: Any = None,
+    **sections: Any,
+) -> PPOTrainer:
+    """A trainer on a tiny random model of a family."""
+    return PPOTrainer(
+        tiny_config(folder, **sections),
+        reward=score,
+        token_reward=token_reward,
+        train_dataset=PROMPTS,
+        model=lm if lm is not None else tiny_causal_lm(family, BYTES_VOCAB),
+        tokenizer=byte_tokenizer(add_bos=True),
+    )

@@ -290,3 +290,12 @@ def test_a_family_that_reads_padding_is_refused() -> None:
         check_model(AutoModelForCausalLM.from_config(config))
     for family in FAMILIES:
         check_model(tiny_causal_lm(family))
+
+
+def test_weights_keep_the_names_that_checkpoints_know():
+    model = tiny_causal_lm("llama")
+    names = {
+        name.split(".")[0] for name, _ in building.critic_from_policy(model).named_parameters()
+    }
+    assert names == {"trunk", "head"}
+    assert {name.split(".")[0] for name, _ in Policy(model).named_parameters()} == {"model"}

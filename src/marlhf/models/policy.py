@@ -138,7 +138,7 @@ class Critic(nn.Module):
         adapter: str | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.trunk = backbone  # the name of its weights in checkpoints
         self.head = head
         self.offset = offset
         self._owner = [model]  # in a list: not a submodule
@@ -148,6 +148,11 @@ class Critic(nn.Module):
     def owner(self) -> nn.Module | None:
         """The PEFT model that the backbone is shared with, if it is."""
         return self._owner[0]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The base model that gives hidden states."""
+        return self.trunk
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor

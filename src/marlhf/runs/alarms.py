@@ -1,6 +1,6 @@
-"""Signs that training goes wrong, read off the history of metrics.
+"""Warning signs in the history of a run's metrics.
 
-A rule is a pure function from rows of metrics (oldest first) to what it found, or None. What to do
+A rule is a pure function from rows of metrics (oldest first) to a message, or None. What to do
 about each is in docs/metrics.md under the same name.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 History = Sequence[Mapping[str, Any]]
-_WINDOW = 5  # updates that a value is averaged over
+_WINDOW = 5  # updates to average a value over
 
 
 def kl_runaway(history: History) -> str | None:
-    """KL to the reference above half a nat a token and still growing, while the reward rises."""
+    """KL to the reference above 0.5 nats per token and growing while the reward rises."""
     kl, length, score = (
         _series(history, k) for k in ("kl_mean", "response_length_mean", "score_mean")
     )
@@ -32,7 +32,7 @@ def kl_runaway(history: History) -> str | None:
 
 
 def value_not_learning(history: History) -> str | None:
-    """After 20 updates the critic explains less than a constant would."""
+    """A critic that predicts returns no better than a constant after 20 updates."""
     explained = _series(history, "explained_variance")
     if len(explained) < 20 or _last(explained, 10) > 0:
         return None
@@ -40,7 +40,7 @@ def value_not_learning(history: History) -> str | None:
 
 
 def clipping(history: History) -> str | None:
-    """More than three in ten ratios are clipped."""
+    """A clip fraction of at least 30%."""
     clipped = _series(history, "clip_fraction")
     if len(clipped) < _WINDOW or _last(clipped) < 0.3:
         return None
@@ -48,7 +48,7 @@ def clipping(history: History) -> str | None:
 
 
 def entropy_collapse(history: History) -> str | None:
-    """Entropy has fallen to a fifth of what it was."""
+    """Entropy at or below a fifth of its initial value."""
     entropy = _series(history, "entropy")
     if len(entropy) < 2 * _WINDOW or _first(entropy) <= 0:
         return None
@@ -58,7 +58,7 @@ def entropy_collapse(history: History) -> str | None:
 
 
 def length_exploitation(history: History) -> str | None:
-    """Responses grow or shrink by half, and it pays: score and length are correlated that way."""
+    """Length that grew or shrank by half, with the score correlated in that direction."""
     length = _series(history, "response_length_mean")
     correlation = _series(history, "score_length_correlation")
     if min(len(length), len(correlation)) < 2 * _WINDOW:
@@ -73,7 +73,7 @@ def length_exploitation(history: History) -> str | None:
 
 
 def missing_eos(history: History) -> str | None:
-    """Far fewer responses come to an end than at first."""
+    """Finished responses at most half as frequent as at first."""
     finished = _series(history, "eos_fraction")
     if len(finished) < 2 * _WINDOW or _first(finished) < 0.2:
         return None
@@ -83,7 +83,7 @@ def missing_eos(history: History) -> str | None:
 
 
 def no_signal(history: History) -> str | None:
-    """All responses get the same score."""
+    """The same score for all responses of the last updates."""
     spread = _series(history, "score_std")
     if len(spread) < _WINDOW or max(spread[-_WINDOW:]) > 1e-6:
         return None
@@ -91,7 +91,7 @@ def no_signal(history: History) -> str | None:
 
 
 def policy_stands_still(history: History) -> str | None:
-    """The policy's gradient is zero."""
+    """A zero policy gradient in the last updates."""
     norms = _series(history, "grad_norm_policy")
     if len(norms) < _WINDOW or max(norms[-_WINDOW:]) > 0:
         return None
@@ -128,7 +128,7 @@ def finite(value: Any) -> float | None:
 
 
 def fired(history: History) -> dict[str, tuple[int, str]]:
-    """Rule -> the step at which it first fired in a whole history, and what it found."""
+    """Rule -> the step at which it first fired in a full history, and its message."""
     found: dict[str, tuple[int, str]] = {}
     for end in range(1, len(history) + 1):
         seen = _ends(history, end)
@@ -139,9 +139,9 @@ def fired(history: History) -> dict[str, tuple[int, str]]:
 
 
 class Warnings:
-    """A sink of metrics that prints a line on stderr when a rule fires, once a run for each.
+    """A metrics sink that warns on stderr when a rule fires, once per run and rule.
 
-    before   the metrics.jsonl of a run that goes on
+    before   the metrics.jsonl of a run to resume
     """
 
     def __init__(self, before: Path) -> None:
@@ -150,7 +150,7 @@ class Warnings:
         self._said = set(fired(self._history))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Take a row in and print what it shows."""
+        """Add a row to the history and warn of rules that newly fire."""
         self._history = [*_ends([*self._history, row], len(self._history) + 1)]
         for name, rule in RULES.items():
             if name not in self._said and (message := rule(self._history)):
@@ -162,14 +162,14 @@ class Warnings:
                 )
 
     def sync(self) -> None:
-        """Nothing is kept."""
+        """No-op."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """No-op."""
 
 
 def _ends(history: History, end: int) -> History:
-    """All that the rules look at: how it began, and the last rows before `end`."""
+    """The rows that rules look at: the first 20 and the last 30 before `end`."""
     return history[:end] if end <= 50 else [*history[:20], *history[end - 30 : end]]
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints as files: a folder `step-N` is whole, or it is not there.
+"""Atomic checkpoints on disk: a folder `step-N` is complete or absent.
 
 A checkpoint is written in `step-N.partial`; `commit` adds a manifest with the size and SHA-256 of
-every file, as each rank has it from `digests`, brings all of it to the disk and renames the folder.
-Whatever kills the process between two instructions, the checkpoints that were there before are
-still whole. Nothing here knows what the files hold.
+every file, which each rank gets from `digests`, fsyncs all of it and renames the folder. Whatever
+kills the process between two instructions, earlier checkpoints stay complete. This module does not
+know what the files hold.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _BLOCK = 2**22
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, and what `commit` was told about it."""
+    """A complete checkpoint: its folder, and the facts that `commit` recorded."""
 
     path: Path
     facts: Mapping[str, Any]
 
     @property
     def step(self) -> int:
-        """The updates that it holds."""
+        """Updates done when it was written."""
         return int(self.facts["step"])
 
 
 class _Facts(BaseModel):
-    """What every manifest says, and what one of a run says in addition."""
+    """Facts in every manifest, and those that a training run adds."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -70,13 +70,13 @@ class _Manifest(BaseModel):
 
 
 class DamagedError(Exception):
-    """A folder is no whole checkpoint; the message says why."""
+    """A folder without a complete checkpoint; the message says why."""
 
 
 def begin(root: Path, step: int) -> Path:
-    """An empty folder under `root` to write the checkpoint of a step into, for `commit`.
+    """Create an empty folder under `root` for a step's checkpoint, to pass to `commit`.
 
-    What earlier attempts left unfinished is deleted. Raises OSError.
+    Leftovers of unfinished attempts are deleted. Raises OSError.
     """
     for leftover in root.glob("step-*.partial"):
         delete(leftover)
@@ -86,10 +86,10 @@ def begin(root: Path, step: int) -> Path:
 
 
 def digests(partial: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """Size and SHA-256 of the files of a rank, flushed to the disk, by path in the folder.
+    """Fsync a rank's files and return their size and SHA-256, by path in the folder.
 
-    They are those with `rank-R` or `rank_R` in their name and, on the first rank, all without. One
-    rank alone would be hours with the files of all, and its node may not have them in memory.
+    They are those with `rank-R` or `rank_R` in their name and, on the first rank, all without. A
+    single rank would need hours for all files, and its node may not have them in memory.
     Raises OSError.
     """
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
@@ -105,7 +105,7 @@ def digests(partial: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]
 def commit(
     partial: Path, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """Turn a folder that is completely written into a checkpoint, at once and for good.
+    """Turn a completely written folder into a checkpoint, atomically and durably.
 
     facts   plain data to keep in the manifest; `step` is added from the folder's name
     files   `digests` of all ranks; None for those of a single one
@@ -122,7 +122,7 @@ def commit(
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, after comparing every byte with the manifest.
+    """Read the checkpoint in a folder, after comparing every byte with the manifest.
 
     Raises DamagedError.
     """
@@ -139,10 +139,10 @@ def read(folder: Path) -> Checkpoint:
 
 
 def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`; None where none was ever completed.
+    """Find the newest complete checkpoint under `root`; None where none was ever completed.
 
-    report(line) is called for every damaged one that is passed over. Raises UserError where there
-    are checkpoints and all are damaged: nobody wants their run to begin again unasked.
+    report(line) is called for every damaged one that is skipped. Raises UserError where there are
+    checkpoints and all are damaged: a run must not start over unasked.
     """
     folders = steps(root)
     for folder in folders:
@@ -158,7 +158,7 @@ def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
 
 
 def given(folder: Path, root: Path) -> Checkpoint:
-    """The checkpoint in a folder that a user named. Raises UserError; it says what is in `root`."""
+    """Read the checkpoint in a folder that a user named. Raises UserError, which lists `root`."""
     if not folder.is_dir() or not _NAME.fullmatch(folder.name):
         names = ", ".join(path.name for path in steps(root)) or "none"
         raise UserError(
@@ -179,13 +179,13 @@ def _read_or_fault(folder: Path) -> Checkpoint | str:
 
 
 def steps(root: Path) -> list[Path]:
-    """The folders of completed checkpoints, the newest first; damaged ones count."""
+    """Folders of completed checkpoints, newest first, damaged ones included."""
     found = [p for p in root.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
     return sorted(found, key=_step_of, reverse=True)
 
 
 def cut_back(root: Path, step: int) -> None:
-    """Delete the checkpoints after a step: a run that goes on from there writes them anew.
+    """Delete the checkpoints after a step: a run resumed from there writes them anew.
 
     Raises OSError.
     """
@@ -195,8 +195,10 @@ def cut_back(root: Path, step: int) -> None:
 
 
 def prune(root: Path, keep: int, keep_best: bool) -> None:
-    """Delete all but the last `keep` checkpoints and the best: the one with the highest fact
-    `score`, the newest of equals. Raises OSError."""
+    """Delete all but the last `keep` checkpoints and, with `keep_best`, the best one.
+
+    The best has the highest fact `score`, the newest of equals. Raises OSError.
+    """
     folders = steps(root)
     kept = set(folders[:keep])
     if keep_best and (best := _best(folders)) is not None:
@@ -207,7 +209,7 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
 
 
 def replace(partial: Path, final: Path) -> None:
-    """Bring a folder to the disk and give it its final name, in place of what has that name.
+    """Fsync a folder and rename it to its final name, replacing what has that name.
 
     Raises OSError.
     """
@@ -219,9 +221,9 @@ def replace(partial: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete what has a folder's name, if anything has. Raises OSError.
+    """Delete whatever has a folder's name, if anything has. Raises OSError.
 
-    It gets another name first: one that is half deleted should not be taken for damaged.
+    It is renamed first, so that a half-deleted checkpoint is not taken for a damaged one.
     """
     doomed = folder.with_name(f"{folder.name}.old.partial")
     delete(doomed)
@@ -231,7 +233,7 @@ def remove(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a folder with all that is in it, or a link, if it is there. Raises OSError."""
+    """Delete a file, a folder with its contents, or a link, if it exists. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -239,7 +241,7 @@ def delete(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file or folder to the disk, so that it outlives a power cut."""
+    """Fsync a file or folder, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -262,7 +264,7 @@ def _score(folder: Path) -> float | None:
 
 
 def _manifest(folder: Path) -> tuple[Checkpoint, dict[str, _File]]:
-    """What the manifest says. Raises DamagedError."""
+    """Read and verify a folder's manifest. Raises DamagedError."""
     try:
         contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         _Manifest.model_validate(contents)
@@ -293,7 +295,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _rank_of(name: str, world_size: int) -> int:
-    """Who wrote a file, by its name: `rank-1.pt`, DeepSpeed's `zero_pp_rank_1_mp_rank_00_...`."""
+    """A file's rank, by its name: `rank-1.pt`, DeepSpeed's `zero_pp_rank_1_mp_rank_00_...`."""
     match = _RANK.search(name)
     rank = 0 if match is None else int(match[1])
     return rank if rank < world_size else 0

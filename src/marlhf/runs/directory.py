@@ -1,4 +1,4 @@
-"""The folder a run writes: resolved config, metrics, samples, TensorBoard events, checkpoints."""
+"""Output folder of a run: resolved config, metrics, samples, TensorBoard events, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _OWN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
     *("final", "final.partial", "reward_report.json", "metrics.jsonl.bad", "samples.jsonl.bad"),
 )
-_PATIENCE = 5.0  # seconds that a process which was killed may take to end
+_PATIENCE = 5.0  # seconds that a killed process may take to exit
 
 
 def own_files(folder: str | Path) -> list[Path]:
-    """What a run writes in its folder, and deletes before it begins again."""
+    """Paths that a run writes in its folder, and deletes before it starts over."""
     return [Path(folder).expanduser() / name for name in _OWN_FILES]
 
 
 class RunDirectory:
-    """Claims `folder` for one run; every write is a no-op on ranks other than the main one.
+    """Claims `folder` for one run; writes are no-ops except on the main rank.
 
-    resume      None refuses a folder that holds a run; `auto` goes on from its latest whole
-                checkpoint, or begins where there is none yet; a path goes on from that checkpoint
-    overwrite   begins again, deleting the old run's own files and nothing else
+    resume      None refuses a folder that holds a run; `auto` resumes from its latest complete
+                checkpoint, or starts where there is none yet; a path resumes from that checkpoint
+    overwrite   starts over, deleting the old run's own files and nothing else
 
-    Raises UserError for what cannot be. Nothing is deleted or cut before `open`, as the new run may
-    yet be refused.
+    Raises UserError where that is impossible. Nothing is deleted or truncated before `open`, as the
+    new run may yet be refused.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RunDirectory:
         self._is_new = True
         self._sinks: list[Any] = []
         self._sample_sink: JsonLines | None = None
-        self._samples: list[Mapping[str, Any]] = []  # of the update at work
+        self._samples: list[Mapping[str, Any]] = []  # of the current update
         self._held: int | None = None
         if not is_main:
             return
@@ -77,7 +77,7 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def _to_resume(self, overwrite: bool, resume: str | None) -> Checkpoint | None:
-        """The checkpoint to go on from, None to begin. Raises UserError."""
+        """The checkpoint to resume from, None to start a run. Raises UserError."""
         is_used = (self.path / "metrics.jsonl").exists() or checkpoint.steps(self.checkpoints) != []
         if resume == "auto":
             found = checkpoint.latest(self.checkpoints, notice)
@@ -103,10 +103,10 @@ class RunDirectory:
         return None
 
     def open(self, config: Any, steps: int, notes: Sequence[str] = ()) -> None:
-        """Write the resolved configuration and open the sinks; again, after `close`, appends.
+        """Write the resolved configuration and open the sinks; after `close`, reopen to append.
 
-        notes   lines about the run, for the user's eyes and for the head of config.yaml
-        What there is from after the checkpoint that the run goes on from is cut off first.
+        notes   lines about the run, for stderr and the head of config.yaml
+        Anything later than the checkpoint to resume from is cut off first.
         """
         if not self._is_main or self._sinks:
             return
@@ -147,8 +147,10 @@ class RunDirectory:
         TensorBoard.cut_back(self.path / "tensorboard", step)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Send one row of metrics to every sink, after the samples that belong to it. Raises
-        UserError where it cannot be written."""
+        """Send one row of metrics to every sink, after its samples.
+
+        Raises UserError where it cannot be written.
+        """
         with writing(self.path):
             if self._sample_sink is not None:
                 for sample in self._samples:
@@ -163,14 +165,14 @@ class RunDirectory:
             self._samples.append(sample)
 
     def sync(self) -> None:
-        """Bring all rows to the disk, where a checkpoint of them may follow."""
+        """Fsync all rows, before a checkpoint that follows them."""
         with writing(self.path):
             for sink in (self._sample_sink, *self._sinks):
                 if sink is not None:
                     sink.sync()
 
     def publish(self, partial: Path) -> None:
-        """Give a folder `NAME.partial`, now that it is complete, the name NAME."""
+        """Fsync a complete folder `NAME.partial` and rename it to NAME."""
         if self._is_main:
             with writing(self.path):
                 checkpoint.replace(partial, partial.with_suffix(""))
@@ -189,9 +191,9 @@ class RunDirectory:
 
 @contextmanager
 def only_writer(folder: Path, key: str = "output_dir") -> Iterator[None]:
-    """Make a folder, and keep other processes out of it within this context.
+    """Create a folder, and lock other processes out of it within this context.
 
-    Raises UserError, naming `key`: it cannot be made or written in, or another process has it.
+    Raises UserError, naming `key`, if it cannot be created or written, or another process has it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,9 +211,9 @@ def only_writer(folder: Path, key: str = "output_dir") -> Iterator[None]:
 
 
 def _lock(folder: Path, key: str) -> int:
-    """Keep other processes out of a folder until the descriptor is closed or the process dies.
+    """Lock a folder until the returned descriptor is closed or the process exits.
 
-    Raises UserError where another one has it: ranks may live on after their launcher was killed.
+    Raises UserError where another process has it: ranks may outlive their killed launcher.
     """
     descriptor, patience = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
     while not locked(descriptor):
@@ -225,7 +227,7 @@ def _lock(folder: Path, key: str) -> int:
 
 
 def locked(descriptor: int) -> bool:
-    """Whether an open file or folder is now this process's, and those that inherit it, alone."""
+    """Lock an open file or folder for this process and heirs of the descriptor; False if taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -236,11 +238,11 @@ def locked(descriptor: int) -> bool:
 
 
 def writing(folder: Path) -> AbstractContextManager[None]:
-    """Around writes of a run under `folder`; see `paths.writing`."""
+    """Context of a run's writes under `folder`; see `paths.writing`."""
     advice = "; the run can go on from its last checkpoint with resume=auto"
     return writing_below("output_dir", folder, advice)
 
 
 def notice(line: str) -> None:
-    """Tell the user something about the run, on stderr."""
+    """Print a line about the run on stderr."""
     say(f"marlhf: {line}")

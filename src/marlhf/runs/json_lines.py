@@ -1,4 +1,4 @@
-"""Files of one JSON object per line: what an interrupted writer or a careless editor left in them.
+"""Repairs JSONL files that an interrupted writer or a careless editor left.
 
 Good lines are kept wherever they stand, and nothing is thrown away that is not understood.
 """
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Span = tuple[int, int]  # bytes of a file, from and until
+Span = tuple[int, int]  # byte offsets in a file: start, end (exclusive)
 _BLOCK = 2**22
 
 
 def parse_line(line: bytes | str) -> dict[str, Any] | None:
-    """The object on a line, None where there is none."""
+    """Parse the JSON object on a line; None where there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -34,7 +34,7 @@ def tidy(
     verdict   of an object: True keeps it, False drops it, None says that it is no record
     report    is called with one line about what was moved
 
-    A last line that was cut off while being written is dropped without a word. Whatever kills the
+    A last line that was cut off while being written is dropped silently. Whatever kills the
     process in between, no line is lost. Raises OSError.
     """
     if not path.exists():
@@ -62,13 +62,13 @@ def tidy(
             f"{path}: {_counted(numbers)} no record and moved to {beside.name}; all others are kept"
         )
     keep_spans(path, kept)
-    if is_cut and kept and kept[-1][1] == end:  # whole but for its line break
+    if is_cut and kept and kept[-1][1] == end:  # complete but for its line break
         with path.open("ab") as file:
             file.write(b"\n")
 
 
 def keep_spans(path: Path, spans: Sequence[Span]) -> None:
-    """Cut everything else out of a file, at once and for good. Raises OSError."""
+    """Keep only these byte ranges of a file, atomically. Raises OSError."""
     joined: list[Span] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:

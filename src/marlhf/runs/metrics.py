@@ -19,7 +19,7 @@ from marlhf.common.types import AllReduceSum
 from marlhf.common.errors import UserError
 from marlhf.runs.json_lines import keep_spans, tidy
 
-# What `marlhf ppo` writes beside reward_NAME_mean, always or where something asks for it.
+# Metrics of `marlhf ppo` in addition to reward_NAME_mean, written always or on request.
 OWN_NAMES = frozenset(
     """
     step score_mean score_std score_length_correlation kl_mean kl_k3_mean kl_coef objective_mean
@@ -43,18 +43,18 @@ class Metrics:
         self._foreign: list[tuple[str, float, str]] = []
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Add to the sum and to the count whose quotient is the metric."""
+        """Add to a metric's sum and count, whose quotient is its mean."""
         entry = self.sums.setdefault(name, [0.0, 0.0])
         entry[0] += float(total)
         entry[1] += float(count)
 
     def add_foreign(self, values: Mapping[str, float], source: str) -> None:
-        """Add a plug-in's numbers, under names that nothing else has: `reduce` looks at that."""
+        """Add a plug-in's numbers; `reduce` checks that their names are unique."""
         for name, value in values.items():
             self._foreign.append((name, value, source))
 
     def mean(self, name: str, values: Tensor | None, mask: Tensor | None = None) -> None:
-        """Add every value, or those under a mask; None if there is nothing to count."""
+        """Add every value, or those under a mask; None registers a metric without values."""
         if values is None:
             self.add(name, 0.0, 0.0)
             return
@@ -66,21 +66,23 @@ class Metrics:
         self.maxima[name] = max(float(value), self.maxima.get(name, -math.inf))
 
     def include(self, others: Metrics) -> None:
-        """Add all that others have counted."""
+        """Add the sums, counts and maxima of others."""
         for name, (total, count) in others.sums.items():
             self.add(name, total, count)
         for name, value in others.maxima.items():
             self.maximum(name, value)
 
     def reduce(self, all_reduce: AllReduceSum, gather: Any) -> dict[str, Any]:
-        """Name -> mean over all ranks (None where nothing was counted). Raises UserError where a
-        plug-in's metric has a name of this library's, or of another plug-in's."""
+        """Name -> mean or maximum over all ranks; None where nothing was counted.
+
+        Raises UserError where a plug-in's metric has a name of this library's, or of another's.
+        """
         for name, value, source in self._foreign:
             if name in self.sums or name in self.maxima or name in OWN_NAMES:
                 raise UserError(f"{source}: its metric {name!r} has the name of another; rename it")
             self.add(name, value)
         self._foreign = []
-        names = sorted({*gather(list(self.sums))})  # a rank without rows has counted nothing
+        names = sorted({*gather(list(self.sums))})  # a rank without sequences has counted nothing
         sums = [self.sums.get(name, [0.0, 0.0]) for name in names]
         table = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
         table = all_reduce(table)
@@ -109,12 +111,12 @@ class Timer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
     def total(self) -> float:
-        """Seconds since the timer was made."""
+        """Seconds since the timer was created."""
         return time.perf_counter() - self._began
 
 
 def peak_memory_gb() -> float:
-    """Largest memory so far, GB (1e9 bytes): of the GPU if there is one, or of this process."""
+    """Peak memory so far, GB (1e9 bytes): the GPU's if there is one, or this process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
@@ -124,9 +126,9 @@ def peak_memory_gb() -> float:
 
 
 class JsonLines:
-    """Appends one object a line, handed to the system as soon as it is written; NaN becomes null.
+    """Appends one object per line, unbuffered; numbers that are not finite become null.
 
-    Every method raises OSError, such as for a full disk.
+    Every method raises OSError, for example on a full disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,7 +141,7 @@ class JsonLines:
             line = line[self._file.write(line) :]
 
     def sync(self) -> None:
-        """Bring all rows to the disk."""
+        """Fsync all rows."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -148,7 +150,7 @@ class JsonLines:
 
     @staticmethod
     def cut_back(path: Path, step: int, report: Callable[[str], None]) -> None:
-        """Drop every row after `step`, and a half-written last one; see `lines.tidy`."""
+        """Drop every row after `step`, and a half-written last one; see `json_lines.tidy`."""
 
         def is_kept(row: dict[str, Any]) -> bool | None:
             done = row.get("step")
@@ -175,7 +177,7 @@ class TensorBoard:
         self._writer.flush()
 
     def sync(self) -> None:
-        """Events are flushed with every row."""
+        """No-op: `write` flushes every row."""
 
     def close(self) -> None:
         """Close the event file."""
@@ -183,7 +185,7 @@ class TensorBoard:
 
     @staticmethod
     def cut_back(folder: Path, step: int) -> None:
-        """Drop from every event file what comes after `step`, what is half-written or no event.
+        """Drop events after `step`, and half-written or invalid ones, from every event file.
 
         An event is a record of the TFRecord format: 8 bytes of length, little-endian, 4 of
         checksum, the message, 4 of checksum.
@@ -207,7 +209,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases."""
+    """Logs rows to Weights & Biases."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -219,14 +221,14 @@ class WandB:
         self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def sync(self) -> None:
-        """Rows are sent as they come."""
+        """No-op: rows are sent as they come."""
 
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
 
 
-# metrics on the progress bar, and what it calls them
+# metrics on the progress bar, and their labels there
 _SHOWN = {
     "score_mean": "score",
     "kl_mean": "kl",
@@ -238,8 +240,10 @@ _SHOWN = {
 
 
 class ProgressBar:
-    """Updates done, score or loss, and time left, on stderr; plain lines where there is no
-    terminal."""
+    """A progress bar on stderr; plain lines where there is no terminal.
+
+    Shows updates done, score or loss, and time left.
+    """
 
     def __init__(self, steps: int, done: int = 0) -> None:
         from rich.console import Console
@@ -271,7 +275,7 @@ class ProgressBar:
         self._began = time.perf_counter()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Show the score or the loss of a row, or what it says of held-out data."""
+        """Show the score or the loss of a row, or its held-out metrics."""
         status = "  ".join(
             f"{label} {_short(row[name])}" for name, label in _SHOWN.items() if name in row
         )
@@ -284,10 +288,10 @@ class ProgressBar:
             self._console.print(f"update {step}/{self._steps}  {status}{left}", highlight=False)
 
     def sync(self) -> None:
-        """Nothing is kept."""
+        """No-op."""
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         self._progress.stop()
 
 

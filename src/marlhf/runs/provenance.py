@@ -1,4 +1,4 @@
-"""What a job reads, and what tells it from what was there before.
+"""Inputs of a job: their digests, and a guard against overwriting them.
 
 A run's checkpoints hold digests of its data rows, of the files of every model that its
 configuration names, and of its plug-ins' code; a resume compares them.
@@ -23,7 +23,7 @@ from marlhf.common.errors import UserError
 from marlhf.runs.json_lines import parse_line
 from marlhf.data.files import local_files
 
-# what makes a model and its tokenizer; a report or a training state beside them does not
+# files of a model and its tokenizer, without reports or training states in the same folder
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.index.json", "*.py"),
     *("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf"),
@@ -31,7 +31,7 @@ _MODEL_FILES = (
     *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*"),
 )
 _DATA = ("data.", "ptx.")
-# under these any text may name a model, a file or code
+# keys under which any text may name a model, a file or code
 _PLUG_INS = (
     *("reward.models", "reward.tokens", "rewards", "segmenter", "data.preset", "policies"),
     *("reference", "raters.ratings"),
@@ -44,15 +44,15 @@ Facts = dict[str, dict[str, Any]]
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a folder that make a model and its tokenizer, sorted."""
+    """Files of a model and its tokenizer in a folder, sorted."""
     found = {file for name in _MODEL_FILES for file in folder.glob(name) if file.is_file()}
-    if any(file.suffix == ".safetensors" for file in found):  # then nobody reads the others
+    if any(file.suffix == ".safetensors" for file in found):  # then .bin files are not read
         found = {file for file in found if file.suffix != ".bin"}
     return sorted(found)
 
 
 def base_of(folder: Path) -> str | None:
-    """The path or hub name of the base of an adapter; None for what is no adapter."""
+    """Path or hub name of an adapter's base; None for a folder without an adapter."""
     try:
         found = parse_line((folder / "adapter_config.json").read_bytes())
     except OSError:
@@ -62,7 +62,7 @@ def base_of(folder: Path) -> str | None:
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit of a hub model as it lies in the cache; None where there is none."""
+    """Commit of a hub model in the local cache; None where there is none."""
     if not _HUB_NAME.match(name):
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -75,8 +75,10 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def named(config: Any, arguments: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str]]:
-    """`(dotted key, text)` of all in a configuration that may name what the job reads; `arguments`
-    are such that Python code gave instead of keys."""
+    """Yield `(dotted key, text)` of all texts that may name an input of the job.
+
+    arguments   given in Python instead of configuration keys
+    """
     given = {f"argument {name}": value for name, value in (arguments or {}).items()}
     for key, text in _texts({**config_to_dict(config), **given}, ""):
         is_plug_in = key.startswith(("argument ", *(f"{name}." for name in _PLUG_INS)))
@@ -97,7 +99,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def code_of(spec: Any) -> list[dict[str, Any]]:
-    """Digests of the code that a plug-in's name and arguments name by import path."""
+    """Digests of the code that a plug-in's name and arguments import by path."""
     files = [file for _, text in _texts(spec, "") for file in code_files(text)]
     return [{"code": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files]
 
@@ -117,9 +119,10 @@ def existing(text: str) -> Path | None:
 def check_apart(
     config: Any, own: Iterable[Path], arguments: Mapping[str, Any] | None = None
 ) -> None:
-    """A job reads nothing that it deletes or writes. Raises UserError, naming both keys.
+    """Check that a job reads nothing that it deletes or writes.
 
-    own   what the job deletes or replaces: files and folders, whether they are there or not
+    own   files and folders that the job deletes or replaces, whether they exist or not
+    Raises UserError, naming both keys.
     """
     targets = {name: target for target in own for name in _names_of(target)}
     for key, text in named(config, arguments):
@@ -136,7 +139,7 @@ def check_apart(
 
 
 def _read_at(path: Path, is_data: bool) -> list[Path]:
-    """The files behind a path, a model's folder for all that is in it."""
+    """Files behind a path: itself and, for a folder, those of its data or model."""
     if path.is_file():
         return [path]
     if is_data:
@@ -148,7 +151,7 @@ def _read_at(path: Path, is_data: bool) -> list[Path]:
 
 
 def _names_of(path: Path) -> list[Path]:
-    """A path as it is written, with all links followed, and with all but the last followed."""
+    """A path as written, with all links followed, and with all but the last followed."""
     absolute = Path(os.path.abspath(path))
     return [absolute, Path(os.path.realpath(path)), absolute.parent.resolve() / absolute.name]
 
@@ -157,7 +160,7 @@ def _names_of(path: Path) -> list[Path]:
 
 
 def rows_fact(rows: Iterable[Any]) -> dict[str, Any]:
-    """What tells rows from others: how many, and a digest of their contents in this order."""
+    """Number of rows, and a digest of their contents in this order."""
     digest, count = hashlib.sha256(), 0
     for row in rows:
         count += 1
@@ -172,8 +175,10 @@ def _plain(value: Any) -> Any:
 
 
 def data_labels(data: Any, train: Any = None, held_out: Any = None) -> tuple[str, str]:
-    """What messages call training data and held-out data: keys, with what they hold, or arguments
-    of Python code where these are given."""
+    """Names of training and held-out data in messages.
+
+    Keys with their values, or arguments of Python code where these are given.
+    """
     key = "preset" if data.path is None and data.preset is not None else "path"
     name = f"data.{key} {getattr(data, key)!r}" if train is None else "train_dataset"
     if held_out is not None:
@@ -183,19 +188,19 @@ def data_labels(data: Any, train: Any = None, held_out: Any = None) -> tuple[str
 
 
 class Provenance:
-    """What a run is made of. Files are read by threads of their own, while models are loaded.
+    """Digests of a run's inputs. Background threads read the files while models are loaded.
 
     config      of the job
     rows        label -> rows that it trains or is evaluated on
-    arguments   given in Python instead of keys: names and paths count as in the configuration, and
-                of objects their type alone
+    arguments   given in Python instead of keys: names and paths count as in the configuration; of
+                objects the type alone, and of tokenizers the vocabulary and chat template too
     """
 
     def __init__(
         self, config: Any, rows: Mapping[str, Iterable[Any]], arguments: Mapping[str, Any]
     ) -> None:
         self._facts: Facts = {label: rows_fact(part) for label, part in rows.items()}
-        self._files: dict[Path, dict[str, Any]] = {}  # to be read; the facts in self._facts
+        self._files: dict[Path, dict[str, Any]] = {}  # to be read; the same facts as in self._facts
         self._threads: list[threading.Thread] = []
         revision = config.model.revision
         for key, text in named(config, arguments):
@@ -209,14 +214,14 @@ class Provenance:
         self.not_compared = sorted(objects)
 
     def changes(self, before: Mapping[str, Any]) -> list[str]:
-        """What is not as `facts` said it was, each with its key and path."""
+        """Differences from the `facts` of a checkpoint, each with its key and path."""
         for label, facts in self._facts.items():
             old = _mapping(before.get(label))
             for name, fact in facts.items():
                 was = _mapping(old.get(name))
                 if "ctime_ns" in fact and all(
                     fact[key] == was.get(key) for key in ("bytes", "mtime_ns", "ctime_ns")
-                ):  # then the system knows that nobody has written to it
+                ):  # same ctime: nobody has written to it
                     fact["sha256"] = was.get("sha256")
         self.begin()
         now, found = self.facts(), []
@@ -230,7 +235,7 @@ class Provenance:
         return found
 
     def begin(self) -> None:
-        """Read the files whose digests are not known yet."""
+        """Start reading the files whose digests are not known yet."""
         waiting = deque((p, f) for p, f in self._files.items() if f.get("sha256") is None)
         count = min(_THREADS, len(waiting))
         self._threads = [
@@ -240,7 +245,7 @@ class Provenance:
             thread.start()
 
     def facts(self) -> Facts:
-        """All of it as plain data, for a manifest; waits for `begin`."""
+        """All facts as plain data, for a manifest; waits for the threads of `begin`."""
         for thread in self._threads:
             thread.join()
         return self._facts
@@ -268,8 +273,10 @@ class Provenance:
 
 
 def code_files(path: str) -> list[Path]:
-    """The files of the code behind an import path or an installed name that was imported: that of
-    the module, and that in which the same package defines the object."""
+    """Source files behind an import path or an installed name that was imported.
+
+    That of the module, and that in which the same package defines the object.
+    """
     names = {e.value.replace(":", ".") for e in entry_points(name=path) if "marlhf" in e.group}
     found = []
     for name in sorted({path, *names}):
@@ -295,7 +302,7 @@ def _read_all(waiting: deque[tuple[Path, dict[str, Any]]]) -> None:
                 while block := file.read(_BLOCK):
                     digest.update(block)
             fact["sha256"] = digest.hexdigest()
-        except OSError:  # it went away; whoever needs it will say so
+        except OSError:  # gone since; the code that needs it reports it
             fact["sha256"] = "cannot be read"
 
 
@@ -319,6 +326,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _known(fact: Any) -> dict[str, Any] | None:
-    """A fact without the times, which a copy changes."""
+    """A fact without its times, which change in a copy."""
     times = ("mtime_ns", "ctime_ns")
     return {k: v for k, v in fact.items() if k not in times} if isinstance(fact, Mapping) else None

@@ -1,10 +1,10 @@
-"""What a checkpoint of a run holds, and how all ranks write and read it together.
+"""Contents of a run's checkpoints, which all ranks write and read together.
 
     step-N/policy, step-N/critic   a folder for each part that has `save(folder)` and `load(folder)`
     step-N/rank-R.pt               on each rank: every part that has `state_dict()` and
                                    `load_state_dict(state)`, and the random number generators
     step-N/manifest.json           step, held-out score, configuration, number of ranks, digests of
-                                   what the run is made of; checksums
+                                   the run's inputs; checksums
 
 The position in the data and the noise of every response are functions of (seed, step, row).
 """
@@ -38,8 +38,8 @@ from marlhf.runs.provenance import Provenance, check_apart
 from marlhf.runs.directory import RunDirectory, notice, own_files, writing
 from marlhf.common.state_files import read_tensors
 
-# Sections and keys that change no result, or (the sizes of passes) only its rounding. More steps
-# are a longer run: from the checkpoint on, learning rates follow the longer schedule.
+# Sections and keys that change no result, or (micro-batch sizes) only its rounding. More steps make
+# a longer run: from the checkpoint on, learning rates follow the longer schedule.
 MAY_DIFFER = (
     "output_dir",
     "overwrite",
@@ -60,8 +60,8 @@ MAY_DIFFER = (
 class RunState:
     """Saves and loads the parts of a run; every method is called on all ranks.
 
-    parts     everything that an update changes, by name; those that keep no state are skipped
-    made_of   what the run is made of, on the main rank
+    parts     everything that an update changes, by name; stateless parts are skipped
+    made_of   provenance of the run, on the main rank
 
     Raises UserError for a part whose state no checkpoint could hold.
     """
@@ -87,17 +87,19 @@ class RunState:
                 check_state(state)
 
     def is_due(self, step: int, stopping: bool) -> bool:
-        """Whether a checkpoint follows this update; `stopping` where it is the last for now."""
+        """Whether to save a checkpoint after this update; `stopping` if the run stops here."""
         every = self._config.checkpoint.every
         return bool(every and (stopping or step % every == 0 or step == self._config.steps))
 
     def save(self, root: Path, step: int, score: float | None) -> None:
-        """Write `root/step-N` and delete what `config.checkpoint` does not keep. Raises UserError
-        where the disk refuses; the checkpoints before are whole then."""
+        """Write `root/step-N` and delete the checkpoints that `config.checkpoint` does not keep.
+
+        Raises UserError where the disk refuses; earlier checkpoints stay complete then.
+        """
         try:
             self._write(root, step, score)
         except Exception:
-            if self._distributed.is_main:  # room on a full disk
+            if self._distributed.is_main:  # frees space on a full disk
                 shutil.rmtree(root / f"step-{step}.partial", ignore_errors=True)
             raise
         settings: CheckpointSettings = self._config.checkpoint
@@ -106,7 +108,7 @@ class RunState:
     def _write(self, root: Path, step: int, score: float | None) -> None:
         partial = root / f"step-{step}.partial"
         self._on_main(lambda: checkpoint.begin(root, step), root)
-        waits = self._distributed.zero_stage > 0  # engines save in step with each other
+        waits = self._distributed.zero_stage > 0  # DeepSpeed's engines save collectively
         for name, part in self._folders.items():
             self._on_all(lambda part=part, name=name: part.save(partial / name), root, waits)
         self._on_all(lambda: self._save_rank(partial), root)
@@ -125,7 +127,7 @@ class RunState:
         self._on_main(lambda: checkpoint.commit(partial, facts, files), root)
 
     def load(self, found: Checkpoint) -> int:
-        """Go on from a checkpoint; its step. Raises UserError."""
+        """Resume from a checkpoint and return its step. Raises UserError."""
         waits = self._distributed.zero_stage > 0
         self._distributed.fail_together(lambda: self._read(found), waits)
         if self._distributed.is_main:
@@ -149,10 +151,10 @@ class RunState:
             at_work = f"{file.name}, generators"
             of_plugins = state.get("plugins", state["generators"])
             if of_plugins is not None:
-                set_generators(of_plugins)  # that they fit shows now, and not in a plug-in
+                set_generators(of_plugins)  # fails here if they do not fit, not in a plug-in
             set_generators(state["generators"])
             set_plugin_generators(of_plugins)
-        except Exception as error:  # whatever a part makes of what it never wrote
+        except Exception as error:  # parts raise anything on others' state
             raise UserError(
                 f"resume: checkpoint {found.path} does not fit this run: {at_work}: "
                 f"{_as_said(error)}"
@@ -168,7 +170,7 @@ class RunState:
         torch.save(state, partial / f"rank-{self._distributed.rank}.pt")
 
     def _what_differs(self, found: Checkpoint) -> str:
-        """The end of the line that tells of a resume: what is not as it was."""
+        """Suffix of the notice of a resume: differences from the checkpoint."""
         changes = [
             f"{key} {a!r} -> {b!r}"
             for key, a, b in differences(_config_of(found, self._config), self._config)
@@ -194,15 +196,14 @@ class RunState:
 
 
 def _as_said(error: Exception) -> str:
-    """What an error says, with its kind where that is needed to understand it."""
+    """An error's message, with its type where that is needed to understand it."""
     is_plain = isinstance(error, UserError | OSError | RuntimeError)
     return one_line(error) if is_plain else f"{type(error).__name__}: {one_line(error)}"
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """The folder of a run, the checkpoint that it goes on from, and what the run is made of, which
-    the main rank knows."""
+    """A run's folder, the checkpoint to resume from, and provenance (on the main rank)."""
 
     run: RunDirectory
     found: Checkpoint | None
@@ -217,7 +218,7 @@ def claim(
 ) -> Claimed:
     """Claim the folder of a run, for all ranks.
 
-    rows, arguments   as of `Provenance`
+    rows, arguments   as in `Provenance`
 
     Raises UserError where the folder or the checkpoint is not for this run.
     """
@@ -246,7 +247,7 @@ def _made_of(
     arguments: Mapping[str, Any],
     found: Checkpoint | None,
 ) -> Provenance:
-    """What a run is made of: on a resume, what it was made of before. Raises UserError."""
+    """Provenance of a run, on a resume checked against the checkpoint's. Raises UserError."""
     made_of = Provenance(config, rows, arguments)
     before = None if found is None else found.facts.get("made_of")
     if found is None or before is None:
@@ -270,7 +271,7 @@ def _made_of(
 
 
 def check_config(config: Any, found: Checkpoint) -> None:
-    """That a run may go on from a checkpoint with this configuration. Raises UserError."""
+    """Check that a checkpoint can be resumed with this configuration. Raises UserError."""
     faults = [
         f"{key} ({a!r}, now {b!r})"
         for key, a, b in differences(_config_of(found, config), config)
@@ -289,8 +290,7 @@ def check_config(config: Any, found: Checkpoint) -> None:
 
 
 def _config_of(found: Checkpoint, config: Any) -> Any:
-    """The configuration of a checkpoint; keys that came since have their defaults. Raises
-    UserError."""
+    """Configuration of a checkpoint; keys added since have their defaults. Raises UserError."""
     try:
         return config_from_dict(type(config), with_new_names(found.facts["config"]))
     except UserError as error:
@@ -301,7 +301,7 @@ def _config_of(found: Checkpoint, config: Any) -> Any:
 
 
 def differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys in which two configurations of a class differ, with both values."""
+    """Yield the dotted keys in which two configurations of a class differ, with both values."""
     return _differences(config_to_dict(old), config_to_dict(new), "")
 
 

@@ -1,1 +1,1 @@
-"""What `marlhf evaluate` is made of; the job itself is `marlhf.evaluation.job`."""
+"""Building blocks of `marlhf evaluate`; the job itself is `marlhf.evaluation.job`."""

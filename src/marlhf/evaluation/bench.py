@@ -1,4 +1,4 @@
-"""What the stages of an evaluation share, and how they go on from where they stopped."""
+"""State shared by the stages of an evaluation, and how they resume."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MEASURE_KEY = (*SAMPLE_KEY, "measure")
 
 @dataclass(frozen=True)
 class Bench:
-    """An evaluation under way.
+    """An evaluation in progress.
 
-    samples    one record a response, by SAMPLE_KEY
-    measures   one number (or null) a response and measure, by MEASURE_KEY
-    track      shows how far a list of batches is worked off
+    samples    one record per response, by SAMPLE_KEY
+    measures   one number (or null) per response and measure, by MEASURE_KEY
+    track      shows progress through a list of batches
     """
 
     config: EvaluateConfig
@@ -35,7 +35,7 @@ class Bench:
     track: Callable[[Sequence[Any], str], Iterator[Any]]
 
     def response_keys(self, sources: Sequence[Source] | None = None) -> list[Key]:
-        """Every response wanted, in order."""
+        """Keys of all wanted responses, in order."""
         return [
             (source.label, temperature, row, sample)
             for source in (self.sources if sources is None else sources)
@@ -51,10 +51,10 @@ class Bench:
     def work_off(
         self, records: Records, keys: Sequence[Key], what: str, work: Callable[[list[Key]], list]
     ) -> None:
-        """Make a record of each key: batch by batch over all ranks, on disk before the next batch.
+        """Make a record for each key, in batches that all ranks share.
 
-        A batch is of one policy and one temperature. `work` gives the lines of this rank's share,
-        without the key's own fields.
+        Each batch is on disk before the next; it has one policy and one temperature. `work` returns
+        the lines of this rank's share, without the key's own fields.
         """
         size = self.config.rollout.batch_size
         batches = [
@@ -74,9 +74,9 @@ class Bench:
         fingerprints: Mapping[Key, str],
         prepare: Callable[[], Callable[[list[Key]], list[float | None]]],
     ) -> None:
-        """Record a number of each response that has none, or one by another fingerprint.
+        """Record a number for each response with none, or with one by another fingerprint.
 
-        prepare   loads what is needed, if anything is to be done, and returns what measures
+        prepare   called only if there is work; loads what it needs, returns the measuring function
         """
 
         def is_known(key: Key) -> bool:

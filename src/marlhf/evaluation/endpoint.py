@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible chat endpoints: patient, frugal, and silent about its key."""
+"""A client of OpenAI-compatible chat endpoints: retries, cost caps, and a hidden key."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Messages = Sequence[Mapping[str, str]]
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 300.0  # seconds between tries
 REQUEST = "judge request"  # the name of its thread
 _LARGEST_REPLY = 2**20  # bytes
-_MOST_TOKENS = 2**32  # of one request; a server that counts more cannot count
+_MOST_TOKENS = 2**32  # per request; a server's larger count is not believed
 _RETRIED = {408, 409, 429}
 _HOPELESS = {401, 403, 404, 405}  # no other request will fare better
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class RequestError(Exception):
-    """A question got no answer, whatever was tried.
+    """A question that got no answer, after any retries.
 
     hopeless   no other question will get one either
     """
@@ -46,11 +46,11 @@ class RequestError(Exception):
 
 
 class StoppedError(Exception):
-    """Nothing more is sent: a cap is reached, or somebody called `stop`."""
+    """Nothing more is sent: a cap is reached, or `stop` was called."""
 
 
 class _RetryError(Exception):
-    """One try failed; the server may have said how long to wait, seconds."""
+    """A failed try, to be repeated; `wait` is the server's Retry-After in seconds, if any."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class _RetryError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and the tokens that it cost: as the server counts, or else our estimate."""
+    """An answer and its token counts: the server's, or else an estimate."""
 
     text: str
     tokens_in: int
@@ -67,7 +67,7 @@ class Reply:
 
 
 def api_key(settings: JudgeSettings) -> str | None:
-    """The key from the environment. Raises UserError, which never shows it."""
+    """Read the key from the environment. Raises UserError, which never shows it."""
     if settings.api_key_env is None:
         return None
     key = os.environ.get(settings.api_key_env, "").strip()
@@ -85,7 +85,7 @@ def api_key(settings: JudgeSettings) -> str | None:
 
 
 def token_estimate(messages: Messages) -> int:
-    """Tokens in messages, roughly: four bytes a token and a few for each message's frame."""
+    """Rough token count of messages: four bytes per token, plus five tokens per message."""
     return sum(len(message["content"].encode()) // 4 + 5 for message in messages)
 
 
@@ -104,33 +104,33 @@ class Endpoint:
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def stop(self) -> None:
-        """Send nothing more; whoever waits to try again gives up."""
+        """Send nothing more; pending retries give up."""
         self._stop.set()
 
     def body(self, messages: Messages) -> dict[str, Any]:
-        """A request's body: with the address it is all that an answer depends on."""
+        """Body of a request: with the address, all that an answer depends on."""
         settings = self.settings
         body: dict[str, Any] = {"model": settings.model, "messages": list(messages)}
         body["max_tokens"] = settings.max_tokens
         if settings.temperature is not None:
             body["temperature"] = settings.temperature
-        # null takes a key away: some servers want max_completion_tokens instead of max_tokens
+        # null removes a key: some servers want max_completion_tokens instead of max_tokens
         return {k: v for k, v in (body | settings.extra).items() if v is not None}
 
     @property
     def longest_answer(self) -> int:
-        """The limit on an answer, in tokens, by the key of the body that has it."""
+        """Token limit of an answer, as the body of a request sets it."""
         limits = map(self.body([]).get, ("max_tokens", "max_completion_tokens"))
         given = [limit for limit in limits if isinstance(limit, int)]
         return max(given, default=self.settings.max_tokens)
 
     def price(self, tokens_in: int, tokens_out: int) -> float:
-        """Of so many tokens; 0 without prices."""
+        """Price of these tokens; 0 without prices."""
         prices = self.settings.price_in or 0.0, self.settings.price_out or 0.0
         return (prices[0] * tokens_in + prices[1] * tokens_out) / 1e6
 
     def ask(self, messages: Messages) -> Reply:
-        """The answer, after as many tries as it takes. Raises RequestError and StoppedError."""
+        """Ask, with retries, and return the answer. Raises RequestError and StoppedError."""
         pause, tries = FIRST_PAUSE, 0
         while True:
             try:
@@ -139,7 +139,7 @@ class Endpoint:
                 tries += 1
                 if tries > self.settings.retries:
                     raise RequestError(f"{fault} (tried {tries} times)") from fault
-                # random, or else all that failed together would come back together
+                # jitter, so that requests that failed together do not retry together
                 wait = pause * random.uniform(0.5, 1.0) if fault.wait is None else fault.wait
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if wait > LONGEST_PAUSE:
@@ -169,7 +169,7 @@ class Endpoint:
         return reply
 
     def _post(self, body: Mapping[str, Any]) -> bytes:
-        """The body of a successful answer."""
+        """Post a request and return the body of a successful answer."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -207,12 +207,12 @@ class Endpoint:
             return error.code, error.reason, error.headers, said
 
     def _parsed(self, data: bytes, estimate: int) -> Reply:
-        """What the server answered. A body that is no answer may be one the next time."""
+        """Parse the server's answer. A malformed body is retried: the next may be valid."""
         try:
             body = json.loads(data)
             message = body["choices"][0]["message"]
             text = message["content"]
-            if text is None:  # and what is said instead is an answer, if no verdict
+            if text is None:  # a refusal is an answer, if without a verdict
                 text = message.get("refusal")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             text, body = None, None
@@ -220,7 +220,7 @@ class Endpoint:
             raise _RetryError(
                 f"no chat completion: {self._shown(data[:500].decode(errors='replace'))}"
             )
-        text = text.encode("utf-8", "replace").decode()  # JSON can say half of a character
+        text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates
         usage = body.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -240,20 +240,20 @@ class Endpoint:
 
 
 class _Request(urllib.request.Request):
-    """A request that can be ended from another thread, in whatever phase it is."""
+    """A request that another thread can end, in any phase."""
 
     connection: http.client.HTTPConnection | None = None
     sock: socket.socket | None = None  # urllib takes it from the connection before the body is read
     is_over = False
 
     def connect(self, cls: Any, *arguments: Any, **keywords: Any) -> http.client.HTTPConnection:
-        """The connection that it goes over, as urllib's handlers make it."""
+        """Create the request's connection, as urllib's handlers do."""
         made = cls(*arguments, **keywords)
         made.request_of_ours, self.connection = self, made
         return made
 
     def close(self) -> None:
-        """Nothing more is sent, and whoever waits for the server is woken."""
+        """Send nothing more, and wake the thread that waits for the server."""
         self.is_over = True
         sock = self.sock or (self.connection and self.connection.sock)
         if sock is not None:
@@ -262,7 +262,7 @@ class _Request(urllib.request.Request):
 
 
 class _Closable:
-    """A connection of a `_Request`: once that is over, it does not begin to send."""
+    """A connection that does not begin to send once its `_Request` is over."""
 
     request_of_ours: _Request
 
@@ -292,10 +292,10 @@ class _SecureHandler(urllib.request.HTTPSHandler):
 
 
 def _within(seconds: float, work: Callable[[], Any], end: Callable[[], None]) -> Any:
-    """What `work` returns or raises; TimeoutError, after a call of `end`, once the time is over.
+    """Run `work` with a time limit; past it, call `end` and raise TimeoutError.
 
-    A socket's own time-out is for each wait alone: for one address of several, one byte of the
-    headers. And none is for looking a name up.
+    A socket's own time-out covers each wait alone: one address of several, one byte of the headers.
+    None covers name resolution.
     """
     results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
@@ -317,14 +317,14 @@ def _within(seconds: float, work: Callable[[], Any], end: Callable[[], None]) ->
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another address; it is an error instead."""
+    """Makes a redirect an error, as it would carry the key to another address."""
 
     def redirect_request(self, *arguments: Any, **keywords: Any) -> None:
         return None
 
 
 def _read(response: Any) -> bytes:
-    """A body of bounded size."""
+    """Read a body of bounded size."""
     parts, size = [], 0
     while part := response.read1(65536):
         parts.append(part)
@@ -338,7 +338,7 @@ def _read(response: Any) -> bytes:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a number of them or a date; None where the header says neither."""
+    """Seconds to wait, from a number or a date; None where the header has neither."""
     if value is None:
         return None
     try:

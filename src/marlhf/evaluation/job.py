@@ -4,7 +4,7 @@
   2. sample responses, one policy in memory at a time             evaluation/sampling
   3. score them: rewards, ROUGE, KL to the reference              evaluation/scoring
   4. means, intervals, win rates, pass@k, best-of-n               evaluation/summary
-  5. ask a judge, score people's ratings                          evaluation/preferences
+  5. ask a judge, score people's ratings                          evaluation/win_rates
 
 Every response, measure and judgement is on disk as soon as it exists; a second run of the same
 configuration does only what is missing.
@@ -53,16 +53,16 @@ _OWN_FILES = (SAMPLES, MEASURES, "results.json", "results.md", "config.yaml")
 
 
 def run(config: EvaluateConfig) -> None:
-    """The job `marlhf evaluate`."""
+    """Run the job `marlhf evaluate`."""
     evaluate(config)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
-    """Evaluate; returns what results.json holds (None on ranks other than the main one).
+    """Evaluate and return the contents of results.json (None except on the main rank).
 
-    Raises UserError for what cannot work, before any weight is loaded where that is possible.
+    Raises UserError, before any weights are loaded where that is possible.
     """
-    with ExitStack() as held:  # the folder, until the end
+    with ExitStack() as held:  # locks the folder until the end
         return _evaluate(config, held)
 
 
@@ -95,10 +95,9 @@ def _bench(
     distributed: Distributed,
     held: ExitStack,
 ) -> tuple[Bench, Source | None, list[str]]:
-    """Prompts, models short of their weights, and what an earlier run left; the reference; lines
-    about chat templates.
+    """Build the bench and the reference, without weights, and notes about chat templates.
 
-    Raises UserError for whatever does not fit together.
+    Reads the records of an earlier run. Raises UserError for whatever does not fit together.
     """
     prompts = _prompts(config)
     rewards = CombinedReward(tuple(measure.reward for measure in measures))
@@ -126,7 +125,7 @@ def _bench(
 
 
 def _results(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
-    """Everything known, on disk and on the terminal, whatever becomes of the judge."""
+    """Write and show the results, even where the judge fails."""
     config, folder = bench.config, _folder(bench.config)
     results = summarise(bench, measures)
     _write_results(results, folder)
@@ -150,7 +149,7 @@ def _key(config: EvaluateConfig, label: str) -> str:
 
 
 def _check_names(config: EvaluateConfig, measures: Sequence[Measure]) -> None:
-    """Labels, rewards, keys and files that the configuration names exist. Raises UserError."""
+    """Check that labels, rewards, keys and files in the configuration exist. Raises UserError."""
     labels = list(labelled(config.policies))
     if config.baseline is not None and config.baseline not in labels:
         raise UserError(
@@ -179,8 +178,10 @@ def _prompts(config: EvaluateConfig) -> list[Prompt]:
 
 
 def _claim(config: EvaluateConfig, distributed: Distributed, held: ExitStack) -> Path:
-    """The output folder, this process's alone while `held` is open, without the files of an earlier
-    evaluation if they may go."""
+    """Return the output folder, locked while `held` is open. Raises UserError.
+
+    With `overwrite`, the files of an earlier evaluation are deleted.
+    """
     folder = _folder(config)
     fault: list[str] = []
     if distributed.is_main:
@@ -216,7 +217,7 @@ def _write_results(results: dict[str, Any], folder: Path) -> None:
 
 
 class _Track:
-    """A bar on stderr for a list of batches; a line where there is no terminal."""
+    """A progress bar on stderr for a list of batches; a line where there is no terminal."""
 
     def __init__(self, is_main: bool) -> None:
         self._console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""A language model as judge: what it is asked, what it answers, and what that comes to."""
+"""A language model as judge: questions, answers and win rates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from marlhf.evaluation.endpoint import Endpoint, RequestError, StoppedError, tok
 from marlhf.evaluation.records import Line, Records, fingerprint
 from marlhf.evaluation.statistics import win_rate
 
-_GIVE_UP_AFTER = 5  # questions in a row without an answer: the server is gone
+_GIVE_UP_AFTER = 5  # consecutive questions without an answer: the server is gone
 
 _CRITERIA = {
     "general": (
@@ -77,20 +77,23 @@ class Pair:
 
     @property
     def identical(self) -> bool:
-        """Nobody need be asked: a tie."""
+        """Whether the responses are equal but for outer blanks: a tie that needs no judge."""
         return self.ours.strip() == self.theirs.strip()
 
 
 @dataclass(frozen=True)
 class Question:
-    """One order of a pair, put to the judge. `key` names everything that its answer depends on."""
+    """One order of a pair, put to the judge.
+
+    `key` is a fingerprint of everything that its answer depends on.
+    """
 
     key: str
     messages: list[dict[str, str]]
 
 
 def judge_messages(task: str, prompt: str, first: str, second: str) -> list[dict[str, str]]:
-    """What the judge reads."""
+    """Messages of a question to the judge."""
     user = _USER.format(prompt=prompt, first=first, second=second)
     return [
         {"role": "system", "content": _SYSTEM.format(criteria=_CRITERIA[task])},
@@ -119,7 +122,7 @@ class Judge:
         self._cache = cache
 
     def questions(self, pair: Pair) -> tuple[Question, Question]:
-        """The policy's response first, then the baseline's."""
+        """Both orders of a pair: the policy's response first, then the baseline's."""
         return (
             self._question(pair.prompt, pair.ours, pair.theirs),
             self._question(pair.prompt, pair.theirs, pair.ours),
@@ -131,8 +134,10 @@ class Judge:
         return Question(fingerprint(address, self.endpoint.body(messages)), messages)
 
     def open_questions(self, pairs: Sequence[Pair]) -> list[Question]:
-        """Those without an answer in the cache; an answer without a verdict counts if it was asked
-        for as often as is wanted now."""
+        """Questions without an answer in the cache.
+
+        An answer without a verdict counts if it was asked for as often as is wanted now.
+        """
         found = {}
         for pair in pairs:
             for question in self.questions(pair) if not pair.identical else ():
@@ -144,7 +149,7 @@ class Judge:
         return list(found.values())
 
     def estimate(self, questions: Sequence[Question]) -> str:
-        """What asking will come to, before anything is asked."""
+        """Estimated requests, tokens and cost, before anything is asked."""
         tokens_in = sum(token_estimate(question.messages) for question in questions)
         tokens_out = len(questions) * self.endpoint.longest_answer
         text = (
@@ -162,9 +167,10 @@ class Judge:
     def ask(
         self, questions: Sequence[Question], track: Callable[[Sequence[Any], str], Iterator[Any]]
     ) -> str | None:
-        """Ask them all, and keep the answers. Returns what is to be said of those without one.
+        """Ask all questions and cache the answers.
 
-        Raises UserError where the server is of no use.
+        Returns a message about those without an answer, or None. Raises UserError where the server
+        gives none.
         """
         failed, in_a_row, capped, last = 0, 0, None, ""
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
@@ -197,7 +203,7 @@ class Judge:
         return "; ".join([*faults, *([capped] if capped else [])]) or None
 
     def _answer(self, question: Question) -> Line:
-        """Ask until there is a verdict, or often enough."""
+        """Ask until there is a verdict, at most 1 + `reasks` times."""
         messages, tokens, reply = list(question.messages), [0, 0], None
         for asked in range(1, self.settings.reasks + 2):
             reply = self.endpoint.ask(messages)
@@ -220,9 +226,9 @@ class Judge:
     def result(self, pairs: Sequence[Pair], resamples: int, seed: int) -> dict[str, Any]:
         """Win rate over the pairs that have a verdict in both orders.
 
-        A pair's outcome is the mean of the two orders, which cancels a liking for one position.
+        A pair's outcome is the mean of the two orders, which cancels position bias.
 
-        invalid      pairs with an answer but no verdict in it; unanswered  pairs not asked about
+        invalid      pairs with an answer but no verdict in it; unanswered  pairs short of an answer
         identical    ties that needed no judge
         contradictory   ties because each order preferred the other response
         first_position  share of decided answers that preferred the response shown first
@@ -249,7 +255,7 @@ class Judge:
         return found | counts | {"contradictory": contradictory, "first_position": share}
 
     def usage(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        """The judge, and what the answers about these pairs cost when they were given."""
+        """The judge, and tokens and cost of all its answers about these pairs."""
         keys = {(q.key,) for pair in pairs if not pair.identical for q in self.questions(pair)}
         lines = [self._cache.lines[key] for key in keys if key in self._cache.lines]
         tokens = [sum(line[name] for line in lines) for name in ("tokens_in", "tokens_out")]

@@ -1,4 +1,4 @@
-"""Which models are evaluated: labels, paths, and what is known of each before its weights."""
+"""Models to evaluate: labels, paths, and all that is known before loading weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from marlhf.models import loading
 class Source:
     """A model that is not loaded yet.
 
-    label       what results call it
-    key         what messages call it
+    label       its name in results
+    key         its name in messages
     longest     tokens of the longest sequence, prompt and response
     prompt_ids  token ids of every prompt
     identity    changes when the model's files do
@@ -38,14 +38,14 @@ class Source:
     identity: list[Any]
 
     def load(self) -> Any:
-        """The weights. Raises UserError."""
+        """Load the weights. Raises UserError."""
         return loading.load_policy(
             self.settings, self.tokenizer, self.lm_config, self.key, self.longest
         )
 
 
 def labelled(policies: str | Sequence[str] | dict[str, str]) -> dict[str, str]:
-    """`{label: path}`; without labels they are the names of the runs' folders. Raises UserError."""
+    """Return `{label: path}`; labels default to the runs' folder names. Raises UserError."""
     if isinstance(policies, dict):
         return policies
     paths = [policies] if isinstance(policies, str) else list(policies)
@@ -63,7 +63,7 @@ def labelled(policies: str | Sequence[str] | dict[str, str]) -> dict[str, str]:
 
 
 def model_folder(path: str) -> str:
-    """A run's folder means the policy in its `final/`."""
+    """Path of a model: of a run's folder, the policy in its `final/`."""
     folder = local_path(path, "policies")
     final = folder / "final"
     return str(final) if final.is_dir() and not (folder / "config.json").is_file() else path
@@ -72,7 +72,7 @@ def model_folder(path: str) -> str:
 def source(
     label: str, path: str, key: str, config: EvaluateConfig, prompts: Sequence[Prompt]
 ) -> Source:
-    """All about a model short of its weights, checked with the prompts. Raises UserError."""
+    """Load all of a model but its weights, and check the prompts with it. Raises UserError."""
     own = config.model
     settings = ModelSettings(
         path=model_folder(path),
@@ -95,7 +95,10 @@ def source(
 
 
 def check_same_tokens(reference: Source, policies: Sequence[Source]) -> None:
-    """KL compares token by token. Raises UserError where the tokens differ."""
+    """Check that policies have the reference's tokens: KL compares token by token.
+
+    Raises UserError where they differ.
+    """
     vocabulary = reference.tokenizer.get_vocab()
     sizes = reference.lm_config.get_text_config().vocab_size
     for policy in policies:

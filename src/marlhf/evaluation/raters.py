@@ -1,4 +1,4 @@
-"""A file for human raters, who do not know which response is whose, and what they filled in."""
+"""Blinded files for human raters, and the win rates of their ratings."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def write_file(pairs: Sequence[Pair], settings: RaterSettings, folder: Path, see
     """Write `raters.csv` (or .jsonl), to be filled in, and the key that undoes the blinding.
 
     Pairs and the two sides of each are shuffled by the seed; identical responses are left out. A
-    file that is there already, which somebody may be filling in, is never touched. Raises UserError
-    where it is about other responses.
+    file that exists with its key is never touched, as somebody may be filling it in. Raises
+    UserError where it is about other responses.
     """
     path, key_path = folder / f"raters.{settings.format}", folder / KEY_FILE
     rows, key = _blinded(pairs, seed)
@@ -49,7 +49,7 @@ def write_file(pairs: Sequence[Pair], settings: RaterSettings, folder: Path, see
 
 
 def _blinded(pairs: Sequence[Pair], seed: int) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
-    """Rows to be filled in, and for each which side is the policy's."""
+    """Rows to fill in, and the key: for each, which side is the policy's."""
     generator = random.Random(seed)
     rows, key = [], []
     shown = [pair for pair in pairs if not pair.identical]
@@ -78,14 +78,16 @@ def _text(rows: Sequence[dict[str, str]], form: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """A spreadsheet runs a cell that begins like a formula; a blank before it prevents that.
-    Not every reader of CSV takes a null character."""
+    """A CSV cell that no spreadsheet runs as a formula: a blank goes before it.
+
+    Null characters are replaced, as not every reader of CSV takes them.
+    """
     text = text.replace("\0", "\ufffd")
     return " " + text if text[:1] in ("=", "+", "-", "@") else text
 
 
 def read_ratings(path: str) -> dict[str, str]:
-    """`{id: a, b or tie}` of a file that was filled in; rows not rated are left out.
+    """Read `{id: a, b or tie}` from a filled-in file; unrated rows are left out.
 
     Raises UserError, naming the row.
     """
@@ -133,10 +135,10 @@ def score(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Win rate of the policy of these pairs by `{file: its ratings}`.
+    """Win rate of these pairs' policy, by `{file: its ratings}`.
 
     Raters of one pair are averaged; identical responses are ties. `agreement` is the share of
-    equal ratings among all twos of raters of one pair. Raises UserError for an unknown id.
+    equal ratings among all two raters of one pair. Raises UserError for an unknown id.
     """
     lines = (folder / KEY_FILE).read_text(encoding="utf-8").split("\n")[:-1]
     key = {line["id"]: line for line in map(json.loads, lines)}

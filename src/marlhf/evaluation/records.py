@@ -1,4 +1,4 @@
-"""Append-only JSONL files with keys: what an interrupted evaluation goes on from."""
+"""Append-only JSONL files with keys, from which an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Judged(BaseModel):
 class Records:
     """Lines of a JSONL file by key; the last line of a key counts.
 
-    Every rank holds all lines, the main one writes them. A last line that was cut off while being
+    Every rank holds all lines; the main rank writes them. A last line that was cut off while being
     written is dropped and overwritten; any other that is no record is moved to `NAME.bad`.
 
     key      fields that make the key
@@ -87,9 +87,9 @@ class Records:
         return tuple(line[name] for name in self._names)
 
     def append(self, lines: Iterable[Line]) -> None:
-        """Add lines, on disk before this returns. Every rank calls it, with lines of its own.
+        """Add lines, written before this returns. Every rank calls it, with lines of its own.
 
-        Where the disk refuses, none of them is on it: batches are whole. Raises UserError.
+        Where the disk refuses, none of them is on it: batches are atomic. Raises UserError.
         """
         new = self._shared(list(lines))
         if self._distributed is None:
@@ -109,7 +109,7 @@ class Records:
 
 
 def _append(path: Path, text: bytes) -> None:
-    """Add all of a text to a file, or nothing. Raises OSError."""
+    """Append a complete text to a file, or nothing. Raises OSError."""
     with path.open("ab", buffering=0) as file:
         size, rest = file.seek(0, os.SEEK_END), memoryview(text)
         try:
@@ -121,7 +121,7 @@ def _append(path: Path, text: bytes) -> None:
 
 
 def read_lines(path: Path, names: Sequence[str], schema: type[BaseModel] | None) -> list[Line]:
-    """The records of a file, which is first rid of all else; see `lines.tidy`. Raises UserError."""
+    """Read a file's records, removing all else; see `json_lines.tidy`. Raises UserError."""
     lines: list[Line] = []
 
     def is_kept(line: Line) -> bool | None:
@@ -144,15 +144,17 @@ def read_lines(path: Path, names: Sequence[str], schema: type[BaseModel] | None)
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits of what can be written as JSON."""
+    """Hash parts, written as JSON, to 16 hex digits."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def identity(path: str) -> list[Any]:
-    """What tells a model from what it was before: names, sizes and times of the files that make it
-    (and of an adapter's base), or a hub name and its commit. Reading the weights of a large model
-    again would take as long as using it."""
+    """Identity of a model, which changes when its files do.
+
+    Names, sizes and times of its files (and of an adapter's base), or a hub name and its commit:
+    to hash the weights of a large model would take as long as to use it.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         commit = commit_of(path)

@@ -80,12 +80,12 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 
 
 def _text(cell: str) -> Text:
-    """Whatever a policy is called: no markup, nothing that commands a terminal."""
+    """A cell without markup or terminal commands, whatever a policy is called."""
     return Text(printable(cell))
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Every table, and what they are made from."""
+    """All tables in Markdown, after the models and settings behind them."""
     parts = ["# Evaluation", ""]
     parts += [f"- {label}: {path}" for label, path in results["models"].items()]
     if results["reference"] is not None:
@@ -125,7 +125,7 @@ def _name(entry: Mapping[str, Any], several: bool) -> str:
 
 
 def _point(entry: Mapping[str, Any] | None) -> str:
-    """pass@k is an estimate; a point of the best-of-n curve holds one for every measure."""
+    """Cell of a point: the estimate of pass@k, or that of the score for best-of-n."""
     return _cell(entry["score"] if entry is not None and "score" in entry else entry)
 
 
@@ -139,7 +139,7 @@ def _cell(estimate: Mapping[str, Any] | None, form: str = ".3f") -> str:
 
 
 def _out(won: Mapping[str, Any]) -> str:
-    """Pairs that the win rate leaves out."""
+    """Counts of pairs that the win rate leaves out."""
     return "; ".join(f"{won[key]} {key}" for key in ("invalid", "unanswered") if won.get(key))
 
 

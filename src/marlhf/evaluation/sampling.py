@@ -20,12 +20,12 @@ from marlhf.rewards.learned import right_pad
 from marlhf.rollout.batching import micro_batches
 from marlhf.rollout.generation import generate, left_pad
 
-# Settings that change no response: how many at once, and what is in the key.
+# Settings that change no response: batch sizes, and those that are in the key.
 _FREE = ("batch_size", "micro_batch_size", "responses_per_prompt", "temperature")
 
 
 def fingerprints(bench: Bench, source: Source) -> list[str]:
-    """For each row, of all that decides what is sampled there and is not in the key."""
+    """Fingerprint per prompt of all that decides its responses, the key aside."""
     config = bench.config
     settings = {k: v for k, v in asdict(config.rollout).items() if k not in _FREE}
     common = [source.identity, settings, config.seed, config.model.precision]
@@ -33,9 +33,9 @@ def fingerprints(bench: Bench, source: Source) -> list[str]:
 
 
 def pending_samples(bench: Bench, source: Source, prints: Sequence[str]) -> list[Key]:
-    """Responses still to be sampled.
+    """Keys of the responses still to be sampled.
 
-    Raises UserError where there are some, but made by other settings, another model or other data.
+    Raises UserError where recorded ones are by other settings, another model or other data.
     """
     lines, keys = bench.samples.lines, bench.response_keys([source])
     stale = sum(key in lines and lines[key]["fingerprint"] != prints[key[2]] for key in keys)
@@ -49,7 +49,7 @@ def pending_samples(bench: Bench, source: Source, prints: Sequence[str]) -> list
 
 
 def sample_policy(bench: Bench, source: Source, prints: Sequence[str]) -> None:
-    """Sample what is missing. The policy is in memory no longer than that takes."""
+    """Sample the missing responses. The policy is in memory no longer than that takes."""
     pending = pending_samples(bench, source, prints)
     if pending:
         what = f"responses of {source.label}"
@@ -60,7 +60,7 @@ def sample_policy(bench: Bench, source: Source, prints: Sequence[str]) -> None:
 def _sampler(
     bench: Bench, source: Source, prints: Sequence[str]
 ) -> Callable[[list[Key]], list[Line]]:
-    """The policy, loaded, as what makes records of keys."""
+    """Load the policy and return the function that makes records of keys."""
     policy = source.load().to(bench.distributed.device)
 
     def sample(keys: list[Key]) -> list[Line]:
@@ -99,7 +99,7 @@ def _sampled(bench: Bench, policy: Policy, source: Source, keys: Sequence[Key]) 
 def sequence_logprobs(
     bench: Bench, policy: Policy, generation: Generation, temperature: float
 ) -> list[float]:
-    """[B] log pi(response | prompt) as sampled at `temperature`, nats, by a forward pass."""
+    """[B] log pi(response | prompt) as sampled at `temperature`, nats, by a log-prob pass."""
     sequences = Sequences.of(generation)
     found = [0.0] * len(sequences.input_ids)
     settings = bench.config.rollout
@@ -115,7 +115,7 @@ def sequence_logprobs(
 
 
 def measure_kl(bench: Bench, reference: Source) -> None:
-    """log(policy / reference) of every response at its temperature, nats: the k1 estimate."""
+    """Record the k1 KL of every response, log(policy / reference) at its temperature, nats."""
     samples, identity = bench.samples.lines, bench.as_main_sees(reference.identity)
     prints = {
         key: fingerprint(identity, samples[key]["fingerprint"], samples[key]["tokens"])
@@ -149,7 +149,7 @@ def _generation(bench: Bench, prompts: list[list[int]], lines: Sequence[Line]) -
 
 
 def free_memory() -> None:
-    """Give back what a model held."""
+    """Free the memory of models that are no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

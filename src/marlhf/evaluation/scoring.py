@@ -24,7 +24,7 @@ ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 @dataclass(frozen=True)
 class Measure:
-    """A reward under the name that it has in the results.
+    """A reward and its name in the results.
 
     weight     in `score`; None for what is no part of it
     identity   changes when the reward does, as far as its configuration and files tell
@@ -54,7 +54,7 @@ def build_measures(config: EvaluateConfig) -> list[Measure]:
 
 
 def _files(reward: NamedReward) -> list[Any]:
-    """What identifies the model that a reward reads, where it is given by a path."""
+    """Identity of a reward's model, where it is given by a path."""
     path = getattr(reward.function, "path", None)
     is_model = isinstance(reward.function, RewardModel | EmbeddingSimilarity)
     return [identity(path)] if is_model and isinstance(path, str) else []

@@ -1,4 +1,4 @@
-"""Numbers from samples: bootstrap intervals, pass@k, best-of-n, win rates, distinct n-grams.
+"""Statistics of samples: bootstrap intervals, pass@k, best-of-n, win rates, distinct n-grams.
 
 Pure functions in float64. The unit of resampling is the prompt: responses to one prompt are not
 independent of each other.
@@ -20,7 +20,7 @@ _DRAWS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its 95% interval, None where fewer than two prompts leave it open."""
+    """A mean over prompts and its 95% interval, None for fewer than two prompts."""
 
     mean: float
     low: float | None
@@ -29,9 +29,9 @@ class Estimate:
 
 
 def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate | None:
-    """Mean and 95% percentile interval (Efron 1979) of one value a prompt; None without any.
+    """Mean and 95% percentile interval (Efron 1979) of one value per prompt; None without any.
 
-    For a paired comparison give the differences: then both policies' values of a prompt are drawn
+    For a paired comparison pass the differences: then both policies' values of a prompt are drawn
     together. The same seed and count draw the same prompts.
     """
     x = np.asarray(values, dtype=np.float64)
@@ -51,20 +51,22 @@ def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> 
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that one of k of the n samples is among the c that
-    passed (Chen et al. 2021). Unbiased, unlike 1 - (1 - c/n)^k."""
+    """Unbiased pass@k, 1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
+
+    The chance that any of k of the n samples is among the c that passed. 1 - (1 - c/n)^k is biased.
+    """
     assert 1 <= k <= samples
     assert 0 <= passed <= samples
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def best_of_n(scores: Sequence[float], n: int, values: Sequence[float] | None = None) -> float:
-    """The expected value of the best by `scores` of n samples, drawn without replacement from all.
+    """Expected value of the best of n samples by `scores`, drawn without replacement.
 
     values   what is averaged, by default the scores themselves: score by one reward, report another
 
     Unbiased for the best of n fresh samples. The i-th smallest of N scores is the best of n with
-    probability C(i-1, n-1) / C(N, n); equal scores share theirs, as a coin would choose.
+    probability C(i-1, n-1) / C(N, n); equal scores share theirs (random ties).
     """
     x = np.asarray(scores, dtype=np.float64)
     y = x if values is None else np.asarray(values, dtype=np.float64)
@@ -78,8 +80,10 @@ def best_of_n(scores: Sequence[float], n: int, values: Sequence[float] | None = 
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n-1)/n: an upper bound, in nats, of the KL of best-of-n to plain sampling
-    (Beirami et al. 2024), to set the curve beside a trained policy's KL."""
+    """Upper bound, in nats, of best-of-n's KL to plain sampling: log n - (n-1)/n.
+
+    (Beirami et al. 2024.) It compares the curve with a trained policy's KL.
+    """
     return math.log(n) - (n - 1) / n
 
 
@@ -88,7 +92,7 @@ class WinRate:
     """Wins of a policy over a baseline.
 
     rate             a tie counts one half
-    wins, ties, losses   judged pairs
+    wins, ties, losses   numbers of pairs
     """
 
     rate: Estimate | None
@@ -98,7 +102,7 @@ class WinRate:
 
 
 def win_rate(outcomes: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0) -> WinRate:
-    """From outcomes 0 to 1 (above one half won, one half tied) of each prompt's pairs."""
+    """Win rate from outcomes of each prompt's pairs: above 0.5 won, 0.5 tied."""
     flat = [x for pairs in outcomes for x in pairs]
     return WinRate(
         bootstrap([float(np.mean(pairs)) for pairs in outcomes if len(pairs)], resamples, seed),
@@ -114,10 +118,10 @@ def outcome(ours: float, theirs: float) -> float:
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:
-    """Distinct n-grams of all texts as a share of all their n-grams (Li et al. 2016); None where
-    there is no n-gram. It falls with the amount of text: compare equal amounts only.
+    """Share of distinct n-grams among all n-grams of the texts (Li et al. 2016).
 
-    A word is a run of letters and digits, lower-cased, or one other mark.
+    None without n-grams. It falls with the amount of text: compare equal amounts only. A word is a run of
+    letters and digits, lower-cased, or one other mark.
     """
     grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else None

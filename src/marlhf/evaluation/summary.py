@@ -1,4 +1,4 @@
-"""Samples and their measures -> the numbers of an evaluation, as plain data."""
+"""Summary of samples and measures: the numbers of an evaluation, as plain data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from marlhf.evaluation.statistics import (
     win_rate,
 )
 
-# measure -> one list a prompt, of one value a sample
+# measure -> one list per prompt, of one value per sample
 Values = dict[str, list[list[float | None]]]
 
 
 def summarise(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
-    """What results.json holds, without the win rates of judge and raters."""
+    """Contents of results.json, without the win rates of judge and raters."""
     config = bench.config
     labels = [source.label for source in bench.sources]
     baseline = config.baseline or labels[0]
@@ -57,7 +57,7 @@ def summarise(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
 
 
 def _values(bench: Bench, measures: Sequence[Measure], label: str, temperature: float) -> Values:
-    """Everything known of each response at one temperature."""
+    """All measures of each response of a policy at one temperature."""
     names = [measure.name for measure in measures]
     names += ["kl"] if bench.config.reference is not None else []
     found: Values = {}
@@ -105,7 +105,7 @@ def _distinct(bench: Bench, label: str, temperature: float) -> dict[str, float |
 def _comparison(
     bench: Bench, ours: Values, theirs: Values, comparable: Sequence[str]
 ) -> dict[str, Any]:
-    """Paired differences of every measure, and win rates by those that say which is better."""
+    """Paired differences of every measure, and win rates by those in `comparable`."""
     differences, win_rates = {}, {}
     for name in ours:
         pairs = [
@@ -120,7 +120,7 @@ def _comparison(
 
 
 def _mean(bench: Bench, rows: Sequence[Sequence[float | None]]) -> dict[str, Any] | None:
-    """Mean over prompts of the mean over each one's samples; rows without any left out."""
+    """Mean over prompts of their samples' mean; prompts without values are left out."""
     given = [[x for x in row if x is not None] for row in rows]
     return _estimate(bench, [float(np.mean(row)) for row in given if row])
 
@@ -138,7 +138,7 @@ def _best(
     rows: Sequence[Sequence[float | None]],
     n: int,
 ) -> dict[str, Any] | None:
-    """The measure of the response with the best score of n."""
+    """Expected measure of the response with the best score of n."""
     found = []
     for row_scores, row in zip(scores, rows, strict=True):
         pairs = [

@@ -1,5 +1,7 @@
-"""Win rates by a judge and by people: of the first response to each prompt, at the first
-temperature."""
+"""Win rates by a judge and by human raters.
+
+They are of the first response to each prompt, at the first temperature.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ JUDGEMENTS = "judgements.jsonl"
 
 
 def pairs_of(bench: Bench, baseline: str, rows: Sequence[int]) -> dict[str, list[Pair]]:
-    """Every other policy's responses beside the baseline's."""
+    """Pair every other policy's responses with the baseline's."""
     temperature, lines = bench.config.swept_temperatures[0], bench.samples.lines
 
     def response(label: str, row: int) -> str:
@@ -43,7 +45,7 @@ def pairs_of(bench: Bench, baseline: str, rows: Sequence[int]) -> dict[str, list
 
 
 def _readable(prompt: Prompt) -> str:
-    """A prompt for somebody who was not there: a conversation says who speaks."""
+    """A prompt's text for a judge or rater; a conversation names its speakers."""
     messages = prompt.messages or []
     if [message["role"] for message in messages] in ([], ["user"]):
         return prompt.text
@@ -51,7 +53,7 @@ def _readable(prompt: Prompt) -> str:
 
 
 def judge_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
-    """Add what the judge says to the results, also where it stops half-way. Raises UserError."""
+    """Add the judge's win rates to the results, even if it stops half-way. Raises UserError."""
     settings = bench.config.judge
     assert settings is not None
     judge = Judge(settings, Records(folder / JUDGEMENTS, ["key"], schema=Judged))
@@ -73,7 +75,7 @@ def judge_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
 
 
 def rate_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
-    """Write the raters' file, and add what they say to the results. Raises UserError."""
+    """Write the raters' file, and add their win rates to the results. Raises UserError."""
     settings, seed = bench.config.raters, bench.config.seed
     assert settings is not None
     rows = list(range(len(bench.prompts)))
@@ -92,7 +94,7 @@ def rate_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
 
 
 def _agreed(ask: bool) -> bool:
-    """Whether somebody at the terminal, if anybody is, wants to go on."""
+    """Whether the user at the terminal, if there is one, wants to continue."""
     if not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     print("go on? [y/N] ", end="", file=sys.stderr, flush=True)

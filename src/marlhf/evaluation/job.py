@@ -217,7 +217,7 @@ def _write_results(results: dict[str, Any], folder: Path) -> None:
 
 
 class _Track:
-    """A progress bar on stderr for a list of batches; a line where there is no terminal."""
+    """A progress bar for batches on stderr; a line where there is no terminal."""
 
     def __init__(self, is_main: bool) -> None:
         self._console = Console(stderr=True)

@@ -102,7 +102,7 @@ def judge_messages(task: str, prompt: str, first: str, second: str) -> list[dict
 
 
 def verdict(answer: str) -> str | None:
-    """`A`, `B` or `tie`; None for an answer without a verdict, or with two that differ."""
+    """`A`, `B` or `tie`; None for an answer without a verdict or with contradictory ones."""
     matches = (_VERDICT.fullmatch(line) for line in answer.splitlines())
     found = {match[1].lower() for match in matches if match is not None}
     if not found and (bare := answer.strip(" \t\r\n.*\"'`").lower()) in ("a", "b", "tie"):

@@ -138,7 +138,7 @@ def score(
     """Win rate of these pairs' policy, by `{file: its ratings}`.
 
     Raters of one pair are averaged; identical responses are ties. `agreement` is the share of
-    equal ratings among all two raters of one pair. Raises UserError for an unknown id.
+    equal ratings among all rater pairs per pair. Raises UserError for an unknown id.
     """
     lines = (folder / KEY_FILE).read_text(encoding="utf-8").split("\n")[:-1]
     key = {line["id"]: line for line in map(json.loads, lines)}

@@ -120,8 +120,8 @@ def outcome(ours: float, theirs: float) -> float:
 def distinct(texts: Sequence[str], n: int) -> float | None:
     """Share of distinct n-grams among all n-grams of the texts (Li et al. 2016).
 
-    None without n-grams. It falls with the amount of text: compare equal amounts only. A word is a run of
-    letters and digits, lower-cased, or one other mark.
+    None without n-grams. It falls with the amount of text: compare equal amounts only. A word is a
+    run of letters and digits, lower-cased, or one other mark.
     """
     grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else None

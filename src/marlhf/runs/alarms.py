@@ -128,7 +128,7 @@ def finite(value: Any) -> float | None:
 
 
 def fired(history: History) -> dict[str, tuple[int, str]]:
-    """Rule -> the step at which it first fired in a full history, and its message."""
+    """Rule -> step at which it first fired in a full history, and its message."""
     found: dict[str, tuple[int, str]] = {}
     for end in range(1, len(history) + 1):
         seen = _ends(history, end)
@@ -139,7 +139,7 @@ def fired(history: History) -> dict[str, tuple[int, str]]:
 
 
 class Warnings:
-    """A metrics sink that warns on stderr when a rule fires, once per run and rule.
+    """A metrics sink that warns on stderr when a rule first fires in a run.
 
     before   the metrics.jsonl of a run to resume
     """

@@ -227,7 +227,10 @@ def _lock(folder: Path, key: str) -> int:
 
 
 def locked(descriptor: int) -> bool:
-    """Lock an open file or folder for this process and heirs of the descriptor; False if taken."""
+    """Lock an open file or folder without waiting; False if another process has it.
+
+    Processes that inherit the descriptor share the lock. True on a file system without locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

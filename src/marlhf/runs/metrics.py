@@ -116,7 +116,7 @@ class Timer:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory so far, GB (1e9 bytes): the GPU's if there is one, or this process's."""
+    """Peak memory so far, GB (1e9 bytes): the GPU's, or without one this process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     import resource

@@ -1,1 +1,1 @@
-"""From prompts to responses with log-probs, values and rewards."""
+"""Prompts -> responses with log-probs, values and rewards."""

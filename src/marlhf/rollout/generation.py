@@ -1,10 +1,10 @@
 """Prompts -> sampled responses.
 
-`Generate` is the only interface to sampling. Another engine with that signature can stand in for
-`generate`: every call hands it the policy as the last update left it.
+`Generate` is the only interface to sampling; implement it to plug in another engine. Every call
+gets the policy as of the last update.
 
-Where responses come from matters to nothing after it: log-probabilities and values are those of
-forward passes over the finished sequences.
+Nothing downstream depends on the engine: log-probabilities and values come from forward passes over
+the sampled sequences.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COMPACT_AT = 1 / 8  # compact the batch when this share of it has finished
 
 
 class Generate(Protocol):
-    """Samples one response to each prompt."""
+    """Interface of a sampling engine: one response per prompt."""
 
     def __call__(
         self,
@@ -42,9 +42,10 @@ class Generate(Protocol):
         seeds: Sequence[int],
         settings: RolloutSettings,
     ) -> Generation:
-        """prompts are token ids; seeds[i] fixes all randomness of row i, whatever batch it is in.
+        """Sample with `settings` alone, whatever the model's generation config says.
 
-        Sampling settings come from `settings` alone.
+        prompts   token ids
+        seeds     seeds[i] fixes all randomness of response i, whatever batch it is in
         """
         ...
 
@@ -57,13 +58,13 @@ def generate(
     seeds: Sequence[int],
     settings: RolloutSettings,
 ) -> Generation:
-    """Sample one response to each prompt (token ids).
+    """Sample one response per prompt (token ids).
 
-    Row i is sampled by adding Gumbel noise from its own generator, seeded with seeds[i], to its
-    warped logits and taking the maximum: an exact sample, the same in whatever batch the row sits.
-    Of the model's generation config only its EOS ids count.
+    Gumbel-max sampling: response i takes the maximum of its warped logits plus Gumbel noise from a
+    generator seeded with seeds[i]. The sample is exact, and the same in any batch.
+    Only the EOS ids of the model's generation config are used.
 
-    Equal prompts are read once. Rows that have ended leave the batch.
+    Prefills each distinct prompt once; drops finished sequences from the batch.
     """
     model: Any = policy.model
     lm = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -98,11 +99,11 @@ def generate(
 def _decode(
     reader: Decoder, logits: Tensor, sampler: _Sampler, pad_id: int
 ) -> tuple[Tensor, Tensor]:
-    """`(response_ids [B,T], lengths [B])`, 0 the length of a row that met the limit."""
+    """`(response_ids [B,T], lengths [B])`; length 0 marks a response that is not finished."""
     B, limit = len(logits), sampler.settings.max_new_tokens
     response_ids = torch.full((B, limit), pad_id, device=logits.device)
     lengths = torch.zeros(B, dtype=torch.int64, device=logits.device)
-    rows = torch.arange(B, device=logits.device)  # those that are still in the batch
+    rows = torch.arange(B, device=logits.device)  # sequences still in the batch
     for t in range(limit):
         tokens = sampler(logits, rows.tolist(), t)
         response_ids[rows, t] = tokens
@@ -121,7 +122,7 @@ def _decode(
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """`(ids [B,P] int64, mask [B,P] bool)`."""
+    """Left-padded prompts: `(ids [B,P] int64, mask [B,P] bool)`."""
     P = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (P - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in rows])
@@ -129,7 +130,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 class _Sampler:
-    """Draws each row's next token, and knows when a row ends."""
+    """Next-token sampling per sequence, and detection of finished sequences."""
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class _Sampler:
         self._stop = StopStringCriteria(tokenizer, strings) if strings else None
 
     def __call__(self, logits: Tensor, rows: Sequence[int], t: int) -> Tensor:
-        """Response token t of each row [B], from logits [B,V], which change."""
+        """Response token t of each sequence [B], from logits [B,V], modified in place."""
         if t < self.settings.min_new_tokens:
             logits[:, self._eos_ids] = -torch.inf
         scores: Any = self._warpers(None, logits)  # pyright: ignore[reportArgumentType]
@@ -169,5 +170,5 @@ class _Sampler:
 
 
 def _uniform(generator: torch.Generator, like: Tensor) -> Tensor:
-    """[V] in float64: in float32 the smallest draws are too coarse for a large vocabulary."""
+    """Uniform noise [V], float64: small float32 draws are too coarse for a large vocabulary."""
     return torch.rand(like.shape[1], generator=generator, dtype=torch.float64, device=like.device)

@@ -1,9 +1,8 @@
-"""A model's weights as sampling reads them: a copy that lasts as long as the sampling.
+"""Prepacked weights for CPU decoding, kept for the duration of sampling.
 
-Reading one token of each of a few rows takes as long as streaming the weights through the
-processor. On a CPU they stream faster in oneDNN's blocked layout than row by row; layers that read
-the same input (queries, keys and values; gate and up) are one product; and adapters are added to
-the weights that they adapt. docs/performance.md says what each is worth.
+A decoding step of a small batch is bound by memory bandwidth. oneDNN's blocked layout streams
+faster than a row-major one; layers with the same input (queries, keys and values; gate and up) are
+fused into one product; adapters are merged. docs/performance.md has the gain of each.
 """
 
 from __future__ import annotations
@@ -20,13 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from marlhf.compat.torch import has_packed_linear, pack_linear_weight, packed_linear, version
 
 _SMALLEST = 2**16  # parameters; smaller weights stay in the processor's caches
-_FEWEST_TOKENS = 16  # packing takes as long as it gains on about ten
+_FEWEST_TOKENS = 16  # packing costs about what ten tokens gain
 
 
 @contextmanager
 def shared_inputs(model: nn.Module, adapter: str | None) -> Iterator[list[list[nn.Module]]]:
-    """Finds the linear layers that a forward pass within calls, grouped by the tensor that they
-    read, if they do one after the other."""
+    """Record the linear layers that forward passes within call, grouped by input tensor.
+
+    Only layers called one after the other are grouped.
+    """
     groups: list[list[nn.Module]] = []
     last: Tensor | None = None
 
@@ -50,10 +51,13 @@ def shared_inputs(model: nn.Module, adapter: str | None) -> Iterator[list[list[n
 def packed(
     groups: Sequence[Sequence[nn.Module]], adapter: str | None, rows: int, tokens: int
 ) -> Iterator[None]:
-    """On a CPU, run groups of layers on copies of their weights: adapters merged, in autocast's
-    precision, packed for inputs of `rows` rows. Where that gains nothing layers stay as they are.
+    """On a CPU, run groups of layers on fused, prepacked copies of their weights.
 
-    tokens   that will be read; the weights must not change meanwhile
+    Adapters are merged, and the dtype is autocast's. Layers that would not gain stay as they are.
+    The weights must not change within.
+
+    rows     batch size to pack for
+    tokens   most tokens to decode
     """
     replaced: dict[Any, None] = {}
     try:
@@ -73,7 +77,7 @@ def packed(
 
 
 def _linears(module: Any, adapter: str | None) -> Iterator[nn.Module]:
-    """Linear layers below a module, one with the adapter in it as a whole."""
+    """Linear layers in a module; one whose adapter can be merged counts as one layer."""
     is_plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
     if is_plain or _merges(module, adapter):
         yield module
@@ -84,7 +88,7 @@ def _linears(module: Any, adapter: str | None) -> Iterator[nn.Module]:
 
 
 def _merges(module: Any, adapter: str | None) -> bool:
-    """A linear layer with a plain low-rank update, which can be added to its weight."""
+    """Whether a module is a linear layer with a plain LoRA update, which can be merged."""
     if not hasattr(module, "lora_A"):
         return False
     from marlhf.compat.peft import is_plain_lora
@@ -93,7 +97,7 @@ def _merges(module: Any, adapter: str | None) -> bool:
 
 
 def _weight_of(layer: Any) -> Tensor:
-    """[out,in], without adapters."""
+    """Weight [out,in] of a layer, without adapters."""
     own = getattr(layer, "base_layer", layer)
     return own.weight.T if type(own) is Conv1D else own.weight
 
@@ -101,8 +105,10 @@ def _weight_of(layer: Any) -> Tensor:
 def _linear(
     layers: Sequence[Any], adapter: str | None, rows: int
 ) -> Callable[[Tensor], Tensor] | None:
-    """The outputs of all layers side by side, from copies of their weights; None where the layers
-    are as good by themselves."""
+    """A fused linear function with the concatenated outputs of all layers, on packed weights.
+
+    None where packing would not gain.
+    """
     weights = [_weight_of(layer) for layer in layers]
     dtype = _dtype(weights[0]) if weights else torch.float32
     on_cpu = bool(weights) and weights[0].device.type == "cpu"
@@ -112,7 +118,7 @@ def _linear(
         if hasattr(layer, "base_layer"):
             update = layer.get_delta_weight(adapter)
             update = update.T if type(layer.base_layer) is Conv1D else update
-            # rounded before, as it already is where ZeRO-3 gathered it: samples stay the same
+            # base rounded before the sum, as where ZeRO-3 gathered it: samples stay the same
             weights[i] = weights[i].to(dtype) + update
     bias = _bias_of(layers, weights, dtype)
     packed_weight = pack_linear_weight(torch.cat([w.to(dtype) for w in weights]), rows)
@@ -128,13 +134,13 @@ def _bias_of(layers: Sequence[Any], weights: Sequence[Tensor], dtype: Any) -> Te
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """What the product is computed in."""
+    """Dtype of the product: autocast's where it is enabled."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class _Product:
-    """What layers make of an input that they share, computed once for all of them."""
+    """Fused product of layers with the same input, computed once for all of them."""
 
     def __init__(self, linear: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
         self._linear, self._sizes = linear, sizes

@@ -1,6 +1,6 @@
-"""Prompts -> responses, with everything the update needs to know of them.
+"""Prompts -> responses with log-probs, values and rewards for the update.
 
-All log-probabilities and values come from forward passes over the finished sequences, never from
+All log-probabilities and values come from forward passes over the sampled sequences, never from
 sampling.
 """
 
@@ -33,16 +33,16 @@ from marlhf.runs.metrics import Metrics, Timer
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled responses and what is known of them before macro actions.
+    """Sampled responses with their log-probs, values and rewards, before macro actions.
 
     responses       token ids, mask, logprobs, row ids, step, seed; ref_logprobs with a reference
     entropy         [B,T] of the policy, nats
     values          [B,T] and last_values [B], or None without a critic
-    rewards         what the reward functions said
-    scores          [B] float32, weighted sum of all rewards of a response, as given
+    rewards         results of the reward functions
+    scores          [B] float32, weighted sum of all rewards of a response, unprocessed
     task_rewards    [B,T] processed scores on the last tokens, and rewards inside responses
-    truncated       [B] bool: the prompt lost tokens on its left
-    extras          what token rewards require of the policy's scoring pass, see `models.Policy`
+    truncated       [B] bool: the prompt was truncated on its left
+    extras          outputs of the log-prob pass that token rewards require, see `models.Policy`
     """
 
     prompts: list[Prompt]
@@ -60,25 +60,27 @@ class Rollout:
 
     @property
     def log_ratio(self) -> Tensor | None:
-        """[B,T] log(policy / reference) of the sampled tokens, nats, 0 outside the mask; None
-        without a reference."""
+        """log(policy / reference) [B,T] of the sampled tokens, nats, 0 outside the mask.
+
+        None without a reference.
+        """
         if self.responses.ref_logprobs is None:
             return None
         assert self.responses.logprobs is not None
         return self.responses.logprobs - self.responses.ref_logprobs
 
     def kl_rewards(self, coef: float) -> Tensor:
-        """[B,T] -coef * log_ratio; zeros without a reference."""
+        """KL reward per token [B,T]: -coef * log_ratio; zeros without a reference."""
         ratio = self.log_ratio
         return torch.zeros_like(self.task_rewards) if ratio is None else -coef * ratio
 
     @property
     def sequences(self) -> Sequences:
-        """Prompts and responses side by side."""
+        """Prompts and responses, concatenated."""
         return Sequences.of(self.generation)
 
     def experience(self, batch: MacroBatch) -> Experience:
-        """What the update learns from, with the advantages of its macro actions."""
+        """Training data of the update, with the advantages of the macro actions."""
         sequences = self.sequences
         assert self.responses.logprobs is not None
         return Experience(
@@ -96,10 +98,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutWorker:
-    """Samples and scores: this rank's prompts in, its Rollout out.
+    """Samples and scores responses: this rank's prompts -> its Rollout.
 
-    reference   None where nothing reads its log-probabilities
-    extras      what else the policy's scoring pass returns, see `models.Policy`
+    reference   None where nothing uses its log-probabilities
+    extras      additional outputs of the policy's log-prob pass, see `models.Policy`
     """
 
     config: PPOConfig
@@ -121,11 +123,12 @@ class RolloutWorker:
         held_out: bool = False,
         with_values: bool = True,
     ) -> Rollout:
-        """One response to each prompt (repeat a prompt for several).
+        """Sample and score one response per prompt (repeat a prompt for several).
 
-        row_ids, step and the seed fix the noise of each row, whatever batch it is sampled in.
-        held_out leaves out what only an update needs: scores compared over ranks, of which some
-        may have fewer held-out rows. with_values asks for the critic's values, where there is one.
+        row_ids, step and the seed fix the noise of each response, whatever batch it is sampled in.
+        held_out omits what only an update needs: `extras`, and all-reduces in whitening, as some
+        ranks may have fewer held-out prompts. with_values requests the critic's values, where there
+        is one.
         """
         settings, seed = self.config.rollout, self.config.seed
         texts = [render(p, self.tokenizer, self.config.data) for p in prompts]
@@ -197,7 +200,7 @@ class RolloutWorker:
     def _logprobs(
         self, policy: nn.Module, sequences: Sequences, extras: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """Log-probabilities under a policy as `logprobs`, and the extras asked for."""
+        """Log-probabilities under a policy as `logprobs`, and the requested extras."""
 
         def one_pass(model: nn.Module, part: Sequences) -> dict[str, Tensor]:
             output: PolicyOutput = forward(model, part, extras=extras, **self.config.sampled_from)
@@ -221,9 +224,9 @@ class RolloutWorker:
         sequences: Sequences,
         one_pass: Callable[[nn.Module, Sequences], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Run a model in evaluation mode over micro-batches; its results in their order."""
+        """Run a model in evaluation mode over micro-batches; results are in the order of input."""
         model = self.distributed.unwrap(module)
-        model.eval()  # whatever mode training has left
+        model.eval()  # training may have left it in training mode
         T = sequences.response_mask.shape[1]
         passes = self._passes(sequences.attention_mask)
         parts = []
@@ -255,8 +258,10 @@ class RolloutWorker:
 def add_token_rewards(
     rollout: Rollout, reward: CombinedTokenReward, distributed: Distributed, metrics: Metrics
 ) -> Rollout:
-    """The rollout with its token rewards among the task rewards, and without the extras that they
-    needed; they learn from it, and report."""
+    """Add token rewards to `task_rewards` and drop `extras`.
+
+    Then update the token rewards and log their metrics.
+    """
     if not reward.rewards:
         return rollout
     rewards, by_name = distributed.fail_together(lambda: reward(rollout))
@@ -272,8 +277,11 @@ def add_token_rewards(
 def score_to_rewards(
     scores: Tensor, generation: Generation, settings: RewardSettings, all_reduce: AllReduceSum
 ) -> Tensor:
-    """Scores [B] -> rewards [B,T]: clipped, fined for a missing EOS, whitened, as asked for, and
-    put on the last response token. A response without a token has nowhere to put its score."""
+    """Scores [B] -> rewards [B,T], non-zero on the last response token alone.
+
+    Scores are clipped, penalised for a missing EOS and whitened, as configured. The score of an
+    empty response is dropped.
+    """
     scores = scores.to(generation.response_ids.device)
     if settings.clip is not None:
         scores = scores.clamp(-settings.clip, settings.clip)
@@ -286,15 +294,17 @@ def score_to_rewards(
 
 
 def _widen(x: Tensor, columns: int) -> Tensor:
-    """More columns of zeros for [B,t] or [B,t,H]; leave [B] as it is."""
+    """Pad [B,t] or [B,t,H] on the right with `columns` zeros along t; leave [B] as it is."""
     if x.dim() == 1:
         return x
     return torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, columns))
 
 
 def check_rewards(reward: CombinedReward, prompts: Sequence[Prompt]) -> None:
-    """Raise UserError where the rows do not have what the rewards need, before any model is loaded;
-    a reward's own method `check_values(**columns)`, if it has one, looks at the values."""
+    """Check that prompts have the columns that rewards need, before any model is loaded.
+
+    A reward with a method `check_values(**columns)` checks the values too. Raises UserError.
+    """
     columns = reward_columns(prompts)
     reward.check_columns(columns)
     for named in reward.rewards:
@@ -307,8 +317,10 @@ def check_rewards(reward: CombinedReward, prompts: Sequence[Prompt]) -> None:
 
 
 def reward_columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The rows' other columns as lists, and `messages` where rows are conversations. A column of
-    that name is left out: rewards take it for the prompt."""
+    """The prompts' other columns as lists, and `messages` where prompts are conversations.
+
+    A data column named `messages` is omitted: rewards would take it for the prompt.
+    """
     names = dict.fromkeys(n for p in prompts for n in p.columns if n != "messages")
     columns: dict[str, list[Any]] = {n: [p.columns.get(n) for p in prompts] for n in names}
     if any(p.messages is not None for p in prompts):

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told, and what of it a job allows."""
+"""Checks the launch configuration of accelerate and DeepSpeed against the job's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from packaging.version import Version
 from marlhf.common.errors import UserError, one_line
 from marlhf.compat.deepspeed import check_names, without_extension
 
-# The versions that pyproject.toml asks for. Before 0.19.8 a step to be discarded is applied.
+# The versions in pyproject.toml. Before 0.19.8 a step to be discarded is applied.
 DEEPSPEED = ("0.19.8", "0.20")
 
-# what a DeepSpeed configuration may not decide, and who does
+# keys that a DeepSpeed configuration may not set, and what sets them
 _OURS = {
     "optimizer": "the optimizer section of the job's config",
     "scheduler": "optimizer.schedule of the job's config",
@@ -26,15 +26,15 @@ _OURS = {
     "fp16": "model.precision of the job's config",
     "bf16": "model.precision of the job's config",
 }
-_NO_ACCUMULATION = ("gradient_accumulation_steps", 1)  # what accelerate writes if not told
+_NO_ACCUMULATION = ("gradient_accumulation_steps", 1)  # accelerate's default
 
-# where launchers that do not set WORLD_SIZE say how many processes they started
+# number of processes, as given by launchers that do not set WORLD_SIZE
 _NOT_OF_TORCH = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _HOW_TO_START = (
     "`accelerate launch --multi_gpu --num_processes N -m marlhf ...` (without GPUs it starts CPU "
     "processes) or `torchrun --nproc_per_node N -m marlhf ...`"
 )
-# what accelerate spreads models by, and this library does not
+# ways of accelerate to spread models that this library does not support
 _NOT_SUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -43,7 +43,7 @@ _NOT_SUPPORTED = {
 
 
 def uses_cpu() -> bool:
-    """Whether accelerate was told to leave GPUs alone. Raises UserError."""
+    """Whether accelerate is configured to use no GPU. Raises UserError."""
     return _flag("ACCELERATE_USE_CPU")
 
 
@@ -55,9 +55,9 @@ def _flag(name: str) -> bool:
 
 
 def lone_process() -> str | None:
-    """A line for the user where this process runs alone though several were asked for.
+    """A warning for the user if this process runs alone though several were requested.
 
-    Raises UserError where others run that it is not connected with.
+    Raises UserError if others run that it is not connected to.
     """
     if "WORLD_SIZE" in os.environ:
         return None
@@ -67,8 +67,8 @@ def lone_process() -> str | None:
                 f"{name}: given {os.environ[name]}, but what started these processes does not "
                 f"connect them (no WORLD_SIZE); use {_HOW_TO_START}"
             )
-    # accelerate says whether to use the CPU to a process that it starts alone, and gives it an
-    # address where it was asked for several
+    # accelerate sets ACCELERATE_USE_CPU for a process that it starts alone, and MASTER_PORT if
+    # several were requested
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
         return (
             "one process runs, though accelerate was asked for several: without --multi_gpu or a "
@@ -78,7 +78,7 @@ def lone_process() -> str | None:
 
 
 def _check_deepspeed_version() -> None:
-    """Raises UserError for one that would train wrongly."""
+    """Refuse versions that would train wrongly. Raises UserError."""
     lowest, beyond = DEEPSPEED
     try:
         installed = version("deepspeed")
@@ -92,9 +92,9 @@ def _check_deepspeed_version() -> None:
 
 
 def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
-    """DeepSpeed's configuration, as accelerate puts it together; None for a launch without.
+    """DeepSpeed's configuration as accelerate builds it; None for a launch without DeepSpeed.
 
-    Raises UserError, also for what accelerate knows besides DeepSpeed.
+    Raises UserError, also for other sharding methods of accelerate.
     """
     for name, kind in _NOT_SUPPORTED.items():
         if _flag(name):
@@ -141,7 +141,10 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
 
 
 def check_precision(precision: str) -> None:
-    """accelerate's mixed precision is "no" where nothing was said."""
+    """Check that accelerate's mixed precision is unset or the job's. Raises UserError.
+
+    accelerate's default is "no".
+    """
     given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if given not in ("no", precision):
         raise UserError(

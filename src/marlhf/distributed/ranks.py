@@ -1,4 +1,4 @@
-"""The ranks of a launch: what they compute together, and how models are spread over them."""
+"""The ranks of a launch: collectives, and placement of models on the ranks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from marlhf.distributed.profile import (
 )
 from marlhf.distributed.trained import Engine, Replicated, Trained
 
-# Weights held at a time, in numbers. DeepSpeed's own defaults are 5 to 10 times as large, which a
-# model has to outgrow before ZeRO-3 saves anything.
+# Buffer sizes in elements. DeepSpeed's defaults are 5 to 10 times as large, and ZeRO-3 saves
+# memory only for models larger than its buffers.
 _BUFFERS = {
     "reduce_bucket_size": 50_000_000,
     "stage3_prefetch_bucket_size": 20_000_000,
@@ -49,12 +49,12 @@ Result = TypeVar("Result")
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:
-    """Those of a module."""
+    """All linear layers in a module."""
     return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def in_bf16(parameter: nn.Parameter) -> nn.Parameter:
-    """A copy without a gradient."""
+    """A frozen bf16 copy of a parameter."""
     return nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
 
 
@@ -62,8 +62,10 @@ def in_bf16(parameter: nn.Parameter) -> nn.Parameter:
 def reading(
     parts: Iterable[nn.Module], others: Mapping[nn.Parameter, nn.Parameter]
 ) -> Iterator[None]:
-    """Within, these modules, without what is below them, have `others` in the place of their
-    parameters. Another module that shares one, as embeddings may, goes on to have that."""
+    """Replace the direct parameters of `parts` by those that `others` maps them to, within.
+
+    Another module that shares a parameter, as embeddings may, keeps the original.
+    """
     replaced = [
         (part, name, parameter)
         for part in parts
@@ -80,10 +82,10 @@ def reading(
 
 
 def _set_default_timeout(timeout: timedelta) -> None:
-    """Let a rank wait that long in groups that others make too: DeepSpeed passes no time-out on."""
+    """Set the timeout of process groups that DeepSpeed creates: it passes none on."""
     constants: Any = torch.distributed.distributed_c10d
-    constants.default_pg_timeout = timeout  # gloo's 30 minutes
-    constants.default_pg_nccl_timeout = timeout  # NCCL's 10
+    constants.default_pg_timeout = timeout  # gloo's default: 30 minutes
+    constants.default_pg_nccl_timeout = timeout  # NCCL's default: 10
 
 
 class PeerError(ReportedError):
@@ -91,12 +93,12 @@ class PeerError(ReportedError):
 
 
 class Distributed:
-    """This process among its peers. One process is the same code with a world of 1.
+    """This process among its peers. One process runs the same code with a world size of 1.
 
-    precision         "bf16" runs matrix products under autocast; weights stay as they were loaded
+    precision         "bf16" runs matrix products under autocast; weights keep their dtype
     timeout_minutes   how long a rank waits for the others before it fails
 
-    Raises UserError where what `accelerate launch` was told contradicts the job's configuration.
+    Raises UserError where the configuration of `accelerate launch` contradicts the job's.
     """
 
     def __init__(
@@ -110,14 +112,14 @@ class Distributed:
             print(f"marlhf: {line}", file=sys.stderr)
         handlers = []
         if world > 1 or plugin is not None:
-            # left to itself accelerate counts CPU ranks but does not connect them, silently
+            # by default accelerate counts CPU ranks but silently does not connect them
             backend = "gloo" if on_cpu else "nccl"
             timeout = timedelta(minutes=timeout_minutes)
             handlers.append(InitProcessGroupKwargs(backend, timeout=timeout))
             _set_default_timeout(timeout)
         self._accelerator = Accelerator(
             mixed_precision="no",
-            # else Apple's GPU, which has no float64; but `cpu` means no DeepSpeed either
+            # excludes Apple's GPU, which has no float64; `cpu` would exclude DeepSpeed too
             cpu=on_cpu and plugin is None,
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,
@@ -143,7 +145,7 @@ class Distributed:
 
     @property
     def rank(self) -> int:
-        """0 .. world_size-1"""
+        """Index of this process, 0 .. world_size-1."""
         return self._accelerator.process_index
 
     @property
@@ -158,16 +160,16 @@ class Distributed:
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """Device of this process."""
         return self._accelerator.device
 
     @property
     def zero_stage(self) -> int:
-        """1, 2 or 3 under DeepSpeed, else 0."""
+        """ZeRO stage: 1, 2 or 3 under DeepSpeed, else 0."""
         return self._deepspeed["zero_optimization"]["stage"] if self._deepspeed else 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of `x` over ranks, on the device and of the dtype it came with."""
+        """The sum of `x` over ranks; device and dtype are those of `x`."""
         if self.world_size == 1:
             return x
         total = x.to(self.device, copy=True)
@@ -175,7 +177,7 @@ class Distributed:
         return total.to(x.device)
 
     def gather_objects(self, items: list[Any]) -> list[Any]:
-        """The lists of all ranks, one after another in order of rank, on every rank."""
+        """The lists of all ranks, concatenated in order of rank, on every rank."""
         if self.world_size == 1:
             return items
         gathered: list[list[Any]] = [[] for _ in range(self.world_size)]
@@ -183,13 +185,12 @@ class Distributed:
         return [item for part in gathered for item in part]
 
     def fail_together(self, work: Callable[[], Result], waits: bool = False) -> Result:
-        """What `work` returns here; where it fails on any rank, all ranks raise and none waits.
+        """Run `work` on every rank; if it raises on one, all raise, so that none hangs.
 
-        The rank that failed raises its own error, the others PeerError. `work` may be different on
-        every rank.
+        The rank that failed raises its own error, the others PeerError. `work` may differ per rank.
 
         waits   `work` itself waits for other ranks, such as for weights that they hold. Then a rank
-                that fails ends by itself, and the launcher ends the others.
+                that fails exits alone, and the launcher ends the others.
         """
         if self.world_size == 1 or waits:
             return work()
@@ -208,7 +209,7 @@ class Distributed:
 
     def autocast(self) -> Any:
         """Context of a forward pass at the configured precision."""
-        # the cache would keep a bf16 copy of every weight that ZeRO-3 lets go of
+        # the cache would keep a bf16 copy of every weight that ZeRO-3 releases
         return torch.autocast(
             self.device.type,
             torch.bfloat16,
@@ -219,7 +220,7 @@ class Distributed:
     def train(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> Trained:
-        """Spread a model and its optimiser over the ranks, for training."""
+        """Prepare a model and its optimiser for training on all ranks."""
         if self.zero_stage == 0 or self._is_sharded(module):
             return Replicated(
                 module.to(self.device), optimizer, max_grad_norm, self._offloads, self._gradients
@@ -230,11 +231,11 @@ class Distributed:
         return Engine(engine)
 
     def shard(self, module: Any, backbone: nn.Module) -> Any:
-        """Place a frozen model: sharded under ZeRO-3, whole on this rank's device otherwise.
+        """Place a frozen model: sharded under ZeRO-3, unsharded on this rank's device otherwise.
 
         backbone   the part of it that every forward pass begins with
 
-        Adapters that are put into it later stay replicated.
+        Adapters added later stay replicated.
         """
         if self.zero_stage < 3:
             return module.to(self.device)
@@ -245,10 +246,10 @@ class Distributed:
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
-        """Under ZeRO-3, have all of a module's weights here at once, so that a forward pass within
-        needs no other rank; elsewhere nothing happens. To be entered on all ranks alike.
+        """Under ZeRO-3, gather all weights of a module; elsewhere a no-op.
 
-        In bf16 those of linear layers are copies, rounded as autocast would in every product.
+        Forward passes within need no other rank. Must be entered on all ranks.
+        At bf16 precision, weights of linear layers are bf16 copies, rounded as by autocast.
         """
         parameters = {p for p in module.parameters() if is_sharded(p)}
         if not parameters:
@@ -273,8 +274,10 @@ class Distributed:
 
     @contextmanager
     def whole_on_cpu(self, module: nn.Module) -> Iterator[None]:
-        """Under ZeRO-3, have a module's weights on the CPU of the first rank, to write them: no
-        device need hold all. Elsewhere nothing happens. To be entered on all ranks alike."""
+        """Under ZeRO-3, gather a module's weights on the first rank's CPU, to write them.
+
+        No device need hold all of them. Elsewhere a no-op. Must be entered on all ranks.
+        """
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for parameter in module.parameters() if self._is_sharded(module) else ():
             with gathered_parameter(parameter):
@@ -286,8 +289,10 @@ class Distributed:
 
     @torch.no_grad()
     def trained_weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """A copy of what is trained, on the CPU of the first rank; nothing on the others, which are
-        to ask for it too."""
+        """A copy of the trained weights on the first rank's CPU; empty on the others.
+
+        Must be called on all ranks.
+        """
         found = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -299,8 +304,10 @@ class Distributed:
 
     @torch.no_grad()
     def set_trained_weights(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Bring the weights that the first rank has from `trained_weights` back, on all ranks. The
-        optimiser is not told: training is over."""
+        """Restore the first rank's copy from `trained_weights`, on all ranks.
+
+        The optimiser is not updated: only for use after training.
+        """
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 with gathered_parameter(parameter, modifier_rank=0):
@@ -310,7 +317,7 @@ class Distributed:
                         torch.distributed.broadcast(parameter, 0)
 
     def unwrap(self, model: Any) -> Any:
-        """The module that `train` was given."""
+        """The module that was given to `train`."""
         is_wrapped = isinstance(model, DistributedDataParallel) or is_engine(model)
         return model.module if is_wrapped else model
 
@@ -331,12 +338,12 @@ class Distributed:
 
         assert self._deepspeed is not None
         config = copy.deepcopy(self._deepspeed)
-        # DeepSpeed takes whatever is in these modules for its own, adapters in a frozen base too.
-        # They are experts, which needed it as long as each was a module that ranks skip or not.
+        # DeepSpeed would manage everything in its leaf modules (experts), adapters in a frozen base
+        # included. Experts need that only where each is a module, which some ranks may skip.
         frozen = {"leaf_module": {"classes": []}} if optimizer is None else {}
         config["zero_optimization"] = {**_BUFFERS, **frozen, **config["zero_optimization"]}
         config |= {
-            # DeepSpeed must be told something; our losses are divided by global counts already
+            # DeepSpeed requires values; our losses are already divided by global counts
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm or 0.0,
@@ -345,7 +352,7 @@ class Distributed:
             "steps_per_print": 2**62,
         }
         if self._precision == "bf16":
-            # or the engine would switch `autocast` off; an empty list: gradients cross in fp32
+            # else the engine disables `autocast`; empty list: gradients are reduced in fp32
             config["torch_autocast"] = {
                 "enabled": True,
                 "dtype": "bfloat16",
@@ -358,10 +365,10 @@ class Distributed:
 
 
 def _disconnect(accelerator: Accelerator) -> None:
-    """Close the connection at exit, and let its threads come to rest.
+    """Destroy the process group at exit, and wait until its threads are idle.
 
-    One that drops its last tensor after the interpreter has begun to end cannot take Python's lock,
-    and aborts the process: a run that is complete would fail.
+    A thread that frees its last tensor during interpreter shutdown cannot take the GIL and aborts
+    the process: a complete run would fail.
     """
     accelerator.end_training()
     patience = time.monotonic() + 5
@@ -371,9 +378,9 @@ def _disconnect(accelerator: Accelerator) -> None:
 
 
 def _others_run() -> bool:
-    """Whether another thread of this process runs or is about to; false where nothing tells."""
+    """Whether another thread of this process is running or blocked on I/O; False without /proc."""
     for task in Path("/proc/self/task").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the thread has exited
             state = (task / "stat").read_text().rpartition(")")[2].split()[0]
             if state in "RD" and int(task.name) != threading.get_native_id():
                 return True

@@ -1,4 +1,4 @@
-"""A model in training on its ranks: the same few operations with and without DeepSpeed."""
+"""Training operations of a model on its ranks, alike with and without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from marlhf.compat.torch import ignore_in_ddp
 
 
 class Replicated:
-    """A model of which every rank holds all trained weights.
+    """A model with all trained weights replicated on every rank.
 
     offloads   `DeepSpeedZeRoOffload` handles of ZeRO-3-sharded frozen bases
-    memory     for gradients, shared with other models
+    memory     buffer for gradients, shared with other models
     """
 
     layout = "replicated"
@@ -47,15 +47,15 @@ class Replicated:
         self._world_size = 1
         if torch.distributed.is_initialized():
             self._world_size = torch.distributed.get_world_size()
-            # Only the gradients that the optimiser reads cross ranks. DDP would wait for all others
-            # too, such as those of the critic's adapter in a base that the policy shares.
+            # Reduce only gradients of the optimiser's parameters. DDP would wait for all others too,
+            # such as those of the critic's adapter in a base shared with the policy.
             named = module.named_parameters(remove_duplicate=False)
             ignore_in_ddp(module, [name for name, parameter in named if parameter not in held])
-            # gradients lie in the buffers that cross ranks, instead of beside them
+            # gradients are views of the all-reduce buckets, not a second copy
             self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def accumulate(self, last: bool) -> Any:
-        """Context of one micro-batch: gradients cross ranks after the last one only."""
+        """Context of one micro-batch: gradients are all-reduced in the last one only."""
         if last:
             return nullcontext()
         if isinstance(self.model, DistributedDataParallel):
@@ -68,24 +68,24 @@ class Replicated:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the *sum* of all ranks' losses (DDP would average it)."""
         (loss * self._world_size).backward()
-        for offload in self._offloads:  # an engine would do this itself
+        for offload in self._offloads:  # an engine does this itself
             release_gathered(offload)
 
     def norm(self) -> float:
-        """Of the gradient, before it is clipped here."""
+        """L2 norm of the gradient before clipping; clips it."""
         return float(nn.utils.clip_grad_norm_(self._weights.values(), self._max_grad_norm))
 
     def step(self) -> None:
-        """Move the weights along the clipped gradient, and forget it."""
+        """Apply an optimiser step with the clipped gradient, and discard the gradient."""
         self.optimizer.step()
         self.discard()
 
     def discard(self) -> None:
-        """Forget the gradient."""
+        """Discard the gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, folder: Path) -> None:
-        """Write trained weights and optimiser, on the first rank."""
+        """Write trained weights and optimiser state, on the first rank."""
         if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
             return
         weights = {name: weight.detach().contiguous() for name, weight in self._weights.items()}
@@ -94,7 +94,7 @@ class Replicated:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on every rank. Raises UserError."""
+        """Load a checkpoint of `save`, on every rank. Raises UserError."""
         saved = load_file(folder / "weights.safetensors")
         check_weights(saved, {name: weight.shape for name, weight in self._weights.items()})
         for name, weight in self._weights.items():
@@ -109,7 +109,7 @@ class Replicated:
 
 
 class Engine:
-    """A model whose optimiser, at least, DeepSpeed shards over the ranks; as `Replicated`."""
+    """A model with at least its optimiser sharded by DeepSpeed; interface of `Replicated`."""
 
     def __init__(self, engine: Any) -> None:
         self.model = engine
@@ -128,26 +128,26 @@ class Engine:
         self.model.backward(loss * torch.distributed.get_world_size())
 
     def norm(self) -> float:
-        """L2 norm of the gradient before `step` clips it; NaN where it is not finite."""
+        """L2 norm of the gradient before `step` clips it; NaN if it is not finite."""
         return combined_norm(gradient_norms(self.model))
 
     def step(self) -> None:
-        """Move the weights along the clipped gradient, and forget it."""
+        """Apply an optimiser step with the clipped gradient, and discard the gradient."""
         self.model.step()
         assert self.model.was_step_applied()
 
     def discard(self) -> None:
-        """Forget the gradient."""
+        """Discard the gradient."""
         discard_gradient(self.model)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimiser."""
+        """Write this rank's shard of weights and optimiser state."""
         self.model.save_checkpoint(
             str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True
         )
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote on as many ranks."""
+        """Load a checkpoint of `save` from the same number of ranks."""
         with loading_optimizer(self.optimizer.optimizer, is_ours=False):
             loaded, _ = self.model.load_checkpoint(
                 str(folder),
@@ -159,9 +159,9 @@ class Engine:
 
 
 def combined_norm(norms: Iterable[float]) -> float:
-    """L2 norm of a vector from those of its parts; NaN where one is not finite.
+    """L2 norm of a vector from the norms of its parts; NaN if one is not finite.
 
-    DeepSpeed says -1 for a part that is not finite.
+    DeepSpeed returns -1 for a part that is not finite.
     """
     parts = list(norms)
     if not all(math.isfinite(part) and part >= 0 for part in parts):

@@ -57,7 +57,8 @@ def micro_batches(attention_mask: Tensor, size: int, alike: bool = False) -> lis
 def held_out_share(count: int, rank: int, ranks: int) -> tuple[list[int], int]:
     """Indices of the held-out prompts that a rank samples, and how many are its own.
 
-    Its own come first. A rank with one fewer repeats another's: under ZeRO-3 all ranks take part in a forward pass.
+    Its own come first. A rank with one fewer repeats another's: under ZeRO-3 all ranks take part in
+    a forward pass.
     """
     own = list(range(rank, count, ranks))
     missing = -(-count // ranks) - len(own)

@@ -47,7 +47,7 @@ class Replicated:
         self._world_size = 1
         if torch.distributed.is_initialized():
             self._world_size = torch.distributed.get_world_size()
-            # Reduce only gradients of the optimiser's parameters. DDP would wait for all others too,
+            # Reduce only gradients of the optimiser's parameters. DDP would wait for all others,
             # such as those of the critic's adapter in a base shared with the policy.
             named = module.named_parameters(remove_duplicate=False)
             ignore_in_ddp(module, [name for name, parameter in named if parameter not in held])

@@ -1,4 +1,4 @@
-"""LoRA: adapters on a frozen base, several of which may share it."""
+"""LoRA: one or more adapters on a shared frozen base."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _OWN_LORA_KEYS = {
     "layer_replication": "cannot be given: it changes the base, which is the reference",
     "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
 }
-_HEADS = {"score", "classifier"}  # that PEFT saves of every sequence classifier
+_HEADS = {"score", "classifier"}  # PEFT saves these of every sequence classifier
 _HEAD = "base_model.model.score.weight"
 
 
 def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
-    """Freeze a model and add a LoRA adapter; a PEFT model gets one more. Raises UserError."""
+    """Freeze a model and add a LoRA adapter, or one more to a PEFT model. Raises UserError."""
     from peft import get_peft_model
 
     is_first = not hasattr(model, "peft_config")
@@ -43,17 +43,20 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
         _check_merging(model.get_base_model(), config)
     except UserError:
         raise
-    except Exception as error:  # peft raises whatever its checks come to
+    except Exception as error:  # peft's checks raise errors of any type
         raise UserError(f"model.lora: {one_line(error)}") from error
-    model.set_adapter(name)  # which freezes all others
+    model.set_adapter(name)  # freezes all others
     for parameter in trained_before:
         parameter.requires_grad_(True)
     return model
 
 
 def _check_merging(base: Any, config: Any) -> None:
-    """The adapter can be merged: into layers with a bias if it has one, and not into a weight that
-    other layers have too, as it would change them all. Raises UserError."""
+    """Check that the adapter can be merged. Raises UserError.
+
+    An adapter with a bias needs layers with one. A weight shared by other layers cannot take an
+    adapter, as merging would change them all.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -74,8 +77,10 @@ def _check_merging(base: Any, config: Any) -> None:
 
 
 def check_shared(base: Any, key: str) -> None:
-    """No adapted weight belongs to several modules, such as the blocks that Zamba repeats: each may
-    have an adapter of its own, and their updates cannot all be merged into it. Raises UserError."""
+    """Refuse adapters on a weight of several modules, such as Zamba's repeated blocks.
+
+    Each module may have its own adapter, and one weight cannot merge several. Raises UserError.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     owners: dict[int, list[str]] = {}
@@ -116,7 +121,7 @@ def _lora_config(lora: LoraSettings, task: str) -> Any:
 
 
 def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
-    """What an optimiser should hold: all that requires a gradient, or one adapter and the head."""
+    """Parameters for an optimiser: all that require a gradient, or one adapter and the head."""
     return [
         parameter
         for name, parameter in module.named_parameters()
@@ -126,7 +131,7 @@ def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[
 
 
 def saved_adapter(folder: Path | str) -> Any | None:
-    """The PEFT configuration of an adapter's folder, None for any other. Raises UserError."""
+    """The PEFT configuration in an adapter's folder; None for other folders. Raises UserError."""
     if not (Path(folder).expanduser() / "adapter_config.json").is_file():
         return None
     from peft import PeftConfig
@@ -138,8 +143,10 @@ def saved_adapter(folder: Path | str) -> Any | None:
 
 
 def is_adapter_of(folder: Path | str, base: str) -> bool:
-    """Whether a folder holds an adapter that was trained on the model in `base`, and changes none
-    of its weights, so that others can share them."""
+    """Whether a folder holds an adapter on `base` that can share the base with others.
+
+    It must have been trained on the model in `base`, and change none of its weights.
+    """
     config = saved_adapter(folder)
     if config is None or not config.base_model_name_or_path:
         return False
@@ -150,18 +157,17 @@ def is_adapter_of(folder: Path | str, base: str) -> bool:
 
 
 def save_adapter(model: Any, folder: Path, name: str) -> None:
-    """Write an adapter of a PEFT model, the same bytes in every process."""
+    """Write an adapter of a PEFT model, with the same bytes in every process."""
     for key, value in list(vars(model.peft_config[name]).items()):
-        if isinstance(value, set):  # whose order is another in each process
+        if isinstance(value, set):  # order of iteration differs per process
             setattr(model.peft_config[name], key, sorted(value))
     model.save_pretrained(folder, selected_adapters=[name])
 
 
 def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
-    """Put a saved adapter beside those of a PEFT model on the same base, with requires_grad as a
-    new one has it; returns the weight of its scalar head `[1,H]`, if it has one.
+    """Add a saved adapter to a PEFT model on the same base, trainable as a new one.
 
-    Raises UserError.
+    Returns the weight of its scalar head `[1,H]`, None without one. Raises UserError.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -188,7 +194,7 @@ def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
 
 
 def merged(model: Any, folder: Path | str) -> Any:
-    """A model with a saved adapter added to its weights, in place. Raises UserError."""
+    """Merge a saved adapter into a model's weights, in place. Raises UserError."""
     from peft import PeftModel, load_peft_weights
 
     config: Any = saved_adapter(folder)
@@ -213,7 +219,7 @@ def merged(model: Any, folder: Path | str) -> Any:
 
 @torch.no_grad()
 def grow(model: Any, size: int) -> None:
-    """Give a model embeddings for `size` tokens; those of new tokens are zeros."""
+    """Resize a model's embeddings and head to `size` tokens; new rows are zeros."""
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -222,7 +228,7 @@ def grow(model: Any, size: int) -> None:
 
 
 def _embeddings(model: Any) -> list[str]:
-    """What PEFT calls the embeddings, and the head over all tokens, in an adapter's weights."""
+    """PEFT's names of the embeddings and the language-model head in an adapter's weights."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [
         f"base_model.model.{name}.weight"
@@ -232,9 +238,11 @@ def _embeddings(model: Any) -> list[str]:
 
 
 def _drop_embeddings(weights: dict[str, Tensor], base: Any, folder: Path | str) -> None:
-    """Take out embeddings that PEFT saved because their number had changed in training: those that
-    the base has are its own, and the new ones are of tokens that nobody writes to it. Raises
-    UserError where they were trained."""
+    """Drop embeddings that PEFT saved only because their number had changed in training.
+
+    Those of the base's tokens equal the base's; those of new tokens are never used with it. Raises
+    UserError if they were trained.
+    """
     for name in _embeddings(base):
         saved = weights.pop(name, None)
         own = base.get_parameter(name.removeprefix("base_model.model."))

@@ -1,4 +1,4 @@
-"""Policy and critic of a run: what the critic starts from, and what it shares with the policy."""
+"""Policy and critic of a run: initialisation of the critic, and sharing of weights."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def build_models(
     lm_config: Any = None,
     shard: Shard = lambda module, backbone: module,
 ) -> tuple[Policy, Critic | None]:
-    """The policy, and the critic where the estimator has one that is more than the policy's head.
+    """Build the policy, and the critic unless it is a head on the policy, or not needed.
 
-    start       from `critic_start`, where there may be a reward model to start from
+    start       from `critic_start`, needed if the critic may start from a reward model
     model       a causal LM to use instead of loading `config.model.path`
     critic      a sequence classifier to use as the critic
-    lm_config   the policy's, from `load_model_config`, where the caller has it already
-    shard       places the frozen base of adapters over the ranks, as `Distributed.shard`
+    lm_config   the policy's, from `load_model_config`, if already loaded
+    shard       places the frozen base of adapters on the ranks, as `Distributed.shard`
 
     Vocabularies and LoRA targets are compared before any weight is read. Raises UserError.
     """
@@ -89,11 +89,11 @@ def build_models(
 
 @dataclass(frozen=True)
 class CriticStart:
-    """What the critic starts from; neither of the two: the policy's own backbone.
+    """Initialisation of the critic; with neither adapter nor source, the policy's backbone.
 
-    adapter   the folder of a reward model's adapter, to be put on the policy's base
+    adapter   the folder of a reward model's adapter, to add to the policy's base
     source    a sequence classifier to load
-    line      says what was chosen and why, where `critic.init` left it open
+    line      message with the choice and its reason, where `critic.init` is auto
     """
 
     adapter: str | None = None
@@ -109,14 +109,14 @@ def critic_start(
     weights: bool = True,
     critic: Any = None,
 ) -> CriticStart:
-    """What the critic is to start from, by configurations and tokenizers alone.
+    """Choose the critic's initialisation, from configurations and tokenizers alone.
 
-    lm_config, tokenizer   the policy's; without a tokenizer the sizes of vocabularies are compared
+    lm_config, tokenizer   the policy's; without a tokenizer only vocabulary sizes are compared
     reward_path            the first reward model, if there is one
     weights                as for `load_model_config`
-    critic                 a model to start from, whatever the configuration says
+    critic                 a model to start from; overrides the configuration
 
-    Raises UserError where `critic.path` or `critic.init: reward` asks for what cannot be.
+    Raises UserError where `critic.path` or `critic.init: reward` cannot be satisfied.
     """
     settings, lora = config.critic, config.model.lora
     if critic is not None or not config.has_critic_model or settings.init == "policy":
@@ -127,7 +127,7 @@ def critic_start(
     if path is None:
         if not is_open:
             raise UserError("critic.init: given 'reward', but reward.models has no reward model")
-        return CriticStart()  # nothing was left open
+        return CriticStart()  # nothing to choose
     chosen = f"{begin} reward model {path!r}" if is_open else None
     if lora is not None and is_adapter_of(path, config.model.path):
         return CriticStart(adapter=path, line=chosen)
@@ -151,7 +151,7 @@ def critic_start(
 def _unfit(
     own: Any, source: ModelSettings, config: PPOConfig, lm_config: Any, tokenizer: Any
 ) -> str | None:
-    """Why no critic of this policy can start from a sequence classifier; None if one can."""
+    """Reason why this policy's critic cannot start from a sequence classifier, or None."""
     rollout, vocabulary = config.rollout, lm_config.get_text_config().vocab_size
     if fault := _other_tokens(own, source, vocabulary, tokenizer):
         return fault
@@ -178,7 +178,7 @@ def _unfit(
 
 
 def _other_tokens(own: Any, source: ModelSettings, vocabulary: int, tokenizer: Any) -> str | None:
-    """How a classifier's tokens are not the policy's; it may have more of them."""
+    """Mismatch of a classifier's tokens with the policy's, or None; extra tokens are allowed."""
     size = own.get_text_config().vocab_size
     theirs = None
     if tokenizer is not None:
@@ -200,7 +200,7 @@ def _other_tokens(own: Any, source: ModelSettings, vocabulary: int, tokenizer: A
 def critic_from_classifier(
     model: Any, lora: LoraSettings | None = None, shard: Shard = lambda module, backbone: module
 ) -> Critic:
-    """A critic that starts as a reward model: V of a prefix is its (centred) score."""
+    """A critic initialised from a reward model: V of a prefix is its (centred) score."""
     offset = float(getattr(model.config, "score_offset", 0.0))
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
@@ -217,12 +217,12 @@ def critic_from_classifier(
 
 
 def critic_from_policy(model: PreTrainedModel) -> Critic:
-    """A critic with a copy of the policy's backbone and a head of zeros."""
+    """A critic with a copy of the policy's backbone and a zero head."""
     return Critic(copy.deepcopy(backbone_of(model)), _zero_head(model))
 
 
 def classifier_on_shared_base(model: Any, folder: str, name: str) -> Critic:
-    """A saved adapter of a reward model, on the policy's frozen base. Raises UserError."""
+    """A reward model from its saved adapter, on the policy's frozen base. Raises UserError."""
     weight = attach(model, folder, name)
     if weight is None:
         raise UserError(f"the adapter {folder!r} has no `score` head: it is not a reward model's")
@@ -235,7 +235,7 @@ def classifier_on_shared_base(model: Any, folder: str, name: str) -> Critic:
 
 
 def critic_on_shared_base(model: Any, lora: LoraSettings) -> Critic:
-    """A critic that is one more adapter on the policy's frozen base, and a head of zeros."""
+    """A critic as a further adapter on the policy's frozen base, with a zero head."""
     model = add_adapter(model, lora, "critic")
     base = model.get_base_model()
     return Critic(backbone_of(base), _zero_head(base), model=model, adapter="critic")

@@ -1,4 +1,4 @@
-"""Incremental decoding: a causal LM with its KV cache, and the tokens that end a response."""
+"""Incremental decoding of a causal LM with a KV cache, and its EOS ids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from marlhf.models.policy import backbone_of, head_of
 
 
 def eos_token_ids(lm: Any, tokenizer: Any, key: str = "model.path") -> list[int]:
-    """Every id that ends a response: those of the generation config and of the tokenizer.
+    """All EOS ids, from the generation config and the tokenizer.
 
-    An id that the model has no logit for is left out. Raises UserError.
+    Ids without a logit in the model are omitted. Raises UserError.
     """
     generation = getattr(lm, "generation_config", None)
     of_config = getattr(generation, "eos_token_id", None)
@@ -36,11 +36,11 @@ class Decoder:
     """Incremental decoding of a causal LM with a cache: prefill, then one token per step."""
 
     def __init__(self, lm: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
-        """Prefill `prompt_ids [U,P]`, padded on the left as `prompt_mask` says."""
+        """Prefill `prompt_ids [U,P]`, left-padded according to `prompt_mask`."""
         self._lm, self._backbone, self._head = lm, backbone_of(lm), head_of(lm)
         self._cache: Cache = KeysAndValues(config=lm.config)
         taken = inspect.signature(self._backbone.forward).parameters
-        # a family that is all states calls its cache so, and swallows any other name
+        # recurrent families name their cache so, and silently ignore any other name
         self._is_stateful = "cache_params" in taken and "past_key_values" not in taken
         self._mask = prompt_mask.long()
         self._next = prompt_mask.sum(1)  # position of the next token
@@ -49,7 +49,7 @@ class Decoder:
     def expand(self, prompt_of: Tensor, tokens: int) -> Tensor:
         """Start sequence i of a batch from the prompt `prompt_of[i]`, with room for `tokens` more.
 
-        Returns the logits [B,V] of the first.
+        Returns the logits [B,V] of the first token.
         """
         room = self._mask.shape[1] + tokens - 1  # the last token is never an input
         preallocate(self._cache, prompt_of, room)
@@ -69,7 +69,7 @@ class Decoder:
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
         cached: dict[str, Any] = {"past_key_values": self._cache}
-        if self._is_stateful:  # whose mask is that of the tokens read now
+        if self._is_stateful:  # their mask covers the current tokens alone
             cached = {"cache_params": self._cache}
         output = self._backbone(
             input_ids=ids,
@@ -90,7 +90,7 @@ class KeysAndValues(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values to a layer's; returns all of the layer's."""
+        """Append keys and values to a layer's cache; returns its full keys and values."""
         kind = key_states.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

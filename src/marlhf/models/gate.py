@@ -1,8 +1,8 @@
-"""A gate at load: a model of which the library would compute something else is refused.
+"""A gate at load: refuses models that the library would not compute exactly.
 
-What sampling and training read of a model is compared with what its own forward says of the same
-tokens alone, without padding or cache: a dozen passes over two rows of twelve tokens. Nothing here
-changes the model, its modes or the random state.
+Outputs as computed for sampling and training are compared with the model's own forward on the same
+tokens alone, without padding or cache: a dozen passes over two sequences of twelve tokens. The
+model, its modes and the random state are left unchanged.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from marlhf.common.errors import UserError, one_line
 from marlhf.models.decoding import Decoder
 from marlhf.models.policy import backbone_forward, backbone_of, head_of
 
-_TOKENS, _PADDING, _STEPS = 12, 2, 4  # of the longer row; before the shorter one; sampled ones
+_TOKENS, _PADDING, _STEPS = 12, 2, 4  # of the longer sequence; left of the shorter; sampled tokens
 _TOLERANCE = 0.01  # of the standard deviation; kernels of one family differ by up to 0.002
-_TOLERANCE_IN_HALF = 1.0  # bf16 rounds by up to 0.2; what is wrong is off by 1.5 and more
+_TOLERANCE_IN_HALF = 1.0  # bf16 rounds by up to 0.2; true faults differ by 1.5 and more
 _ATTEMPTS = 2  # rounding may flip a router's near tie, but not with other tokens too
 
 
 def check_model(
     model: Any, key: str = "model.path", longest: int | None = None, samples: bool = True
 ) -> None:
-    """Refuse a causal LM, or a sequence classifier's backbone, that is not read exactly.
+    """Refuse a causal LM, or a sequence classifier's backbone, that is not computed exactly.
 
-    longest   tokens of the longest sequence of the run, in whose company a row must read the same
-    samples   whether the model is to be sampled from, a token at a time
+    longest   tokens of the run's longest sequence, which must not change others in its batch
+    samples   whether the model will be sampled from
 
-    Raises UserError, whatever the model raises.
+    Raises UserError for any error of the model.
     """
     check_finite(model, key)
     with _left_as_it_was(model), torch.no_grad():
@@ -44,13 +44,13 @@ def check_model(
 
 
 def check_adapter(model: Any, samples: bool = False) -> None:
-    """Refuse adapters that a PEFT model cannot run with, or whose layers' weights it reads itself.
+    """Refuse adapters that a PEFT model cannot run with, or bypasses.
 
-    Such a weight, as `F.linear(x, self.proj.weight)` reads it, is there without its adapter, which
-    gets no gradient; merged into the weight it would have an effect. Layers that no token reaches,
-    such as experts, are not read at all.
+    `F.linear(x, self.proj.weight)` bypasses the adapter of `proj`: it has no effect and gets no
+    gradient, but would have an effect once merged. Layers that no token reaches, such as unused
+    experts, are not checked.
 
-    samples   whether the model is to be sampled from, a token at a time
+    samples   whether the model will be sampled from
 
     Raises UserError.
     """
@@ -78,7 +78,7 @@ def check_adapter(model: Any, samples: bool = False) -> None:
 
 
 def check_finite(model: nn.Module, key: str) -> None:
-    """No weight is NaN or infinite. Raises UserError."""
+    """Refuse NaN or infinite weights. Raises UserError."""
     for name, weight in model.named_parameters():
         weight = weight.detach()
         # a sum may overflow
@@ -87,7 +87,7 @@ def check_finite(model: nn.Module, key: str) -> None:
 
 
 def _fault(case: _Case, longest: int | None, samples: bool) -> str:
-    """What is wrong with a model, "" if nothing is."""
+    """The first fault of a model, "" if there is none."""
     for task, fault, compute in _checks(case, longest, samples):
         outcome = _outcome(case, compute)
         if outcome is not None:
@@ -96,21 +96,21 @@ def _fault(case: _Case, longest: int | None, samples: bool) -> str:
 
 
 def _outcome(case: _Case, compute: Callable[[], _Pairs]) -> str | None:
-    """What was raised, "" where two sides of a pair differ, None where all is well."""
+    """The error raised, "" where the two sides of a pair differ, None if all agree."""
     case.model.eval()
     try:
         return None if all(_close(ours, own) for ours, own in compute()) else ""
-    except Exception as error:  # of the model's code, whatever it comes to
+    except Exception as error:  # any error of the model's code
         return _raised(error)
 
 
-_Pairs = list[tuple[Tensor, Tensor]]  # what is computed here, and what the model itself says
+_Pairs = list[tuple[Tensor, Tensor]]  # (computed by the library, by the model's own forward)
 
 
 def _checks(
     case: _Case, longest: int | None, samples: bool
 ) -> Iterator[tuple[str, str, Callable[[], _Pairs]]]:
-    """The task, what is wrong where its pairs differ, and how to compute them."""
+    """Each check's task, its fault if pairs differ, and the function that computes them."""
     yield "at a forward pass", "reads tokens to come: it is no causal language model", case.causal
     yield (
         "at a forward pass",
@@ -139,7 +139,7 @@ def _checks(
 
 
 class _Case:
-    """Two rows of tokens, the second padded on its left, and ways for a model to read them."""
+    """A batch of two sequences, the second left-padded, and passes of a model over them."""
 
     def __init__(self, model: Any, attempt: int) -> None:
         self.model, self._backbone = model, None
@@ -154,13 +154,13 @@ class _Case:
         self._own: list[Tensor] = []
 
     def _itself(self, row: Tensor) -> Tensor:
-        """[t,V] the model's own logits for a row alone, a classifier's hidden states."""
+        """The model's own logits [t,V] for one sequence alone; for a classifier, hidden states."""
         reads = self.model if self._is_lm else backbone_of(self.model)
         output = reads(input_ids=row[None], use_cache=False)
         return (output.logits if self._is_lm else output.last_hidden_state)[0]
 
     def read(self) -> _Pairs:
-        """A padded pass, as log-probabilities and values are computed."""
+        """Compare a padded pass, as for log-probabilities and values."""
         hidden = backbone_forward(backbone_of(self.model), self._batch, self._mask)
         read = head_of(self.model)(hidden) if self._is_lm else hidden
         return list(zip((read[0], read[1, _PADDING:]), self._own, strict=False))
@@ -174,11 +174,11 @@ class _Case:
         self.model.train()
         with _Draws() as draws:
             pairs = self.read()
-        # routing may be random for few tokens, none of which is here
+        # random routing may change few tokens, and none of these
         return [*pairs, (torch.full((2,), draws.count), torch.zeros(2))]
 
     def in_company(self, longest: int) -> _Pairs:
-        """The first row, beside one whose last token is at the run's last position."""
+        """Compare the first sequence, batched with one that reaches the run's last position."""
         positions = torch.arange(_TOKENS, device=self._batch.device).repeat(2, 1)
         positions[1, -1] = max(longest, _TOKENS) - 1
         output = backbone_of(self.model)(
@@ -191,8 +191,10 @@ class _Case:
         return [(head_of(self.model)(hidden) if self._is_lm else hidden, self._own[0])]
 
     def sampled(self) -> _Pairs:
-        """Prompts of two lengths, one of them twice, and the tokens after them one by one; half-way
-        a row leaves the batch."""
+        """Compare decoding, token by token, from prompts of two lengths, one of them repeated.
+
+        Half-way one sequence leaves the batch.
+        """
         start, rows = _TOKENS - _STEPS, torch.tensor([0, 1, 1], device=self._batch.device)
         reader, pairs = Decoder(self.model, self._batch[:, :start], self._mask[:, :start]), []
         logits = reader.expand(rows, _STEPS + 1)
@@ -209,8 +211,11 @@ class _Case:
 
 
 class _Draws(TorchDispatchMode):
-    """Counts operations that draw random numbers for the elements of a tensor. (Those of attention
-    may, but would show; single numbers decide on whole layers, with probability 0 here.)"""
+    """Counts operations that draw random numbers for the elements of a tensor.
+
+    Attention is exempt, as randomness would show in its outputs; so are single numbers, which
+    decide on dropping entire layers, with probability 0 here.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,9 +230,9 @@ class _Draws(TorchDispatchMode):
 
 
 class _PastAdapters(TorchDispatchMode):
-    """Finds adapted layers whose own weight is read elsewhere than in their forward.
+    """Finds adapted layers whose base weight is read outside their forward.
 
-    layers   their names, each once for all blocks, as `target_modules` takes them
+    layers   their names, once for all blocks, in the form of `target_modules`
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -235,19 +240,19 @@ class _PastAdapters(TorchDispatchMode):
 
         super().__init__()
         self.layers: dict[str, None] = {}
-        self._names: dict[int, str] = {}  # by the id of a weight, which stays when it is gathered
+        self._names: dict[int, str] = {}  # by id of the weight, which gathering does not change
         self._running: set[str] = set()
         self._hooks = []
         for name, layer in base.named_modules():
             if not isinstance(layer, BaseTunerLayer) or name.endswith(".base_layer"):
-                continue  # of several around one layer, each for a parameter, the outer one runs
+                continue  # with nested wrappers, one per parameter, only the outer one runs
             assert isinstance(layer, nn.Module)
             has_bias = any(getattr(layer, "lora_bias", {}).values())
             for key, weight in layer.get_base_layer().named_parameters(recurse=False):
                 if key != "bias" or has_bias:
                     self._names[id(weight)] = name
             enter, leave = partial(self._enter, name), partial(self._leave, name)
-            # before what gathers a sharded weight, and after what lets it go
+            # before the hook that gathers a sharded weight, and after the one that releases it
             self._hooks.append(layer.register_forward_pre_hook(enter, prepend=True))
             self._hooks.append(layer.register_forward_hook(leave))
 
@@ -272,7 +277,7 @@ class _PastAdapters(TorchDispatchMode):
 
 
 def _suffix(name: str) -> str:
-    """The last part of a module's name, with the numbers after it."""
+    """The last word of a module's name, with any indices after it."""
     parts = name.split(".")
     words = [i for i, part in enumerate(parts) if not part.isdigit()]
     return ".".join(parts[words[-1] :])
@@ -291,7 +296,7 @@ def _raised(error: Exception) -> str:
 
 @contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Restores every module's mode, and the random state."""
+    """Restore every module's mode and the random state on exit."""
     modes = {module: module.training for module in model.modules()}
     devices = [model.device] if model.device.type == "cuda" else []
     try:

@@ -1,7 +1,7 @@
 """Model files -> policy, reference, critic and tokenizer, and back.
 
-A path is a hub name, a directory of safetensors, or a directory with one GGUF file. Everything that
-can be wrong short of the weights' numbers is found before any weight is read.
+A path is a hub name, a directory of safetensors, or a directory with one GGUF file. All faults but
+those in the weights' values are found before any weight is read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from marlhf.models.policy import Policy, backbone_forward, backbone_of, fix_rota
 
 # (frozen module, the part of it that every forward pass begins with) -> the module, placed
 Shard = Callable[[Any, nn.Module], Any]
-# a closed one of these is "missing" to transformers
+# transformers reports an unreadable one as missing
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -78,8 +78,11 @@ def model_source(path: str, key: str) -> dict[str, Any]:
 def load_model_config(
     settings: ModelSettings, key: str = "model.path", weights: bool = True
 ) -> Any:
-    """The model's configuration, with all noise of training set to zero; its weights are there and
-    their files whole, unless `weights` is false: then nobody will need them. Raises UserError."""
+    """The model's configuration, with dropout and router jitter set to zero.
+
+    Also checks that its weights exist and their files are complete, unless `weights` is false (they
+    will not be needed). Raises UserError.
+    """
     config = _from_pretrained(AutoConfig, settings, key)
     if weights:
         _check_files(Path(settings.path).expanduser(), key)
@@ -89,7 +92,7 @@ def load_model_config(
 
 
 def load_classifier_config(settings: ModelSettings, key: str, weights: bool = True) -> Any:
-    """The configuration of a model with one label, as `load_model_config`. Raises UserError."""
+    """The configuration of a one-label model, as `load_model_config`. Raises UserError."""
     config = load_model_config(settings, key, weights)
     if config.num_labels != 1:
         kind = "".join(f"is a {n}, " for n in config.architectures or [] if "CausalLM" in n)
@@ -122,7 +125,7 @@ def load_causal_lm(
 def load_policy(
     settings: ModelSettings, tokenizer: Any, config: Any, key: str, longest: int | None = None
 ) -> Policy:
-    """A policy to sample from, not to train; `longest` as of `admit`.
+    """A frozen policy, to sample from; `longest` as in `admit`.
 
     Raises UserError.
     """
@@ -135,11 +138,11 @@ def load_policy(
 def admit(
     model: Any, longest: int | None = None, key: str = "model.path", samples: bool = True
 ) -> None:
-    """Ready a model for a run's sequences; other arguments as of `check_model`.
+    """Fix a model's rotary factors and check the model; other arguments as in `check_model`.
 
-    longest   tokens of the longest one, None for all that the model has positions for
+    longest   tokens of the run's longest sequence, None for the model's limit
 
-    Raises UserError for a family that the library does not read exactly.
+    Raises UserError for a family that the library does not compute exactly.
     """
     positions = position_limit(model.config)
     longest = min((n for n in (longest, positions) if n is not None), default=None)
@@ -149,8 +152,10 @@ def admit(
 
 
 def load_classifier(settings: ModelSettings, key: str, base: str | None = None) -> PreTrainedModel:
-    """A one-label sequence classifier (a reward model) with fp32 weights; an adapter's folder is
-    merged into `base`, or into the one that it names. Raises UserError."""
+    """A one-label sequence classifier (a reward model) with fp32 weights.
+
+    An adapter is merged into `base`, by default the base that it names. Raises UserError.
+    """
     config = load_classifier_config(settings, key)
     adapter = saved_adapter(settings.path)
     if adapter is not None:
@@ -170,23 +175,23 @@ def load_classifier(settings: ModelSettings, key: str, base: str | None = None) 
         if model.config.get_text_config().vocab_size < config.get_text_config().vocab_size:
             grow(model, config.get_text_config().vocab_size)
         model.config = config
-        return model.requires_grad_(True)  # PEFT had frozen its base
+        return model.requires_grad_(True)  # PEFT froze the base
     return _load_weights(AutoModelForSequenceClassification, settings, config, key)
 
 
 def _as_large_as(base: Any, config: Any) -> Any:
-    """A configuration for the weights of a base that has fewer tokens, or more."""
+    """A copy of `config` with the vocabulary size of `base`."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         part.vocab_size = base.get_text_config().vocab_size
-        part.pad_token_id = None  # which may be among the others, and is no matter of weights
+        part.pad_token_id = None  # may lie beyond the base's tokens, and does not affect weights
     return config
 
 
 def _from_pretrained(
     auto: Any, settings: ModelSettings, key: str, what: str = "", **arguments: Any
 ) -> Any:
-    """`auto.from_pretrained` on a model path; whatever it raises becomes one UserError line."""
+    """Call `auto.from_pretrained` on a model path. Raises any error as a one-line UserError."""
     source = model_source(settings.path, key)
     if settings.revision is not None and Path(settings.path).expanduser().exists():
         raise UserError(
@@ -200,7 +205,7 @@ def _from_pretrained(
             trust_remote_code=settings.trust_remote_code,
             **arguments,
         )
-    except Exception as error:  # of transformers, safetensors, the hub, or a model's own code
+    except Exception as error:  # from transformers, safetensors, the hub, or a model's own code
         here = Path(settings.path).expanduser().exists()
         source = "" if here else ", which is no folder here, from the hub"
         given = f"{what}{settings.path!r}{source}"
@@ -210,7 +215,7 @@ def _from_pretrained(
 def _load_weights(
     auto: Any, settings: ModelSettings, config: Any, key: str, except_for: str = ""
 ) -> Any:
-    """A model with fp32 weights, all but one of which were in its files. Raises UserError."""
+    """A model with fp32 weights, all from its files but `except_for`. Raises UserError."""
     model, report = _from_pretrained(
         auto,
         settings,
@@ -218,7 +223,7 @@ def _load_weights(
         config=config,
         dtype=torch.float32,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the report: a random weight is none of them
+        ignore_mismatched_sizes=True,  # reported instead: no weight stays random
     )
     missing = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if set(missing) - {except_for}:
@@ -233,8 +238,10 @@ def _load_weights(
 
 
 def _check_surplus(model: Any, keys: Collection[str], settings: ModelSettings, key: str) -> None:
-    """No layer of the files is left over; those that predict further tokens may be. Raises
-    UserError."""
+    """Refuse files with more layers than the model, multi-token prediction layers excepted.
+
+    Raises UserError.
+    """
     text = model.config.get_text_config()
     extra = getattr(text, "num_nextn_predict_layers", None) or 0
     stacks = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
@@ -251,7 +258,7 @@ def _check_surplus(model: Any, keys: Collection[str], settings: ModelSettings, k
 
 
 def _check_files(folder: Path, key: str) -> None:
-    """A local model has weights, and no safetensors file is cut short. Raises UserError."""
+    """Check that a local model has weights and no truncated safetensors. Raises UserError."""
     if not folder.is_dir():
         return
     if not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.iterdir()):
@@ -261,18 +268,21 @@ def _check_files(folder: Path, key: str) -> None:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt"):
                 pass
-    except Exception as error:  # safetensors has an exception of its own
+    except Exception as error:  # safetensors has its own exception type
         raise UserError(f"{key}: cannot read {str(file)!r}: {one_line(error)}") from error
 
 
 def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
-    """A model given as an object, in place, as loading would have made it: without noise in
-    training, and with fp32 weights unless they stay frozen under adapters. Raises UserError."""
+    """Bring a model given as an object into the state of a loaded one, in place.
+
+    Without dropout or router jitter, and with fp32 weights unless they stay frozen under adapters.
+    Raises UserError.
+    """
     if hasattr(model, "peft_config"):
         raise UserError(
             f"{argument}: given a PEFT model; must be a plain one, with its adapter in model.lora"
         )
-    try:  # as it will be when the model is saved, after all training
+    try:  # as `save_pretrained` will, only after training
         if model.can_generate():
             model.generation_config.validate(strict=True)
     except ValueError as error:
@@ -296,10 +306,10 @@ def build_policy(
 ) -> Policy:
     """The causal LM to train, with its adapter if it has one.
 
-    model     instead of loading one
-    shard     places the frozen base of an adapter over the ranks
-    longest   as of `admit`
-    samples   whether the model is to be sampled from
+    model     used instead of loading one
+    shard     places the frozen base of an adapter on the ranks
+    longest   as in `admit`
+    samples   whether the model will be sampled from
 
     Raises UserError, where possible before any weight is read.
     """
@@ -322,14 +332,14 @@ def build_policy(
 
 
 def check_tokenizer(tokenizer: Any, lm_config: Any, key: str = "model.path") -> None:
-    """The model knows every token of the tokenizer. Raises UserError."""
+    """Check that the model has every token of the tokenizer. Raises UserError."""
     vocabulary = lm_config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise UserError(f"{key}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}")
 
 
 def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "model.path") -> None:
-    """A causal LM of this configuration exists, and takes the adapters. Raises UserError."""
+    """Check that a configuration makes a causal LM that takes the adapters. Raises UserError."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -343,7 +353,7 @@ def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "mode
 
 
 def reference_of(policy: Policy, shard: Shard = lambda module, backbone: module) -> Policy:
-    """The policy as it is now, frozen: a copy, or with LoRA the shared base without adapter."""
+    """A frozen copy of the current policy; with LoRA, the shared base without adapter."""
     if hasattr(policy.model, "peft_config"):
         return Policy(policy.model, adapter=None, eos_ids=policy.eos_ids)
     reference = Policy(copy.deepcopy(policy.model), eos_ids=policy.eos_ids)
@@ -353,7 +363,7 @@ def reference_of(policy: Policy, shard: Shard = lambda module, backbone: module)
 def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass (works in `train()` mode only).
 
-    Raises UserError for a family that cannot.
+    Raises UserError for a family that does not support it.
     """
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -364,27 +374,29 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
-    """Write a plain `from_pretrained` directory; adapters are merged in, and also kept alone."""
+    """Write a plain `from_pretrained` directory; adapters are merged, and also saved alone."""
     model: Any = policy.model
     if hasattr(model, "peft_config"):
         assert policy.adapter is not None
         save_adapter(model, folder / "adapter", policy.adapter)
         model = copy.deepcopy(model)
-        model.set_adapter(policy.adapter)  # modules_to_save are those of the active one
+        model.set_adapter(policy.adapter)  # merging takes modules_to_save of the active adapter
         model = model.merge_and_unload(adapter_names=[policy.adapter])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def position_limit(model_config: Any) -> int | None:
-    """Tokens that fit in the model, None where it knows no limit."""
+    """Maximum sequence length of the model in tokens, None without a limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
-    """Two examples in one row must give the hidden states of each alone. Raises UserError for a
-    family that does not keep them apart."""
+    """Check that two examples packed in one row get the hidden states of each alone.
+
+    Raises UserError for a family that does not keep them apart.
+    """
     model: Any = policy.model
     lm = model.get_base_model() if policy.adapter else model
     ids = torch.arange(1, 8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
@@ -404,8 +416,10 @@ def check_packing(policy: Policy) -> None:
 
 
 def _zero_noise(owner: Any) -> None:
-    """Set every dropout and every jitter of routers to zero. Phi-MoE's jitter stays, as its
-    routers read the number in evaluation too."""
+    """Set every dropout and router jitter to zero.
+
+    Phi-MoE's jitter stays, as its routers use the number in evaluation too.
+    """
     config = getattr(owner, "config", owner)
     noise = ("drop",) if getattr(config, "model_type", "") == "phimoe" else ("drop", "jitter")
     for name, value in list(vars(owner).items()):
@@ -414,7 +428,7 @@ def _zero_noise(owner: Any) -> None:
 
 
 def _without_quantization(model: Any) -> Any:
-    """The same weights in a model that forgot its GGUF file, so that it can be saved."""
+    """A model with the same weights and no GGUF quantization config, so that it can be saved."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -422,7 +436,7 @@ def _without_quantization(model: Any) -> Any:
         clean = AutoModelForCausalLM.from_config(config)
     clean.load_state_dict(model.state_dict(), assign=True)
     clean.tie_weights()
-    # buffers that are no part of the state dict (rotary frequencies) come from the loaded model
+    # buffers outside the state dict (rotary frequencies) come from the loaded model
     loaded = dict(model.named_buffers())
     for name, buffer in list(clean.named_buffers()):
         if buffer.is_meta:

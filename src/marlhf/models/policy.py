@@ -1,8 +1,8 @@
 """Policy, reference and critic: log-probabilities and values.
 
-A policy is a causal LM whose forward gives log-probabilities of response tokens; a critic is a
-backbone with a scalar head whose forward gives values. With LoRA both, and the reference, share one
-frozen base: each forward switches to its own adapter, the reference to none.
+A policy is a causal LM whose forward returns log-probabilities of response tokens; a critic is a
+backbone with a scalar head whose forward returns values. With LoRA policy, critic and reference
+share one frozen base: each forward activates its own adapter, the reference none.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the v
 
 
 class PolicyOutput(NamedTuple):
-    """What a policy's forward pass returns.
+    """Output of a policy's forward pass.
 
     logprobs   [B,T] fp32, nats, 0 outside the mask
-    extras     what was asked for besides, by name
+    extras     further outputs, by the names requested
     """
 
     logprobs: Tensor
@@ -34,7 +34,7 @@ class PolicyOutput(NamedTuple):
 
 
 class CriticOutput(NamedTuple):
-    """What a critic's forward pass returns: values [B,T] and last_values [B], fp32."""
+    """Output of a critic's forward pass: values [B,T] and last_values [B], fp32."""
 
     values: Tensor
     last_values: Tensor
@@ -45,7 +45,7 @@ class Policy(nn.Module):
 
     model     a transformers causal LM, or a PEFT model around one
     adapter   with PEFT: the adapter to run with, None for the bare base (the reference)
-    head      Linear(H, 1) of a critic that reads this policy's hidden states
+    head      Linear(H, 1), a value head on this policy's hidden states
     eos_ids   every token that ends a response
     """
 
@@ -77,15 +77,15 @@ class Policy(nn.Module):
         input_ids, attention_mask [B,P+T] as in `Sequences`; logits are divided by `temperature`.
         EOS is masked for the first `min_tokens` tokens of a response, as in sampling: its
         probability would get no gradient there.
-        position_ids [B,P+T] instead of an attention mask: rows without padding on their left. Where
-        positions start again at 0 another example starts, which attends to itself alone.
-        Logits exist for response positions only, and for a chunk of those at a time.
+        position_ids [B,P+T] instead of an attention mask: packed rows without padding on the left.
+        Each position 0 starts another example, which attends to itself alone.
+        Logits are computed for response positions only, one chunk at a time.
 
-        extras   what else to return, by name:
+        extras   names of further outputs:
             entropy            [B,T] nats, 0 outside the mask, without a gradient
-            token_ranks        [B,T] int64, tokens that are likelier than the one there, 0 outside
+            token_ranks        [B,T] int64, number of likelier tokens, 0 outside the mask
             hidden_states      [B,T+1,H] the last layer's, before each token and after the last
-            token_embeddings   [B,T,H] the response tokens as the first layer reads them
+            token_embeddings   [B,T,H] input embeddings of the response tokens
             values             [B,T] and last_values [B] of the head, as `Critic` returns them
         """
         T = response_mask.shape[1]
@@ -123,10 +123,10 @@ class Policy(nn.Module):
 class Critic(nn.Module):
     """V(prompt, response[:t]) from a backbone and a scalar head.
 
-    backbone     a transformers base model (no language-model head)
+    backbone  a transformers base model (no language-model head)
     head      Linear(H, 1)
     offset    subtracted from the head's output (a reward model's `score_offset`)
-    model     what owns the backbone where it is shared (a PEFT model), to switch adapters in
+    model     the PEFT model that owns a shared backbone, to switch its adapters
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Critic(nn.Module):
 
     @property
     def owner(self) -> nn.Module | None:
-        """The PEFT model that the backbone is shared with, if it is."""
+        """The PEFT model that owns the backbone, None if it is not shared."""
         return self._owner[0]
 
     @property
@@ -159,7 +159,7 @@ class Critic(nn.Module):
     ) -> CriticOutput:
         """Values of the states before each response token, and after the last one.
 
-        values[b,t] is the head on the hidden state of the position before token t.
+        values[b,t] is the head's output at the position before token t.
         """
         T = response_mask.shape[1]
         with use_adapter(self.owner, self.adapter):
@@ -169,19 +169,19 @@ class Critic(nn.Module):
 
 
 def head_states(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """`hidden [B,T+1,H] -> [B,T+1]` of a scalar head, fp32: bf16 would round values."""
+    """Outputs of a scalar head: `hidden [B,T+1,H] -> [B,T+1]`, fp32, as bf16 would round values."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def split_states(states: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of states `[B,T+1]` -> those before each token [B,T] and after the last one [B]."""
+    """Split values `[B,T+1]` into those before each token [B,T] and after the last [B]."""
     last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
     return states[:, :-1], last
 
 
 def length_switch(config: Any) -> int | None:
-    """Tokens beyond which a LongRoPE model has other rotary factors; None for any other model."""
+    """Length beyond which a LongRoPE model switches rotary factors, in tokens; else None."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     found = [p for p in parts if p.get("rope_type") == "longrope"]
@@ -189,10 +189,11 @@ def length_switch(config: Any) -> int | None:
 
 
 def fix_rotary(model: nn.Module, longest: int) -> None:
-    """Give LongRoPE the factors of sequences of `longest` tokens, whatever it reads.
+    """Fix LongRoPE's factors to those of sequences of `longest` tokens.
 
-    transformers chooses by the longest row of a batch, so that a row's log-probabilities depend on
-    its company, and keys in a cache are of other factors than the query. (vLLM fixes them too.)
+    transformers chooses them by the longest sequence of a batch: log-probabilities of a sequence
+    would depend on the others, and cached keys could have other factors than the query. (vLLM fixes
+    them too.)
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -202,7 +203,7 @@ def fix_rotary(model: nn.Module, longest: int) -> None:
         buffer = getattr(module, f"{layers}_inv_freq" if layers else "inv_freq")
         rope: Any = ROPE_INIT_FUNCTIONS[_LONGROPE]
         buffer.copy_(rope(module.config, buffer.device, seq_len=longest, layer_type=layers)[0])
-        return f"{_LONGROPE}, fixed"  # a name at which transformers lets the factors be
+        return f"{_LONGROPE}, fixed"  # a name for which transformers does not update the factors
 
     modules: Any = model.modules()
     for module in modules:
@@ -215,7 +216,7 @@ def fix_rotary(model: nn.Module, longest: int) -> None:
 
 @contextmanager
 def use_adapter(model: nn.Module | None, adapter: str | None) -> Iterator[None]:
-    """Run a PEFT model with one adapter, or with none; any other model as it is.
+    """Run a PEFT model with one adapter, or with none; no-op for other models.
 
     The adapter stays active on exit, because gradient checkpointing reruns the layers in the
     backward pass.
@@ -236,27 +237,27 @@ def use_adapter(model: nn.Module | None, adapter: str | None) -> Iterator[None]:
 
 
 def forward(model: nn.Module, sequences: Sequences, **arguments: Any) -> Any:
-    """Call a policy or critic, wrapped for several ranks or not, on a record."""
+    """Call a policy or critic, wrapped for several ranks or not, on `Sequences`."""
     s = sequences
     return model(s.input_ids, s.attention_mask, s.response_mask, **arguments)
 
 
 def backbone_of(model: Any) -> nn.Module:
     """The base model inside a transformers model with a head. Raises UserError."""
-    for name in (model.base_model_prefix, "model"):  # Llama 4 has a prefix that names nothing
+    for name in (model.base_model_prefix, "model"):  # Llama 4's prefix names no attribute
         if isinstance(backbone := getattr(model, name, None), nn.Module):
             return backbone
     raise UserError(f"model.path: {type(model).__name__} keeps its backbone where nothing names it")
 
 
 def hidden_width(model: Any) -> int:
-    """Elements of a causal LM's last hidden states, of which some have fewer than inside."""
+    """Width of a causal LM's last hidden states; in some it is below `hidden_size`."""
     inside = model.config.get_text_config().hidden_size
     return getattr(model.get_output_embeddings(), "in_features", inside)
 
 
 def head_of(model: Any) -> Callable[[Tensor], Tensor]:
-    """Hidden states -> logits, with what the family does to its logits."""
+    """The map hidden states -> logits, with the family's scaling and soft-capping of logits."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -283,8 +284,8 @@ def backbone_forward(
 ) -> Tensor:
     """Hidden states [B,P+T,H]; positions count from the first real token under left padding.
 
-    Given positions and no mask, transformers itself keeps examples apart in a row: whatever the
-    attention, its mask never crosses a place where the positions do not count on by 1.
+    Given positions and no mask, transformers separates the examples of a packed row: for any
+    attention, its mask never crosses a position that is not the previous one plus 1.
     """
     assert (attention_mask is None) != (position_ids is None)
     if attention_mask is not None:
@@ -307,11 +308,11 @@ def target_logprobs(
     extras: Collection[str],
     impossible: tuple[Tensor, Sequence[int]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], the logits of a chunk of tokens
-    at a time. In training all chunks but the last, with which the backward pass begins, are
-    computed again there.
+    """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], in chunks of tokens.
 
-    impossible   which of the tokens ([N] bool) could not have been which ids
+    In training every chunk is checkpointed except the last, which backward needs first.
+
+    impossible   mask [N] of tokens, and the ids that have probability 0 there
     """
     head = head_of(causal_lm)
     size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
@@ -324,7 +325,7 @@ def target_logprobs(
         logits = head(hidden).float()
         if temperature != 1.0:
             logits = logits / temperature
-        if ids:  # a probability of 0 has a gradient of 0: autograd need not know
+        if ids:  # probability 0 has gradient 0: no need for autograd
             logits.detach()[limited.nonzero(), ids] = torch.finfo(logits.dtype).min
         found, fixed = [], logits.detach()
         if "entropy" in names:
@@ -335,7 +336,7 @@ def target_logprobs(
         return (logprobs, *found)
 
     if len(targets) == 0:
-        nothing = hidden.sum(-1).float()  # an empty tensor that still hangs on the graph
+        nothing = hidden.sum(-1).float()  # an empty tensor that is still in the graph
         return nothing, dict.fromkeys(names, nothing)
     sizes = [size] * ((len(targets) - 1) // size)
     sizes = [len(targets) - sum(sizes), *sizes]
@@ -348,8 +349,10 @@ def target_logprobs(
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """`logits [N,V], targets [N] -> logprobs [N]`, exponentials and gradient written over the
-    logits, so that there is one array of their size in both passes."""
+    """`logits [N,V], targets [N] -> logprobs [N]`, in place of the logits.
+
+    Exponentials and gradient overwrite them, so both passes need one array of their size.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A reward model to train: a sequence classifier with one label, made from a causal LM."""
+"""Reward models for training: one-label sequence classifiers, made from causal LMs."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def build_classifier(
     shard: Shard = lambda module, backbone: module,
     longest: int | None = None,
 ) -> Any:
-    """A one-label sequence classifier to train: the reward model in `settings.path`, or the causal
-    LM there with a new scalar head, drawn small; PEFT around it with LoRA, whose frozen backbone
-    `shard` places over the ranks. `longest` as of `admit`. Raises UserError."""
+    """A one-label sequence classifier to train, in PEFT with LoRA.
+
+    `settings.path` has a reward model, or a causal LM, which gets a new scalar head, initialised
+    with std (H + 1)^-1/2. `shard` places the frozen backbone of LoRA on the ranks; `longest` as in
+    `admit`. Raises UserError.
+    """
     switch = length_switch(base_config)
     if switch is not None and longest is not None and longest > switch:
         raise UserError(
@@ -83,8 +86,10 @@ def _with_scalar_head(lm: Any) -> Any:
 
 
 def _pad(model: Any, tokenizer: Any) -> None:
-    """Let stock transformers find the last token that is no padding; a pad token beyond the
-    embeddings gets one, which nothing ever reads."""
+    """Set the pad token, so that stock transformers finds the last non-pad token.
+
+    A pad token beyond the embeddings gets a zero embedding, which has no effect.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         grow(model, len(tokenizer))
@@ -92,13 +97,15 @@ def _pad(model: Any, tokenizer: Any) -> None:
 
 
 def save_classifier(model: Any, tokenizer: Any, offset: float, folder: Path) -> None:
-    """Write a plain `from_pretrained` directory of a sequence classifier, whose scores less
-    `config.score_offset` are centred; adapters are merged in, and kept alone in `adapter/reward`,
-    which is a reward model too, next to its base: its config.json has the number of tokens to which
-    that is to grow."""
+    """Write a plain `from_pretrained` directory of a sequence classifier.
+
+    Its scores minus `config.score_offset` are centred. Adapters are merged, and also saved alone in
+    `adapter/reward`: with its base a reward model too, whose config.json has the vocabulary size to
+    which the base must grow.
+    """
     model.config.score_offset = offset
     if hasattr(model, "peft_config"):
-        # before it grows: without embeddings
+        # before growing, so that no embeddings are saved
         save_adapter(model, folder / "adapter", "reward")
         model = copy.deepcopy(model).merge_and_unload()
         _pad(model, tokenizer)

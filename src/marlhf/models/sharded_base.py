@@ -1,8 +1,8 @@
-"""Which LoRA adapters train right on a base that ZeRO-3 shards.
+"""Checks that LoRA adapters train correctly on a base sharded by ZeRO-3.
 
-PEFT's plain layers add a product of their own to what the base's layer returns. Its others read or
-copy weights of the base, of which a rank has none outside that layer's pass. What is listed here
-was compared with one process; all else is refused, before any weight is read.
+PEFT's plain layers add a product to the output of the base's layer. Its other layers read or copy
+weights of the base, which a rank has only during that layer's pass. The keys and layers allowed
+below were compared with one process; all others are refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _RIGHT_KEYS = {
     *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out", "lora_bias"),
 }
-_HEAD = "score"  # of a classifier: every rank has it
+_HEAD = "score"  # of a classifier: replicated on every rank
 _ELSEWHERE = "the profiles single, ddp, zero1 and zero2 keep the base whole"
 
 
 def check_adapters(settings: ModelSettings, model_config: Any) -> None:
-    """The adapter of a model to train, if it has one, is right on a sharded base.
+    """Check a trained model's adapter, if it has one, for a sharded base.
 
     Raises UserError.
     """
@@ -68,9 +68,9 @@ def check_ppo(
     start: building.CriticStart | None = None,
     critic: Any = None,
 ) -> None:
-    """Those of policy, critic and reward models are right on sharded bases.
+    """Check the adapters of policy, critic and reward models for sharded bases.
 
-    start    what the critic starts from; default: as the configuration says
+    start    initialisation of the critic; default: as configured
     critic   a model to start the critic from, instead of one in `config`
     Raises UserError.
     """
@@ -90,7 +90,7 @@ def check_ppo(
 
 
 def _check_saved(folder: str, settings: ModelSettings, lm_config: Any) -> None:
-    """A saved adapter is right on the policy's base. Raises UserError."""
+    """Check a saved adapter for the policy's sharded base. Raises UserError."""
     from peft import get_peft_model
 
     adapter = saved_adapter(folder)
@@ -107,7 +107,7 @@ def _check_saved(folder: str, settings: ModelSettings, lm_config: Any) -> None:
 
 
 def _without_weights(settings: ModelSettings, config: Any, is_classifier: bool) -> Any:
-    """A model on the meta device; None for what `loading` will refuse."""
+    """A model on the meta device; None for one that `loading` will refuse."""
     auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     try:
         with torch.device("meta"):
@@ -119,8 +119,10 @@ def _without_weights(settings: ModelSettings, config: Any, is_classifier: bool) 
 
 
 def _layers(model: Any) -> tuple[str | None, list[str]]:
-    """The first adapted part that is none of PEFT's plain layers, in words; and the names of the
-    modules that are."""
+    """The first unsupported part, in words, or None; and the supported modules' names.
+
+    Supported are PEFT's plain linear and embedding layers.
+    """
     from peft.tuners.lora import Embedding, Linear
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -129,7 +131,7 @@ def _layers(model: Any) -> tuple[str | None, list[str]]:
     odd, right = None, set()
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, nn.ModuleList) and name.endswith("experts"):
-            # a rank that skips one would not take part in gathering it
+            # a rank that skips an expert would miss its gather and hang the others
             odd = odd or f"a model whose experts are modules of their own, {name}"
         if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) or name == _HEAD:
             continue

@@ -185,7 +185,7 @@ class Distributed:
         return [item for part in gathered for item in part]
 
     def fail_together(self, work: Callable[[], Result], waits: bool = False) -> Result:
-        """Run `work` on every rank; if it raises on one, all raise, so that none hangs.
+        """Run `work` on every rank; if it raises on one, all raise and none hangs.
 
         The rank that failed raises its own error, the others PeerError. `work` may differ per rank.
 

@@ -159,7 +159,7 @@ class Engine:
 
 
 def combined_norm(norms: Iterable[float]) -> float:
-    """L2 norm of a vector from the norms of its parts; NaN if one is not finite.
+    """L2 norm of a vector from its parts' norms; NaN if one is not finite.
 
     DeepSpeed returns -1 for a part that is not finite.
     """

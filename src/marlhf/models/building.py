@@ -40,7 +40,7 @@ def build_models(
     lm_config: Any = None,
     shard: Shard = lambda module, backbone: module,
 ) -> tuple[Policy, Critic | None]:
-    """Build the policy, and the critic unless it is a head on the policy, or not needed.
+    """Build the policy, and the critic unless it is a head on the policy or unused.
 
     start       from `critic_start`, needed if the critic may start from a reward model
     model       a causal LM to use instead of loading `config.model.path`

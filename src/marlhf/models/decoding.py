@@ -82,9 +82,9 @@ class Decoder:
 
 
 class KeysAndValues(DynamicCache):
-    """KV cache in the autocast dtype, so that attention does not cast it again at every step.
+    """KV cache in the autocast dtype.
 
-    Rotary embeddings return keys in fp32.
+    Rotary embeddings return keys in fp32, which attention would cast again at every step.
     """
 
     def update(

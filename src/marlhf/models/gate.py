@@ -96,7 +96,7 @@ def _fault(case: _Case, longest: int | None, samples: bool) -> str:
 
 
 def _outcome(case: _Case, compute: Callable[[], _Pairs]) -> str | None:
-    """The error raised, "" where the two sides of a pair differ, None if all agree."""
+    """The error raised, "" where the sides of a pair differ, None if all agree."""
     case.model.eval()
     try:
         return None if all(_close(ours, own) for ours, own in compute()) else ""

@@ -273,7 +273,7 @@ def _check_files(folder: Path, key: str) -> None:
 
 
 def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
-    """Bring a model given as an object into the state of a loaded one, in place.
+    """Bring a model given as an object into a loaded one's state, in place.
 
     Without dropout or router jitter, and with fp32 weights unless they stay frozen under adapters.
     Raises UserError.
@@ -428,7 +428,7 @@ def _zero_noise(owner: Any) -> None:
 
 
 def _without_quantization(model: Any) -> Any:
-    """A model with the same weights and no GGUF quantization config, so that it can be saved."""
+    """The same weights in a model without GGUF quantization config, which can be saved."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

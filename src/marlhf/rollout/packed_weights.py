@@ -88,7 +88,7 @@ def _linears(module: Any, adapter: str | None) -> Iterator[nn.Module]:
 
 
 def _merges(module: Any, adapter: str | None) -> bool:
-    """Whether a module is a linear layer with a plain LoRA update, which can be merged."""
+    """Whether a module is a linear layer with a plain, mergeable LoRA update."""
     if not hasattr(module, "lora_A"):
         return False
     from marlhf.compat.peft import is_plain_lora

@@ -294,7 +294,7 @@ def score_to_rewards(
 
 
 def _widen(x: Tensor, columns: int) -> Tensor:
-    """Pad [B,t] or [B,t,H] on the right with `columns` zeros along t; leave [B] as it is."""
+    """Right-pad [B,t] or [B,t,H] with `columns` zeros along t; leave [B] unchanged."""
     if x.dim() == 1:
         return x
     return torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, columns))

@@ -167,7 +167,8 @@ def save_adapter(model: Any, folder: Path, name: str) -> None:
 def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
     """Add a saved adapter to a PEFT model on the same base.
 
-    It is trainable, as a new one. Returns the weight of its scalar head `[1,H]`, None without one. Raises UserError.
+    It is trainable, as a new one. Returns the weight of its scalar head `[1,H]`, None without one.
+    Raises UserError.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 

@@ -42,7 +42,7 @@ class Generate(Protocol):
         seeds: Sequence[int],
         settings: RolloutSettings,
     ) -> Generation:
-        """Sample with `settings` alone, whatever the model's generation config says.
+        """Sample with the sampling settings of `settings` alone.
 
         prompts   token ids
         seeds     seeds[i] fixes all randomness of response i, whatever batch it is in

@@ -14,7 +14,7 @@ from typing import Any
 from marlhf.common.errors import ReportedError, Stopped, UserError, one_line, raised, say
 from marlhf.compat import IncompatibleError
 
-# job -> its configuration, what runs it, and a line of help
+# job -> its config class, the function that runs it, and one line of help
 JOBS = {
     "sft": (
         "marlhf.config.SFTConfig",
@@ -42,7 +42,7 @@ JOBS = {
         "one job over a grid of settings and seeds",
     ),
 }
-# command -> what is called with the words after it, and a line of help
+# command -> the function called with its arguments, and one line of help
 COMMANDS = {
     "segment": (
         "marlhf.commands.segment.main",
@@ -62,7 +62,7 @@ COMMANDS = {
         "watch a small model learn to write cheerfully; needs no config",
     ),
 }
-# a disk or its permissions, and no fault of ours, wherever it is met
+# errors of a disk or its permissions, never a bug of ours
 _OF_THE_SYSTEM = frozenset(
     getattr(errno, name)
     for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ELOOP", "ENAMETOOLONG")
@@ -70,7 +70,7 @@ _OF_THE_SYSTEM = frozenset(
 
 
 def usage() -> str:
-    """What `marlhf --help` prints."""
+    """The text of `marlhf --help`."""
     jobs = [f"  {name:<11} {summary}" for name, (_, _, summary) in JOBS.items()]
     commands = [f"  {name:<11} {summary}" for name, (_, summary) in COMMANDS.items()]
     lines = [
@@ -92,7 +92,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a job; exits with status 2 and one line for bad input, 130 after Ctrl-C."""
+    """Run a job or command; exits with 2 and one line for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(words[0], words[1:])
     except KeyboardInterrupt as interrupt:
-        if str(interrupt):  # where it came: in a plug-in's code, which may have raised it itself
+        if str(interrupt):  # its origin: a plug-in's code, which may have raised it itself
             say(f"marlhf: {one_line(interrupt)}")
         sys.exit(130)
     except BrokenPipeError:  # `marlhf ppo --help | head`
@@ -123,12 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show_fault(kind: Any, error: BaseException, trace: Any) -> None:
-    """A fault of ours, which may quote what it met."""
+    """Print the traceback of a bug, made printable: it may quote any input."""
     say("".join(traceback.format_exception(kind, error, trace)))
 
 
 def _one_line(error: Exception) -> str | None:
-    """The message for the user, or None for what is our fault and deserves a traceback."""
+    """The message for the user; None for a bug, which deserves a traceback."""
     if isinstance(error, UserError | ReportedError | IncompatibleError):
         return one_line(error, sys.maxsize)
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
@@ -161,14 +161,14 @@ def _run(job: str, words: list[str]) -> None:
     hide_loading_bars()
     try:
         run(config)
-    except SystemExit as error:  # code of the user's may try to end a run as if it were done
+    except SystemExit as error:  # user code may exit early as if the run were done
         if isinstance(error, Stopped) or error.code not in (None, 0):
             raise
         raise UserError(f"{job}: something {raised(error)} before the end") from error
 
 
 def _check_file(path: str, config: Any) -> None:
-    """That `overwrite` deletes no configuration that it starts from. Raises UserError."""
+    """Check that `overwrite` does not delete the given config file. Raises UserError."""
     from marlhf.common.errors import UserError
 
     own = os.path.join(os.path.expanduser(str(config.output_dir)), "config.yaml")

@@ -1,4 +1,4 @@
-"""`marlhf merge`: an adapter and its base become one plain model."""
+"""`marlhf merge`: merges an adapter into its base, as one plain model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def main(words: Sequence[str]) -> None:
 
 
 def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False) -> None:
-    """Write the merged model and its tokenizer, a plain `from_pretrained` directory.
+    """Write the merged model and its tokenizer, as a plain `from_pretrained` directory.
 
-    adapter   of a policy or of a reward model; a run or `final/` directory stands for its adapter
-    base      the model that it was trained on; default: what the adapter names
+    adapter   of a policy or reward model: its folder, or the run or `final/` that holds it
+    base      the model it was trained on; default: the one the adapter names
     """
     from marlhf.config import ModelSettings
     from marlhf.models import adapters, loading
@@ -60,14 +60,14 @@ def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False)
     tokenizer = loading.load_tokenizer(own, "base")
     partial = local_path(f"{out}.partial", "out")
     with only_writer(partial, "out"):
-        _check_new(out)  # which another process may have finished meanwhile
+        _check_new(out)  # another process may have finished it meanwhile
         try:
             with writing("out", partial):
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 checkpoint.replace(partial, out)
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)  # room on a full disk
+            shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
             raise
 
 
@@ -77,7 +77,7 @@ def _check_new(out: Path) -> None:
 
 
 def find_adapter(path: str) -> Path:
-    """The adapter's folder in an adapter's folder, `final/`, or a run. Raises UserError."""
+    """Find the adapter's folder in itself, in `final/` or in a run. Raises UserError."""
     root = local_path(path, "adapter")
     if not root.is_dir():
         raise UserError(f"adapter: given {path!r}, which is not a directory that exists")

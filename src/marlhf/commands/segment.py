@@ -91,7 +91,7 @@ def _at_least_one(given: str) -> int:
 
 
 def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
-    """Texts and their prompts, from the one source that is given."""
+    """Texts and their prompts, from the one given source. Raises UserError."""
     sources = {"text": options.text, "--file": options.file, "--data": options.data}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:

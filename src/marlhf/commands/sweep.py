@@ -1,8 +1,8 @@
 """`marlhf sweep`: one job over a grid of settings and seeds, in processes of their own.
 
-A run's folder holds, beside what the job writes there, its configuration (`job.yaml`), what it
-printed (`log.txt`) and where it stands (`sweep.yaml`). Started again, a sweep leaves out what is
-done and goes on with what was stopped or has failed.
+In addition to the job's files, a run's folder holds its configuration (`job.yaml`), its output
+(`log.txt`) and its state (`sweep.yaml`). Started again, a sweep skips finished runs and resumes
+those that were stopped or failed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _OWN_KEYS = ("seed", "output_dir", "overwrite", "resume")
 _STILL_RUNS = "an earlier sweep, which was killed, has left it running"
 _GO_ON = "; the same command goes on from what is there"
 _POLL = 0.2  # seconds
-_PATIENCE = 600.0  # seconds that a stopped run has to finish its update and save it
+_PATIENCE = 600.0  # seconds for a stopped run to finish its update and save it
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run of a sweep.
 
-    label    its arm and its point of the grid, without the seed; None where nothing varies
+    label    its arm and its point of the grid, without the seed; None if nothing varies
     config   resolved, as plain data
     """
 
@@ -56,11 +56,11 @@ class Trial:
 
     @property
     def status_file(self) -> Path:
-        """Where the trial's state is kept."""
+        """File of the trial's state."""
         return self.folder / "sweep.yaml"
 
     def status(self) -> dict[str, Any]:
-        """What was written last; empty before the first start."""
+        """The state written last; empty before the first start, or if unreadable."""
         try:
             found = yaml.safe_load(self.status_file.read_text(encoding="utf-8"))
         except (OSError, UnicodeError, yaml.YAMLError):
@@ -68,20 +68,20 @@ class Trial:
         return found if isinstance(found, dict) else {}
 
     def write_status(self, state: str, **more: Any) -> None:
-        """Replace the state as a whole, so that no kill leaves half of it."""
+        """Replace the state atomically, so that a kill leaves no partial file."""
         status = {"arm": self.label, "state": state, **more, "config": self.config}
         with writing("output_dir", self.folder, _GO_ON):
             write_whole(self.status_file, yaml.safe_dump(status, sort_keys=False))
 
     @property
     def is_done(self) -> bool:
-        """Whether it ended well: by its state, or by its model, which is published at the end."""
+        """Whether it succeeded: by its state, or by its model, which is published last."""
         status = self.status()
         return bool(status) and (status.get("state") == "done" or (self.folder / "final").is_dir())
 
 
 def run(config: SweepConfig) -> None:
-    """Run what is not done yet. Exits with status 1 where a run has failed."""
+    """Run the trials not done yet. Exits with status 1 if a run failed."""
     trials = plan(config)
     with only_writer(local_path(config.output_dir, "output_dir")):
         failed = _run_trials(trials, config)
@@ -106,7 +106,7 @@ def _run_trials(trials: Sequence[Trial], config: SweepConfig) -> list[Trial]:
 
 
 def plan(config: SweepConfig) -> list[Trial]:
-    """Every run, its configuration checked. Raises UserError that names the run."""
+    """All runs, with checked configurations. Raises UserError that names the run."""
     cls = _CONFIGS[config.job]
     base = read_yaml(config.config)
     trials: dict[Path, Trial] = {}  # a value given twice makes one run
@@ -133,7 +133,7 @@ def plan(config: SweepConfig) -> list[Trial]:
 
 
 def _points(config: SweepConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
-    """Label and keys of every arm at every point of the grid."""
+    """Label and settings of every arm at every point of the grid."""
     sources = {"overrides": config.overrides, "grid": config.grid}
     sources |= {f"arms.{name}": keys for name, keys in config.arms.items()}
     for where, keys in sources.items():
@@ -151,7 +151,7 @@ def _points(config: SweepConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
 
 
 def _written(value: Any) -> str:
-    """A value as YAML: JSON, but of a character beyond 16 bits YAML takes no surrogate pairs."""
+    """A value as YAML: JSON with non-ASCII unescaped, as YAML takes no surrogate pairs."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -160,8 +160,10 @@ def _slug(label: str) -> str:
 
 
 def _check_same(trial: Trial) -> None:
-    """Raises UserError where the trial's folder holds a run of another configuration. Keys that
-    only one of the two has (another version wrote it) say nothing."""
+    """Raise UserError if the trial's folder holds a run of another configuration.
+
+    Keys that only one of the two has (another version wrote it) are ignored.
+    """
     before, now = _flat(trial.status().get("config")), _flat(trial.config)
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
@@ -195,12 +197,12 @@ class _Running:
 
     @property
     def ended_well(self) -> bool:
-        """By its status and by its model: code of the user's may end a process with status 0."""
+        """Whether it exited with 0 and left a model: user code may exit with 0 too early."""
         return self.process.returncode == 0 and (self.trial.folder / "final").is_dir()
 
 
 def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Trial]:
-    """Run trials, some at a time; those that failed. However this ends, no process stays behind."""
+    """Run trials, `parallel` at a time; returns those that failed, leaves no process behind."""
     waiting, failed, told = list(todo), [], list[Trial]()
     finished = total - len(todo)
     running: list[_Running] = []
@@ -235,16 +237,16 @@ def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Tri
 
 
 def _start(trial: Trial, job: str, threads: int) -> _Running | None:
-    """Start a trial; None while one that an earlier sweep has left behind still runs."""
+    """Start a trial; returns None while an earlier sweep's process of it still runs."""
     job_file = trial.folder / "job.yaml"
     text = dump_yaml(trial.config)
     count = str(threads)
     environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-    environment["PYTHONUNBUFFERED"] = "1"  # the log in the order of events, and at once
+    environment["PYTHONUNBUFFERED"] = "1"  # the log is unbuffered and in order
     with writing("output_dir", trial.folder, _GO_ON):
         trial.folder.mkdir(parents=True, exist_ok=True)
         with (trial.folder / "log.txt").open("ab") as log:
-            # held as long as a process has the file for its output, whatever becomes of this one
+            # the lock lives as long as any process has the log open, even if this one dies
             if not locked(log.fileno()):
                 return None
             write_whole(job_file, text)
@@ -255,7 +257,7 @@ def _start(trial: Trial, job: str, threads: int) -> _Running | None:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is ours to hand on
+                start_new_session=True,  # Ctrl-C reaches only the sweep, which forwards it
             )
     say(f"started {trial.name}", sys.stdout)
     return _Running(trial, process, time.monotonic())
@@ -266,7 +268,7 @@ def _command(job: str, job_file: Path) -> list[str]:
 
 
 def _finish(one: _Running, count: str) -> bool:
-    """Record how a run ended and say so; whether it ended well."""
+    """Record and print how a run ended; returns whether it succeeded."""
     trial, code = one.trial, one.process.returncode
     seconds = round(time.monotonic() - one.began, 1)
     if one.ended_well:
@@ -281,7 +283,7 @@ def _finish(one: _Running, count: str) -> bool:
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """Let runs finish their update and save it; a second Ctrl-C, or much time, kills them."""
+    """Let runs finish and save their update; kill them on a second Ctrl-C or timeout."""
     if not running:
         return
     say(f"stopping {len(running)} runs; once more kills them")
@@ -297,12 +299,12 @@ def _stop(running: Sequence[_Running]) -> None:
             _signal(one, signal.SIGKILL)
             one.process.wait()
         for one in running:
-            with suppress(UserError):  # of a full disk; the next start sees it by the model
+            with suppress(UserError):  # full disk: the next start knows a done run by its model
                 one.trial.write_status("done" if one.ended_well else "stopped")
 
 
 def _signal(one: _Running, number: int) -> None:
-    with suppress(ProcessLookupError):  # it has just ended
+    with suppress(ProcessLookupError):  # it has just exited
         os.killpg(one.process.pid, number)
 
 
@@ -319,7 +321,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _outcome(folder: Path) -> str:
-    """The last held-out score and KL of a run, where it has them."""
+    """The last held-out score, KL and loss of a run, if it has them."""
     try:
         (found,) = read_runs([str(folder)])
     except (UserError, ValueError):

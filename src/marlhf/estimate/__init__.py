@@ -1,1 +1,1 @@
-"""`marlhf estimate`: the memory that a run needs, from configurations alone."""
+"""`marlhf estimate`: the memory of a run, from configurations alone."""

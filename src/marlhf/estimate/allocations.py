@@ -1,8 +1,8 @@
-"""What passes of a model allocate, counted without weights.
+"""Counts the bytes that passes of a model allocate, without its weights.
 
-A pass of our own code runs on fake tensors, which have shapes and no data, and every storage that
-it makes is counted while it lives. So the count holds for any family of models, with adapters,
-gradient checkpointing and autocast as they are, and takes seconds for a model of any size.
+Our own passes run on fake tensors, which have shapes and no data, and each storage they create is
+counted while it lives. So the count holds for any model family, with adapters, gradient
+checkpointing and autocast as configured, and takes seconds for a model of any size.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from marlhf.segmenters import build_segmenter, segmenter_requires
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage made within, for as long as it lives.
+    """Counts the bytes of storages created within, for as long as they live.
 
-    known   tensors that were there before; views of them are nothing new
+    known   tensors allocated before; views of them are not counted
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -77,8 +77,10 @@ class LiveBytes(TorchDispatchMode):
 def backward_moments(
     parameters: Iterable[nn.Parameter], known: Iterable[Tensor], loss: Callable[[], Tensor]
 ) -> tuple[Moment, ...]:
-    """What a forward and a backward pass allocate beyond `known`, each gradient gone once it is
-    complete."""
+    """Allocations of a forward and backward pass beyond `known`, one `Moment` per gradient.
+
+    Each gradient is freed once it is complete.
+    """
     moments: list[Moment] = []
 
     def complete(parameter: Tensor) -> None:
@@ -100,7 +102,7 @@ _MOST_LAYERS = 500  # no model has more, and each takes a second
 
 @dataclass(frozen=True)
 class FakeModels:
-    """The models of a run without their weights, and the rows of each reward model's passes."""
+    """The models of a run without weights; `rewards` has each model's batch size."""
 
     policy: Policy
     critic: Critic | None
@@ -109,7 +111,7 @@ class FakeModels:
 
 
 def fake_models(config: PPOConfig) -> FakeModels:
-    """The models that a run would load, from their config.json alone. Raises UserError."""
+    """The models of a run, from their config.json alone. Raises UserError."""
     settings, specs = config.model, reward_models(config.reward.models)
     lm_config = loading.load_model_config(settings, weights=False)
     reward_configs = [
@@ -146,13 +148,13 @@ def fake_models(config: PPOConfig) -> FakeModels:
 
 
 def _fill(models: Sequence[nn.Module]) -> FakeTensorMode:
-    """Replace tensors of the device "meta" by fake ones on the CPU, shared ones by one."""
+    """Replace "meta" tensors by fake CPU tensors; shared tensors stay shared."""
     mode, made = FakeTensorMode(), {}
     for module in (module for model in models for module in model.modules()):
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
         buffers = module.named_buffers(recurse=False, remove_duplicate=False)
         for name, old in (*parameters, *buffers):
-            if not old.is_meta:  # seen in another model
+            if not old.is_meta:  # replaced in another model already
                 continue
             if old not in made:
                 with mode:
@@ -164,7 +166,7 @@ def _fill(models: Sequence[nn.Module]) -> FakeTensorMode:
 
 
 def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> Critic | None:
-    """Puts the policy's adapter in, too: the critic may share its base."""
+    """Build the critic, and add the policy's adapter: the critic may share its base."""
     settings = config.model
     lm_config = _causal_lm(policy).config
     start = building.critic_start(config, lm_config, None, reward_path, weights=False)
@@ -190,7 +192,7 @@ def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> 
 
 
 def _on_shared_base(model: Any, folder: str, name: str) -> Critic:
-    """What `building.classifier_on_shared_base` makes, from the adapter's configuration alone."""
+    """`building.classifier_on_shared_base` from the adapter's configuration alone."""
     saved = saved_adapter(folder)
     assert saved is not None
     targets = saved.target_modules
@@ -213,12 +215,12 @@ def _meta(auto: Any, settings: ModelSettings, config: Any, key: str) -> Any:
             dtype=torch.float32,
             trust_remote_code=settings.trust_remote_code,
         )
-    except Exception as error:  # of a family that has no such model
+    except Exception as error:  # the family has no such model
         raise UserError(f"{key}: {settings.path!r}: {one_line(error)}") from error
 
 
 class PassCounter:
-    """Counts the passes of a run; what several launches have in common is counted once."""
+    """Counts allocations of a run's passes; results are cached across launch profiles."""
 
     def __init__(self, config: PPOConfig, models: FakeModels) -> None:
         self._config, self._models = config, models
@@ -235,9 +237,9 @@ class PassCounter:
         self._counted: dict[tuple[Any, ...], Any] = {}
 
     def run(self, ranks: int, sharded: bool = False) -> Run:
-        """All passes of one of `ranks` ranks, at the longest prompts and responses that can occur.
+        """All passes of one of `ranks` ranks, at maximal prompt and response lengths.
 
-        sharded   weights are, as under ZeRO-3; then autocast keeps no bf16 copies of them
+        sharded   weights are sharded, as under ZeRO-3; then autocast caches no bf16 copies of them
         """
         rows, cache = (
             _rows(self._config, ranks),
@@ -275,7 +277,7 @@ class PassCounter:
     def _training(self, name: str, ranks: int, cache: bool) -> Training:
         config, limit = self._config, self._config.optimizer.micro_batch_size
         rows = max(1, _rows(config, ranks) // config.ppo.minibatches)
-        # rows, tokens of a row, and those of them that have a loss
+        # sequences, tokens per sequence, and tokens per sequence that have a loss
         shapes = [(min(limit, rows), _length(config), config.rollout.max_new_tokens)]
         if name == "policy" and config.ptx is not None:
             texts = max(1, config.ptx.batch_size // ranks)
@@ -308,8 +310,10 @@ class PassCounter:
         return count.peak
 
     def _generation(self, rows: int, cache: bool) -> Generation:
-        """Reading the prompts, and sampling the last token of the longest responses; with weights
-        as `Distributed.gathered` has them where autocast must not keep copies."""
+        """Bytes of the prefill, and of the last decoding step of the longest responses.
+
+        Weights are as `Distributed.gathered` has them where autocast must not cache copies.
+        """
         policy, config = self._models.policy, self._config
         lm = _causal_lm(policy).eval()
         base = {p for p in lm.parameters() if not (config.model.lora and p.requires_grad)}
@@ -345,13 +349,13 @@ class PassCounter:
 
 
 def _rows(config: PPOConfig, ranks: int) -> int:
-    """Responses of an update on one rank."""
+    """Responses per update on one rank."""
     responses = config.rollout.batch_size * config.rollout.responses_per_prompt
     return max(1, -(-responses // ranks))
 
 
 def _length(config: PPOConfig) -> int:
-    """Tokens of the longest prompt with the longest response."""
+    """Tokens of the longest prompt plus the longest response."""
     return config.rollout.longest
 
 
@@ -370,7 +374,7 @@ def _forward(
     T: int,
     extras: Collection[str] = (),
 ) -> Tensor:
-    """Log-probabilities or values of the last T tokens, none of which is masked."""
+    """Log-probabilities or values of the last T tokens, none of them masked."""
     ids, mask = _tokens(rows, length)
     if isinstance(model, Critic):
         return model(ids, mask, mask[:, -T:])[0]
@@ -389,7 +393,7 @@ def _causal_lm(policy: Policy) -> Any:
 
 
 def _sample(logits: Tensor, config: PPOConfig) -> None:
-    """What `generation.generate` does to the logits [B,1,V] of one step."""
+    """Allocate as `generation.generate` does for the logits [B,1,V] of one step."""
     scores = logits[:, -1].to(torch.float32, copy=True)
     scores = scores / config.rollout.temperature
     if config.rollout.top_p < 1:
@@ -407,7 +411,7 @@ def _has_reference(config: PPOConfig) -> bool:
 
 
 def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
-    """Sizes of all models, a parameter that two share counted at the first."""
+    """Sizes of all models; parameters shared by two are counted at the first."""
     policy, critic = models.policy, models.critic
     counted: set[int] = set()
     adapters = config.model.lora is not None

@@ -1,4 +1,4 @@
-"""`marlhf estimate`: the memory that a ppo run needs on each GPU, under every launch profile."""
+"""`marlhf estimate`: memory of a ppo run per GPU, under every launch profile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from marlhf.estimate.allocations import PassCounter
 
 _GB = 10**9
-_TIGHT = 0.9  # of the memory: CUDA's own, and gaps between tensors, come on top
+_TIGHT = 0.9  # share of the memory, as CUDA's own and fragmentation come on top
 _NOTES = """\
 GB are 1e9 bytes. Prompts and responses are taken to be as long as the config allows. What stays,
 and one phase at a time, are in memory together. CUDA's own memory and gaps between tensors come on
@@ -26,7 +26,7 @@ for this rank's part of an offloaded run."""
 
 
 def main(words: Sequence[str]) -> None:
-    """Print the table; nothing is loaded but the models' config.json."""
+    """Print the table. Reads only the models' config.json."""
     options = _parse(words)
     try:
         config = load_config(PPOConfig, options.config, options.overrides)
@@ -84,14 +84,14 @@ def _positive(given: str) -> float:
 
 
 def counter_of(config: PPOConfig) -> PassCounter:
-    """What counts the passes of a config. Raises UserError."""
+    """The `PassCounter` of a config. Raises UserError."""
     from marlhf.estimate.allocations import PassCounter, fake_models
 
     return PassCounter(config, fake_models(config))
 
 
 def estimates(counter: PassCounter, gpus: int) -> dict[Profile, Estimate]:
-    """Profile -> the memory of a rank."""
+    """Memory per rank, by profile."""
     found = {}
     for profile in PROFILES:
         ranks = _ranks(profile, gpus)
@@ -105,8 +105,10 @@ def _ranks(profile: Profile, gpus: int) -> int:
 
 
 def helps(config: PPOConfig, gpus: int) -> Iterable[tuple[str, dict[Profile, Estimate]]]:
-    """`(changes, estimates with them)`: what lowers the memory, each on top of those before; and
-    adapters, with as many GPUs as were given."""
+    """`(changes, estimates with them)` for settings that lower the memory.
+
+    Settings add up; more GPUs come on top of them, and LoRA last, with `gpus` GPUs again.
+    """
     from marlhf.config.loading import apply_overrides, config_from_dict, config_to_dict
 
     values: dict[str, Any] = config_to_dict(config)
@@ -134,7 +136,7 @@ def _has(values: dict[str, Any], change: str) -> bool:
 
 
 def header(config: PPOConfig, run: Run, gpus: int, gpu_memory: float) -> str:
-    """The models, and the shapes of what they are given."""
+    """Sizes of the models, and shapes of their batches."""
     rollout = config.rollout
     responses = rollout.batch_size * rollout.responses_per_prompt
     models = [
@@ -156,7 +158,7 @@ def _millions(count: int) -> str:
 
 
 def table(found: Mapping[Profile, Estimate], memory: int) -> str:
-    """A row a profile, in GB."""
+    """One line per profile, in GB."""
     first = next(iter(found.values()))
     phases = list(first.phases)
     heads = ["profile", "weights", "optimiser", "buffers", *phases, "peak", "fits", "host"]

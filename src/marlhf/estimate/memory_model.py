@@ -1,6 +1,6 @@
-"""What a PPO run keeps in memory on each rank, from the sizes of its models and passes: arithmetic.
+"""Memory per rank of a PPO run, computed from the sizes of its models and passes.
 
-How weights are spread is what the profiles in configs/accelerate say. N ranks; bytes a parameter:
+The profiles in configs/accelerate say how weights are sharded. N ranks; bytes per parameter:
 
     profile         weights      optimiser    gradients               frozen models
     single          4            8            4                       4
@@ -10,11 +10,11 @@ How weights are spread is what the profiles in configs/accelerate say. N ranks; 
     zero3           4/N          8/N          4/N                     4/N
     zero3_offload   host: 4/N    host: 12/N   host: 8/N               host: 4/N
 
-Adam has two fp32 moments. ZeRO-1 and 2 step an fp32 copy of this rank's part, ZeRO-3 the part
-itself, unless that is offloaded. DeepSpeed reduces gradients in a bucket of fixed size, one for
-policy and critic each (ZeRO-1 and 2: while a backward pass lasts), of which as much is counted as
-gradients fill: memory of a CPU that is never written is never taken. Adapters over weights that
-ZeRO-3 shards are replicated as under DDP (see `distributed`).
+Adam has two fp32 moments. ZeRO-1 and 2 step an fp32 copy of this rank's shard, ZeRO-3 the shard
+itself, unless that is offloaded. DeepSpeed reduces gradients in a bucket of fixed size, one each
+for policy and critic (ZeRO-1 and 2: during a backward pass), counted only as far as gradients fill
+it: untouched CPU pages are never resident. Adapters over weights that ZeRO-3 shards are replicated
+as under DDP (see `distributed`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _STEPPED_AT_ONCE = FP32 * 1_000_000_000  # bytes of sub_group_size parameters
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a model; what it shares with another is counted there.
+    """Parameter counts of a model; shared parameters are counted at the first model only.
 
-    frozen     read only
+    frozen     without an optimiser
     trained    in an optimiser
-    reads      base parameters that a pass goes through, shared ones included
-    largest    of the tensors among these
-    adapters   the trained ones are adapters, their base is frozen
+    reads      base parameters that a pass uses, shared ones included
+    largest    size of the largest tensor among these
+    adapters   whether adapters are trained, over a frozen base
     """
 
     frozen: int
@@ -54,12 +54,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Moment:
-    """The time until the next gradient of a backward pass is complete; it begins with the forward
-    pass, or when the gradient before is gone.
+    """Interval up to the next complete gradient of a backward pass.
 
-    peak      most bytes alive meanwhile
+    It begins with the forward pass, or when the gradient before it is freed.
+
+    peak      most bytes alive during the interval
     live      bytes alive at its end
-    gradient  bytes of the gradient, counted in both
+    gradient  bytes of the gradient, included in both
     """
 
     peak: int
@@ -71,7 +72,7 @@ class Moment:
 class Training:
     """Forward and backward pass of the largest micro-batch of a model.
 
-    accumulates  a pass finds the gradients of others before it
+    accumulates  whether a pass adds to the gradients of earlier ones
     """
 
     moments: Sequence[Moment]
@@ -80,8 +81,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Generation:
-    """Bytes of sampling responses: keys and values of all rows, all else at its peak, and the
-    policy's weights where ZeRO-3 gathers them for it."""
+    """Bytes for sampling responses.
+
+    cache      KV cache of all sequences
+    rest       peak of everything else
+    gathered   the policy's weights, where ZeRO-3 gathers them for sampling
+    """
 
     cache: int
     rest: int
@@ -93,8 +98,8 @@ class Run:
     """Models and passes of one rank.
 
     models     name -> weights, of `policy`, `critic`, `reference` and reward models
-    training   `policy` and `critic` -> their micro-batches
-    scoring    name of a model -> most bytes alive in one scoring pass
+    training   `policy` and `critic` -> their largest micro-batches
+    scoring    name of a model -> most bytes alive in one log-prob, value or scoring pass
     """
 
     models: Mapping[str, Weights]
@@ -105,7 +110,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that come on top of what stays."""
+    """Bytes of one phase, in addition to those of `Estimate.stays`."""
 
     gathered: int = 0
     gradients: int = 0
@@ -113,15 +118,15 @@ class Phase:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of the three."""
         return self.gathered + self.gradients + self.activations
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one rank: what stays on the device, what each phase adds, what is on the host.
+    """Bytes on one rank: permanent on the device, added by each phase, on the host.
 
-    buffers   of gradients, which stay between passes: DDP's buckets, DeepSpeed's under ZeRO-3
+    buffers   gradient buffers that stay between passes: DDP's buckets, DeepSpeed's under ZeRO-3
     """
 
     weights: int
@@ -132,7 +137,7 @@ class Estimate:
 
     @property
     def stays(self) -> int:
-        """What is there in every phase."""
+        """Bytes on the device in every phase."""
         return self.weights + self.optimizer + self.buffers
 
     @property
@@ -143,7 +148,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes of one model that stay."""
+    """Permanent bytes of one model."""
 
     weights: float = 0
     optimizer: float = 0
@@ -152,7 +157,7 @@ class _Held:
 
 
 def estimate(run: Run, profile: Profile, ranks: int) -> Estimate:
-    """The memory of each of `ranks` ranks."""
+    """Memory of each of `ranks` ranks."""
     held = [_held(model, profile, ranks) for model in run.models.values()]
     scorings = [
         Phase(_gathered(run.models[name], profile), 0, size) for name, size in run.scoring.items()
@@ -173,18 +178,18 @@ def estimate(run: Run, profile: Profile, ranks: int) -> Estimate:
 
 
 def is_sharded(profile: Profile) -> bool:
-    """Whether each rank has a part of the weights alone."""
+    """Whether each rank holds only a shard of the weights."""
     return STAGES.get(profile) == 3
 
 
 def _stage_of_trained(model: Weights, profile: Profile) -> int:
-    """The ZeRO stage of the trained parameters: adapters over sharded weights are replicated."""
+    """ZeRO stage of the trained parameters: adapters over sharded weights are replicated."""
     stage = STAGES.get(profile, 0)
     return 0 if model.adapters and stage == 3 else stage
 
 
 def _held(model: Weights, profile: Profile, ranks: int) -> _Held:
-    """What stays of one model, on the device and on the host."""
+    """Permanent bytes of one model, on the device and on the host."""
     frozen = FP32 * model.frozen / (ranks if is_sharded(profile) else 1)
     trained, each = model.trained, model.trained / ranks
     on_host = frozen if profile == "zero3_offload" else 0.0
@@ -208,13 +213,13 @@ def _held(model: Weights, profile: Profile, ranks: int) -> _Held:
 
 
 def _gathered(model: Weights, profile: Profile) -> int:
-    """Weights that are whole on this rank in the middle of a pass."""
+    """Bytes of unsharded weights on this rank in the middle of a pass."""
     alive = min(FP32 * model.reads, _REUSED + _PREFETCHED + FP32 * model.largest)
     return alive if is_sharded(profile) else 0
 
 
 def _training(model: Weights, size: Training, profile: Profile, ranks: int) -> Phase:
-    """What training one model adds: the larger of a backward pass and of the step after it."""
+    """Bytes for training one model: the larger of backward pass and optimiser step."""
     trained = FP32 * model.trained
     part = round(trained / ranks)
     slice_ = FP32 * min(model.largest, model.trained // ranks)  # of one tensor, on one rank
@@ -227,7 +232,7 @@ def _training(model: Weights, size: Training, profile: Profile, ranks: int) -> P
             return Phase(0, gradients, max(_kept(size) - gradients, part))
         case 2:
             backward = _reduced(size.moments, _BUCKET, part, size.accumulates)
-            # the part again, in one piece; before that, its norm is taken in float64
+            # a flat copy of the part; before that, its norm in float64
             step = part + max(part, 2 * slice_)
             gradients = min(part * (1 + size.accumulates), backward)
             return max(Phase(0, gradients, backward - gradients), Phase(0, step), key=_total)
@@ -239,7 +244,7 @@ def _training(model: Weights, size: Training, profile: Profile, ranks: int) -> P
 
 
 def _kept(size: Training) -> int:
-    """Most bytes alive where all gradients stay until the step."""
+    """Most bytes alive if all gradients stay until the optimiser step."""
     done = sum(moment.gradient for moment in size.moments) if size.accumulates else 0
     most = 0
     for moment in size.moments:
@@ -251,11 +256,12 @@ def _kept(size: Training) -> int:
 def _reduced(
     moments: Sequence[Moment], bucket: int, part: int | None = None, accumulates: bool = False
 ) -> int:
-    """Most bytes alive where DeepSpeed copies gradients into a bucket of so many bytes, which it
-    reduces when it is full, by a flat copy. A gradient larger than that stays where it is.
+    """Most bytes alive if DeepSpeed reduces gradients through a bucket of `bucket` bytes.
 
-    part   bytes of the reduced gradients that stay here, made in the pass as the bucket is; None:
-           both are there already
+    It reduces a full bucket by a flat copy. A gradient larger than the bucket stays where it is.
+
+    part   bytes of the reduced gradients kept on this rank, allocated during the pass, as is the
+           bucket; None: both are allocated already
     """
     is_new = part is not None
     part = part or 0

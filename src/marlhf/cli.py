@@ -92,7 +92,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a job or command; exits with 2 and one line for bad input, 130 after Ctrl-C."""
+    """Run a job or command. Exits with 2 and one line for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -1,4 +1,4 @@
-"""`marlhf merge`: merges an adapter into its base, as one plain model."""
+"""`marlhf merge`: merge an adapter into its base, as one plain model."""
 
 from __future__ import annotations
 

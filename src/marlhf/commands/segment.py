@@ -1,4 +1,4 @@
-"""`marlhf segment`: macro actions of a text, a file or a dataset, in the terminal or as a page."""
+"""`marlhf segment`: macro actions of texts, shown in the terminal or as a page."""
 
 from __future__ import annotations
 

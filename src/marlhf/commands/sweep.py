@@ -1,4 +1,4 @@
-"""`marlhf sweep`: one job over a grid of settings and seeds, in processes of their own.
+"""`marlhf sweep`: one job over a grid of settings and seeds, one process per run.
 
 In addition to the job's files, a run's folder holds its configuration (`job.yaml`), its output
 (`log.txt`) and its state (`sweep.yaml`). Started again, a sweep skips finished runs and resumes
@@ -197,7 +197,7 @@ class _Running:
 
     @property
     def ended_well(self) -> bool:
-        """Whether it exited with 0 and left a model: user code may exit with 0 too early."""
+        """Whether it exited with 0 and left a model. User code may exit with 0 too early."""
         return self.process.returncode == 0 and (self.trial.folder / "final").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""Counts the bytes that passes of a model allocate, without its weights.
+"""Count the bytes that passes of a model allocate, without its weights.
 
 Our own passes run on fake tensors, which have shapes and no data, and each storage they create is
 counted while it lives. So the count holds for any model family, with adapters, gradient
@@ -42,7 +42,7 @@ from marlhf.segmenters import build_segmenter, segmenter_requires
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages created within, for as long as they live.
+    """Counter of the bytes of storages created within, for as long as they live.
 
     known   tensors allocated before; views of them are not counted
     """
@@ -220,7 +220,7 @@ def _meta(auto: Any, settings: ModelSettings, config: Any, key: str) -> Any:
 
 
 class PassCounter:
-    """Counts allocations of a run's passes; results are cached across launch profiles."""
+    """Counter of allocations in a run's passes; cached across launch profiles."""
 
     def __init__(self, config: PPOConfig, models: FakeModels) -> None:
         self._config, self._models = config, models

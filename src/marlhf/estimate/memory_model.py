@@ -1,4 +1,4 @@
-"""Memory per rank of a PPO run, computed from the sizes of its models and passes.
+"""Memory per rank of a PPO run, from the sizes of its models and passes.
 
 The profiles in configs/accelerate say how weights are sharded. N ranks; bytes per parameter:
 

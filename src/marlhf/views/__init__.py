@@ -1,1 +1,1 @@
-"""What people see: the terminal, HTML pages, charts, reports."""
+"""Output for people: the terminal, HTML pages, charts, reports."""

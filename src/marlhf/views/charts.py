@@ -1,7 +1,8 @@
-"""Charts as inline SVG. Colours, dashes and markers are classes of `assets/page.css`, so that a
-chart follows the theme of its page; a series is told apart by its dashes and markers too.
+"""Charts as inline SVG.
 
-Sizes are in CSS pixels of a chart that is 360 wide, which is about how wide it is shown.
+Colours, dashes and markers are classes of `assets/page.css`, so that a chart follows the theme of
+its page; series differ in dashes and markers too, not only in colour. Sizes are in CSS pixels for
+a chart 360 wide, about the width at which it is shown.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ MOST = 24  # bars of a histogram
 def histogram(
     counts: Mapping[int, float], x_label: str, y_label: str, largest: int | None = None
 ) -> str:
-    """Bars for 1, 2, 3, ... to `largest` (default: of `counts`); from MOST on they share the last.
+    """A bar for each of 1, 2, ... `largest` (default: the largest of `counts`).
 
-    Give charts that are compared the same `largest`.
+    Lengths of MOST and more share the last bar. Use the same `largest` in charts to be compared.
     """
     top = min(max(counts, default=1) if largest is None else max(largest, 1), MOST)
     heights = [counts.get(n, 0) for n in range(1, top + 1)]
@@ -56,7 +57,7 @@ def histogram(
 
 
 class Scale:
-    """Numbers -> pixels, between round numbers."""
+    """A linear map from numbers to pixels, with round numbers as marks."""
 
     def __init__(self, low: float, high: float, start: float, end: float, step: float) -> None:
         self.low, self.high, self.start, self.end, self.step = low, high, start, end, step
@@ -71,8 +72,11 @@ class Scale:
         tight: bool = False,
         count: int = 5,
     ) -> Scale:
-        """A scale that shows all of `values`, with about `count` round numbers on it, which are
-        whole if asked for. It ends at round numbers, unless `tight`."""
+        """A scale over all of `values`, with about `count` round numbers.
+
+        whole   marks are integers
+        tight   the scale ends at the extreme values, not at round numbers
+        """
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
@@ -96,7 +100,7 @@ class Scale:
         return self.start + share * (self.end - self.start)
 
     def described(self) -> str:
-        """The scale for a script: lowest and highest number, and where they lie."""
+        """The scale for a script: lowest and highest number, and their pixels."""
         return " ".join(f"{x:.8g}" for x in (self.low, self.high, self.start, self.end))
 
     def marks(self) -> list[tuple[float, str]]:
@@ -123,7 +127,7 @@ def frame(
     x_label: str,
     y_label: str,
 ) -> str:
-    """Grid, numbers on the axes, and what the axes show."""
+    """Grid, numbers on the axes, and the label of the x axis."""
     bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
     parts = []
     for y, label in y_marks:
@@ -142,14 +146,14 @@ def frame(
 
 
 def svg(content: str, name: str, **attributes: str) -> str:
-    """The drawing, which scales with the width it is given."""
+    """An SVG element that scales with its container's width."""
     return tag(
         "svg", content, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=name, **attributes
     )
 
 
 def number(value: float) -> str:
-    """A number for people: three significant digits, thousands whole."""
+    """A number for people: three significant digits; no decimals from 1000 on."""
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -157,7 +161,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A series: points in order, and the edges of a band around them where there is one.
+    """A series: points in order, and the edges of a band around them, if any.
 
     index    chooses colour, dashes and marker
     """
@@ -172,7 +176,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over an axis. `dots` marks every point rather than a few of each line."""
+    """Lines over an axis. `dots` marks every point, not only a few per line."""
 
     title: str
     x_label: str
@@ -182,7 +186,7 @@ class LineChart:
 
     @property
     def whole(self) -> bool:
-        """Whether all lies at whole numbers of the axis, as updates do."""
+        """Whether all x values are integers, as updates are."""
         return all(float(x).is_integer() for line in self.lines for x in line.x)
 
 
@@ -190,12 +194,12 @@ STYLES = 8  # colours, dashes and markers of series
 
 
 def shape(index: int) -> int:
-    """Which of the markers a series has: its colour's, or another where colours repeat."""
+    """Index of a series' marker: its colour's, or another once colours repeat."""
     return (index + index // STYLES) % STYLES
 
 
 def line_chart(chart: LineChart, **attributes: str) -> str:
-    """Lines with a marker here and there; a script shows values from the scales in the drawing."""
+    """Lines with some markers; a script reads values off the scales in the SVG."""
     drawn = [line for line in chart.lines if len(line.x)]
     xs = [x for line in drawn for x in line.x]
     ys = [y for line in drawn for values in (line.y, line.low, line.high) for y in values or ()]
@@ -253,7 +257,7 @@ def marker(index: int, x: float, y: float) -> str:
 
 
 def legend(labels: Sequence[tuple[str, int]]) -> str:
-    """Labels beside a piece of each line."""
+    """Labels next to a sample of each line."""
     items = [
         tag(
             "li",

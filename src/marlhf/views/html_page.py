@@ -1,7 +1,6 @@
-"""One self-contained HTML page: nothing is loaded from anywhere, light and dark as the reader's
-system is.
+"""Self-contained HTML pages, which load nothing and follow the system's light or dark theme.
 
-Style and scripts are files in `assets/`; the page carries them inside.
+Style and scripts are files in `assets/`, inlined into the page.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ HUES = 4  # backgrounds of macro actions, in turn
 
 
 def page(title: str, body: str) -> str:
-    """A whole document around `body`, which is HTML."""
+    """A complete HTML document around `body`, which is HTML."""
     style, script = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
     return _TEMPLATE.format(
         title=text(title), body=body, style=style, script=script, policy=_POLICY
@@ -53,7 +52,7 @@ def page(title: str, body: str) -> str:
 
 
 def write_page(path: str | Path, content: str, key: str) -> Path:
-    """Write a page; UserError, naming the option `key`, where that cannot be."""
+    """Write a page. Raises UserError, naming the option `key`, if it cannot."""
     target = local_path(path, key)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,7 @@ def write_page(path: str | Path, content: str, key: str) -> Path:
 
 
 def text(value: object) -> str:
-    """Any text as HTML, without control characters and bidi marks."""
+    """Escape a value as HTML text, without control characters and bidi marks."""
     return html.escape(printable(str(value), "\n\t"))
 
 
@@ -84,7 +83,7 @@ def tag(name: str, content: str = "", **attributes: Any) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
-    """A table that scrolls by itself where it is too wide. Cells are HTML; numbers to the right."""
+    """A table that scrolls if too wide. Cells are HTML; `numbers` aligns them right."""
     head = tag("tr", "".join(tag("th", text(h), scope="col") for h in heads))
     body = "".join(tag("tr", "".join(tag("td", cell) for cell in row)) for row in rows)
     whole = tag("thead", head) + tag("tbody", body)
@@ -92,20 +91,20 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = T
 
 
 def macro_span(content: str, index: int, **attributes: Any) -> str:
-    """A macro action on its background; its edge shows where it starts without any colour."""
+    """A macro action on its background; its edge marks its start without colour."""
     return tag("span", content, class_=f"m h{index % HUES}", **attributes)
 
 
 def shown(piece: str) -> str:
-    """What tokens wrote, as HTML: line breaks are marked and kept, control characters too."""
+    """Text of tokens as HTML; line breaks are marked and kept, control characters marked."""
     return text(visible(piece, "⏎\n"))
 
 
 def shown_token(piece: str) -> str:
-    """As `shown`, with a mark for what writes nothing: special tokens, parts of a character."""
+    """As `shown`, with a mark for empty pieces: special tokens, parts of a character."""
     return shown(piece) or "∅"
 
 
 def data(value: Any) -> str:
-    """Plain data for an attribute, which a script reads."""
+    """Plain data as JSON, for an attribute that a script reads."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""What segmenters make of texts, and how it looks in a terminal."""
+"""Segment texts for `marlhf segment`, and show the result in a terminal."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from marlhf.views.terminal import colour_macro_actions, macro_pieces
 if TYPE_CHECKING:
     from marlhf.segmenters import SegmenterFn
 
-_NARROWEST = 36  # columns of a terminal in which a segmenter's text is still pleasant to read
+_NARROWEST = 36  # columns a segmenter's text needs to be readable
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """A text in tokens, and where each segmenter has macro actions start.
+    """A text in tokens, and the macro-action starts of each segmenter.
 
-    pieces     the characters that each token wrote; together they are the text
-    ids        the tokens
-    logprobs   of each token under the model, nats, or None without a model
+    pieces     text of each token; joined they are the text
+    ids        token ids
+    logprobs   of each token under the model, nats; None without a model
     starts     for each segmenter, for each token: whether a macro action starts there
     """
 
@@ -39,12 +39,12 @@ class Segmented:
     starts: list[list[bool]]
 
     def macro_actions(self, segmenter: int) -> list[range]:
-        """The tokens of each macro action."""
+        """Token positions of each macro action."""
         begins = [t for t, start in enumerate(self.starts[segmenter]) if start]
         return [range(a, b) for a, b in pairwise([*begins, len(self.ids)])]
 
     def written(self, tokens: range) -> str:
-        """What some tokens wrote."""
+        """Text of a range of tokens."""
         return "".join(self.pieces[tokens.start : tokens.stop])
 
 
@@ -55,11 +55,11 @@ def segment_texts(
     model_path: str | None = None,
     prompts: Sequence[str | None] | None = None,
 ) -> list[Segmented]:
-    """Cut texts, tokenised as what continues their prompts, by every segmenter.
+    """Segment texts, tokenised as continuations of their prompts, by every segmenter.
 
-    model_path   a causal LM that gives each token's log-probability after prompt and text so far
+    model_path   a causal LM for each token's log-probability given the prompt and preceding text
 
-    Raises UserError, naming the segmenter, for whatever a segmenter does wrong.
+    Raises UserError, naming the segmenter, for any error in a segmenter.
     """
     import torch
 
@@ -68,7 +68,7 @@ def segment_texts(
     from marlhf.segmenters import segment
 
     given = list(prompts or [None] * len(texts))
-    # a text that begins with a space is taken for a response without its prompt
+    # a text that begins with a space counts as a response without its prompt
     continues = [bool(p) or t[:1] == " " for p, t in zip(given, texts, strict=True)]
     rows = [
         continuation_ids(text, tokenizer)
@@ -109,8 +109,10 @@ def _logprobs(
     prompts: Sequence[str | None],
     mask: Any,
 ) -> Any:
-    """[B,T] log-probabilities of the tokens of `rows` and entropy before them, nats, 0 outside the
-    mask."""
+    """Log-probabilities of `rows` and entropies before each token, nats, [2,B,T].
+
+    0 outside the mask. Raises UserError if the model cannot take them.
+    """
     import torch
 
     from marlhf.common.third_party_output import hide_loading_bars
@@ -147,7 +149,7 @@ def _logprobs(
 
 
 def _context(tokenizer: Any, prompt: str | None) -> list[int]:
-    """What the model reads before the text: the prompt, or at least one token to start from."""
+    """Context before the text: the prompt, or else one token to start from. Raises UserError."""
     from marlhf.common.tokenization import encode_texts
 
     if prompt:
@@ -162,33 +164,33 @@ def _context(tokenizer: Any, prompt: str | None) -> list[int]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Macro actions of one segmenter over all texts; `lengths` counts them by their tokens."""
+    """Macro actions of one segmenter over all texts; `lengths` counts them by length in tokens."""
 
     lengths: Counter[int]
 
     @property
     def count(self) -> int:
-        """Macro actions."""
+        """Number of macro actions."""
         return self.lengths.total()
 
     @property
     def mean(self) -> float:
-        """Tokens a macro action."""
+        """Mean tokens per macro action."""
         return sum(n * k for n, k in self.lengths.items()) / max(self.count, 1)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest."""
+        """Tokens of the longest macro action."""
         return max(self.lengths, default=0)
 
 
 def summarise(segmented: Sequence[Segmented], segmenter: int) -> Summary:
-    """Lengths of all macro actions of a segmenter."""
+    """Summary of all macro actions of a segmenter."""
     return Summary(Counter(len(r) for item in segmented for r in item.macro_actions(segmenter)))
 
 
 def show(segmented: Sequence[Segmented], labels: Sequence[str], console: Console) -> None:
-    """Every text by every segmenter, side by side where the terminal is wide enough."""
+    """Print each text by each segmenter, side by side if the terminal is wide enough."""
     wide = console.is_terminal and console.width >= _NARROWEST * len(labels)
     for number, item in enumerate(segmented, 1):
         heading = f"text {number} of {len(segmented)}, " if len(segmented) > 1 else ""
@@ -232,7 +234,7 @@ def _summary_table(segmented: Sequence[Segmented], labels: Sequence[str]) -> Tab
 
 
 def _bars(lengths: Counter[int], width: int = 24) -> str:
-    """A histogram in a line; lengths of `width` and more share its last place."""
+    """A one-line histogram; lengths of `width` and more share the last bar."""
     counts = [lengths[n] for n in range(1, min(max(lengths, default=0), width) + 1)]
     if max(lengths, default=0) > width:
         counts[-1] += sum(k for n, k in lengths.items() if n > width)

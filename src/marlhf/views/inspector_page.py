@@ -1,4 +1,4 @@
-"""The page that `marlhf segment --html` writes."""
+"""The HTML page of `marlhf segment --html`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from marlhf.views.inspector import Segmented, Summary, summarise
 
 
 def inspector_page(segmented: Sequence[Segmented], labels: Sequence[str]) -> str:
-    """Every text by every segmenter, with the lengths of macro actions of each."""
+    """HTML of each text by each segmenter, with histograms of macro-action lengths."""
     summaries = [summarise(segmented, i) for i in range(len(labels))]
     tokens = sum(len(item.ids) for item in segmented)
     count = f"{len(segmented)} texts" if len(segmented) > 1 else "One text"

@@ -1,4 +1,4 @@
-"""What a person looks at: macro actions in colour, the learning curve, before and after."""
+"""Terminal views: coloured macro actions, before/after summary; and the learning curve."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _TRAINING, _HELD_OUT = "#0072b2", "#d55e00"
 def macro_pieces(
     text: str, offsets: Sequence[tuple[int, int]], starts: Sequence[bool]
 ) -> list[str]:
-    """The characters that each macro action wrote: one piece for each True in `starts`.
+    """Split a response into the text of each macro action, one per True in `starts`.
 
     text     a decoded response
     offsets  half-open character span in `text` of each of its tokens
     starts   for each of these tokens, whether a macro action starts there
 
-    The pieces joined are `text`. A character that tokens of several macro actions wrote together
-    goes to the first of them; a macro action that wrote none (special tokens) is an empty piece.
+    The pieces joined are `text`. A character made of tokens of several macro actions goes to the
+    first of them; a macro action without characters (special tokens) is an empty piece.
     """
     cuts = []
     written = 0
@@ -58,11 +58,11 @@ def macro_pieces(
 def colour_macro_actions(
     pieces: Sequence[str], console: Console | None = None, line_break: str = "⏎"
 ) -> Text:
-    """The pieces as one line, each in the next colour of a palette safe for colour blindness.
+    """The pieces as one line, in alternating colours safe for colour blindness.
 
     Where `console` (default: standard output) shows no colour, as in a pipe or with NO_COLOR set,
-    `|` stands between macro actions. For a line break stands `line_break`, and for any other
-    control character, which might command the terminal, �.
+    `|` separates macro actions. `line_break` replaces line breaks, and � any other control
+    character, which might command the terminal.
     """
     shown = [visible(piece, line_break) for piece in pieces if piece]
     if not has_colour(console or Console()):
@@ -86,7 +86,7 @@ class BeforeAfter:
     """One prompt answered before and after training.
 
     before, after              the response as macro actions, see `macro_pieces`
-    score_before, score_after  what the reward gave it
+    score_before, score_after  its score by the reward
     """
 
     prompt: str
@@ -102,10 +102,10 @@ def before_after_panel(
     samples: Sequence[BeforeAfter],
     console: Console | None = None,
 ) -> Group:
-    """What training changed: held-out score and KL, and samples with their macro actions.
+    """Held-out score and KL before and after training, and samples with macro actions.
 
-    before, after   rows of metrics with `eval_score_mean` and `eval_kl_mean`; a value that is
-                    missing or null is shown as a dash
+    before, after   rows of metrics with `eval_score_mean` and `eval_kl_mean`; a missing or null
+                    value is shown as a dash
     """
     console = console or Console()
     coloured = has_colour(console)
@@ -147,9 +147,9 @@ def plot_reward_kl(metrics: Sequence[Mapping[str, Any]], path: str | Path, title
     """Draw score and KL over the updates as a PNG of 900 x 750 pixels.
 
     metrics   rows of metrics.jsonl: `score_mean` and `kl_mean` of an update, `eval_score_mean` and
-              `eval_kl_mean` on held-out prompts; what is missing, null or not finite is left out
+              `eval_kl_mean` on held-out prompts; missing, null and non-finite values are left out
 
-    Raises UserError where matplotlib is not installed.
+    Raises UserError if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -157,7 +157,7 @@ def plot_reward_kl(metrics: Sequence[Mapping[str, Any]], path: str | Path, title
     except ImportError as error:
         raise UserError("plots need matplotlib: pip install marlhf[demo]") from error
 
-    # Without pyplot there is no global state, and no display is looked for.
+    # Without pyplot: no global state, and no search for a display.
     figure = Figure(figsize=(7.2, 6.0), dpi=125, layout="constrained")
     score, kl = figure.subplots(2, 1, sharex=True)
     figure.suptitle(title, fontsize=12)
@@ -193,7 +193,7 @@ def _panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], train: str, held_ou
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Updates and values of a metric, where it has one."""
+    """Updates and values of a metric, without missing values."""
     points = [(finite(row.get("step", i)), finite(row.get(key))) for i, row in enumerate(metrics)]
     known = [(x, y) for x, y in points if x is not None and y is not None]
     return [x for x, _ in known], [y for _, y in known]

@@ -1,4 +1,4 @@
-"""`marlhf report RUN [RUN ...]`: one self-contained page about runs, and their charts as PNGs."""
+"""`marlhf report RUN [RUN ...]`: a self-contained page about runs, and charts as PNGs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from marlhf.common.paths import local_path, writing
 
 
 def main(words: Sequence[str]) -> None:
-    """Write the report and say where it is."""
+    """Write the report and print its path. Raises UserError."""
     options = _parse(words)
     from marlhf.views.html_page import write_page
     from marlhf.views.report.document import document

@@ -43,7 +43,7 @@ ADVICE = {
 
 
 def document(groups: Sequence[Group], baseline: Group) -> str:
-    """The whole report."""
+    """The complete report, as HTML."""
     runs = [run for group in groups for run in group.runs]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [

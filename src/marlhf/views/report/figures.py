@@ -12,8 +12,8 @@ from marlhf.views.charts import Line, LineChart
 from marlhf.views.report.groups import Group, Mean
 from marlhf.views.report.runs import Run
 
-_LONGEST = 2**20  # tokens of a macro action; what is beyond it no model has written
-_POINTS = 120  # of a line; more would be neither seen nor quick to draw
+_LONGEST = 2**20  # tokens per macro action; larger values are no real data
+_POINTS = 120  # per line; more would be slow to draw and not visible
 
 SECTIONS = {
     "Reward, KL and responses": {
@@ -61,7 +61,7 @@ _NAMED = {key for section in SECTIONS.values() for key in section}
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric, against steps and against seconds. `name` is that of its PNG."""
+    """One metric, against steps and against seconds. `name` is its PNG's name."""
 
     name: str
     title: str
@@ -70,7 +70,7 @@ class Figure:
 
 
 def sections(groups: Sequence[Group]) -> dict[str, list[Figure]]:
-    """Charts of every metric that some run has, by section; sections without one are left out."""
+    """Charts of all metrics that some run has, by section, without empty sections."""
     present = set().union(*(run.keys() for group in groups for run in group.runs))
     others = {key: key for key in sorted(present - _NAMED)}
     found = {
@@ -97,8 +97,10 @@ def figure(groups: Sequence[Group], key: str, title: str) -> Figure:
 
 
 def mean_line(group: Group, key: str, seconds: bool = False) -> Line:
-    """A group's mean of a metric at every step at which some run has it, in at most _POINTS points
-    (each a mean over neighbouring steps)."""
+    """A group's mean of a metric at each step where some run has it.
+
+    A long run has at most _POINTS points, means over neighbouring steps, except for evaluations.
+    """
     curves = [_curve(run, key) for run in group.runs]
     clocks = [run.seconds() for run in group.runs]
     x, y, low, high = [], [], [], []
@@ -116,12 +118,12 @@ def mean_line(group: Group, key: str, seconds: bool = False) -> Line:
 
 
 def _never_negative(key: str) -> bool:
-    """`reward_length_mean` is a reward."""
+    """Whether a metric cannot be negative; `reward_length_mean`, a reward, can."""
     return key.endswith(_NEVER_NEGATIVE) and not key.startswith("reward_")
 
 
 def _curve(run: Run, key: str) -> dict[int, float]:
-    """A metric by step; of a long run, means over as many neighbouring steps as it takes."""
+    """A metric by step; in a long run, means over bins of neighbouring steps."""
     values = run.values(key)
     width = -(-run.last_step // _POINTS)
     if width <= 1 or key.startswith("eval_"):
@@ -137,9 +139,9 @@ def _curve(run: Run, key: str) -> dict[int, float]:
 
 
 def frontier(groups: Sequence[Group]) -> LineChart | None:
-    """Reward against KL as training goes on, means over runs; None where no run has both.
+    """Reward against KL during training, as means over runs. None if no run has both.
 
-    Held-out evaluations where there are some, else training batches.
+    Uses held-out evaluations if there are any, else training batches.
     """
     for title, prefix in (("Reward, held-out prompts", "eval_"), ("Reward, training batch", "")):
         lines = [_path(group, f"{prefix}kl_mean", f"{prefix}score_mean") for group in groups]
@@ -158,7 +160,7 @@ def _path(group: Group, kl: str, score: str) -> Line:
 
 
 def macro_lengths(group: Group) -> tuple[Counter[int], int]:
-    """Macro actions in a group's samples, by their tokens; how many responses those are."""
+    """Counts of macro actions by length in a group's samples, and the number of responses."""
     lengths: Counter[int] = Counter()
     responses = 0
     for sample in (sample for run in group.runs for sample in run.samples):
@@ -172,7 +174,7 @@ def macro_lengths(group: Group) -> tuple[Counter[int], int]:
 def final(
     group: Group, key: str, of: Callable[[Iterable[float]], Mean | None] = Mean.of
 ) -> Mean | None:
-    """The mean over runs of the last value of a metric."""
+    """Mean over runs of the last value of a metric."""
     curves = [run.values(key) for run in group.runs]
     return of(list(curve.values())[-1] for curve in curves if curve)
 

@@ -13,7 +13,7 @@ from marlhf.common.errors import UserError
 from marlhf.common.registry import spec_label
 from marlhf.views.report.runs import Run
 
-# What tells runs of one configuration apart, and what has no say in what is learnt.
+# Keys that differ within one configuration, or have no effect on learning.
 _NO_DIFFERENCE = {
     "seed",
     "output_dir",
@@ -26,7 +26,7 @@ _NO_DIFFERENCE = {
 SMOOTHED = 5  # evaluations
 _LONG = 70  # characters
 _RESAMPLES = 2000
-# Student's t, two-sided 95%, for 1, 2, ... degrees of freedom: tables of any textbook.
+# Student's t, two-sided 95%, for 1, 2, ... degrees of freedom: from any textbook's table.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 _T += (2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
 _T += (2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -43,8 +43,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over runs with its 95% interval (Student's t), None where a single run leaves it
-    open."""
+    """A mean over runs with its 95% interval (Student's t).
+
+    half    half the interval's width; None for a single run
+    """
 
     value: float
     half: float | None
@@ -52,7 +54,7 @@ class Mean:
 
     @staticmethod
     def of(values: Iterable[float]) -> Mean | None:
-        """None of no values."""
+        """The mean of `values`; None if there are none."""
         x = np.asarray(list(values), dtype=np.float64)
         if not len(x):
             return None
@@ -63,14 +65,16 @@ class Mean:
 
 
 def student_t(freedom: float) -> float:
-    """Two-sided 95% quantile for at least one degree of freedom, of which fractions are cut."""
+    """Two-sided 95% quantile of Student's t; `freedom`, at least 1, is rounded down."""
     whole = int(freedom)
     return _T[whole - 1] if whole <= len(_T) else 1.96 + 2.4 / whole
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean | None:
-    """Mean of `ours` minus mean of `theirs` with Welch's 95% interval, whose half is None where
-    one of the two is a single value; None of no values."""
+    """Mean of `ours` minus mean of `theirs`, with Welch's 95% interval.
+
+    The half is None if one of the two is a single value; the result is None if one is empty.
+    """
     a, b = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
     if not len(a) or not len(b):
         return None
@@ -88,10 +92,11 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean | None:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose configurations agree in everything but seed and outputs belong together, in the
-    order in which they were given. That a run does not have a key (it was made by another version)
-    tells it apart only where others differ in that key. A run without configuration is a group of
-    its own."""
+    """Group runs whose configurations differ only in seed and outputs, in the given order.
+
+    A missing key (of a run by another version) separates a run only if others differ in that key.
+    A run without configuration is a group of its own.
+    """
     varying = what_varies(runs)
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -101,9 +106,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     labels = [_label(group, varying) for group in members.values()]
     arms = [_arm(group) for group in members.values()]
     too_long = any(len(label) > _LONG for label in labels)
-    if too_long:  # too much differs to be a name
+    if too_long:  # too many differences for a name
         labels = [group[0].name for group in members.values()]
-    if too_long or None not in arms:  # a sweep's own names, where they tell the groups apart
+    if too_long or None not in arms:  # names from a sweep, if they are distinct
         named = [arm or label for arm, label in zip(arms, labels, strict=True)]
         labels = named if len(set(named)) == len(named) else labels
     return [
@@ -113,7 +118,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def what_varies(runs: Sequence[Run]) -> list[str]:
-    """Keys in which those configurations that have them differ."""
+    """Keys with more than one value among the configurations that have them."""
     found: dict[str, set[str]] = {}
     for run in runs:
         for key, value in _flat(run.config).items():
@@ -122,7 +127,7 @@ def what_varies(runs: Sequence[Run]) -> list[str]:
 
 
 def _arm(group: Sequence[Run]) -> str | None:
-    """The arm of a sweep that all runs of a group belong to."""
+    """The sweep arm that all runs of a group share, if any."""
     arms = {run.arm for run in group}
     return arms.pop() if len(arms) == 1 else None
 
@@ -139,8 +144,11 @@ def _label(group: Sequence[Run], varying: Sequence[str]) -> str:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys of sections -> values; a segmenter or a reward is one value. The day on which a
-    run began is no difference."""
+    """Dotted keys of sections -> values, without keys that do not tell configurations apart.
+
+    A segmenter is one value, as is a key of a section. `template_date`, the day a run began, is
+    left out.
+    """
     found: dict[str, Any] = {}
     for key, value in config.items():
         if key in _NO_DIFFERENCE:
@@ -154,20 +162,21 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(value: Any) -> str:
-    """A value as text, whatever the order of its keys."""
+    """A value as text, independent of the order of keys."""
     if isinstance(value, dict):
         return repr(sorted(f"{key!r}: {_canonical(v)}" for key, v in value.items()))
     return repr([*map(_canonical, value)] if isinstance(value, list) else value)
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key of `what_varies`; a dash where the run does not have it."""
+    """The value of a dotted key of `what_varies`; a dash if the run lacks it."""
     return _flat(config).get(key, "–")
 
 
 def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
-    """The group that others are compared with: the one that is asked for by its label or by the
-    name of one of its runs, or else token-level PPO, or else the first.
+    """Choose the group that others are compared with.
+
+    `wanted` is its label or the name of one of its runs; default: token-level PPO, else the first.
 
     Raises UserError.
     """
@@ -192,9 +201,9 @@ def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
 class Parity:
     """When the runs of a group reach the baseline's final held-out reward.
 
-    steps      of each run with evaluations, infinite where it never does
-    median     of these; low, high: its 95% interval, where there are several runs
-    ratio      of the medians, this group's to the baseline's, with its interval
+    steps      steps (or seconds) of each run with evaluations; infinite if it never does
+    median     their median; low, high: its 95% interval, if there are several runs
+    ratio      this group's median divided by the baseline's, with its interval
     """
 
     steps: list[float]
@@ -207,12 +216,12 @@ class Parity:
 
     @property
     def reached(self) -> int:
-        """Runs that do."""
+        """Number of runs that reach it."""
         return sum(math.isfinite(s) for s in self.steps)
 
 
 def smoothed(values: Mapping[int, float]) -> dict[int, float]:
-    """Means of the last SMOOTHED evaluations, from the first step that has so many on."""
+    """Running means over the last SMOOTHED evaluations; steps with fewer are left out."""
     steps = sorted(values)
     return {
         steps[i]: float(np.mean([values[s] for s in steps[i + 1 - SMOOTHED : i + 1]]))
@@ -221,13 +230,13 @@ def smoothed(values: Mapping[int, float]) -> dict[int, float]:
 
 
 def finals(group: Group, key: str = "eval_score_mean") -> list[float]:
-    """The final smoothed value of a held-out metric, of each run that has one."""
+    """Final smoothed values of a held-out metric, one per run that has it."""
     curves = [smoothed(run.values(key)) for run in group.runs]
     return [list(curve.values())[-1] for curve in curves if curve]
 
 
 def target_of(baseline: Group) -> float | None:
-    """The mean over the baseline's runs of their final smoothed held-out reward."""
+    """Mean of the final smoothed held-out reward over the baseline's runs; None without any."""
     found = finals(baseline)
     return float(np.mean(found)) if found else None
 
@@ -235,12 +244,11 @@ def target_of(baseline: Group) -> float | None:
 def parity(
     group: Group, baseline: Group, seconds: bool = False, target: float | None = None
 ) -> Parity | None:
-    """Steps (or seconds of updates) to parity, or to another reward that is given as `target`; None
-    where there are too few evaluations.
+    """Steps (or seconds of updates) to parity; None if there are too few evaluations.
 
-    Intervals are percentiles of a bootstrap over runs, of both groups for the ratio. In the ratio a
-    run of the baseline that never reaches its group's mean counts with its last step, which is too
-    early and so favours the baseline.
+    Parity is `target_of(baseline)`, unless another reward is given as `target`. Intervals are
+    percentiles of a bootstrap over runs, of both groups for the ratio. In the ratio a baseline run
+    that never reaches its group's mean counts with its last step, which favours the baseline.
     """
     target = target_of(baseline) if target is None else target
     if target is None:
@@ -257,7 +265,7 @@ def parity(
         draws = _medians(ours, 0)
         low, high = _interval(draws)
         if len(theirs) > 1:
-            # the baseline against itself is 1 by definition: the same runs are drawn for both
+            # the baseline has the same draws on both sides: its ratio to itself is 1 by definition
             others = _medians(theirs, 0 if group is baseline else 1)
             if base > 0 and group is not baseline:
                 ratio_low, ratio_high = _interval(draws / np.maximum(others, 1e-12))
@@ -285,12 +293,12 @@ def _medians(values: Sequence[float], seed: int) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
     drawn = x[np.random.default_rng(seed).integers(0, len(x), (_RESAMPLES, len(x)))]
     ordered = np.sort(drawn, axis=1)
-    # of an even number the middle two are averaged; infinity stays infinity
+    # the middle two of an even number are averaged; infinity stays infinity
     return (ordered[:, (len(x) - 1) // 2] + ordered[:, len(x) // 2]) / 2
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:
-    """Percentiles that are values drawn: between a number and infinity there is nothing."""
+    """95% percentile interval of drawn values, not interpolated, as some are infinite."""
     ordered = np.sort(draws)
     count = len(ordered)
     return float(ordered[int(0.025 * count)]), float(ordered[math.ceil(0.975 * count) - 1])

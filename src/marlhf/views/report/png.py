@@ -14,7 +14,7 @@ from marlhf.views.report.groups import Group
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The light theme of assets/page.css, as far as matplotlib has the same shapes.
+# The light theme of assets/page.css, with the shapes that matplotlib has.
 _COLOURS = "#0072b2 #c24a00 #007a59 #a3477f #8a6a00 #2b83ba #5b5b5b #7a3cc2".split()
 _MARKERS = "o s ^ D v P * _".split()
 _DASHES: list[Any] = [
@@ -30,9 +30,9 @@ _DASHES: list[Any] = [
 
 
 def write_pngs(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """One PNG a chart, by update and (where the name says so) by seconds.
+    """Write one PNG per chart, by update and (if the name says so) by seconds.
 
-    Raises UserError where matplotlib is not installed.
+    Raises UserError if matplotlib is not installed.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -65,7 +65,7 @@ def new_figure() -> tuple[Figure, Any]:
 
 
 def draw(chart: LineChart) -> Figure:
-    """A chart of lines, told apart by colour, dashes and markers."""
+    """Draw a chart; its lines differ in colour, dashes and markers."""
     figure, axes = new_figure()
     for line in chart.lines:
         if not line.x:
@@ -113,11 +113,11 @@ def _draw_lengths(groups: Sequence[Group]) -> Figure:
 
 
 def _plain(label: str) -> str:
-    """Dollar signs would start a formula, and a leading underscore hides a label."""
+    """Escape a label: matplotlib reads $ as math and hides labels that begin with _."""
     return label.replace("$", r"\$").lstrip("_")
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write it, and say where."""
+    """Write the figure; returns its path."""
     figure.savefig(path)
     return path

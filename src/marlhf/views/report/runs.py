@@ -1,4 +1,4 @@
-"""Folders -> runs. Whatever is missing or broken in a run is left out and noted, never fatal."""
+"""Read runs from folders. Missing or broken parts are skipped and noted, never fatal."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DEEPEST, _LARGEST = 50, 100_000  # levels and values of a configuration
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind.
+    """The files of a run.
 
-    name      how the report calls it: its folder, as far as it is needed to tell runs apart
-    config    its resolved configuration, empty where there is none
-    rows      metrics by step, one row a step; values are as in the file
+    name      its name in the report: the end of its path that distinguishes it from other runs
+    config    its resolved configuration, empty if there is none
+    rows      metrics in the order of steps, one row per step; values are as in the file
     samples   lines of samples.jsonl
-    notes     what was left out, for the reader
-    arm       what a sweep called its configuration
+    notes     notes for the reader on missing or broken parts
+    arm       a sweep's name for its configuration
     """
 
     name: str
@@ -39,12 +39,12 @@ class Run:
     arm: str | None = None
 
     def values(self, key: str) -> dict[int, float]:
-        """A metric by step, where it is a finite number."""
+        """A metric by step, without values that are not finite numbers."""
         found = {row["step"]: _drawable(row.get(key)) for row in self.rows}
         return {step: value for step, value in found.items() if value is not None}
 
     def seconds(self) -> dict[int, float]:
-        """Seconds of updates up to each step, without evaluations."""
+        """Cumulative seconds of updates at each step, without evaluations."""
         total, found = 0.0, {}
         for row in self.rows:
             total += max(_drawable(row.get("step_seconds")) or 0.0, 0.0)
@@ -59,20 +59,20 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step of which there is a row; 0 without any."""
+        """The last step that has a row; 0 without any."""
         return self.rows[-1]["step"] if self.rows else 0
 
 
 def _drawable(value: Any) -> float | None:
-    """A finite number that single precision holds; what is beyond it no model has computed."""
+    """The value if it is a finite number in the range of fp32, else None."""
     number = finite(value)
     return number if number is not None and abs(number) < 3e38 else None
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs in some folders: each is one, or holds some below it (a sweep).
+    """Read the runs in some folders: each a run or a sweep.
 
-    Raises UserError for a folder that does not exist, or where none of them holds a run.
+    Raises UserError for a folder that does not exist or holds no run.
     """
     folders: dict[Path, None] = {}
     for path in paths:
@@ -98,7 +98,7 @@ def _below(folder: Path) -> Iterable[Path]:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The ends of the paths, as long as it takes for all to differ."""
+    """The shortest ends of the paths, of equal length, that all differ."""
     parts = [folder.parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -123,8 +123,10 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Row]:
-    """Objects, one a line; lines that are none (the last one of a run that was killed) are left
-    out and counted."""
+    """Read JSON objects, one per line.
+
+    Broken lines, such as the last one of a killed run, are skipped and counted in `notes`.
+    """
     if not path.is_file():
         return []
     try:
@@ -149,7 +151,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
 
 
 def _by_step(rows: Iterable[Row], notes: list[str]) -> list[Row]:
-    """Rows in the order of their steps, joined where a step has several (a later one wins)."""
+    """Rows sorted by step; rows of the same step are merged (the later wins)."""
     found: dict[int, Row] = {}
     lost = 0
     for row in rows:
@@ -178,7 +180,7 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a configuration's size once its aliases are written out: a loop has no end."""
+    """Whether a value, with YAML aliases expanded, is small and shallow; cycles are neither."""
     waiting, count = [(value, 0)], 0
     while waiting:
         node, depth = waiting.pop()

@@ -1,4 +1,4 @@
-"""The same held-out prompts before and after training, macro action by macro action."""
+"""Responses to the same held-out prompts before and after training, with macro actions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from marlhf.views.html_page import data, shown, shown_token, tag, text
 from marlhf.views.report.runs import Run
 
 _PROMPTS = 4
-_LONG_PROMPT = 240  # characters; of a longer one the beginning is folded away
+_LONG_PROMPT = 240  # characters; the beginning of a longer prompt is folded
 
 Sample = dict[str, Any]
 
 
 def before_after(run: Run) -> str:
-    """HTML of a run's first and last held-out responses, prompt by prompt, and of responses of its
-    last update; says what is missing where there is none."""
+    """HTML of a run's first and last held-out responses to each prompt.
+
+    Training responses of its last update follow. Without two evaluations, it says which settings
+    would give them.
+    """
     held_out = [s for s in run.samples if s.get("held_out") is True and _usable(s)]
     steps = sorted({s["step"] for s in held_out})
     parts = []
@@ -60,12 +63,12 @@ def _usable(sample: Sample) -> bool:
 
 
 def _scale(samples: Sequence[Sample]) -> float:
-    """The advantage that is shaded most."""
+    """The largest absolute advantage, which gets the strongest shade; 1 without any."""
     return max((abs(a) for s in samples for a in _advantages(s)), default=0.0) or 1.0
 
 
 def _advantages(sample: Sample) -> list[float]:
-    """Advantages, one a macro action; empty where they are not known."""
+    """Advantages, one per macro action; empty if unknown."""
     given = sample.get("macro_advantages")
     if not isinstance(given, list) or len(given) != len(sample["macro_actions"]):
         return []
@@ -118,6 +121,6 @@ def _macro_action(
         if abs(advantage) > 0.01 * scale:
             sign = tag("sup", "+" if advantage > 0 else "−", class_="sign")
     content = shown_token(piece)
-    line = content.removesuffix("\n")  # the sign stays on it
+    line = content.removesuffix("\n")  # the sign stays on this line
     content = line + sign + content[len(line) :]
     return tag("span", content, class_=f"a e{index % 4}", style=style, data_tip=data(tip))

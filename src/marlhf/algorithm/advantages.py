@@ -1,6 +1,6 @@
 """Advantages over macro actions: GAE with a critic, or a comparison of responses without one.
 
-Pure functions; what crosses ranks is an argument.
+Pure functions; reductions over ranks are arguments.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def gae(
     lam            GAE lambda, per macro action
     bootstrap_B    V after the last macro action; None for 0 (a finished response)
 
-    Returns (advantages_BM, returns_BM), 0 outside the mask, whose inputs are ignored even if NaN.
+    Returns (advantages_BM, returns_BM), 0 outside the mask; inputs there are ignored, even NaN.
     Source: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; over options: arXiv 2410.02743.
     """
     assert rewards_BM.shape == values_BM.shape == mask_BM.shape == discounts_BM.shape
@@ -66,7 +66,7 @@ def group_relative(
     estimator: Literal["rloo", "grpo", "reinforce"],
     all_reduce: AllReduceSum = lambda x: x,
 ) -> Tensor:
-    """One advantage for each response, from comparing it with others; no critic.
+    """One advantage per response, from comparing responses, without a critic.
 
     rloo       return minus the mean return of the group's other responses (Ahmadian et al. 2024)
     grpo       (return - group mean) / group standard deviation (Shao et al. 2024), the unbiased
@@ -97,12 +97,12 @@ def group_relative(
 
 
 def whiten(x: Tensor, weights: Tensor, all_reduce: AllReduceSum = lambda x: x) -> Tensor:
-    """Mean 0 and variance 1 under non-negative weights, over all ranks.
+    """Scale to mean 0 and variance 1 under non-negative weights, over all ranks.
 
-    x, weights    the same shape; weight 0 leaves an entry out, and makes it 0
+    x, weights    the same shape; weight 0 leaves an entry out and sets it to 0
     all_reduce    sums a small float64 tensor over ranks
 
-    A batch without spread becomes 0: the variance has 1e-8 added.
+    A constant batch becomes 0, as 1e-8 is added to the variance.
     """
     assert x.shape == weights.shape
     weights = weights.double()

@@ -28,10 +28,10 @@ def pair_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
 
 
 def reliability(difference: Tensor) -> list[dict[str, Any]]:
-    """For each bin of confidence from 0.5 to 1 that has pairs: how often the prediction is right.
+    """Accuracy per bin of confidence from 0.5 to 1; bins without pairs are left out.
 
-    The prediction is the text with the higher score, its confidence sigmoid(|difference|), which
-    the Bradley-Terry model says is the probability of being right.
+    The prediction is the text with the higher score, its confidence sigmoid(|difference|): the
+    probability of being right under the Bradley-Terry model.
     """
     confidence = torch.sigmoid(difference.double().abs())
     correct = (difference > 0).double() + 0.5 * (difference == 0).double()
@@ -53,15 +53,14 @@ def reliability(difference: Tensor) -> list[dict[str, Any]]:
 
 
 def calibration_error(table: list[dict[str, Any]]) -> float:
-    """Mean over pairs of |accuracy - confidence| of their bin (Guo et al. 2017, arXiv
-    1706.04599)."""
+    """Mean over pairs of their bin's |accuracy - confidence| (Guo et al. 2017, 1706.04599)."""
     pairs = sum(row["pairs"] for row in table)
     gaps = (row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table)
     return sum(gaps) / pairs
 
 
 def histogram(chosen: Tensor, rejected: Tensor) -> dict[str, list[float]]:
-    """Counts of both kinds of scores between the same `edges`, one more than there are counts."""
+    """Histograms of both kinds of scores over the same `edges`, one more than bins."""
     both = torch.cat([chosen, rejected]).double()
     low, high = float(both.min()), float(both.max())
     high = high if high > low else low + 1.0

@@ -1,4 +1,4 @@
-"""From a scored rollout and its macro actions to what the update learns from.
+"""From a scored rollout and its macro actions to the experience of an update.
 
     starts -> segment ids -> reduce -> GAE -> whiten -> expand
 
@@ -28,10 +28,10 @@ from marlhf.config import MacroSettings, PPOSettings
 
 @dataclass(frozen=True)
 class TokenData:
-    """What a rollout knows of each token, before macro actions.
+    """Per-token data of a rollout, before macro actions.
 
     response_mask   [B,T] bool
-    kl_rewards      [B,T] -kl_coef * (logprobs - ref_logprobs); zeros when KL sits in the loss
+    kl_rewards      [B,T] -kl_coef * (logprobs - ref_logprobs); zeros when the penalty is in the loss
     task_rewards    [B,T] scores on last tokens, and rewards inside responses
     values          [B,T], None without a critic
     last_values     [B] value after the last token, None without a critic
@@ -48,11 +48,11 @@ class TokenData:
 
 @dataclass(frozen=True)
 class MacroBatch:
-    """Advantages and returns over macro actions, and spread over their tokens.
+    """Advantages and returns per macro action (BM) and per token (BT).
 
-    advantages_BT   whitened if asked for; the same for all tokens of a macro action
+    advantages_BT   whitened if configured; the same for all tokens of a macro action
     returns_BM      targets of the values, None without a critic
-    values_BM       values of the macro actions when they were sampled, None without a critic
+    values_BM       values of the macro actions at sampling, None without a critic
     """
 
     segment_ids: Tensor
@@ -73,7 +73,7 @@ def macro_batch(
     group_size: int = 1,
     all_reduce: AllReduceSum = lambda x: x,
 ) -> MacroBatch:
-    """The heart of the library: `starts [B,T]` and token rewards -> macro advantages.
+    """The core of the library: `starts [B,T]` and token rewards -> macro advantages.
 
     group_size   consecutive responses to one prompt, for estimators that compare them
     all_reduce   sums over ranks, for whitening
@@ -118,8 +118,12 @@ def macro_batch(
 
 
 def macro_rewards(tokens: TokenData, ids: Tensor, macro: MacroSettings, gamma: float) -> Tensor:
-    """Reward of each macro action, [B,M]: the discounted sum of its tokens' rewards, or (`mean`,
-    the paper's released code) its KL rewards averaged like its values, its task rewards added."""
+    """Reward of each macro action, [B,M].
+
+    sum    the discounted sum of its tokens' rewards
+    mean   its KL rewards averaged like its values, plus the sum of its task rewards (the paper's
+           released code)
+    """
     if macro.reward == "sum":
         return reduce(tokens.kl_rewards + tokens.task_rewards, ids, "sum", gamma)
     return reduce(tokens.kl_rewards, ids, macro.value) + reduce(tokens.task_rewards, ids, "sum")
@@ -127,9 +131,10 @@ def macro_rewards(tokens: TokenData, ids: Tensor, macro: MacroSettings, gamma: f
 
 @dataclass(frozen=True)
 class Experience:
-    """Rows of a rollout as the losses read them; None without a reference, or without a critic.
+    """Sequences of a rollout, with all tensors that the losses need.
 
-    input_ids, attention_mask [B,P+T]; the others [B,T].
+    input_ids, attention_mask [B,P+T]; the others [B,T]. None without a reference, or without a
+    critic.
     """
 
     input_ids: Tensor
@@ -146,7 +151,7 @@ class Experience:
         return len(self.response_mask)
 
     def rows(self, index: Tensor) -> Experience:
-        """Some rows, without the columns that are padding in all of them."""
+        """The sequences at `index`, without columns that are padding in all of them."""
         whole, response = kept_columns(self.attention_mask[index], self.response_mask[index])
         columns = {"input_ids": whole, "attention_mask": whole}
         picked: dict[str, Any] = {}
@@ -158,12 +163,12 @@ class Experience:
         return Experience(**picked)
 
     def counts(self) -> Tensor:
-        """Response tokens and macro actions in these rows, float64 [2]."""
+        """Numbers of response tokens and of macro actions, float64 [2]."""
         tokens, macro_actions = self.response_mask.sum(), macro_mask(self.segment_ids).sum()
         return torch.stack([tokens, macro_actions]).double()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that there is, by name."""
+        """All tensors by name, None left out."""
         return {name: x for name, x in vars(self).items() if x is not None}
 
 

@@ -1,4 +1,4 @@
-"""The weight of the KL penalty: fixed, or steered towards a KL."""
+"""The coefficient of the KL penalty: fixed, or adapted towards a target KL."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ _LARGEST_ERROR = 0.2
 
 
 def reads_reference(settings: KLSettings, required: Collection[str]) -> bool:
-    """Whether an update reads the reference's log-probabilities: for the penalty, or because what a
-    segmenter and token rewards require has `ref_logprobs` in it."""
+    """Whether an update needs the reference's log-probabilities.
+
+    It does for the KL penalty, and where a segmenter or token reward requires `ref_logprobs`.
+    """
     return settings.coef > 0 or not REF_LOGPROBS.isdisjoint(required)
 
 
 class KLCoefficient:
-    """The coefficient now in use, and where it applies; its state is the coefficient.
+    """The current coefficient of the KL penalty, and where it applies.
 
-    in_loss   the penalty is part of the policy's loss, and not of the rewards
+    in_loss   the penalty is part of the policy's loss, not of the rewards
     """
 
     def __init__(self, settings: KLSettings, in_loss: bool) -> None:
@@ -40,11 +42,11 @@ class KLCoefficient:
         return self.coef if self.in_loss else 0.0
 
     def update(self, kl: float, responses: int) -> None:
-        """After an update of so many responses, whose mean KL was `kl` nats a response:
+        """Adapt the coefficient after an update; `kl` is its mean, nats per response:
 
             coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon
 
-        Without a target the coefficient stays. Source: Ziegler et al. 2019 (arXiv 1909.08593),
+        Without a target the coefficient is fixed. Source: Ziegler et al. 2019 (arXiv 1909.08593),
         section 2.2, with the gain given as a horizon, as in their code.
         """
         target, horizon = self.settings.target, self.settings.horizon
@@ -53,11 +55,11 @@ class KLCoefficient:
             self.coef *= 1 + error * responses / horizon
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs."""
+        """The coefficient, for checkpoints."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved coefficient. Raises UserError."""
+        """Resume from a saved coefficient. Raises UserError."""
         if not isinstance(state["coef"], int | float) or not math.isfinite(state["coef"]):
             raise UserError(f"coef is {state['coef']!r}, must be a finite number")
         self.coef = state["coef"]

@@ -1,8 +1,8 @@
 """Losses on log-probabilities and values, and estimators of the KL divergence.
 
 Every loss is a sum over the mask divided by `denominator`. The trainer passes the number of valid
-entries of the whole optimiser step, over micro-batches and ranks, so that no split of the batch
-changes the gradient; None is the mask's own count.
+entries of the full optimiser step, over micro-batches and ranks, so that no split of the batch
+changes the gradient; None stands for the mask's own count.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def policy_loss(
 ) -> tuple[Tensor, Stats]:
     """PPO's clipped objective, negated: max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)).
 
-    advantages_BT   the advantage of the macro action that holds each token
+    advantages_BT   the advantage of each token's macro action
     ratio           what r is, with l_t = logprobs - old_logprobs:
         token           exp(l_t)
         macro_mean      exp(mean of l over the macro action), for each of its tokens; with one
-                        macro action a response this is GSPO's (Zheng et al. 2025), whose clip
+                        macro action per response this is GSPO's (Zheng et al. 2025), whose clip
                         range is near 1e-3
-        macro_product   exp(sum of l over the macro action), once for each macro action (the
+        macro_product   exp(sum of l over the macro action), once per macro action (the
                         formula of MA-RLHF, arXiv 2410.02743)
     segment_ids     [B,T], needed by the two macro ratios
     denominator     tokens to divide by, in all three
 
     At r = 1 all three have the same gradient. Returns (loss, stats): `clip_fraction` and
-    `approx_kl` (k3 of the old policy against the new), means over what r is counted for, tokens
-    or (macro_product) macro actions, and `ratio_max`.
+    `approx_kl` (k3 of the old policy against the new), means over the entries of r, tokens or
+    (macro_product) macro actions, and `ratio_max`.
     Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7.
     """
     assert logprobs_BT.shape == old_logprobs_BT.shape == advantages_BT.shape == mask_BT.shape
@@ -121,7 +121,7 @@ def kl_loss(
     mask_BT: Tensor,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """The k3 estimate of KL(policy || reference) a token, differentiable in `logprobs_BT`."""
+    """The k3 estimate of KL(policy || reference) per token, differentiable in `logprobs_BT`."""
     difference = torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, torch.zeros_like(logprobs_BT))
     return k3(difference).sum() / _denominator(mask_BT, denominator)
 
@@ -129,7 +129,7 @@ def kl_loss(
 def sft_loss(
     logprobs_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None
 ) -> Tensor:
-    """Cross-entropy of the tokens under the mask, nats a token."""
+    """Cross-entropy of the tokens under the mask, nats per token."""
     kept = torch.where(mask_BT, logprobs_BT, torch.zeros_like(logprobs_BT))
     return -kept.sum() / _denominator(mask_BT, denominator)
 
@@ -141,7 +141,7 @@ def pairwise_loss(
     centring: float = 0.0,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """Bradley-Terry: -log sigmoid(chosen - rejected - margin), nats a pair.
+    """Bradley-Terry: -log sigmoid(chosen - rejected - margin), nats per pair.
 
     chosen_B, rejected_B   scores of the two texts of each pair
     margin_B    by how much the chosen one should win (Touvron et al. 2023, arXiv 2307.09288)

@@ -1,6 +1,6 @@
-"""From tokens to macro actions and back: pure functions on tensors, no model in sight.
+"""From tokens to macro actions and back: pure functions on tensors, without a model.
 
-`starts` say where macro actions begin; `segment_ids` number them. `reduce` makes one number of the
+`starts` say where macro actions begin; `segment_ids` number them. `reduce` aggregates over the
 tokens of each macro action, `expand` gives every token its macro action's number.
 Shapes are [B,T] over response tokens and [B,M] over macro actions (see `types`).
 """
@@ -24,7 +24,7 @@ def segment_ids(starts: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def macro_mask(segment_ids: Tensor) -> Tensor:
-    """[B,M] bool: which macro actions exist, M being the largest number in a row of the batch."""
+    """[B,M] bool: which macro actions exist; M is the most in any response."""
     if segment_ids.numel() == 0:
         return segment_ids.new_zeros((segment_ids.shape[0], 0), dtype=torch.bool)
     counts = segment_ids.max(1).values + 1
@@ -37,7 +37,7 @@ def macro_lengths(segment_ids: Tensor) -> Tensor:
 
 
 def reduce(x_BT: Tensor, segment_ids: Tensor, how: How = "equal", discount: float = 1.0) -> Tensor:
-    """One number for each macro action of length w, from its tokens' numbers x_0 .. x_(w-1).
+    """One number per macro action of w tokens, from their x_0 .. x_(w-1).
 
     equal      sum_i x_i / w  (the paper's default for values)
     position   sum_i x_i / (i+1), over sum_i 1 / (i+1)
@@ -56,7 +56,7 @@ def reduce(x_BT: Tensor, segment_ids: Tensor, how: How = "equal", discount: floa
 
 
 def expand(x_BM: Tensor, segment_ids: Tensor) -> Tensor:
-    """Every token gets its macro action's number: [B,M] -> [B,T], 0 where masked."""
+    """Give every token its macro action's number: [B,M] -> [B,T], 0 where masked."""
     if x_BM.shape[1] == 0:
         return x_BM.new_zeros(segment_ids.shape)
     x_BT = x_BM.gather(1, segment_ids.clamp(min=0))
@@ -84,7 +84,7 @@ def discounts(
 
 
 def isolate_last_token(starts: Tensor, response_mask: Tensor) -> Tensor:
-    """`starts` with a boundary before the last response token, as the paper's released code has."""
+    """Add a boundary before the last response token, as in the paper's released code."""
     lengths = response_mask.sum(1, keepdim=True)
     positions = torch.arange(starts.shape[1], device=starts.device)
     return starts | (positions == lengths - 1)
@@ -99,7 +99,7 @@ def _positions(segment_ids: Tensor) -> Tensor:
 
 
 def _weights(segment_ids: Tensor, how: How, discount: float) -> Tensor:
-    """[B,T] float64: what each token counts in its macro action; 0 where masked."""
+    """[B,T] float64: each token's weight in its macro action; 0 where masked."""
     positions_BT = _positions(segment_ids)
     lengths_BT = expand(macro_lengths(segment_ids), segment_ids)
     ones = torch.ones(segment_ids.shape, dtype=torch.float64, device=segment_ids.device)

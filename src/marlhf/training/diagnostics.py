@@ -1,4 +1,4 @@
-"""What an update reports: metrics of the rollout, and samples to read."""
+"""The report of an update: metrics of the rollout, and samples to read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from marlhf.rollout.worker import Rollout
 from marlhf.runs.metrics import Metrics, Timer, peak_memory_gb
 from marlhf.views.terminal import macro_pieces
 
-# Always in a row; null where nothing was trained: no critic, or a policy that waits for its critic.
+# In every row of metrics; null where nothing was trained: no critic, or critic warm-up.
 _OF_THE_UPDATE = (
     "policy_loss",
     "value_loss",
@@ -33,7 +33,7 @@ _OF_THE_UPDATE = (
 
 
 def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metrics) -> None:
-    """Everything known before the update, which does not change it."""
+    """Add the metrics of the rollout, which the update does not change."""
     generation, mask = rollout.generation, batch.segment_ids >= 0
     log_ratio, objective = rollout.log_ratio, rollout.task_rewards.sum(1)
     metrics.mean("score_mean", rollout.scores)
@@ -75,7 +75,7 @@ def row(
     values["score_std"] = _std(score, values.pop("score_square"))
     spread = values["score_std"] * _std(length, values.pop("length_square"))
     covariance = values.pop("score_length") - score * length
-    # of numbers that are all the same there is no correlation, only rounding
+    # constant scores or lengths have no correlation, only rounding errors
     values["score_length_correlation"] = covariance / spread if spread > 1e-6 else None
     if "advantage_square" in values:
         error = values.pop("advantage_mean")
@@ -106,8 +106,8 @@ def samples(
 ) -> Iterator[dict[str, Any]]:
     """Lines of samples.jsonl: the first responses, cut into the text of each macro action.
 
-    batch   adds the advantage of each macro action: as the policy's loss used it, or, of held-out
-            responses, without whitening (None where there is no critic to tell)
+    batch   adds the advantage of each macro action: as in the policy's loss or, for held-out
+            responses, not whitened (None for those without a critic)
     """
     responses, log_ratio = rollout.responses, rollout.log_ratio
     ids = segment_ids(starts, responses.response_mask)

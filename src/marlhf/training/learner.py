@@ -28,7 +28,7 @@ Objective = Callable[..., Tensor]
 
 
 class Rows(Protocol):
-    """What a loss is computed on, such as `Experience`."""
+    """A minibatch that losses are computed on: `Experience`, `TextRows` or `Share`."""
 
     @property
     def attention_mask(self) -> Tensor:
@@ -36,11 +36,11 @@ class Rows(Protocol):
         ...
 
     def rows(self, index: Tensor) -> Any:
-        """Some of the rows."""
+        """The micro-batch at `index`."""
         ...
 
     def counts(self) -> Tensor:
-        """float64 [K], what losses are divided by: tokens, for one."""
+        """float64 [K], the denominators of losses, such as tokens."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ Term = tuple[Rows, Objective]
 
 @dataclass(frozen=True)
 class Gradient:
-    """What an optimiser step goes along.
+    """The gradient of an optimiser step: its norm, and whether it is finite.
 
     norm     L2 norm before clipping; NaN where the loss or the gradient is not finite
     finite   on every rank, the loss included; otherwise the step is skipped
@@ -74,8 +74,8 @@ class DivergedError(ReportedError):
 class Learner:
     """Policy or critic with its AdamW.
 
-    adapter   train this LoRA adapter (and the critic's head) only; None for all that is trainable
-    steps     updates in the whole run, for the schedule
+    adapter   train this LoRA adapter (and the critic's head) only; None for all trainable weights
+    steps     updates in the full run, for the schedule
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Learner:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        # what transformers calls constant has no warm-up
+        # transformers' `constant` has no warm-up
         schedule = settings.schedule.replace("constant", "constant_with_warmup")
         self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, steps)
         trim_heap_before_embedding_gradients(module)
@@ -108,7 +108,7 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
 
     def optimise(self, *terms: Term) -> Gradient:
@@ -120,8 +120,8 @@ class Learner:
     def accumulate(self, *terms: Term) -> Gradient:
         """Compute the clipped gradient of a sum of losses, for `step` or `discard`.
 
-        terms   `(minibatch, objective)`: objective(rows, *counts) is the loss of some rows,
-                divided by the counts of the whole minibatch over all ranks, so that no split into
+        terms   `(minibatch, objective)`: objective(rows, *counts) is the loss of a micro-batch,
+                divided by the counts of the full minibatch over all ranks, so that no split into
                 micro-batches and ranks changes the gradient
 
         Raises DivergedError after `max_skipped_steps` gradients in a row that are not finite.
@@ -155,18 +155,18 @@ class Learner:
         return gradient
 
     def step(self, gradient: Gradient) -> None:
-        """Move the weights along the gradient, where it is finite, and forget it."""
+        """Take the optimiser step if the gradient is finite; then drop the gradient."""
         if gradient.finite:
             self.trained.step()
         else:
             self.trained.discard()
 
     def discard(self) -> None:
-        """Forget the gradient."""
+        """Drop the gradient without a step."""
         self.trained.discard()
 
     def _agreed(self, loss: float, norm: float) -> Gradient:
-        """The gradient as all ranks see it: all must take the step, or none."""
+        """The gradient as all ranks agree on it: all take the step, or none."""
         fault = 0.0 if math.isfinite(loss) and math.isfinite(norm) else 1.0
         finite = float(self.distributed.all_reduce(torch.tensor(fault))) == 0.0
         return Gradient(norm if finite else math.nan, finite)
@@ -184,10 +184,10 @@ class Learner:
             (folder / "learner.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote, on every rank; what is replicated may be loaded by any
-        number of ranks, what DeepSpeed sharded by ranks that shard alike. Raises UserError.
+        """Resume from the files of `save`, on every rank. Raises UserError.
 
-        The learning rate is that of this run's schedule, which may have more steps.
+        Replicated state loads on any number of ranks, state that DeepSpeed sharded on ranks that
+        shard alike. The learning rate is that of this run's schedule, which may have more steps.
         """
         kinds = {"layout": str, "updates": int, "skipped_in_a_row": int}
         state = read_numbers(folder / "learner.json", kinds)
@@ -199,7 +199,7 @@ class Learner:
         self.trained.load(folder)
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.scheduler.last_epoch = state["updates"] - 1
-        with warnings.catch_warnings():  # that no optimiser step came before
+        with warnings.catch_warnings():  # about no optimiser step before this
             warnings.simplefilter("ignore")
             self.scheduler.step()  # sets this run's learning rate for the update
 
@@ -214,14 +214,14 @@ def count_step(name: str, gradient: Gradient, metrics: Metrics) -> None:
 
 @contextmanager
 def keeping_batch(path: Path) -> Iterator[None]:
-    """Save the batch of an update that diverges, as dicts of tensors, and name the file."""
+    """Save the batch of a diverging update as dicts of tensors, and name the file."""
     try:
         yield
     except DivergedError as error:
         where = f"in {path}, for torch.load"
         try:
             torch.save([batch.tensors() for batch in error.batches], path)
-        except (OSError, RuntimeError) as fault:  # a full disk, of which torch says what it pleases
+        except (OSError, RuntimeError) as fault:  # torch's errors on a full disk differ
             where = f"lost: it cannot be saved: {one_line(fault, 100)}"
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What the optimisers minimise: the losses of policy and critic on some rows of a rollout.
+"""Losses of policy and critic on a micro-batch of a rollout.
 
-`Learner` calls an objective with rows, and with the response tokens and macro actions of the whole
-optimiser step over all ranks, by which losses are divided.
+`Learner` calls an objective with a micro-batch and the denominators of losses: response tokens and
+macro actions of the full optimiser step, over all ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ def policy_objective(
     tokens: float,
     macro_actions: float,
 ) -> Tensor:
-    """The clipped PPO loss, `kl_coef` times the KL penalty where it is part of the loss, and the
-    critic's loss where the critic is a head on the policy."""
+    """The clipped PPO loss, plus the KL penalty and the critic's loss where configured.
+
+    The KL penalty, times `kl_coef`, is added where it is part of the loss; the critic's loss, times
+    `critic.coef`, where the critic is a head on the policy.
+    """
     mask = rows.response_mask
     logprobs, found = policy(
         rows.input_ids,
@@ -62,10 +65,10 @@ def policy_objective(
 def text_objective(
     policy: nn.Module, config: PPOConfig, metrics: Metrics, rows: TextRows, tokens: float
 ) -> Tensor:
-    """`ptx.coef` times the cross-entropy of texts, nats a token.
+    """`ptx.coef` times the cross-entropy of texts, nats per token.
 
-    A critic's head on the policy gets a gradient of 0. Without one in every pass, DeepSpeed would
-    add what it gets in a later pass to its gradient of the optimiser step before.
+    A critic's head on the policy gets a gradient of 0: without a gradient in every pass, DeepSpeed
+    would add the head's gradient of a later pass to that of the previous optimiser step.
     """
     assert config.ptx is not None
     logprobs, found = policy(
@@ -85,13 +88,13 @@ def value_objective(
     tokens: float,
     macro_actions: float,
 ) -> Tensor:
-    """The clipped regression of values on returns, by tokens or by macro actions."""
+    """The clipped regression of values on returns, per token or per macro action."""
     values, _ = critic(rows.input_ids, rows.attention_mask, rows.response_mask)
     return _regression(values, config, metrics, rows, tokens, macro_actions)
 
 
 def _of_head(config: PPOConfig) -> tuple[str, ...]:
-    """What the policy's pass returns for a critic that is a head on it."""
+    """Extra outputs of the policy's pass for a critic that is a head on it."""
     return ("values",) if config.has_head else ()
 
 

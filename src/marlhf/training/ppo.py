@@ -67,8 +67,8 @@ class PPOTrainer:
     model           a transformers causal LM instead of config.model.path; give `tokenizer` with it
     critic          a transformers sequence classifier to start the critic from
 
-    `train()` runs all updates, `step(prompts)` runs one. Raises UserError for what cannot work,
-    before any weight is loaded where that is possible.
+    `train()` runs all updates, `step(prompts)` runs one. Raises UserError, where possible before
+    loading any weights.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PPOTrainer:
         self.step_count = 0 if found is None else self.state.load(found)
 
     def _parts(self) -> dict[str, Any]:
-        """Everything that an update changes, for the checkpoints: one line each."""
+        """All state that an update changes, by name, for checkpoints."""
         return {
             "policy": self.policy,
             "critic": self.critic,
@@ -160,9 +160,9 @@ class PPOTrainer:
         }
 
     def train(self) -> None:
-        """Run all updates, evaluating on the way, and save the policy in `final/`.
+        """Run all updates with their evaluations, then save the policy in `final/`.
 
-        After SIGTERM or Ctrl-C the update at work is finished and saved before the process ends.
+        After SIGTERM or Ctrl-C the current update is finished and saved before the process ends.
         """
         config, fail_together = self.config, self.distributed.fail_together
         try:
@@ -190,7 +190,7 @@ class PPOTrainer:
             self.run.close()
 
     def step(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        """One update on prompts (texts, message lists or rows); returns its metrics.
+        """Run one update on prompts (texts, message lists or rows); returns its metrics.
 
         Every rank is given the same prompts and takes its share of them.
         """
@@ -228,9 +228,9 @@ class PPOTrainer:
         )
 
     def evaluate(self) -> dict[str, Any]:
-        """Scores of held-out prompts, each sampled with noise of its own that never changes."""
+        """Metrics of held-out prompts, each sampled with its own fixed noise."""
         metrics = Metrics()
-        waits = self.distributed.zero_stage == 3  # for weights
+        waits = self.distributed.zero_stage == 3  # for weights that they hold
         self.distributed.fail_together(lambda: self._evaluate_share(metrics), waits)
         return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 
@@ -265,7 +265,7 @@ class PPOTrainer:
     # -- one update ------------------------------------------------------------------------------
 
     def _share(self, prompts: list[Prompt]) -> tuple[list[Prompt], list[int]]:
-        """This rank's responses to sample: prompts, repeated, and their rows in the batch."""
+        """This rank's prompts, repeated per response, and the responses' indices in the batch."""
         self._check_batch(len(prompts))
         each = len(prompts) // self.distributed.world_size
         copies = self.config.rollout.responses_per_prompt
@@ -301,7 +301,7 @@ class PPOTrainer:
     # -- set-up ----------------------------------------------------------------------------------
 
     def _check(self, prompts: list[Prompt], positions: int | None) -> None:
-        """What ranks, model and rewards ask of the batch and the data. Raises UserError."""
+        """Check batch and data against ranks, model and rewards. Raises UserError."""
         data, rollout = self.config.data, self.config.rollout
         self._check_batch(rollout.batch_size)
         self.stream.check_batch(rollout.batch_size, "rollout.batch_size")
@@ -310,7 +310,7 @@ class PPOTrainer:
         self.notes = template_notes(self.reward, prompts, self.tokenizer, data)
 
     def _check_batch(self, prompts: int) -> None:
-        """Every rank gets as many prompts of each minibatch. Raises UserError."""
+        """Check that all ranks get equally many prompts per minibatch. Raises UserError."""
         world, minibatches = self.distributed.world_size, self.config.ppo.minibatches
         if prompts % (world * minibatches):
             raise UserError(
@@ -346,5 +346,5 @@ def _check_kinds(config: Any, model: Any) -> None:
 
 
 def run(config: PPOConfig) -> None:
-    """The job `marlhf ppo`."""
+    """Run the job `marlhf ppo`."""
     PPOTrainer(config).train()

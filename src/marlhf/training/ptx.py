@@ -1,4 +1,4 @@
-"""Texts to model beside PPO, so that the policy does not forget them: InstructGPT's PPO-ptx.
+"""Pretraining texts in addition to PPO, against forgetting: InstructGPT's PPO-ptx.
 
 Source: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5.
 """
@@ -20,15 +20,15 @@ from marlhf.data.files import Row, read_rows
 from marlhf.data.order import PromptStream
 from marlhf.distributed import Distributed
 
-Text = tuple[str | None, str]  # a prompt or None, and the text to model
+Text = tuple[str | None, str]  # a prompt or None, and the text to train on
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Texts as the policy reads them.
+    """A right-padded batch of texts.
 
-    input_ids [B,L], attention_mask [B,L] bool: right-padded
-    loss_mask [B,L-1] bool: which tokens after the first are modelled
+    input_ids [B,L], attention_mask [B,L] bool
+    loss_mask [B,L-1] bool: which tokens after the first are in the loss
     """
 
     input_ids: Tensor
@@ -36,7 +36,7 @@ class TextRows:
     loss_mask: Tensor
 
     def rows(self, index: Tensor) -> TextRows:
-        """Some rows, without the columns that are padding in all of them."""
+        """The sequences at `index`, without columns that are padding in all of them."""
         index = index.to(self.input_ids.device)
         attention_mask = self.attention_mask[index]
         L = int(attention_mask.sum(1).max())
@@ -45,16 +45,16 @@ class TextRows:
         )
 
     def counts(self) -> Tensor:
-        """Modelled tokens, float64 [1]."""
+        """Tokens in the loss, float64 [1]."""
         return self.loss_mask.sum().double()[None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """All tensors by name."""
         return dict(vars(self))
 
 
 class TextStream:
-    """This rank's texts for each policy step; those of a step follow from seed and step alone."""
+    """This rank's texts for each policy step; they depend on seed and step alone."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class TextStream:
         distributed: Distributed,
         positions: int | None = None,
     ) -> None:
-        """positions: of the model. Raises UserError."""
+        """positions: the model's, or None for no limit. Raises UserError."""
         texts, world = load_texts(settings), distributed.world_size
         if settings.batch_size % world:
             raise UserError(
@@ -81,7 +81,7 @@ class TextStream:
         self.stream.check_batch(settings.batch_size, "ptx.batch_size")
 
     def batch(self, step: int) -> TextRows:
-        """For the policy's optimiser step `step` of the whole run, from 0."""
+        """Texts for the policy's optimiser step `step`, counted from 0 over the run."""
         size, world = self.settings.batch_size, self.distributed.world_size
         mine = self.stream.batch(step, size)[self.distributed.rank :: world]
         limit = self.settings.max_length
@@ -133,10 +133,10 @@ def load_texts(settings: PTXSettings) -> list[Text]:
 def text_ids(
     prompt: str | None, text: str, tokenizer: Any, max_length: int
 ) -> tuple[list[int], int]:
-    """`(token ids with EOS at the end, how many of them at the start are not modelled)`.
+    """`(token ids with EOS at the end, number of leading tokens that are not in the loss)`.
 
-    Without a prompt that is the first token alone, which nothing comes before. What exceeds
-    `max_length` is cut: of the text at the end, of a prompt on the left.
+    Without a prompt that is the first token alone, as nothing precedes it. To `max_length`, texts
+    are truncated at the end, prompts on the left.
     """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if prompt is None:

@@ -45,8 +45,7 @@ REPORT = "reward_report.json"
 
 
 def run(config: RewardConfig) -> None:
-    """The job `marlhf reward`. Raises UserError for what cannot work, where possible before any
-    weight is loaded."""
+    """Run the job `marlhf reward`. Raises UserError, where possible before loading any weights."""
     distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
@@ -109,7 +108,7 @@ def run(config: RewardConfig) -> None:
 
 
 class Scorer(nn.Module):
-    """Scores of right-padded rows under a sequence classifier, or a PEFT model around one."""
+    """Scores right-padded texts with a sequence classifier, or a PEFT model around one."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class Scorer(nn.Module):
 
 
 def collate(pairs: Sequence[Pair]) -> Batch:
-    """The chosen texts, then the rejected ones, right-padded; in `labels` the margins."""
+    """The chosen texts, then the rejected ones, right-padded; the margins in `labels`."""
     texts = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
     ids, mask = right_pad(texts)
     margins = torch.tensor([pair.margin for pair in pairs])
@@ -158,7 +157,7 @@ def mean_score(
 
 
 def held_out_report(chosen: Tensor, rejected: Tensor) -> dict[str, Any]:
-    """What `reward_report.json` says about held-out pairs, scores being centred."""
+    """The statistics of held-out pairs in `reward_report.json`, from centred scores."""
     if len(chosen) == 0:
         return {"pairs": 0}
     return {
@@ -185,7 +184,7 @@ def _check_length(data: Preferences, positions: int | None) -> None:
 
 
 def _summary(data: Preferences) -> dict[str, Any]:
-    """What became of the data."""
+    """Counts of the data, for the first row of metrics."""
     return {
         "train_pairs": len(data.pairs),
         "truncated_fraction": data.truncated / (2 * len(data.pairs)),

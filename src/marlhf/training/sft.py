@@ -1,6 +1,6 @@
 """Supervised fine-tuning.
 
-1. rows -> examples, and with `packing` several examples a row     demonstrations
+1. rows -> examples, and with `packing` several examples per row   demonstrations
 2. the model and its log-probabilities of the trained tokens       loading, models
 3. train                                                           supervised, losses
 4. save a plain `from_pretrained` directory                        loading
@@ -39,8 +39,7 @@ from marlhf.training.supervised import (
 
 
 def run(config: SFTConfig) -> None:
-    """The job `marlhf sft`. Raises UserError for what cannot work, where possible before any weight
-    is loaded."""
+    """Run the job `marlhf sft`. Raises UserError, where possible before loading any weights."""
     distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
@@ -86,7 +85,7 @@ def run(config: SFTConfig) -> None:
 
 
 class Row:
-    """Examples side by side in one row of a batch."""
+    """One row of a batch: an example, or several packed ones."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -103,12 +102,12 @@ def _rows(examples: Examples, config: SFTConfig) -> list[Row]:
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """A batch of rows padded on their right.
+    """A right-padded batch of rows.
 
-    input_ids, position_ids [B,L]   positions count from 0 in each example, and on over the padding
-                                    as far as those of the longest example: the model may know no
-                                    more
-    response_mask [B,L-1]           for each token but the first: is it trained on?
+    input_ids, position_ids [B,L]   positions count from 0 in each example, and continue over the
+                                    padding up to those of the longest example: the model may have
+                                    no more
+    response_mask [B,L-1]           which tokens after the first are trained on
     labels [B,L-1]                  the token, or NOT_TRAINED
     """
     length = max(map(len, rows))
@@ -165,7 +164,7 @@ def _check_length(rows: Sequence[Row], positions: int | None) -> None:
 
 
 def _summary(examples: Examples, held_out: Examples) -> dict[str, Any]:
-    """What became of the data."""
+    """Counts of the data, for the first row of metrics."""
     return {
         "train_examples": len(examples.rows),
         "train_tokens": sum(map(len, examples.rows)),

@@ -1,12 +1,12 @@
-"""Training on given rows: what `sft` and `reward` share.
+"""The training loop that `sft` and `reward` share.
 
 One step, `SupervisedTrainer.step`:
   1. this rank's share of the step's rows                            data
   2. an exact optimiser step on the mean over all ranks              learner
   3. held-out metrics, checkpoint, metrics                           run_state, metrics
 
-transformers' Trainer would serve one process as well. Its own wrapping of models by DeepSpeed, and
-a gradient that is not finite, it handles in ways of its own; here they are those of `ppo`.
+transformers' Trainer would do for one process, but wraps models in DeepSpeed and handles non-finite
+gradients in its own ways; here both are as in `ppo`.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ JobConfig = SFTConfig | RewardConfig
 AnyConfig = TypeVar("AnyConfig", SFTConfig, RewardConfig)
 Batch = dict[str, Any]  # tensors, and None where there is none
 
-NOT_TRAINED = -100  # a label that the loss does not count
+NOT_TRAINED = -100  # label of entries that are not in the loss
 _WEIGHTS = "trained.safetensors"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a job trains, and on what.
+    """A job's model, data, loss and evaluation.
 
-    module    called with a batch less its `labels`; its result goes to `loss`
+    module    called with a batch without its `labels`; its result goes to `loss`
     rows      with `len(row)` in tokens
     held_out  rows to evaluate on
-    collate   rows -> a batch; in `labels` an entry other than NOT_TRAINED for all that the loss
+    collate   rows -> a batch; in `labels`, entries other than NOT_TRAINED are those that the loss
               counts
-    loss      (what the module returned, labels, entries counted in the whole optimiser step over
-              all ranks) -> this part's share of the mean
+    loss      (the module's result, labels, entries counted in the full optimiser step over all
+              ranks) -> this micro-batch's share of the mean
     evaluate  the module -> held-out metrics, the same on every rank
-    selects   the metric of `evaluate` that early stopping wants low
+    selects   the metric of `evaluate` for early stopping; lower is better
     counts    what the loss counts, for the names of metrics: `tokens` or `pairs`
     summary   of the data, for the row of metrics before the first step
     notes     lines about the data
@@ -87,16 +87,16 @@ class Share:
 
     @property
     def attention_mask(self) -> Tensor:
-        """[B,L] bool: how long the rows are."""
+        """[B,L] bool, from the lengths of the rows."""
         lengths = torch.tensor([len(row) for row in self.given], device=self.device)
         return torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
 
     def rows(self, index: Tensor) -> Batch:
-        """A batch of some of the rows."""
+        """A batch of the rows at `index`."""
         return self.collate([self.given[i] for i in index.tolist()])
 
     def counts(self) -> Tensor:
-        """What the loss counts in them, float64 [1]."""
+        """Entries that the loss counts, float64 [1]."""
         return _counted(self.collate(self.given)["labels"]).double()[None]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ class Share:
 
 
 class SupervisedTrainer:
-    """The loop of a job.
+    """The training loop of a job.
 
     config   as `resolved` gives it
     claimed  from `run_state.claim`
@@ -137,7 +137,7 @@ class SupervisedTrainer:
     def running(self) -> Iterator[Path]:
         """Train, then let the caller write the folder `final.partial`, which becomes `final`.
 
-        After SIGTERM or Ctrl-C the step at work is finished and saved before the process ends.
+        After SIGTERM or Ctrl-C the current step is finished and saved before the process ends.
         """
         run, fail_together = self.run, self.distributed.fail_together
         try:
@@ -151,8 +151,7 @@ class SupervisedTrainer:
             run.close()
 
     def write_final(self, write: Callable[[], None]) -> None:
-        """Call `write` on the main rank, all weights there; whatever fails there ends all
-        ranks."""
+        """Call `write` on the main rank with unsharded weights; a failure ends all ranks."""
         with self.distributed.whole_on_cpu(self.task.module), writing(self.run.path):
             self.distributed.fail_together(write if self.distributed.is_main else lambda: None)
 
@@ -176,12 +175,12 @@ class SupervisedTrainer:
                 stop(stopped_by)
 
     def step(self) -> dict[str, Any]:
-        """One optimiser step; its row of metrics."""
+        """Take one optimiser step; returns its row of metrics."""
         config, task, distributed, metrics = self.config, self.task, self.distributed, Metrics()
         began, learning_rate = time.perf_counter(), self.learner.learning_rate
         places: Any = self.stream.batch(self.step_count, config.batch_size)
         ordered = sorted((task.rows[place] for place in places), key=len)
-        # 1. a share like the others': its rows are as long as theirs
+        # 1. every n-th row by length, so that the ranks' shares are alike
         mine = ordered[distributed.rank :: distributed.world_size]
         share = Share(mine, task.collate, distributed.device)
         name = f"diverged-step-{self.step_count + 1}-rank-{distributed.rank}.pt"
@@ -209,7 +208,7 @@ class SupervisedTrainer:
         }
 
     def _objective(self, metrics: Metrics, batch: Batch, count: float) -> Tensor:
-        """The share in the step's loss of the rows of one pass."""
+        """One micro-batch's share of the step's loss."""
         inputs, labels = placed(batch, self.distributed.device)
         loss = self.task.loss(self.learner.model(**inputs), labels, count)
         metrics.add("loss", loss.detach() * count, _counted(labels))
@@ -217,7 +216,7 @@ class SupervisedTrainer:
         return loss
 
     def _evaluate_if_due(self) -> dict[str, Any]:
-        """Held-out metrics, exact over all rows of all ranks, where this step has some."""
+        """Held-out metrics, exact over all rows of all ranks; empty where not due."""
         every, step = self.config.log.eval_every, self.step_count
         if not self.task.held_out or not every or (step % every and step != self.steps):
             return {}
@@ -232,8 +231,11 @@ class SupervisedTrainer:
 
 
 class EarlyStopping:
-    """Training is over when a held-out metric has not gone down for `patience` evaluations; then
-    `restore` brings back the weights with which it was lowest. Without patience nothing happens."""
+    """Ends training after `patience` evaluations without a new lowest held-out metric.
+
+    `restore` then brings back the weights with which it was lowest. Without patience nothing
+    happens.
+    """
 
     def __init__(self, module: nn.Module, patience: int | None, distributed: Distributed) -> None:
         self._module, self._patience, self._distributed = module, patience, distributed
@@ -242,11 +244,11 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has not gone down for too long."""
+        """Whether the metric has had no new minimum for `patience` evaluations."""
         return self._patience is not None and self._stale >= self._patience
 
     def see(self, value: float) -> None:
-        """One more evaluation: better, or not."""
+        """Record an evaluation; keeps the weights if it is the best."""
         if self._patience is None:
             return
         if value < self._best:
@@ -256,12 +258,12 @@ class EarlyStopping:
             self._stale += 1
 
     def restore(self) -> None:
-        """Bring the best weights back, where an evaluation found any."""
+        """Restore the best weights, if there are any."""
         if self._best < math.inf:
             self._distributed.set_trained_weights(self._module, self._weights)
 
     def save(self, folder: Path) -> None:
-        """The best weights so far, and for how long they have been."""
+        """Write the best weights, their metric and the evaluations since."""
         if self._distributed.is_main:
             folder.mkdir()
             save_file(self._weights, folder / _WEIGHTS)
@@ -269,7 +271,7 @@ class EarlyStopping:
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Raises UserError."""
+        """Resume from the files of `save`. Raises UserError."""
         state = read_numbers(folder / "state.json", {"best": (int, float), "stale": int})
         self._best, self._stale = state["best"], state["stale"]
         if self._distributed.is_main:
@@ -280,7 +282,7 @@ class EarlyStopping:
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:
-    """A batch on a device: what the module is called with, and the labels."""
+    """`(the module's inputs, labels)` of a batch, on a device."""
     inputs: Batch = {k: v if v is None else v.to(device) for k, v in batch.items()}
     return inputs, inputs.pop("labels")
 
@@ -292,11 +294,11 @@ def _counted(labels: Tensor) -> Tensor:
 def shares(
     rows: Sequence[Any], size: int, distributed: Distributed
 ) -> Iterator[tuple[int, Sequence[Any], int]]:
-    """`(place of the first one, rows of one forward pass on this rank, how many of them count)`,
-    the shortest rows first.
+    """Yield this rank's forward passes, the shortest rows first.
 
-    Every rank gets the same number of passes, as some engines need; where there are fewer rows than
-    ranks want, a row comes again and does not count.
+    Each is `(index of its first row in that order, its rows, how many of them count)`. Every rank
+    gets the same number of passes, as some engines need: where rows run out, one is repeated and
+    does not count.
     """
     ordered = sorted(rows, key=len)
     for start in range(0, len(ordered), size * distributed.world_size):
@@ -306,8 +308,10 @@ def shares(
 
 
 def resolved(config: AnyConfig, rows: int) -> AnyConfig:
-    """The configuration with the `steps` that its `epochs` over so many rows come to. Raises
-    UserError for a batch of more rows than would ever be done."""
+    """The configuration with `steps` computed from `epochs` where they are not set.
+
+    Raises UserError for a batch too large for the data.
+    """
     PromptStream(range(rows)).check_batch(config.batch_size, "batch_size")
     return replace(
         config, steps=config.steps or math.ceil(config.epochs * rows / config.batch_size)
@@ -315,7 +319,7 @@ def resolved(config: AnyConfig, rows: int) -> AnyConfig:
 
 
 def check_batch_size(config: JobConfig, distributed: Distributed) -> None:
-    """Every rank gets as many rows of a step. Raises UserError."""
+    """Check that all ranks get equally many rows per step. Raises UserError."""
     if config.batch_size % distributed.world_size:
         raise UserError(
             f"batch_size: given {config.batch_size}, must be a multiple of the "

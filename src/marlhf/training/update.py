@@ -31,9 +31,9 @@ class Update:
     distributed: Distributed
 
     def __call__(self, experience: Experience, update: int, metrics: Metrics) -> None:
-        """Update number `update` of the run, from 0; the first ones may train the critic alone.
+        """Run update number `update`, counted from 0; the first may train the critic alone.
 
-        Raises DivergedError where too many steps in a row are not finite.
+        Raises DivergedError after too many non-finite gradients in a row.
         """
         config = self.config
         group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
@@ -52,10 +52,10 @@ class Update:
             self.critic.scheduler.step()
 
     def _step_policy(self, minibatch: Experience, step: int, metrics: Metrics) -> bool:
-        """Take the optimiser step `step` of the run; returns whether the policy trains on.
+        """Take optimiser step `step` of the run; returns whether to continue with the policy.
 
-        It does not once a minibatch shows the policy beyond `ppo.target_kl`: that step is not
-        taken, and the minibatch counts in the metrics.
+        Its training stops at the first minibatch whose KL exceeds `ppo.target_kl`: that step is not
+        taken, but the minibatch counts in the metrics.
         """
         model, of_minibatch = self.policy.model, Metrics()
         objective = partial(

@@ -53,7 +53,10 @@ def reliability(difference: Tensor) -> list[dict[str, Any]]:
 
 
 def calibration_error(table: list[dict[str, Any]]) -> float:
-    """Mean over pairs of their bin's |accuracy - confidence| (Guo et al. 2017, 1706.04599)."""
+    """Mean over pairs of their bin's |accuracy - confidence|.
+
+    Source: Guo et al. 2017 (arXiv 1706.04599).
+    """
     pairs = sum(row["pairs"] for row in table)
     gaps = (row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table)
     return sum(gaps) / pairs

@@ -31,7 +31,7 @@ class TokenData:
     """Per-token data of a rollout, before macro actions.
 
     response_mask   [B,T] bool
-    kl_rewards      [B,T] -kl_coef * (logprobs - ref_logprobs); zeros when the penalty is in the loss
+    kl_rewards      [B,T] -kl_coef * (logprobs - ref_logprobs); zeros when KL is in the loss
     task_rewards    [B,T] scores on last tokens, and rewards inside responses
     values          [B,T], None without a critic
     last_values     [B] value after the last token, None without a critic

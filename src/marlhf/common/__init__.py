@@ -1,1 +1,1 @@
-"""What every room uses: errors, records, tokenization, registries."""
+"""Parts that every room uses: errors, records, tokenization, registries."""

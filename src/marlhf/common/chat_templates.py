@@ -1,4 +1,4 @@
-"""Conversations in chat templates: on which day, what is left of an answer, and how two join.
+"""Chat templates: their date, text that they leave out, and joining of conversations.
 
 A template may ask for today's date (`strftime_now`, Llama 3.1 and later). A run fixes one date when
 it begins, so that its prompts do not change at midnight or on a resume.
@@ -18,11 +18,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 _TEMPLATE_SECONDS = 20.0  # for one conversation; a template can loop for days
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZf"
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys in which data have it
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that datasets use for it
 
 
 def render_chat(tokenizer: Any, messages: Messages, **options: Any) -> str:
-    """A conversation in a tokenizer's chat template, on the date that `fix_date` gave it.
+    """Render a conversation in a tokenizer's chat template, on the date set by `fix_date`.
 
     options: of `apply_chat_template`. Raises whatever the template raises, and
     TimeoutError for one that does not end.
@@ -40,14 +40,19 @@ def uses_date(tokenizer: Any) -> bool:
 
 
 def fix_date(tokenizer: Any, day: str | None) -> None:
-    """Let a tokenizer's chat template take the beginning of `day` (YYYY-MM-DD) for now; None: the
-    clock. The template itself, which is saved with the model, stays as it is."""
+    """Fix a chat template's current time at the beginning of `day` (YYYY-MM-DD).
+
+    None: the clock. The template itself, which is saved with the model, is unchanged.
+    """
     tokenizer.template_date = day
 
 
 def _clock(day: str) -> str:
-    """A Jinja macro in place of `strftime_now`, as transformers gives templates data but no
-    functions. The end of its line is swallowed, as after all blocks."""
+    """A Jinja macro that replaces `strftime_now`.
+
+    transformers gives templates data but no functions. Jinja drops the newline after the macro, as
+    after all blocks.
+    """
     now = datetime.combine(date.fromisoformat(day), time())
     filters = "|replace('%%', '\\0')"
     for directive in _DIRECTIVES:
@@ -59,7 +64,7 @@ def _clock(day: str) -> str:
 
 
 def left_out(text: str, rendered: str) -> str:
-    """An excerpt of what a rendered text lacks of `text`, white space aside; empty: nothing."""
+    """An excerpt of `text` missing from a rendered text, white space aside; else empty."""
     if text.strip() in rendered or _squeezed(text) in _squeezed(rendered):
         return ""
     end = _first(len(text), lambda i: text[i:].rstrip() in rendered)
@@ -82,13 +87,13 @@ def reasoning_of(turn: Mapping[str, Any]) -> list[str]:
 
 
 def answer_left_out(messages: Messages, rendered: str) -> str:
-    """An excerpt of what a rendered conversation lacks of the assistant's turns; empty: nothing."""
+    """An excerpt of the assistant's turns missing from a rendered conversation; else empty."""
     for turn in messages:
         if turn["role"] == "assistant":
             for text in (*reasoning_of(turn), turn["content"]):
                 if lost := left_out(text, rendered):
                     return lost
-        # what was said before a turn does not stand for it
+        # the same text before a turn does not count as the turn
         _, found, rest = rendered.partition(turn["content"].strip())
         rendered = rest if found else rendered
     return ""
@@ -100,9 +105,9 @@ def begins(text: str, beginning: str) -> bool:
 
 
 def joined(prompt: Messages, turns: Messages) -> tuple[list[dict[str, Any]], int, bool]:
-    """`(the conversation, how many turns of it are the prompt's, whether they came twice)`.
+    """`(conversation, number of its turns from the prompt, whether they came twice)`.
 
-    `turns` follow those of the prompt, or begin with them, as in many sets of preferences; then
+    `turns` follow those of the prompt, or begin with them, as in many preference datasets; then
     they are taken once. A system turn may stand before either.
     """
     asked, said = _without_system(prompt), _without_system(turns)
@@ -126,7 +131,7 @@ def _without_system(turns: Messages) -> Messages:
 
 
 def _same(turn: Mapping[str, Any], twin: Mapping[str, Any], begun: bool = False) -> bool:
-    """Whether two turns are one, or the second goes on where the first ends."""
+    """Whether two turns are equal or, if `begun`, the second continues the first."""
     text, other = turn["content"].strip(), twin["content"].strip()
     return turn["role"] == twin["role"] and (other.startswith(text) if begun else text == other)
 
@@ -136,5 +141,5 @@ def _squeezed(text: str) -> str:
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """The least number up to `count` for which a condition holds that, once true, stays so."""
+    """The least number up to `count` where a monotone condition (false, then true) holds."""
     return bisect_left(range(count), True, key=holds)

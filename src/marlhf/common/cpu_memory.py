@@ -1,7 +1,7 @@
-"""Memory of a process on a CPU: gradient buffers that stay, and heap pages that go back.
+"""Memory of a process on a CPU: reused gradient buffers, and heap trimming.
 
-The C library keeps what was freed, in pieces that later, larger arrays may not fit into, and the
-operating system hands out fresh pages slowly (about 2 GB/s). docs/performance.md has the figures.
+The C library keeps freed memory, in pieces that later, larger arrays may not fit into, and the
+operating system provides fresh pages slowly (about 2 GB/s). docs/performance.md has the figures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def trim_heap(device: torch.device) -> None:
-    """Return free heap pages to the operating system (glibc's `malloc_trim`); on CPUs alone."""
+    """Return free heap pages to the operating system (glibc's `malloc_trim`); on CPUs only."""
     if device.type != "cpu":
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -25,8 +25,8 @@ def trim_heap(device: torch.device) -> None:
 def trim_heap_before_embedding_gradients(module: nn.Module) -> None:
     """Trim the heap in each backward pass, just before gradients of embeddings are allocated.
 
-    They are the largest and the last allocations of the pass: freed activations would stay beside
-    them, in pieces that they do not fit into.
+    They are the largest and the last allocations of the pass: without trimming, freed activations
+    would add to the peak, in pieces that they do not fit into.
     """
 
     def register(layer: nn.Module, inputs: object, output: Tensor) -> None:
@@ -39,13 +39,13 @@ def trim_heap_before_embedding_gradients(module: nn.Module) -> None:
 
 
 class GradientBuffer:
-    """Memory for gradients on a CPU, kept between steps; one model at a time uses it."""
+    """A gradient buffer on a CPU, reused across steps; one model at a time uses it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def attach_to(self, weights: Collection[Tensor]) -> None:
-        """Give each fp32 weight a gradient of zeros in this memory, instead of the last user's."""
+        """Give each fp32 weight a gradient of zeros in this buffer, overwriting the last user's."""
         sizes = [weight.numel() for weight in weights]
         if len(self._memory) < sum(sizes):
             self._memory = torch.empty(sum(sizes))

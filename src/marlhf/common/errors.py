@@ -1,4 +1,4 @@
-"""The error that is the user's to mend, and how foreign text is worded and shown."""
+"""Errors that are reported as one line, and printable forms of foreign text."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 _NOT_THEIRS = (str(Path(__file__).parents[1]) + os.sep, importlib.__file__, "<frozen importlib")
-_WRAPPERS = ("_contextlib.py", "contextlib.py")  # a decorator is not where it went wrong
+_WRAPPERS = ("_contextlib.py", "contextlib.py")  # a decorator is not the cause
 
-# What commands a terminal or reorders its text: C0, DEL, C1, bidi marks, halves of a character.
+# Characters that control a terminal or reorder its text: C0, DEL, C1, bidi marks, surrogates.
 _COMMANDS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message says what, and what is possible.
+    """Invalid user input; the message says what is wrong, and what is possible.
 
     The command line prints it as one line and exits with status 2.
     """
 
 
 class ReportedError(RuntimeError):
-    """A failure that its message explains; the command line prints no traceback for it."""
+    """A failure that its message explains; the command line prints no traceback."""
 
 
 class Stopped(SystemExit):
-    """The end of a process that somebody asked for by a signal; no plug-in may swallow it."""
+    """The end of a process on a signal; no plug-in may swallow it."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's arguments, whose complaints are UserErrors too."""
+    """A command's argument parser, whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
@@ -46,15 +46,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with � for control characters, bidi marks and surrogates that `keep` lacks.
+    """The text with � for control characters, bidi marks and surrogates not in `keep`.
 
-    Everything foreign goes through here before a terminal or a page shows it.
+    All foreign text passes through it before a terminal or a page shows it.
     """
     return _COMMANDS.sub(lambda found: found[0] if found[0] in keep else "�", text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Lines for whoever started the command, without what commands a terminal.
+    """Print lines for the user, with the terminal's control characters replaced.
 
     file   stderr by default
     """
@@ -62,7 +62,7 @@ def say(text: object, file: TextIO | None = None) -> None:
 
 
 def one_line(text: object, length: int = 300) -> str:
-    """A text, or what an exception says, as a printable line of at most `length` characters."""
+    """A text, or an exception's message, as a printable line of at most `length` characters."""
     try:
         words = str(text)
     except Exception:  # the class is a plug-in's
@@ -81,8 +81,11 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def raised(error: BaseException) -> str:
-    """What the code of a plug-in raised, and where: its name, what it says, and the last line of
-    the file that this library called, as far as that is not its own."""
+    """What a plug-in's code raised, and where.
+
+    The exception's name and message, and the last line reached in the file that this library
+    called, unless the library raised it.
+    """
     text = f"raised {one_line(type(error).__name__)}: {one_line(error)}"
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [
@@ -119,8 +122,7 @@ _REQUIREMENTS = {
 
 
 def requirement(finding: Mapping[str, Any]) -> str:
-    """What a value must be, by one of pydantic's findings, in the words of somebody who writes
-    YAML."""
+    """What a value must be, by one of pydantic's findings, worded for YAML users."""
     template = _REQUIREMENTS.get(finding["type"])
     if template is None:
         return finding["msg"].removeprefix("Input should be ")

@@ -1,5 +1,4 @@
-"""Paths as people write them -> paths that the system can be asked about, or one line saying why
-not."""
+"""Checks of paths that users give, and one-line errors for reads and writes that fail."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from marlhf.common.errors import UserError, one_line
 
-_LONGEST_NAME = 255  # bytes; of every file system that a run is written to
+_LONGEST_NAME = 255  # bytes, on every file system that runs are written to
 
 _LITTLE = 2**20  # bytes
 _OF_TORCH = re.compile("inline_container|PytorchStreamWriter")
@@ -30,7 +29,7 @@ _KINDS = (
 
 
 def path_fault(path: str) -> str | None:
-    """Why a text can be no path on any disk, or None; nothing on the disk is looked at."""
+    """Why a text cannot be a path, or None; does not access the disk."""
     if "\0" in path:
         return "which holds a null character, as no path can"
     try:
@@ -46,7 +45,7 @@ def path_fault(path: str) -> str | None:
 
 
 def checked_path(path: str) -> str:
-    """The text itself, where it can be a path. Raises ValueError, for pydantic to name the key."""
+    """The text itself, if it can be a path. Raises ValueError, for pydantic to name the key."""
     fault = path_fault(path)
     if fault is not None:
         raise ValueError(f"given {_shown(path)}, {fault}")
@@ -54,10 +53,9 @@ def checked_path(path: str) -> str:
 
 
 def local_path(path: str | Path, key: str) -> Path:
-    """A path with `~` expanded, which may be absent; whatever is there can be read.
+    """Expand `~` in a path; a file or folder that exists there is readable.
 
-    Raises UserError, naming `key`: no path at all, behind a closed folder, in a loop of links, or
-    closed itself.
+    Raises UserError, naming `key`, for an invalid path, a loop of links, or missing permissions.
     """
     text = str(path)
     fault = path_fault(text)
@@ -76,8 +74,10 @@ def local_path(path: str | Path, key: str) -> Path:
 
 
 def text_file(path: str | Path, key: str) -> Path:
-    """As `local_path`, of a file to be read to its end: a pipe or a device, which may have none, is
-    refused. Raises UserError, naming `key`."""
+    """As `local_path`, but refuses pipes and devices, as they may have no end.
+
+    Raises UserError, naming `key`.
+    """
     file = local_path(path, key)
     if (kind := special_kind(file)) is not None:
         raise UserError(f"{key}: given {_shown(str(path))}, which is {kind}, must be a file")
@@ -86,7 +86,7 @@ def text_file(path: str | Path, key: str) -> Path:
 
 @contextmanager
 def reading(key: str, path: str | Path) -> Iterator[None]:
-    """Around reads below `path`: what the system refuses becomes one line of a UserError."""
+    """Wrap reads below `path`: an OSError becomes a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -98,9 +98,9 @@ def reading(key: str, path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(key: str, folder: str | Path, advice: str = "") -> Iterator[None]:
-    """Around writes below `folder`: what the system refuses becomes one line of a UserError.
+    """Wrap writes below `folder`: what the system refuses becomes a one-line UserError.
 
-    advice   the end of that line: what is still there, and how to go on
+    advice   the end of that line: what is still there, and how to resume
     """
     try:
         yield
@@ -114,10 +114,10 @@ def writing(key: str, folder: str | Path, advice: str = "") -> Iterator[None]:
 
 
 def _refusal(error: Exception, folder: Path) -> str | None:
-    """What the system said to a write that failed; None where it was something else.
+    """The system's reason for a failed write; None for any other error.
 
-    safetensors and tokenizers put the number into their words. torch says of a full disk what it
-    pleases, so the disk itself is asked.
+    safetensors and tokenizers give the error's number in their message. torch raises different
+    errors on a full disk; free space and a small write are tried instead.
     """
     number = getattr(error, "errno", None)
     if number is None and (told := _IN_WORDS.search(one_line(error, 4000))):
@@ -134,7 +134,7 @@ def _refusal(error: Exception, folder: Path) -> str | None:
 
 
 def _tried(folder: Path) -> int | None:
-    """The number of the error that writing a little below `folder` meets, if it meets one."""
+    """The error number of a small trial write below `folder`; None if it succeeds."""
     try:
         if shutil.disk_usage(folder).free < _LITTLE:
             return errno.ENOSPC
@@ -146,7 +146,7 @@ def _tried(folder: Path) -> int | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file at once: a reader, and a full disk, never leave half of it.
+    """Write a text file atomically: never half of it, even on a full disk.
 
     Raises OSError.
     """
@@ -155,12 +155,12 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="")
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)  # room on a full disk
+        partial.unlink(missing_ok=True)  # frees space on a full disk
         raise
 
 
 def special_kind(path: Path) -> str | None:
-    """What is there, where it is neither file nor folder: "a named pipe"; else None."""
+    """The kind of a special file, such as "a named pipe"; else None."""
     try:
         mode = path.stat().st_mode
     except OSError:

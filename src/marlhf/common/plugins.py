@@ -1,7 +1,7 @@
-"""The border to code that users bring: segmenters, rewards, token rewards, parsers, presets.
+"""Isolation of plug-ins: segmenters, rewards, token rewards, parsers, presets.
 
-`called` is around every call of it, `copied` makes what it is given, `check_state` looks at what
-it wants kept. So a plug-in can fail, and change what it holds, but nothing of the run.
+`called` wraps every call, `copied` copies the arguments, `check_state` checks the state for
+checkpoints. So a plug-in can fail, and change its own objects, but nothing of the run.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _OF_A_TOKENIZER = (
 )
 
 
-# --- what a plug-in does
+# --- calls and what they return
 
 
 @contextmanager
 def called(name: str, error: Callable[[str], Exception] = UserError) -> Iterator[None]:
-    """Around a call of a plug-in's code: whatever it raises becomes `error` with its name.
+    """Wrap a call of a plug-in's code: whatever it raises becomes `error` with its name.
 
-    SystemExit is a failure too: a plug-in does not end a run, and never with status 0. What is
-    of the class `error` already passes. Settings of the process are afterwards what they were, and
-    random numbers come from streams that are the plug-ins' own.
+    SystemExit is a failure too: a plug-in does not end a run, and never with status 0. Exceptions
+    of class `error` pass unchanged. Process settings are restored afterwards, and random numbers
+    come from the plug-ins' own streams.
     """
     try:
         with _settings_kept(), _STREAMS:
@@ -60,7 +60,7 @@ def called(name: str, error: Callable[[str], Exception] = UserError) -> Iterator
 
 
 def numbers(returned: Any) -> dict[str, float]:
-    """Metrics that a plug-in returned, checked. Raises TypeError or whatever its objects raise."""
+    """Check a plug-in's metrics. Raises TypeError or whatever its objects raise."""
     if not isinstance(returned, Mapping):
         raise TypeError(f"metrics must be a mapping of names to numbers, not {shown(returned)}")
     found: dict[str, float] = {}
@@ -73,7 +73,7 @@ def numbers(returned: Any) -> dict[str, float]:
 
 
 def names_required(requires: Any, possible: frozenset[str]) -> frozenset[str]:
-    """A plug-in's attribute `requires`, checked. Raises UserError without its name."""
+    """Check a plug-in's attribute `requires`. Raises UserError without the plug-in's name."""
     possibly = ", ".join(sorted(possible))
     if isinstance(requires, str) or not isinstance(requires, set | frozenset | list | tuple):
         raise UserError(f"requires: given {shown(requires)}, must be a set of names: {possibly}")
@@ -83,13 +83,13 @@ def names_required(requires: Any, possible: frozenset[str]) -> frozenset[str]:
 
 
 def check_state(state: Any) -> None:
-    """That a checkpoint can hold a plug-in's `state_dict()` and give it back. Raises TypeError."""
+    """Check that checkpoints can save and load a plug-in's `state_dict()`. Raises TypeError."""
     file = io.BytesIO()
     try:
         torch.save(_without_tensors(state), file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception as error:  # of pickle, about what it cannot write or may not read
+    except Exception as error:  # pickle's, on types that it cannot write or may not read
         raise TypeError(
             "state_dict() must hold tensors, numbers, texts, lists and dicts alone: "
             f"{one_line(error, 120)}"
@@ -97,7 +97,7 @@ def check_state(state: Any) -> None:
 
 
 def _without_tensors(state: Any) -> Any:
-    """The same with empty tensors: the form is looked at, not gigabytes."""
+    """The same state with empty tensors: its structure is checked without writing gigabytes."""
     if type(state) is Tensor:
         return torch.empty(0)
     if type(state) in (list, tuple):
@@ -109,11 +109,11 @@ def _without_tensors(state: Any) -> Any:
     return state
 
 
-# --- what it is given
+# --- arguments
 
 
 def copied(value: Any) -> Any:
-    """A copy of all that can be changed in records, lists, mappings, tensors and arrays.
+    """Copy everything mutable in records, lists, mappings, tensors and arrays.
 
     A ResponseBatch keeps its tokenizer, and its texts and offsets are decoded once for all copies.
     """
@@ -131,7 +131,7 @@ def copied(value: Any) -> Any:
         return _copied_record(value)
     try:
         return copy.deepcopy(value)
-    except Exception:  # a handle, a lock: nothing that a plug-in's row could be meant to change
+    except Exception:  # a handle, a lock: not meant to be changed by a plug-in
         return value
 
 
@@ -149,7 +149,7 @@ def _copied_record(record: Any) -> Any:
 
 
 class _Copy(ResponseBatch):
-    """A batch that asks the one it was made from for its texts and offsets."""
+    """A copied batch that takes texts and offsets from its original."""
 
     _original: ResponseBatch | None = None
 
@@ -173,7 +173,7 @@ def unchanged(
     tokenizer: Any = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Around a call that is given what is too large to copy: a change is `error`, by name."""
+    """Wrap a call whose arguments are too large to copy: a change to them raises `error`."""
     tensors = tensors or {}
     before = _facts(tokenizer), {key: _digest(x) for key, x in tensors.items()}
     yield
@@ -189,7 +189,7 @@ def unchanged(
 
 
 def _facts(tokenizer: Any) -> dict[str, Any]:
-    """What of a tokenizer changes what is read and written."""
+    """The settings of a tokenizer that affect encoding and decoding."""
     if tokenizer is None:
         return {}
     found = {key: copied(getattr(tokenizer, key, None)) for key in _OF_A_TOKENIZER}
@@ -199,16 +199,16 @@ def _facts(tokenizer: Any) -> dict[str, Any]:
 def _digest(x: Tensor) -> Tensor:
     """Sums of the bits of each vector along the last axis."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    whole = x.shape[-1] * x.element_size() % 8 == 0  # several values in one word: far quicker
+    whole = x.shape[-1] * x.element_size() % 8 == 0  # several values per word: far faster
     return x.contiguous().view(torch.int64 if whole else bits[x.element_size()]).sum(-1)
 
 
-# --- what it leaves
+# --- side effects
 
 
 @contextmanager
 def _settings_kept() -> Iterator[None]:
-    """Bring back what of the process a run relies on: gradients, dtype, device, folder, signals."""
+    """Restore process settings that runs need: gradients, dtype, device, folder, signals."""
     before = [(get(), get, put) for get, put in _settings()]
     try:
         yield
@@ -229,12 +229,12 @@ def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
 
 
 def _set_default_device(device: torch.device) -> None:
-    # None is what a process begins with; naming the CPU would slow every call down
+    # None is a process's initial value; naming the CPU would slow every call down
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def _set_handler(number: int, handler: Any) -> None:
-    if handler is not None:  # None: it was not Python that set it
+    if handler is not None:  # None: not set by Python
         signal.signal(number, handler)
 
 
@@ -246,9 +246,9 @@ def _folder() -> str | None:
 
 
 class _Streams:
-    """Global random numbers, two of everything: the run's, and while a plug-in is called its own.
+    """Two sets of global random streams: the run's, and the plug-ins' during their calls.
 
-    So one that seeds them, draws from them or not changes no noise of the run.
+    So a plug-in that seeds them or draws from them does not change the noise of the run.
     """
 
     def __init__(self) -> None:
@@ -284,14 +284,14 @@ def plugin_generators() -> dict[str, Any] | None:
 
 
 def set_plugin_generators(state: dict[str, Any] | None) -> None:
-    """Go on with the plug-ins' random numbers after those of `plugin_generators`."""
+    """Resume the plug-ins' random streams from a state of `plugin_generators`."""
     _STREAMS.of_plugins = state
 
 
 def generators(all_devices: bool = True) -> dict[str, Any]:
     """The state of every global random number generator, as plain data and tensors.
 
-    all_devices   of all GPUs, not only of the one that this process computes on
+    all_devices   of all GPUs, not only of this process's
     """
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.is_available() and (all_devices or torch.cuda.is_initialized())
@@ -305,10 +305,10 @@ def generators(all_devices: bool = True) -> dict[str, Any]:
 
 
 def set_generators(state: Mapping[str, Any]) -> None:
-    """Go on with the random numbers after those of `generators`."""
+    """Resume the random streams from a state of `generators`."""
     random.setstate(state["python"])
     name, keys, position, *rest = state["numpy"]
-    if not 0 <= position <= len(keys):  # which numpy believes
+    if not 0 <= position <= len(keys):  # numpy does not check it
         raise ValueError(f"numpy's generator is at {position} of {len(keys)}")
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, *rest))
     torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""Names in a configuration -> objects.
+"""Looks up plug-ins by their names in a configuration.
 
 A plug-in (segmenter or reward) is named in YAML as a string or as a mapping with `name` and its
 arguments:
@@ -99,7 +99,7 @@ def _load(entry: EntryPoint, kind: str) -> Any:
 
 
 def _foreign(where: str, module: str) -> AbstractContextManager[None]:
-    """Around an import: faults of a module that is not this library's become a UserError."""
+    """Wrap an import: errors in a module outside this library become a UserError."""
     if module.startswith("marlhf."):
         return nullcontext()
     from marlhf.common.plugins import called  # which needs torch
@@ -122,7 +122,7 @@ def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
 
 
 def spec_label(spec: Any) -> str:
-    """How a spec is shown to people: `ngram(n=3)`, `union(of=[ngram(n=10), line])`."""
+    """Display name of a spec: `ngram(n=3)`, `union(of=[ngram(n=10), line])`."""
     if isinstance(spec, list | tuple):
         return f"[{', '.join(map(spec_label, spec))}]"
     if not isinstance(spec, Mapping):
@@ -135,8 +135,8 @@ def spec_label(spec: Any) -> str:
 def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
     """Call a class with arguments from YAML; every fault becomes one UserError line.
 
-    Dataclasses have their argument types checked as well as their names. What is built must be
-    callable, as every plug-in is.
+    For dataclasses, argument types are checked in addition to names. The object must be callable,
+    as every plug-in is.
     """
     try:
         signature = inspect.signature(factory)
@@ -162,7 +162,7 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
 
 
 def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments checked against a dataclass's annotations; lists become tuples where it wants."""
+    """Arguments checked against a dataclass's annotations; lists become tuples where required."""
     if not dataclasses.is_dataclass(cls):
         return dict(arguments)
     hints = _type_hints(cls)

@@ -1,4 +1,4 @@
-"""Seeds of sampling: what fixes the noise of each response."""
+"""Sampling seeds, which fix the noise of each response."""
 
 EVAL_STEP = -1
 """The step of held-out responses, which are always sampled with the same noise."""

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, heard between two updates; and a limit in time."""
+"""SIGTERM and Ctrl-C, handled between updates; and a time limit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from marlhf.common.errors import Stopped, say
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ONE_KEYSTROKE = 1.0  # seconds: a launcher hands on to its ranks what the terminal sent them too
+_ONE_KEYSTROKE = 1.0  # seconds; a launcher forwards signals that the terminal also sent to ranks
 
 
 class StopSignals:
-    """Within this context the signals wait for `requested`; a second one stops at once.
+    """Defers signals within this context until `requested`; a second one stops at once.
 
-    gather   the lists of all ranks, one after another: ranks must stop at the same update
+    gather   concatenates all ranks' lists: ranks must stop at the same update
     """
 
     def __init__(self, gather: Callable[[list[Any]], list[Any]]) -> None:
@@ -43,7 +43,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def requested(self) -> int | None:
-        """The signal that some rank has received, the same on all ranks; None before."""
+        """The signal that any rank has received, the same on all ranks; None before."""
         return next((number for number in self._gather([self._received]) if number), None)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
@@ -65,8 +65,11 @@ def stop(number: int) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what is done within, after so long; Python code alone can be stopped,
-    and only in the main thread, where signals arrive: elsewhere nothing is limited."""
+    """Raise TimeoutError in the enclosed code after `seconds`.
+
+    Only Python code can be stopped, and only in the main thread, where signals arrive; other
+    threads have no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""State that a run reads back: plain data alone, and nothing that does not fit is used.
+"""Checked loading of a run's state: plain data only, of the expected types and shapes.
 
-A tensor of another shape would be broadcast by `copy_`, and makes fused optimisers write beyond
-their memory.
+A tensor of another shape would be broadcast by `copy_`, and would make fused optimisers write out
+of bounds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from marlhf.common.errors import UserError
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
-    """What `torch.save` wrote of a dict of tensors and plain data. Raises UserError and OSError."""
+    """Load a dict of tensors and plain data from `torch.save`. Raises UserError and OSError."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError):  # in words of their own, and many
+    except (pickle.UnpicklingError, EOFError):  # their messages are long
         raise UserError(f"{file.name} holds more than tensors, numbers, texts and lists") from None
     if not isinstance(state, dict):
         raise UserError(f"{file.name} holds no dict")
@@ -31,7 +31,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
 
 
 def read_numbers(file: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """A JSON object that has these keys, each of its type. Raises UserError and OSError."""
+    """Load a JSON object with these keys, each of its type. Raises UserError and OSError."""
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -45,7 +45,7 @@ def read_numbers(file: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> di
 
 
 def check_weights(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """Weights of these names and shapes, and no others. Raises UserError."""
+    """Check that weights have exactly these names and shapes. Raises UserError."""
     for name in saved.keys() ^ shapes.keys():
         raise UserError(f"{name} is {'no weight of this model' if name in saved else 'missing'}")
     for name, shape in shapes.items():
@@ -55,10 +55,11 @@ def check_weights(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) ->
 
 @contextmanager
 def loading_optimizer(optimizer: torch.optim.Optimizer, is_ours: bool = True) -> Iterator[None]:
-    """Around what loads the state of an AdamW: its settings stay what they are, and its moments
-    are of their parameters' shapes and strides. Raises UserError.
+    """Wrap loading the state of an AdamW: keeps its settings and checks its moments.
 
-    is_ours   false where DeepSpeed keeps it, which may have swapped tensors out
+    Moments must have their parameters' shapes, and get their strides. Raises UserError.
+
+    is_ours   false where DeepSpeed manages it, which may have swapped tensors out
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     yield

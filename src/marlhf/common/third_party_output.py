@@ -1,7 +1,7 @@
-"""The terminal belongs to the run: other libraries' notices, warnings and bars stay off it.
+"""Keeps other libraries' notices, warnings and progress bars off the terminal.
 
-Only the command line asks for this; a program that imports marlhf keeps its own settings. Python's
-`-W` and the libraries' own environment variables still have their say.
+Only the command line does this; a program that imports marlhf keeps its own settings. Python's
+`-W` and the libraries' own environment variables take precedence.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ENVIRONMENT = {
 
 
 def quiet_libraries() -> None:
-    """Errors only, please. To be called before the libraries are imported."""
+    """Let libraries show errors only; to be called before they are imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed warns, whoever imports it, that there is no GPU, and sets its own level
+    # DeepSpeed warns on import that there is no GPU, and sets its own level
     logging.getLogger("DeepSpeed").addFilter(_is_error)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -38,8 +38,8 @@ def quiet_libraries() -> None:
 
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:
-    """What any library logs may quote a text that commands the terminal."""
-    with suppress(Exception):  # a message that does not fit its arguments: logging tells so
+    """Replace control characters in a log record, which may quote foreign text."""
+    with suppress(Exception):  # a message that does not fit its arguments: logging reports it
         record.msg, record.args = printable(record.getMessage(), "\n\t"), ()
     return record
 
@@ -49,7 +49,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def hide_loading_bars() -> None:
-    """No bars while weights are read and written; those of downloads stay."""
+    """Hide progress bars of reading and writing weights; those of downloads stay."""
     import huggingface_hub.utils
     import transformers.utils.logging
 

@@ -1,4 +1,4 @@
-"""Where token ids and text meet: both ways, for whatever continues or begins a text.
+"""Encoding and decoding, of texts and of responses that continue them.
 
 Text that the policy wrote is never tokenised again for it: a generated sequence need not be the
 tokenizer's own encoding of its text. Offsets are found from what decoding tokens adds to the text.
@@ -12,7 +12,7 @@ from typing import Any
 
 Span = tuple[int, int]
 
-_UNKNOWN = "\ufffd"  # what a decoder prints for bytes that are not, or not yet, a character
+_UNKNOWN = "\ufffd"  # a decoder's output for bytes that are not, or not yet, a character
 _CONTEXT = 4  # tokens; no character has more bytes
 _PROBES = ("a", "0", "\n")  # texts that every tokenizer knows one of
 
@@ -20,13 +20,13 @@ _PROBES = ("a", "0", "\n")  # texts that every tokenizer knows one of
 def encode_texts(
     tokenizer: Any, texts: Sequence[str], special: Sequence[bool], ending: bool = False
 ) -> list[list[int]]:
-    """Token ids of texts, none of which begins twice.
+    """Encode texts, without doubling the special tokens at their start.
 
-    A text that brings the special tokens which the tokenizer puts before a text (BOS as a rule)
-    gets no second ones, wherever they come from. This is the rule for every model.
+    A text that already begins with the tokenizer's special tokens (BOS as a rule) gets no second
+    ones, wherever they come from. This is the rule for every model.
 
     special   per text: add the tokenizer's special tokens; False for a text from a chat template
-    ending    add those that it puts after a text, too, where the text does not end with them
+    ending    also add those that it puts after a text, unless the text ends with them
     """
     if not texts:
         return []
@@ -43,8 +43,10 @@ def encode_texts(
 
 
 def continuation_ids(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that continues another: without the space that SentencePiece tokenizers
-    put before a text, and without special tokens."""
+    """Encode a text that continues another.
+
+    Without special tokens, and without the space that SentencePiece tokenizers put before a text.
+    """
     for anchor in ("\n", "a"):  # one of them does not join with what follows
         before, both = _bare_ids(tokenizer, [anchor, anchor + text])
         if both[: len(before)] == before:
@@ -66,8 +68,10 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def text_start(tokenizer: Any) -> list[int]:
-    """What a text begins with where it begins with special tokens: those that the tokenizer adds,
-    or else BOS; empty where it has none."""
+    """Special tokens at the start of a text: those that the tokenizer adds, else BOS.
+
+    Empty where it has neither.
+    """
     before, _ = added_ids(tokenizer)
     bos = tokenizer.bos_token_id
     return before or ([] if bos is None else [bos])
@@ -79,7 +83,7 @@ def has_text(prompt_ids: Sequence[int], tokenizer: Any) -> bool:
 
 
 def _bare_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    # verbose: no warning about texts longer than the model, which are cut later
+    # verbose: no warning about texts longer than the model's limit, which are truncated later
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [list(ids) for ids in rows]
 
@@ -92,11 +96,11 @@ def decode_with_offsets(
 
 
 class ResponseDecoder:
-    """Token ids of a response -> the text that they add to the prompt's.
+    """Decodes a response into the text that it adds to the prompt's.
 
     The tokenizer decodes a response behind an anchor, tokens of some other text, which is then cut
-    off: decoders treat the first token of what they are given differently (SentencePiece drops its
-    space). Spaces are never tidied up.
+    off: decoders treat the first token of their input differently (SentencePiece drops its space).
+    Spaces are never cleaned up.
 
     eos_ids               left out at the end of a response, as are the tokenizer's EOS and padding
     skip_special_tokens   leave all special tokens out, wherever they are
@@ -124,10 +128,10 @@ class ResponseDecoder:
         """The text of a response, and the half-open character span of each of its tokens.
 
         Tokens that together write one character (byte-level pieces of an emoji) all carry the span
-        of that character, or of what the decoder prints for it where it is incomplete; a token that
+        of that character, or of the decoder's substitute where it is incomplete; a token that
         writes nothing has an empty span. Spans never move backwards, and cover the text.
 
-        It decodes a multiple of `len(ids)` tokens in all, whatever they are.
+        The number of tokens decoded is linear in `len(ids)`, whatever they are.
         """
         written = list(ids[: self._length(ids)])
         text = self._text(written, continues)
@@ -155,9 +159,9 @@ class ResponseDecoder:
         return both[len(before) :] if both.startswith(before) else None
 
     def _spans(self, ids: list[int], text: str, continues: bool) -> list[Span]:
-        """Spans from decoding the next few tokens: as few as write what the text goes on with."""
+        """Spans from decoding the fewest next tokens that write the next piece of the text."""
         spans: list[Span] = []
-        last = 0  # the first of the tokens that wrote what was written last
+        last = 0  # the first of the tokens that wrote the last piece
         while len(spans) < len(ids):
             start, position = len(spans), spans[-1][1] if spans else 0
             behind = [self._anchors[0]] if continues or position else [[]]
@@ -173,7 +177,7 @@ class ResponseDecoder:
     def _next(
         self, ids: list[int], start: int, text: str, position: int, contexts: list[list[int]]
     ) -> tuple[int, str]:
-        """How many tokens from `start` on write the next piece of the text, and that piece."""
+        """Number of tokens from `start` that write the text's next piece, and that piece."""
 
         def piece(size: int) -> str | None:
             window = ids[start : start + size]
@@ -187,7 +191,7 @@ class ResponseDecoder:
         left, too_few = len(ids) - start, 0
         for size in _sizes(left):
             found = piece(size)
-            while found is not None and size - too_few > 1:  # it rewrote many: the fewest of them
+            while found is not None and size - too_few > 1:  # bisect for the fewest tokens
                 middle = (size + too_few) // 2
                 fewer = piece(middle)
                 if fewer is None:
@@ -200,15 +204,17 @@ class ResponseDecoder:
         return left, text[position:]
 
     def _piece(self, token: int) -> str:
-        """What a token adds to a text, by itself."""
+        """The text that a token adds by itself."""
         if token not in self._pieces:
             self._pieces[token] = self._text([token], True)
         return self._pieces[token]
 
 
 def _sizes(limit: int) -> Iterator[int]:
-    """Numbers of tokens to try, up to `limit`: few, then ever more. Of three in a row one ends with
-    a character of three bytes."""
+    """Growing numbers of tokens to try, up to `limit`.
+
+    Of three consecutive ones, one ends at the end of a three-byte character.
+    """
     sizes = [*range(1, 2 * _CONTEXT + 1)]
     while sizes[-1] < limit:
         sizes += range(2 * sizes[-1], 2 * sizes[-1] + 3)

@@ -1,4 +1,4 @@
-"""Records that flow through the library, and the names of their axes.
+"""Records passed between stages, and the names of their axes.
 
 Axes, used as suffixes where a token and a macro version of a quantity meet:
 
@@ -30,19 +30,19 @@ REF_LOGPROBS = frozenset({"ref_logprobs"})  # what segmenters and token rewards 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """What a segmenter sees: responses only, never the prompts.
+    """Responses as segmenters see them, without the prompts.
 
-    token_ids      [B,T] int64, the sampled tokens, anything beyond the mask
+    token_ids      [B,T] int64, the sampled tokens, arbitrary beyond the mask
     response_mask  [B,T] bool, a prefix of True in each row (an empty response has none)
     logprobs       [B,T] log pi(token), nats, or None where the caller has no policy
     ref_logprobs   [B,T] the same under the reference, or None
     entropy        [B,T] nats, of the distribution that each token was drawn from, or None
-    row_ids        [B] int64, index of each row in the global batch of this step
-    step, seed     with a row id they fix every random draw for that row
+    row_ids        [B] int64, index of each response in the global batch of this step
+    step, seed     with a row id they fix every random draw for that response
     tokenizer      needed by segmenters that read text
     continues      for each response: text comes before it; None: before all. False where the prompt
                    is empty, so that the response begins a text
-    eos_ids        tokens that `texts` leave out at the end, besides the tokenizer's EOS and padding
+    eos_ids        tokens left out at the end of `texts`, besides the tokenizer's EOS and padding
     skip_special_tokens   leave all special tokens out of `texts`
     """
 
@@ -66,13 +66,13 @@ class ResponseBatch:
 
     @cached_property
     def texts(self) -> list[str]:
-        """What each response adds to the text of its prompt; without EOS and padding at its end."""
+        """Each response's continuation of its prompt's text, without EOS and padding at its end."""
         rows = zip(self.unpadded, self._continues, strict=True)
         return [self._decoder.text(ids, continues) for ids, continues in rows]
 
     @cached_property
     def offsets(self) -> list[list[Span]]:
-        """For each response the half-open character span in `texts` that each token wrote."""
+        """Half-open character span of each token in `texts`, per response."""
         rows = zip(self.unpadded, self._continues, strict=True)
         return [self._decoder.with_offsets(ids, continues)[1] for ids, continues in rows]
 
@@ -124,7 +124,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts and responses side by side, as the models read them.
+    """Prompts concatenated with responses, the models' input.
 
     input_ids [B,P+T]; attention_mask [B,P+T] bool, True on the tokens of prompt and response;
     response_mask [B,T].
@@ -135,7 +135,7 @@ class Sequences:
     response_mask: Tensor
 
     def rows(self, index: Tensor) -> Sequences:
-        """Some rows, without the columns that are padding in all of them."""
+        """The sequences at `index`, without columns that are padding in all of them."""
         index = index.to(self.input_ids.device)
         attention, mask = self.attention_mask[index], self.response_mask[index]
         whole, response = kept_columns(attention, mask)
@@ -153,7 +153,7 @@ class Sequences:
 
 
 def kept_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
-    """Columns that are not padding in every row: of `[B,P+T]` tensors, and of `[B,T]` ones.
+    """Columns that are not padding in every sequence, of `[B,P+T]` and of `[B,T]` tensors.
 
     At least one response column stays.
     """

@@ -71,7 +71,7 @@ def group_relative(
     rloo       return minus the mean return of the group's other responses (Ahmadian et al. 2024)
     grpo       (return - group mean) / group standard deviation (Shao et al. 2024), the unbiased
                estimate; 0 where all returns of a group are the same
-    reinforce  return minus the mean return of the whole batch, over all ranks
+    reinforce  return minus the mean return of the full batch, over all ranks
 
     returns_B holds groups of `group_size` consecutive responses to one prompt. Returns [B].
     """

@@ -1,4 +1,4 @@
-"""How well score differences predict preferences: accuracy, reliability, histograms."""
+"""Quality of preferences predicted from scores: accuracy, reliability, histograms."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _weights(segment_ids: Tensor, how: How, discount: float) -> Tensor:
 
 
 def _scatter_sum(x_BT: Tensor, segment_ids: Tensor) -> Tensor:
-    """Sum over the tokens of each macro action, [B,M]; masked tokens fall into a spare column."""
+    """Sum over the tokens of each macro action, [B,M]; masked tokens are left out."""
     M = macro_mask(segment_ids).shape[1]
     index = torch.where(segment_ids >= 0, segment_ids, M)
     total = x_BT.new_zeros((x_BT.shape[0], M + 1))

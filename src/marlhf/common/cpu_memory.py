@@ -39,7 +39,7 @@ def trim_heap_before_embedding_gradients(module: nn.Module) -> None:
 
 
 class GradientBuffer:
-    """A gradient buffer on a CPU, reused across steps; one model at a time uses it."""
+    """A CPU gradient buffer, reused across steps; one model at a time uses it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)

@@ -81,7 +81,7 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def raised(error: BaseException) -> str:
-    """What a plug-in's code raised, and where.
+    """A plug-in's exception and its place, for messages.
 
     The exception's name and message, and the last line reached in the file that this library
     called, unless the library raised it.
@@ -122,7 +122,7 @@ _REQUIREMENTS = {
 
 
 def requirement(finding: Mapping[str, Any]) -> str:
-    """What a value must be, by one of pydantic's findings, worded for YAML users."""
+    """The requirement in one of pydantic's findings, worded for YAML users."""
     template = _REQUIREMENTS.get(finding["type"])
     if template is None:
         return finding["msg"].removeprefix("Input should be ")

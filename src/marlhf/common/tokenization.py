@@ -153,7 +153,7 @@ class ResponseDecoder:
         return next(t for c in contexts if (t := self._added(c, ids)) is not None)
 
     def _added(self, context: list[int], ids: list[int]) -> str | None:
-        """What `ids` add to the text of `context`; None where they change that text."""
+        """Text that `ids` add to that of `context`; None where they change it."""
         before = self._decode(context) if context else ""
         both = self._decode(context + ids)
         return both[len(before) :] if both.startswith(before) else None

@@ -64,7 +64,7 @@ class Gradient:
 
 
 class DivergedError(ReportedError):
-    """Too many losses or gradients in a row were not finite; `batches` are those of the last."""
+    """Too many non-finite losses or gradients in a row; `batches` are the last one's."""
 
     def __init__(self, message: str, batches: list[Rows]) -> None:
         super().__init__(message)

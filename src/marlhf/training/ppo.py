@@ -230,7 +230,7 @@ class PPOTrainer:
     def evaluate(self) -> dict[str, Any]:
         """Metrics of held-out prompts, each sampled with its own fixed noise."""
         metrics = Metrics()
-        waits = self.distributed.zero_stage == 3  # for weights that they hold
+        waits = self.distributed.zero_stage == 3  # for weights on other ranks
         self.distributed.fail_together(lambda: self._evaluate_share(metrics), waits)
         return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
 

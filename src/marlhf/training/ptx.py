@@ -133,7 +133,7 @@ def load_texts(settings: PTXSettings) -> list[Text]:
 def text_ids(
     prompt: str | None, text: str, tokenizer: Any, max_length: int
 ) -> tuple[list[int], int]:
-    """`(token ids with EOS at the end, number of leading tokens that are not in the loss)`.
+    """`(token ids with EOS at the end, number of leading tokens outside the loss)`.
 
     Without a prompt that is the first token alone, as nothing precedes it. To `max_length`, texts
     are truncated at the end, prompts on the left.

@@ -132,7 +132,7 @@ def collate(pairs: Sequence[Pair]) -> Batch:
 def held_out_scores(
     module: nn.Module, pairs: Sequence[Pair], size: int, distributed: Distributed
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected texts, the shortest pairs first, on every rank."""
+    """Scores of chosen and of rejected texts, shortest pairs first, on every rank."""
     found: list[tuple[int, float, float]] = []
     for start, part, counted in shares(pairs, size, distributed):
         batch, _ = placed(collate(part), distributed.device)

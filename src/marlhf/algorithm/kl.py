@@ -42,7 +42,7 @@ class KLCoefficient:
         return self.coef if self.in_loss else 0.0
 
     def update(self, kl: float, responses: int) -> None:
-        """Adapt the coefficient after an update of `responses` with mean KL `kl`, nats per response:
+        """Adapt the coefficient after an update whose mean KL is `kl` nats per response:
 
             coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon
 

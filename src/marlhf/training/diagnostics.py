@@ -107,7 +107,7 @@ def samples(
     """Lines of samples.jsonl: the first responses, cut into the text of each macro action.
 
     batch   adds the advantage of each macro action: as in the policy's loss or, for held-out
-            responses, not whitened (None for those without a critic)
+            responses, not whitened (None without a critic)
     """
     responses, log_ratio = rollout.responses, rollout.log_ratio
     ids = segment_ids(starts, responses.response_mask)

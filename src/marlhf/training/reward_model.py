@@ -184,7 +184,7 @@ def _check_length(data: Preferences, positions: int | None) -> None:
 
 
 def _summary(data: Preferences) -> dict[str, Any]:
-    """Counts of the data, for the first row of metrics."""
+    """Statistics of the data, for the first row of metrics."""
     return {
         "train_pairs": len(data.pairs),
         "truncated_fraction": data.truncated / (2 * len(data.pairs)),

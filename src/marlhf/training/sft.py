@@ -164,7 +164,7 @@ def _check_length(rows: Sequence[Row], positions: int | None) -> None:
 
 
 def _summary(examples: Examples, held_out: Examples) -> dict[str, Any]:
-    """Counts of the data, for the first row of metrics."""
+    """Statistics of the data, for the first row of metrics."""
     return {
         "train_examples": len(examples.rows),
         "train_tokens": sum(map(len, examples.rows)),

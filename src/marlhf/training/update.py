@@ -31,7 +31,7 @@ class Update:
     distributed: Distributed
 
     def __call__(self, experience: Experience, update: int, metrics: Metrics) -> None:
-        """Run update number `update`, counted from 0; the first may train the critic alone.
+        """Run update `update` of the run, from 0; the first ones may train the critic alone.
 
         Raises DivergedError after too many non-finite gradients in a row.
         """
@@ -54,8 +54,8 @@ class Update:
     def _step_policy(self, minibatch: Experience, step: int, metrics: Metrics) -> bool:
         """Take optimiser step `step` of the run; returns whether to continue with the policy.
 
-        Its training stops at the first minibatch whose KL exceeds `ppo.target_kl`: that step is not
-        taken, but the minibatch counts in the metrics.
+        In this update it stops at the first minibatch whose KL exceeds `ppo.target_kl`: that step
+        is not taken, but the minibatch counts in the metrics.
         """
         model, of_minibatch = self.policy.model, Metrics()
         objective = partial(

@@ -1,8 +1,8 @@
 """The segmenter contract: a ResponseBatch in, `starts [B,T]` out.
 
 A segmenter is any callable `ResponseBatch -> starts`; True means "a macro action starts at this
-token". The built-in ones are frozen dataclasses whose fields are their configuration. `validate`
-is run by the trainer on every result, so that a wrong segmenter fails loudly and by name.
+token". The built-in ones are frozen dataclasses whose fields are their configuration. The trainer
+runs `validate` on every result, so that a wrong segmenter fails loudly and by name.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ SEGMENTERS = Registry(
 
 @dataclass(frozen=True)
 class Segmenter(abc.ABC):
-    """Base of the built-in segmenters: a boundary rule plus a cap on the length of macro actions.
+    """Base of the built-in segmenters: a boundary rule plus a maximum macro-action length.
 
-    max_length: split any longer macro action every `max_length` tokens; None for no cap.
+    max_length: split any longer macro action every `max_length` tokens; None: no maximum.
     """
 
     max_length: int | None = field(default=None, kw_only=True)
@@ -57,17 +57,20 @@ class Segmenter(abc.ABC):
 
     @abc.abstractmethod
     def starts(self, batch: ResponseBatch) -> Tensor:
-        """`[B,T]` bool before the cap; values outside the mask and at token 0 do not matter."""
+        """`[B,T]` bool before `max_length`; values outside the mask and at token 0 are ignored."""
 
     def __call__(self, batch: ResponseBatch) -> Tensor:
-        """`[B,T]` bool: where macro actions start. An empty response has no start."""
+        """Starts of macro actions, `[B,T]` bool. An empty response has none."""
         starts = _check_form(self.starts(batch), batch.response_mask, segmenter_name(self))
         return close(starts, batch.response_mask, self.max_length)
 
 
 def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) -> Tensor:
-    """Make any `[B,T]` bool boundaries a valid segmentation: nothing on padding, the first
-    response token a start, and no macro action longer than `max_length` tokens."""
+    """Turn any `[B,T]` bool boundaries into a valid segmentation.
+
+    No start on padding, one at the first response token, and no macro action longer than
+    `max_length` tokens.
+    """
     starts = starts & response_mask
     starts[:, :1] = response_mask[:, :1]
     if max_length is None:
@@ -78,10 +81,9 @@ def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) 
 
 
 def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
-    """A segmenter's `starts`, validated; every fault of its own is a UserError that names it.
+    """Call a segmenter and validate its `starts`; its faults become a UserError that names it.
 
-    It is given a copy of the batch, and what it returns is copied: nothing that it changes, then or
-    later, is the run's.
+    Both the batch and the result are copied, so that the segmenter cannot change the run's tensors.
     """
     name = f"segmenter {segmenter_name(segmenter)}"
     with called(name), unchanged(name, UserError, batch.tokenizer):
@@ -92,8 +94,10 @@ def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
 def learn(
     segmenter: SegmenterFn, batch: ResponseBatch, gather: Callable[[list[Any]], list[Any]]
 ) -> None:
-    """Show a segmenter that learns (it has a method `learn`) the responses of an update: token ids
-    of all ranks, in the order of the rows, so that every rank learns the same."""
+    """Pass the responses of an update to a segmenter that has a method `learn`.
+
+    They are the token ids of all ranks, in batch order, so that every rank learns the same.
+    """
     if (method := getattr(segmenter, "learn", None)) is not None:
         responses = copied(gather(batch.unpadded))
         with called(f"segmenter {segmenter_name(segmenter)}"):
@@ -101,7 +105,7 @@ def learn(
 
 
 def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
-    """`starts` unchanged, or a UserError that names the segmenter and its fault."""
+    """Return `starts` unchanged. Raises UserError, naming the segmenter and its fault."""
     mask = batch.response_mask
     starts = _check_form(starts, mask, name)
     if (fault := (starts & ~mask).any(1)).any():
@@ -117,7 +121,10 @@ def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
 
 
 def _check_form(starts: Any, mask: Tensor, name: str) -> Tensor:
-    """`starts` beside `mask`, a bool tensor of its shape, or a UserError."""
+    """Check that `starts` is a bool tensor of the mask's shape; return it on the mask's device.
+
+    Raises UserError.
+    """
     if not isinstance(starts, Tensor):
         raise UserError(
             f"segmenter {name}: returned {type(starts).__name__}, must be a bool tensor"
@@ -152,7 +159,7 @@ class Union(Segmenter):
 
     @property
     def requires(self) -> frozenset[str]:
-        """What all of them require."""
+        """Union of their requirements."""
         return frozenset().union(*map(segmenter_requires, self.of))
 
     def starts(self, batch: ResponseBatch) -> Tensor:
@@ -162,7 +169,7 @@ class Union(Segmenter):
         return found
 
     def learn(self, responses: Sequence[Sequence[int]]) -> None:
-        """Hand the responses on to those that learn."""
+        """Pass the responses to the segmenters that learn."""
         for segmenter in self.of:
             if hasattr(segmenter, "learn"):
                 segmenter.learn(responses)
@@ -172,7 +179,7 @@ class Union(Segmenter):
         return {"of": [s.state_dict() if hasattr(s, "state_dict") else {} for s in self.of]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Resume from `state_dict()`."""
         for segmenter, own in zip(self.of, state["of"], strict=True):
             if own:
                 segmenter.load_state_dict(own)
@@ -186,10 +193,10 @@ class Union(Segmenter):
 
 
 def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
-    """A segmenter from a name, an import path, a mapping with `name`, or itself.
+    """Build a segmenter from a name, an import path, a mapping with `name`, or a callable.
 
-    A class is built with the mapping's other keys, or without any; a plain function is used as it
-    is and takes none. Raises UserError.
+    A class is built with the mapping's other keys, if any; a plain function is used as it is and
+    takes no arguments. Raises UserError.
     """
     if isinstance(spec, type):
         return construct(spec, {}, f"segmenter {spec.__name__}")
@@ -209,8 +216,10 @@ def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
 
 
 def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
-    """`ref_logprobs`, where a segmenter reads them: its attribute `requires`. One that does not say
-    is taken to read them, so that they are left out for none that needs them. Raises UserError."""
+    """The segmenter's attribute `requires`: `ref_logprobs` or nothing.
+
+    A segmenter without the attribute is assumed to read them. Raises UserError.
+    """
     name = f"segmenter {segmenter_name(segmenter)}"
     with called(name):
         requires = getattr(segmenter, "requires", REF_LOGPROBS)
@@ -221,15 +230,13 @@ def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
 
 
 def segmenter_name(segmenter: SegmenterFn) -> str:
-    """What messages call a segmenter: a dataclass by its fields, a function by its name, an object
-    of any other class by that."""
+    """Name of a segmenter in messages: its `__name__`, a dataclass's repr, or its class name."""
     own = shown(segmenter, 300) if is_dataclass(segmenter) else type(segmenter).__name__
     return getattr(segmenter, "__name__", None) or own
 
 
 def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:
-    """What a segmenter reports of its last batch: its optional method `metrics`. Raises
-    UserError."""
+    """Metrics of a segmenter's last batch, by its optional method `metrics`. Raises UserError."""
     method: Callable[[], Mapping[str, float]] = getattr(segmenter, "metrics", dict)
     with called(f"segmenter {segmenter_name(segmenter)}"):
         return numbers(method())

@@ -1,4 +1,4 @@
-"""A segmenter that cuts where the policy has to decide."""
+"""A segmenter that cuts where the policy's entropy rises."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from marlhf.segmenters.base import Segmenter
 
 @dataclass(frozen=True)
 class EntropyJump(Segmenter):
-    """A macro action starts where the policy's entropy jumps: at a token that was drawn from a
-    distribution of at least `jump` nats more entropy than the one before.
+    """A macro action starts where the policy's entropy jumps.
 
-    Within a word or a set phrase the policy is nearly certain of what follows; where its entropy
-    rises it chooses how to go on, and so a macro action is a choice and what follows from it.
+    That is at a token sampled from a distribution with at least `jump` nats more entropy than the
+    previous token's. Within a word or a set phrase the next token is nearly certain; where entropy
+    rises the policy chooses, so that a macro action is a choice and its consequences.
 
     jump   nats; 0 cuts wherever entropy does not fall
     """

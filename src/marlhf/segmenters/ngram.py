@@ -1,4 +1,4 @@
-"""Segmenters that count tokens."""
+"""Segmenters that count tokens: single tokens, n-grams, and the full response."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Token(Segmenter):
 
 @dataclass(frozen=True)
 class Sequence(Segmenter):
-    """The whole response is one macro action: the contextual bandit."""
+    """The full response is one macro action: the contextual bandit."""
 
     requires = frozenset()
 
@@ -35,7 +35,7 @@ class Sequence(Segmenter):
 
 @dataclass(frozen=True)
 class NGram(Segmenter):
-    """Every `n` tokens (MA-RLHF section 3.2, "fixed n-gram"; the paper uses 3, 5 and 10)."""
+    """A start every `n` tokens (MA-RLHF section 3.2, "fixed n-gram"; in the paper 3, 5, 10)."""
 
     requires = frozenset()
 
@@ -56,8 +56,8 @@ class RandomNGram(Segmenter):
     """Lengths drawn uniformly from a list (MA-RLHF section 3.2, "randomized n-gram").
 
     lengths   the lengths to draw from
-    seed      added to the run's seed; a row's draws depend on (seed, step, row id) alone, so that
-              they are the same on every rank layout and after a resume
+    seed      added to the run's seed; a response's draws depend on (seed, step, row id) alone, so
+              that they are the same on every rank layout and after a resume
     """
 
     requires = frozenset()

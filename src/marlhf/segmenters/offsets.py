@@ -1,7 +1,6 @@
-"""Characters -> tokens: at which token a boundary in the text takes effect.
+"""Character boundaries -> token boundaries, by one rule for every segmenter that reads text.
 
-The rule, used by every segmenter that reads text. A boundary at character `c` says "a macro action
-starts with the character at `c`".
+A boundary at character `c` says "a macro action starts with the character at `c`".
 
 1.  The boundary moves back over the spaces and tabs before it, not over line breaks: leading white
     space belongs to what follows it, a line break to what precedes it.
@@ -30,7 +29,7 @@ _BLANKS = re.compile("[^\\S\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")  # but line 
 
 
 class TokenIndex:
-    """The tokens of one response by the characters they wrote.
+    """Index of one response's tokens by the characters that they write.
 
     text   the decoded response; spans   the half-open character span of each of its tokens
     """
@@ -43,15 +42,17 @@ class TokenIndex:
         self._blank_starts, self._blank_ends = zip(*blanks, strict=True) if blanks else ((), ())
 
     def token_at(self, char: int) -> int | None:
-        """The token that starts a macro action for a boundary at `char`; None where none does
-        (no token follows, or it is the start of the response, which needs no boundary)."""
+        """The token that starts a macro action for a boundary at `char`.
+
+        None where no token follows, or at the start of the response, which needs no boundary.
+        """
         if char <= self._leading:
             return None
         rank = self._rank(char)
         return self._tokens[rank] if rank < len(self._tokens) else None
 
     def count(self, start: int, end: int) -> int:
-        """Tokens that belong to the characters `[start, end)`; neighbouring spans share none."""
+        """Number of tokens of the characters `[start, end)`; adjacent spans share none."""
         return self._rank(end) - self._rank(start)
 
     def _rank(self, char: int) -> int:
@@ -62,7 +63,7 @@ class TokenIndex:
 
 
 def token_starts(text: str, spans: Sequence[Span], boundaries: Iterable[int]) -> set[int]:
-    """The tokens at which macro actions start, for character boundaries in any order.
+    """Tokens at which macro actions start, for character boundaries in any order.
 
     The first token of the response is left out unless a boundary names it: `close` adds it.
     """
@@ -71,7 +72,7 @@ def token_starts(text: str, spans: Sequence[Span], boundaries: Iterable[int]) ->
 
 
 def starts_tensor(batch: ResponseBatch, tokens: Iterable[Iterable[int]]) -> Tensor:
-    """`[B,T]` bool, True at the given tokens of each row."""
+    """`[B,T]` bool, True at the given tokens of each response."""
     mask = batch.response_mask
     starts = torch.zeros(mask.shape, dtype=torch.bool)
     for row, indices in enumerate(tokens):

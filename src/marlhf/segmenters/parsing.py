@@ -1,8 +1,7 @@
 """A segmenter that follows the constituents of each sentence (MA-RLHF section 3.2, "parsing").
 
-Sentences are cut by the rule of `sentence`, parsed in batches, and remembered. A parser's words
-are found in the sentence's text and its tokens by character offsets, so that the policy's
-tokenizer and the parser's need not agree on anything.
+Sentences are split by the rule of `sentence`, parsed in batches, and cached. A parser's words are
+matched to the policy's tokens by character offsets, so that the two tokenizers need not agree.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ _log = logging.getLogger(__name__)
 class Parsing(Segmenter):
     """Nodes of the parse tree, depth first, that hold fewer than `cutoff` policy tokens.
 
-    A node of a single word joins the macro action before it, however many tokens it has. Each
+    A node of a single word joins the previous macro action, however many tokens it has. Each
     sentence opens a new macro action, which its leading single words share. A sentence that cannot
-    be parsed is one macro action; `metrics` tells how many of the last batch were.
+    be parsed is one macro action; `metrics` reports the fraction in the last batch.
 
     parser     "spacy": constituents are the subtrees of the dependency parse; "benepar": true
                constituency; or a callable from the text of a sentence to `nltk.Tree`, or its
@@ -93,7 +92,7 @@ class Parsing(Segmenter):
         return starts_tensor(batch, rows)
 
     def metrics(self) -> dict[str, float]:
-        """`parsing_fallback_fraction`: of the last batch's sentences, those not parsed."""
+        """`parsing_fallback_fraction`: share of the last batch's sentences not parsed."""
         return dict(self._last)
 
 
@@ -114,15 +113,14 @@ def sentence_starts(
         tokens = index.count(offset + start, offset + end)
         if tokens >= cutoff:
             stack.extend(children)
-        elif tokens:  # none: its words are inside a token that began before it
+        elif tokens:  # else its words are inside a token that starts before it
             yield offset + start
 
 
 def tree_node(tree: Any, sentence: str) -> Node:
-    """An `nltk.Tree` as nested character spans of its sentence; unary chains are collapsed.
+    """Convert an `nltk.Tree` to nested character spans; unary chains are collapsed.
 
-    Raises ValueError where a leaf is not in the text after the leaf before it, or where there is
-    no leaf at all.
+    Raises ValueError where a leaf is not in the text after the previous leaf, or without leaves.
     """
     position = 0
 
@@ -142,7 +140,7 @@ def tree_node(tree: Any, sentence: str) -> Node:
 
 
 def _find_leaf(leaf: str, sentence: str, position: int) -> tuple[int, int]:
-    """The nearest occurrence of a leaf, as written or with Penn Treebank escapes undone."""
+    """Span of the next occurrence of a leaf, as written or with Penn Treebank escapes undone."""
     forms = {leaf, _PTB_ESCAPES.get(leaf, leaf)}
     if leaf.startswith("-") or "B-" in leaf:
         forms.add(functools.reduce(lambda s, e: s.replace(*e), _PTB_ESCAPES.items(), leaf))
@@ -155,10 +153,10 @@ def _find_leaf(leaf: str, sentence: str, position: int) -> tuple[int, int]:
 
 
 class SentenceParser:
-    """Sentences -> trees, in batches, with the most recent ones remembered.
+    """Parses sentences in batches, with an LRU cache of trees.
 
-    parse   a batch of sentences -> a tree for each, in order; it may raise, and the batch's
-            sentences are then tried one by one
+    parse   a batch of sentences -> a tree per sentence, in order; where it raises, the batch's
+            sentences are retried one by one
     """
 
     def __init__(self, parse: Callable[[list[str]], Iterable[Tree]]) -> None:
@@ -167,8 +165,10 @@ class SentenceParser:
         self._warned = False
 
     def __call__(self, sentences: list[str]) -> list[Node | None]:
-        """The tree of each sentence, None where it could not be parsed, or is no sentence: parsers
-        take quadratic time on long runs of symbols."""
+        """The tree of each sentence, None where it could not be parsed.
+
+        Sentences with long runs of symbols are not tried: parsers take quadratic time on them.
+        """
         found: dict[str, Node | None] = {}
         for sentence in dict.fromkeys(sentences):
             if sentence in self._cache:
@@ -189,7 +189,7 @@ class SentenceParser:
             trees = list(self._parse([_plain(sentence) for sentence in sentences]))
             if len(trees) != len(sentences):
                 raise ValueError(f"{len(trees)} trees for {len(sentences)} sentences")
-        except Exception as error:  # a parser may raise anything; training goes on
+        except Exception as error:  # a parser may raise anything; training continues
             if len(sentences) == 1:
                 self._warn(sentences[0], error)
                 return [None]
@@ -214,14 +214,14 @@ class SentenceParser:
 
 
 def _plain(sentence: str) -> str:
-    """White space as parsers expect it; words are found in the original text again."""
+    """Normalise white space for parsers; words are then matched in the original text."""
     return " ".join(sentence.split())
 
 
 def dependency_tree(doc: Any) -> Tree:
-    """Constituents of a spaCy Doc or Span: one node a token with dependents, over its subtree.
+    """Constituents of a spaCy Doc or Span: one node per token with dependents, over its subtree.
 
-    A subtree that crosses one already placed (non-projective) is left out.
+    A subtree that crosses one already placed (non-projective) is dropped.
     """
     from nltk.tree import Tree
 
@@ -257,7 +257,7 @@ def dependency_tree(doc: Any) -> Tree:
 
 
 def _check_installed(parser: Any, pipeline: str) -> None:
-    """Raise UserError for a parser that will not load; imports no parser."""
+    """Raise UserError for a parser that cannot load, without importing it."""
     if parser == "spacy":
         if not local_path(pipeline, "pipeline").exists() and not _is_importable(pipeline):
             raise UserError(
@@ -286,14 +286,16 @@ def _is_importable(module: str) -> bool:
 
 
 def _sentence_parser(parser: Any, pipeline: str, model: str) -> SentenceParser:
-    """One SentenceParser for each configuration in the process, so that segmenters stay small,
-    hashable and picklable, and pipelines are loaded once, when first used."""
+    """The process's SentenceParser for a configuration, loaded at first use.
+
+    Segmenters themselves stay small, hashable and picklable.
+    """
     try:
         return _loaded_parser(parser, pipeline, model)
     except TypeError:
         if parser.__hash__ is not None:
             raise
-        return _loaded_parser.__wrapped__(parser, pipeline, model)  # unhashable: nothing is kept
+        return _loaded_parser.__wrapped__(parser, pipeline, model)  # unhashable: not cached
 
 
 @functools.lru_cache(maxsize=8)
@@ -308,7 +310,7 @@ def _loaded_parser(parser: Any, pipeline: str, model: str) -> SentenceParser:
 
 
 def load_spacy(pipeline: str) -> Any:
-    """A spaCy pipeline with only the components that a dependency parse needs."""
+    """Load a spaCy pipeline with only the components that a dependency parse needs."""
     import spacy
 
     try:
@@ -324,14 +326,14 @@ def load_spacy(pipeline: str) -> Any:
             f"pipeline: {pipeline!r} has no dependency parser, only "
             f"{', '.join(factories) or 'a tokenizer'}"
         )
-    for name, factory in factories.items():  # taggers, NER and others are most of the time
+    for name, factory in factories.items():  # taggers, NER and others take most of the time
         if factory not in ("parser", "tok2vec") and "transformer" not in factory:
             nlp.disable_pipe(name)
     return nlp
 
 
 def _benepar_parser(model: str) -> Callable[[list[str]], Iterable[Tree]]:
-    """benepar as a component of a spaCy pipeline that has a tokenizer alone."""
+    """benepar as a component of a blank spaCy pipeline, which has only a tokenizer."""
     import benepar  # pyright: ignore[reportMissingImports]  # noqa: F401  (adds the factory)
     import spacy
     from nltk.tree import Tree

@@ -1,4 +1,4 @@
-"""A segmenter that cuts where the language model is surprised."""
+"""A segmenter that cuts where per-token perplexity rises."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from marlhf.segmenters.base import Segmenter
 
 @dataclass(frozen=True)
 class Perplexity(Segmenter):
-    """Runs of tokens over which perplexity keeps falling (MA-RLHF section 3.2, "perplexity").
+    """Runs of tokens of non-rising perplexity (MA-RLHF section 3.2, "perplexity").
 
     With ppl_t = exp(-logprob_t) of the single token, token t starts a macro action iff
     ppl_t > ppl_(t-1).
 
-    logprobs   whose: the reference's (the paper) or the policy's at sampling time
-    shift      moves every boundary by this many tokens; the paper's released code cuts one token
-               earlier than its text, which is -1
+    logprobs   the reference policy's (as in the paper) or the policy's at sampling time
+    shift      tokens to move every boundary by; -1 is the paper's released code, which cuts one
+               token earlier than its text
     """
 
     logprobs: Literal["ref", "policy"] = "ref"
@@ -46,14 +46,14 @@ class Perplexity(Segmenter):
                 "response tokens, and the ResponseBatch has none (marlhf segment: give --model)"
             )
         # exp is monotone, so log-probabilities compare as perplexities do, without overflow.
-        # The mask matters before the shift: padding must not move a boundary into the response.
+        # Masked before the shift: padding must not move a boundary into the response.
         rises = torch.zeros_like(batch.response_mask)
         rises[:, 1:] = (logprobs[:, 1:] < logprobs[:, :-1]) & batch.response_mask[:, 1:]
         return _shifted(rises, self.shift)
 
 
 def _shifted(flags: Tensor, shift: int) -> Tensor:
-    """`[B,T]` flags moved right by `shift` (left where negative); those that leave are dropped."""
+    """Shift `[B,T]` flags right by `shift` (left where negative), dropping those that leave."""
     width = flags.shape[1]
     moved = torch.zeros_like(flags)
     if abs(shift) >= width:

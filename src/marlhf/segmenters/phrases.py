@@ -1,4 +1,4 @@
-"""A segmenter that learns its macro actions from what the policy writes."""
+"""A segmenter that learns its macro actions from the policy's responses."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Phrase = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Phrases(Segmenter):
-    """Phrases that the policy uses often, found as byte-pair encoding finds words (Sennrich et al.
-    2016), over tokens instead of characters; a token in no phrase is a macro action by itself.
+    """Frequent phrases of the policy, merged as in byte-pair encoding (Sennrich et al. 2016).
 
-    After every update the two neighbouring macro actions that came together most often in its
-    responses are joined to one phrase, then the next such two. At first this is token-level PPO.
-    A response is cut from its beginning, always taking the longest phrase that is known. Phrases
-    that are used no more are forgotten, so that the segmentation follows the policy.
+    The units are tokens instead of characters; a token in no phrase is a macro action by itself.
+    After every update the most frequent pairs of adjacent macro actions in its responses become
+    phrases. At first this is token-level PPO. A response is segmented greedily from its start, by
+    the longest known phrase. The least used phrases are dropped, so that the segmentation follows
+    the policy.
 
-    size       phrases known at a time
-    new        phrases learned from the responses of an update, at most
-    min_count  times that two macro actions must have met in an update to become one
-    longest    tokens in a phrase, at most
+    size       maximum number of known phrases
+    new        maximum number of phrases learned per update
+    min_count  occurrences of a pair in an update's responses that make it a phrase
+    longest    maximum tokens per phrase
     """
 
     requires = frozenset()
@@ -60,7 +60,7 @@ class Phrases(Segmenter):
         return starts
 
     def learn(self, responses: Sequence[Sequence[int]]) -> None:
-        """Take up what is frequent in the responses of an update, and forget what is not."""
+        """Add the frequent pairs of an update's responses; drop the least used phrases."""
         lengths = _lengths_by_first(self._use)
         cut = [_cut(ids, self._use, lengths) for ids in responses]
         used: Counter[Phrase] = Counter(part for parts in cut for part in parts if len(part) > 1)
@@ -79,15 +79,15 @@ class Phrases(Segmenter):
             del self._use[phrase]
 
     def metrics(self) -> dict[str, float]:
-        """How many phrases are known."""
+        """`phrases_known`: number of known phrases."""
         return {"phrases_known": float(len(self._use))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The phrases and how much they are used, for checkpoints."""
+        """Phrases and their use counts, for checkpoints."""
         return {"phrases": [list(phrase) for phrase in self._use], "use": list(self._use.values())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Raises TypeError and ValueError."""
+        """Resume from `state_dict()`. Raises TypeError and ValueError."""
         phrases = [tuple(map(int, phrase)) for phrase in state["phrases"]]
         use = dict(zip(phrases, map(float, state["use"]), strict=True))
         self._use.clear()
@@ -95,7 +95,7 @@ class Phrases(Segmenter):
 
 
 def _lengths_by_first(phrases: Iterable[Phrase]) -> dict[int, list[int]]:
-    """The lengths of the phrases that begin with a token, the longest first."""
+    """Lengths of the phrases by their first token, the longest first."""
     found: dict[int, set[int]] = {}
     for phrase in phrases:
         found.setdefault(phrase[0], set()).add(len(phrase))
@@ -105,7 +105,7 @@ def _lengths_by_first(phrases: Iterable[Phrase]) -> dict[int, list[int]]:
 def _cut(
     ids: Sequence[int], phrases: Mapping[Phrase, float], lengths: Mapping[int, Sequence[int]]
 ) -> list[Phrase]:
-    """Tokens in phrases, the longest that fits at each place, or by themselves."""
+    """Split tokens greedily into the longest known phrases; other tokens stay single."""
     parts: list[Phrase] = []
     at = 0
     while at < len(ids):

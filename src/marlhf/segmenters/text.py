@@ -8,7 +8,7 @@
     def pairs(tokens):  # the text of each token -> lengths of macro actions, in tokens
         return [2] * (len(tokens) // 2) + [1] * (len(tokens) % 2)
 
-How a character boundary becomes a token is written down in `offsets`.
+`offsets` states how a character boundary becomes a token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from marlhf.segmenters.offsets import starts_tensor, token_starts
 
 @dataclass(frozen=True)
 class TextSegmenter(Segmenter):
-    """Base of the segmenters whose rule is a function of the text alone."""
+    """Base of the segmenters that depend on the text alone."""
 
     requires = frozenset()
 
@@ -46,12 +46,13 @@ class TextSegmenter(Segmenter):
 
 @dataclass(frozen=True)
 class Word(TextSegmenter):
-    """Every word. Punctuation joins the word before it; opening brackets, quotes and whatever
-    follows white space join the word after. Each Chinese character is a word, and each run of
-    hiragana or katakana.
+    """Every word.
+
+    Punctuation joins the word before it; opening brackets, quotes and symbols after white space
+    join the word after. Each Chinese character is a word, and each run of hiragana or katakana.
 
     language   a spaCy language code ("en", "th", "ja"): the words of its tokenizer instead, which
-               sets punctuation apart and may need an extra package; None for the rule above
+               separates punctuation and may need an extra package; None for the rule above
     """
 
     language: str | None = None
@@ -75,8 +76,10 @@ class Word(TextSegmenter):
 
 @dataclass(frozen=True)
 class Sentence(TextSegmenter):
-    """Every sentence, by its full stop in any script; a line break ends one too, as in the
-    paper's released code (lists, headings and code have no full stops)."""
+    """Every sentence, ended by a full stop in any script or by a line break.
+
+    Line breaks count as in the paper's released code: lists, headings and code have no full stops.
+    """
 
     def boundaries(self, text: str) -> list[int]:
         return sentence_boundaries(text)
@@ -84,8 +87,11 @@ class Sentence(TextSegmenter):
 
 @dataclass(frozen=True)
 class Line(TextSegmenter):
-    """Every line with something on it: suits code. A line's break and the blank lines after it
-    belong to it; its indentation too where tokens allow."""
+    """Every non-blank line; suits code.
+
+    A line's break and the blank lines after it belong to it; its indentation too where tokens
+    allow.
+    """
 
     def boundaries(self, text: str) -> list[int]:
         return line_boundaries(text)
@@ -94,7 +100,7 @@ class Line(TextSegmenter):
 def from_text(
     function: Callable[[str], Iterable[int]], max_length: int | None = None
 ) -> SegmenterFn:
-    """A segmenter from a function of one response's text.
+    """Make a segmenter from a function of one response's text.
 
     The function returns the characters at which macro actions *start*, in any order; 0 is implied
     and `len(text)` starts nothing. Raises UserError, when called, if it returns anything else.
@@ -121,9 +127,9 @@ def from_text(
 def from_lengths(
     function: Callable[[list[str]], Iterable[int]], max_length: int | None = None
 ) -> SegmenterFn:
-    """A segmenter from a function of one response's tokens.
+    """Make a segmenter from a function of one response's tokens.
 
-    The function is given the text of each token (they join to the response; a token that writes
+    The function receives the text of each token (they join to the response; a token that writes
     nothing, or completes a character that an earlier token began, is "") and returns the lengths
     of the macro actions, in tokens. It is not called for an empty response. Raises UserError, when
     called, if the lengths are not positive or do not add up to the number of tokens.
@@ -150,7 +156,7 @@ def from_lengths(
 
 
 def line_boundaries(text: str) -> list[int]:
-    """Where lines with a visible character start."""
+    """Characters at which lines with a visible character start."""
     boundaries, position = [], 0
     for line in text.splitlines(keepends=True):
         if not line.isspace():
@@ -159,9 +165,9 @@ def line_boundaries(text: str) -> list[int]:
     return boundaries
 
 
-# Scripts written without spaces cannot be cut by rule into words: a Han character is a word by
-# itself, kana change script at most word ends. Marks (\p{M}) and joiners belong to whatever they
-# follow: they carry the vowels of Indic scripts, and build one emoji out of several.
+# Scripts written without spaces cannot be split into words by rule: a Han character is a word by
+# itself, kana change script at most word ends. Marks (\p{M}) and joiners belong to the character
+# before: they carry the vowels of Indic scripts, and build one emoji out of several.
 _JOINED = r"\p{M}\u200c\u200d"
 _LETTER = rf"[\w--[{_JOINED}\p{{Han}}\p{{Hiragana}}\p{{Katakana}}ー]]"
 _LETTERS = rf"{_LETTER} [{_LETTER}{_JOINED}]*"
@@ -182,7 +188,7 @@ _WORD = regex.compile(
 
 
 def word_boundaries(text: str) -> list[int]:
-    """Where words start, by the rule of `Word`."""
+    """Characters at which words start, by the rule of `Word`."""
     return [match.start() for match in _WORD.finditer(text)]
 
 
@@ -209,7 +215,7 @@ _LOOK_BACK = 40  # characters: no abbreviation is longer
 
 
 def sentence_boundaries(text: str) -> list[int]:
-    """Where sentences start, by the rule of `Sentence`."""
+    """Characters at which sentences start, by the rule of `Sentence`."""
     found = set(line_boundaries(text))
     for match in _TERMINAL.finditer(text):
         if match.end() < len(text) and (match["mark"] is None or _ends_sentence(text, match)):
@@ -218,7 +224,7 @@ def sentence_boundaries(text: str) -> list[int]:
 
 
 def sentence_spans(text: str) -> list[Span]:
-    """The half-open span of each sentence, white space around it left out."""
+    """Half-open span of each sentence, without the white space around it."""
     boundaries = sorted({0, *sentence_boundaries(text)})
     spans = []
     for start, end in zip(boundaries, [*boundaries[1:], len(text)], strict=True):
@@ -248,14 +254,16 @@ _LONG_RUN = regex.compile(r"[^\w\s]{64}(?=[^\w\s])")
 
 
 def run_cuts(text: str) -> list[int]:
-    """Where to cut long runs of symbols, every 64 characters: spaCy's tokenizers take quadratic
-    time on them, and find each symbol a word."""
+    """Cuts every 64 characters in long runs of symbols.
+
+    spaCy's tokenizers take quadratic time on them, and make each symbol a word.
+    """
     return [match.end() for match in _LONG_RUN.finditer(text)]
 
 
 @functools.lru_cache(maxsize=8)
 def _spacy_tokenizer(language: str) -> Callable[[str], Any]:
-    import spacy  # takes seconds to import: only for those who ask for it
+    import spacy  # takes seconds to import
 
     try:
         return spacy.blank(language).tokenizer
@@ -272,7 +280,7 @@ def _starts_at_characters(
 
 
 def _token_texts(text: str, spans: list[Span]) -> list[str]:
-    """What each token adds to the text: they join to `text`."""
+    """Characters that each token adds; they join to `text`."""
     texts, position = [], 0
     for start, end in spans:
         texts.append(text[max(start, position) : end])

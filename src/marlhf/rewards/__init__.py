@@ -1,4 +1,4 @@
-"""Rewards: what a response is worth. See `base` for the contract."""
+"""Rewards of responses and of their tokens. See `base` for the contract."""
 
 from marlhf.rewards.base import (
     REWARDS,

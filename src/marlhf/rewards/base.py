@@ -1,13 +1,13 @@
-"""The reward contract, and how several rewards make one score.
+"""The reward contract, and the weighted sum of several rewards.
 
 A reward is any callable
 
     reward(prompts: list[str], completions: list[str], **columns) -> list
 
-with one entry a row: a number, None ("not applicable to this row"), or a list of
-`(end_char, number)` pairs, rewards inside the response that land on the token which writes the
+with one entry per row: a number, None ("not applicable to this row"), or a list of
+`(end_char, number)` pairs, rewards inside the response that land on the token that writes the
 response's character `end_char - 1`. `columns` holds the dataset's other columns, each a list with
-one entry a row; a callable without `**kwargs` is given only the columns that its signature names.
+one entry per row; a callable without `**kwargs` gets only the columns that its signature names.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ REWARDS = Registry(
 
 @runtime_checkable
 class Shardable(Protocol):
-    """A reward whose model may be spread over the ranks."""
+    """A reward whose model can be sharded over the ranks."""
 
     def shard(self, shard: Shard) -> None:
-        """Let `shard(model, backbone)` place the model; see `Distributed.shard`."""
+        """Shard the model with `shard(model, backbone)`; see `Distributed.shard`."""
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What the rewards said of a batch of B responses.
+    """Rewards of a batch of B responses.
 
-    scores   [B] weighted sum of each row's scalar rewards; 0.0 where there is none
-    spans    [B] each row's weighted `(end_char, reward)` pairs, for `place_spans`
-    by_name  for each reward its unweighted values, None where not applicable; rewards inside a
+    scores   [B] weighted sum of each response's scalar rewards; 0.0 where there is none
+    spans    [B] each response's weighted `(end_char, reward)` pairs, for `place_spans`
+    by_name  unweighted values of each reward, None where not applicable; rewards inside a
              response are summed
     """
 
@@ -81,14 +81,14 @@ class RewardResult:
 
     @property
     def unscored(self) -> list[int]:
-        """Rows to which no reward was applicable: their score of 0.0 is no judgement."""
+        """Indices of responses to which no reward applied: their score of 0.0 means nothing."""
         columns = list(self.by_name.values())
         return [i for i in range(len(self.scores)) if all(c[i] is None for c in columns)]
 
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward, its weight, and what messages and metrics call it."""
+    """A reward, its weight, and its name in messages and metrics."""
 
     name: str
     function: RewardFn
@@ -99,8 +99,8 @@ class NamedReward:
 class CombinedReward:
     """A weighted sum of rewards.
 
-    A row that every reward answers with None scores 0.0 rather than stopping the run: in a mixture
-    of data sets such rows are to be expected. `RewardResult.unscored` lists them.
+    A row for which every reward returns None scores 0.0 rather than stopping the run, as mixtures
+    of datasets have such rows. `RewardResult.unscored` lists them.
     """
 
     rewards: tuple[NamedReward, ...]
@@ -108,10 +108,10 @@ class CombinedReward:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], columns: Columns | None = None
     ) -> RewardResult:
-        """Score B rows.
+        """Score B responses.
 
-        Raises RewardError where a reward raises or returns something it must not, and UserError
-        where it needs a column that is not there.
+        Raises RewardError where a reward raises or returns an invalid value, and UserError where
+        it needs a missing column.
         """
         prompts, completions, columns = list(prompts), list(completions), dict(columns or {})
         self.check_columns(columns)
@@ -129,8 +129,11 @@ class CombinedReward:
         return RewardResult(scores, spans, by_name)
 
     def check_columns(self, available: Iterable[str]) -> None:
-        """Raise UserError where a reward needs a column that the data does not have, or calls a
-        column what is given prompts or completions."""
+        """Raise UserError where a reward's parameters do not fit the data's columns.
+
+        It needs a missing column, or the parameter for its prompts or completions is named like a
+        column.
+        """
         available = sorted(available)
         for reward in self.rewards:
             for column in texts_by_place(reward.function):
@@ -150,7 +153,7 @@ class CombinedReward:
     def load(self, shard: Shard | None = None) -> CombinedReward:
         """Load every model now rather than at first use. Raises UserError.
 
-        shard   places a frozen model over the ranks, as `Distributed.shard`
+        shard   shards a frozen model over the ranks, as `Distributed.shard`
         """
         for reward in self.rewards:
             with called(f"reward {reward.name}"):
@@ -164,17 +167,17 @@ class CombinedReward:
         return self
 
     def share(self, policy: Any, base: str) -> None:
-        """Let reward models that are adapters of the policy's frozen base run on that very one.
+        """Run reward models that are adapters of the policy's frozen base on that same base.
 
-        policy   a PEFT model around it, or any other model
-        base     where it was loaded from
+        policy   a PEFT model around the base, or any other model
+        base     path that the base was loaded from
         """
         for reward in self.rewards:
             if callable(share := getattr(reward.function, "share", None)):
                 share(policy, base)
 
     def to(self, device: Any) -> CombinedReward:
-        """Use `device` for every reward that runs a model."""
+        """Move every reward that runs a model to `device`."""
         for reward in self.rewards:
             with called(f"reward {reward.name}"):
                 if callable(to := getattr(reward.function, "to", None)):
@@ -183,7 +186,7 @@ class CombinedReward:
 
 
 def build_rewards(spec: Any) -> CombinedReward:
-    """Rewards from a configuration's `reward.models`, from Python objects, or from a mixture.
+    """Build rewards from a configuration's `reward.models`, Python objects, or a mix of both.
 
     spec: a name, a path, an import path, a mapping with `name` (or a path), arguments and `weight`,
     a callable, a `(reward, weight)` pair, or a list of these. Raises UserError.
@@ -209,7 +212,7 @@ def place_spans(
     offsets: Sequence[Sequence[Span]],
     shape: Sequence[int],
 ) -> Tensor:
-    """`(end_char, reward)` pairs -> float32 rewards of shape `[B,T]`.
+    """Place `(end_char, reward)` pairs on tokens: float32 rewards of shape `[B,T]`.
 
     offsets: each token's half-open character span, as `ResponseBatch.offsets`. A reward lands on
     the token whose span holds character `end_char - 1`, the last one where several tokens share
@@ -219,7 +222,7 @@ def place_spans(
     for row, (pairs, row_offsets) in enumerate(zip(spans, offsets, strict=True)):
         starts = [start for start, _ in row_offsets]
         for end_char, reward in pairs:
-            # spans never move backwards: the last one to start by then is the only candidate
+            # spans never move backwards: the last one that starts before is the only candidate
             token = bisect_right(starts, end_char - 1) - 1
             if end_char < 1 or token < 0 or row_offsets[token][1] < end_char:
                 raise ValueError(f"row {row}: no token writes character {end_char - 1}")
@@ -228,8 +231,10 @@ def place_spans(
 
 
 def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
-    """Arguments of every `RewardModel` that a configuration's `reward.models` names, `path` among
-    them; nothing is built. Raises UserError."""
+    """Arguments, `path` included, of every `RewardModel` in a configuration's `reward.models`.
+
+    Builds nothing. Raises UserError.
+    """
     models = []
     for each in spec if isinstance(spec, list) else [spec]:
         name, arguments = split_spec(each, "reward")
@@ -239,13 +244,13 @@ def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
 
 
 def require(module: str, extra: str) -> None:
-    """Raise UserError naming the extra to install where an optional package is missing."""
+    """Raise UserError, naming the extra to install, where an optional package is missing."""
     if importlib.util.find_spec(module) is None:
         raise UserError(f"needs a package that is not installed: pip install 'marlhf[{extra}]'")
 
 
 def free_name(name: str, taken: Sequence[str]) -> str:
-    """The name, or with the first number behind it that no other one has."""
+    """The name, or with a suffix `_2`, `_3`, ... where it is taken."""
     names = (f"{name}_{i}" if i > 1 else name for i in range(1, len(taken) + 2))
     return next(n for n in names if n not in taken)
 
@@ -256,7 +261,7 @@ def is_pair(spec: Any) -> bool:
 
 
 def _build(spec: Any) -> NamedReward:
-    """One reward from one spec."""
+    """Build one reward from one spec."""
     if is_pair(spec):
         inner, weight = spec
         reward = _build(inner)
@@ -275,14 +280,14 @@ def _build(spec: Any) -> NamedReward:
 
 
 def weight_of(weight: Any) -> float:
-    """A weight as a number. Raises UserError."""
+    """Check a weight and convert it to float. Raises UserError."""
     if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
         raise UserError(f"reward: weight: given {weight!r}, must be a finite number")
     return float(weight)
 
 
 def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
-    """A directory, a registered name, an import path or a hub name, in this order."""
+    """Resolve a directory, a registered name, an import path or a hub name, in this order."""
     if _is_model_path(name):
         factory = import_path("marlhf.rewards.learned.RewardModel", "reward")
         model = construct(factory, {"path": name, **arguments}, f"reward {name}")
@@ -297,10 +302,13 @@ def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
 
 
 def _is_model_path(name: str) -> bool:
-    """Whether a name means a model's directory or hub name; raises UserError for a lost path."""
+    """Whether a name is a model's directory or hub name.
+
+    Raises UserError for a path that does not exist.
+    """
     folder = local_path(name, "reward")
     if name and folder.is_dir():
-        # a folder that happens to be called `length` does not hide the reward of that name
+        # a folder that happens to be named `length` does not hide the reward of that name
         return (folder / "config.json").is_file() or name not in REWARDS.names()
     if name.startswith((".", "/", "~")):
         raise UserError(f"reward: given {name!r}, which is not a directory that exists")
@@ -308,7 +316,7 @@ def _is_model_path(name: str) -> bool:
 
 
 def _bind(function: Any, arguments: dict[str, Any], name: str) -> RewardFn:
-    """A function with its arguments from YAML bound."""
+    """Bind a function's arguments from YAML."""
     parameters = column_parameters(function)
     known = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
     takes_any = len(known) < len(parameters)
@@ -322,7 +330,7 @@ def _bind(function: Any, arguments: dict[str, Any], name: str) -> RewardFn:
 
 
 def _function_name(function: Any) -> str:
-    """A function's name; a built-in reward's short name; else the name of the class."""
+    """A built-in reward's short name, else a function's name, else that of the class."""
     if isinstance(function, functools.partial):
         return _function_name(function.func)
     path = f"{type(function).__module__}.{type(function).__qualname__}"

@@ -1,6 +1,6 @@
-"""How a reward is called, and what it may return: one call, every fault in a line.
+"""Calls a reward and checks its return values; every fault is reported in one line.
 
-A reward is given copies, so that whatever it does to them no other reward sees it.
+A reward gets copies, so that its changes to them reach no other reward.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class RewardError(ReportedError):
 
 
 def needed_columns(function: RewardFn) -> list[str]:
-    """Columns that a reward cannot do without: parameters without a default, and what its own
-    attribute `needed_columns` lists."""
+    """Columns that a reward requires.
+
+    Its parameters without a default, and those listed in its attribute `needed_columns`.
+    """
     needed = [
         p.name
         for p in column_parameters(function)
@@ -37,7 +39,7 @@ def needed_columns(function: RewardFn) -> list[str]:
 
 
 def _parameters(function: RewardFn) -> list[inspect.Parameter]:
-    """The signature; that of the contract's plain form where Python cannot tell."""
+    """Parameters of the signature; `prompts, completions` where Python cannot inspect it."""
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -57,12 +59,12 @@ def column_parameters(function: RewardFn) -> list[inspect.Parameter]:
 
 
 def _by_keyword(parameters: Sequence[inspect.Parameter]) -> bool:
-    """Whether a reward names its texts as the contract does, in whatever order."""
+    """Whether a reward names its texts as the contract does, in any order."""
     return any(p.name == "completions" and p.kind != p.POSITIONAL_ONLY for p in parameters)
 
 
 def texts_by_place(function: RewardFn) -> list[str]:
-    """Names that a reward has for prompts and completions, where it does not name them so."""
+    """A reward's own names for prompts and completions, which it then gets by position."""
     parameters = _parameters(function)
     if _by_keyword(parameters):
         return []
@@ -73,7 +75,10 @@ def texts_by_place(function: RewardFn) -> list[str]:
 def evaluate(
     name: str, function: RewardFn, prompts: list[str], completions: list[str], columns: Columns
 ) -> list[float | Pairs | None]:
-    """A reward's values, checked; every fault becomes a RewardError."""
+    """Call a reward and check its values; every fault becomes a RewardError.
+
+    A UserError that the reward raises passes through.
+    """
     try:
         with called(name, _FailedError):
             values: Any = _call(function, prompts, completions, columns)
@@ -95,7 +100,7 @@ def evaluate(
 
 
 class _FailedError(Exception):
-    """A reward failed, as its cause tells."""
+    """A reward failed; its cause says how."""
 
 
 def _cause(failed: _FailedError) -> BaseException:
@@ -111,7 +116,7 @@ def _first_failure(
     columns: Columns,
     error: BaseException,
 ) -> tuple[int | None, BaseException]:
-    """The row on which a reward raises, found by halving the batch, and what it raises there.
+    """Find the row on which a reward raises, by bisecting the batch, and its exception there.
 
     `(None, error)` where the batch fails but neither of its halves does.
     """
@@ -132,7 +137,7 @@ def _first_failure(
 
 
 def _listed(values: Any, rows: int) -> Sequence[Any]:
-    """What a reward returned, as a list of an entry for each row. Raises TypeError, ValueError."""
+    """A reward's return value as a list with one entry per row. Raises TypeError, ValueError."""
     if hasattr(values, "tolist"):
         try:
             values = values.tolist()
@@ -146,7 +151,7 @@ def _listed(values: Any, rows: int) -> Sequence[Any]:
 
 
 def _checked(value: Any, length: int) -> float | Pairs | None:
-    """One row's value in plain types. Raises TypeError or ValueError that say what is wrong."""
+    """One row's value in plain types. Raises TypeError or ValueError, naming the fault."""
     if value is None:
         return None
     if not isinstance(value, list | tuple):
@@ -186,7 +191,7 @@ def _number(value: Any) -> float:
 def _call(
     function: RewardFn, prompts: list[str], completions: list[str], columns: Columns
 ) -> Sequence[Any]:
-    """Call a reward with the columns that it takes: with copies, which it may change."""
+    """Call a reward with copies of its texts and of the columns that it takes."""
     prompts, completions = list(prompts), list(completions)
     parameters = _parameters(function)
     wanted = column_parameters(function)

@@ -1,4 +1,4 @@
-"""A reward for programs: run them, and see which of the dataset's tests they pass."""
+"""A reward for programs: runs them on the dataset's tests."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from marlhf.rewards.sandbox import (
 
 PASSED, NONE_PASSED, RUNTIME_ERROR, NO_PROGRAM = 1.0, -0.3, -0.6, -1.0
 
-# each part takes all it can and the rest of the line is anything, so that nothing is tried twice
+# each part is greedy and the rest of the line is arbitrary, so that the regex never backtracks
 _FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>.*)$", re.MULTILINE)
 _WORD = re.compile(r"\S+")
 _MOST_WORKERS = 1024
 _PYTHON = ("python", "python3", "py", "py3")
-# of a decimal number that a program prints, as in APPS's own evaluation
+# tolerances of a decimal number that a program prints, as in APPS's own evaluation
 _RELATIVE, _ABSOLUTE = 1e-5, 1e-8
-# names that the sites of APPS's functions give, and its own evaluation too
+# names that the sites of APPS's functions predefine, and APPS's own evaluation too
 _APPS_PRELUDE = """
 import collections, fractions, heapq, itertools, math, random, sys, time
 from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
@@ -48,8 +48,10 @@ from typing import *
 
 @dataclass(frozen=True)
 class Problem:
-    """One row's test: the job that runs a program, and the share of its tests that passed, 0 to 1,
-    of the outcome of a job that ran."""
+    """One row's tests: `job` runs a program on them, `share` is the fraction passed, 0 to 1.
+
+    `share` takes the outcome of a job that ran.
+    """
 
     job: Callable[[str], Job]
     share: Callable[[Outcome], float]
@@ -57,33 +59,33 @@ class Problem:
 
 @dataclass(frozen=True)
 class Code:
-    """The reward of a program, by the tests in the row's columns; None where a row has no tests.
+    """The reward of a program by the row's tests; None where a row has none.
 
         1.3 x share of tests passed - 0.3   if it runs
-        -0.6   on a runtime error in any test: an exception that the test does not want, an exit
-               status other than 0, no function of the wanted name, a limit of the sandbox, a
+        -0.6   on a runtime error in any test: an exception that the test does not expect, an exit
+               status other than 0, no function of the expected name, a limit of the sandbox, a
                timeout included
         -1.0   if it does not compile, or if there is no program
 
     As in PPOCoder (Shojaee et al., 2023, arXiv 2301.13816) and RLTF (Liu et al., 2023, arXiv
-    2307.04349). A timeout counts as a runtime error because APPS's own evaluation makes no
-    difference between them. A program is not run further after its first one.
+    2307.04349). A timeout counts as a runtime error because APPS's own evaluation does not
+    distinguish them. A program is stopped at its first runtime error.
 
     The program is the completion's last Markdown block of Python, else its last block, else all of
     the completion (see `extract_code`).
 
     format="apps": `tests_column` holds JSON text, or a mapping, with `inputs`, `outputs` and
-    perhaps `fn_name`: without it each input is a stdin and each output what must be printed (see
+    perhaps `fn_name`: without it each input is a stdin and each output the expected stdout (see
     `same_output`); with it each input is a list of arguments to that function, which may use names
     that APPS's own evaluation imports (`List`, `Counter`, `math`). None where empty.
 
     format="humaneval": `check_column` holds code that defines `check(candidate)`, which either
     passes or fails; `entry_point_column` the function's name; `prefix_column` the code before the
-    completion (where there is no such column: the prompt), which is put before the program if it
+    completion (without such a column: the prompt), which is prepended to the program if it
     compiles and defines the function.
 
     workers: programs at a time; default: the machine's CPUs, at most 16. The limits are those of
-    `marlhf.rewards.sandbox.Limits`, whose module also says what `allow_weak_sandbox` gives up.
+    `marlhf.rewards.sandbox.Limits`; that module also lists the risks of `allow_weak_sandbox`.
     """
 
     format: Literal["apps", "humaneval"] = "apps"
@@ -131,7 +133,7 @@ class Code:
 
     @cached_property
     def sandbox(self) -> Sandbox:
-        """Where programs run; started at first use. Raises UserError where there can be none."""
+        """The sandbox, started at first use. Raises UserError where there can be none."""
         return Sandbox(self._limits, self.workers, self.allow_weak_sandbox)
 
     def load(self) -> Code:
@@ -173,7 +175,7 @@ class Code:
 
 
 def reward(outcome: Outcome, share: Callable[[Outcome], float]) -> float:
-    """A program's reward by what became of it; `share` gives the share of tests that passed."""
+    """A program's reward by its outcome; `share` computes the fraction of tests passed."""
     if outcome.status == "syntax":
         return NO_PROGRAM
     if outcome.status in ("ok", "failed"):
@@ -182,11 +184,11 @@ def reward(outcome: Outcome, share: Callable[[Outcome], float]) -> float:
 
 
 def extract_code(completion: str, prompt: str = "") -> str:
-    """The program in a completion.
+    """Extract the program from a completion.
 
-    The last fenced block (``` or ~~~) that says it is Python, else the last one, else the whole
-    text. A block without an end goes on to the end of the text, and one that the prompt leaves open
-    is the completion's first. A fence that is indented takes as much off its lines.
+    The last fenced block (``` or ~~~) marked as Python, else the last one, else the full text. An
+    unclosed block extends to the end of the text, and one that the prompt leaves open is the
+    completion's first. The indentation of the opening fence is removed from the block's lines.
     """
     _, opened = _blocks(prompt)
     if opened is not None:
@@ -200,7 +202,7 @@ def extract_code(completion: str, prompt: str = "") -> str:
 
 
 def _blocks(text: str) -> tuple[list[tuple[bool, str]], re.Match[str] | None]:
-    """The fenced blocks of a text, and the fence that opens one without an end."""
+    """The closed fenced blocks of a text, and the opening fence of an unclosed one."""
     blocks: list[tuple[bool, str]] = []
     opening: re.Match[str] | None = None
     for fence in _FENCE.finditer(text):
@@ -215,21 +217,24 @@ def _blocks(text: str) -> tuple[list[tuple[bool, str]], re.Match[str] | None]:
 
 
 def _closes(fence: re.Match[str], opening: re.Match[str]) -> bool:
-    """As in CommonMark: as many marks, no language, and indented by 3 at most; a fence inside a
-    docstring is not at the margin."""
+    """Whether a fence closes a block, by CommonMark's rule.
+
+    It has at least as many marks, no language, and at most 3 more spaces of indentation: a fence
+    inside a docstring is not at the margin.
+    """
     indent = len(fence["indent"]) - len(opening["indent"])
     return fence["marks"].startswith(opening["marks"]) and not fence["info"].strip() and indent <= 3
 
 
 def _block(opening: re.Match[str], text: str) -> tuple[bool, str]:
-    """Whether a block says that it is Python, and its text."""
+    """Whether a block is marked as Python, and its text."""
     indent = re.compile(rf"^ {{0,{len(opening['indent'])}}}", re.MULTILINE)
     language = (opening["info"].split() or [""])[0].strip("{}.").lower()
     return language in _PYTHON, indent.sub("", text) if opening["indent"] else text
 
 
 def has_code(program: str) -> bool:
-    """Whether there is anything to run: comments and blank lines are not."""
+    """Whether a program has any line besides comments and blank lines."""
     return any(line.strip() and not line.strip().startswith("#") for line in program.splitlines())
 
 
@@ -278,11 +283,11 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
 def humaneval_problem(prefix: str, test: str, function: str) -> Problem:
     """A problem of HumanEval (Chen et al., 2021). The test's own helpers come from the prefix."""
     helpers = prefix if function in _functions(prefix) else ""
-    # no parser reads a program outside the sandbox
+    # a regex: programs are parsed only inside the sandbox
     own = re.compile(rf"^(async\s+)?def\s+{re.escape(function)}\b", re.MULTILINE)
 
     def job(program: str) -> Job:
-        # a completion that goes on where the prefix ends, or a whole function of its own
+        # a completion that continues the prefix, or a complete function of its own
         whole = f"{helpers}\n{program}" if own.search(program) else helpers + program
         return Check(whole, function, test, helpers)
 
@@ -290,10 +295,10 @@ def humaneval_problem(prefix: str, test: str, function: str) -> Problem:
 
 
 def same_output(actual: str, expected: str) -> bool:
-    """Whether a program printed what it should: the same words in the same order.
+    """Whether a program printed the expected output: the same words in the same order.
 
-    White space between them does not count; where the word that is expected is a number with a
-    decimal point, a number near it will do (relative 1e-5, absolute 1e-8).
+    White space between them is ignored; where the expected word is a number with a decimal point,
+    a close number is accepted (relative 1e-5, absolute 1e-8).
     """
     # word by word: a list of all words takes many times the memory of the text
     texts = ((word[0] for word in _WORD.finditer(text)) for text in (actual, expected))
@@ -301,9 +306,9 @@ def same_output(actual: str, expected: str) -> bool:
 
 
 def same_value(actual: Any, expected: Any) -> bool:
-    """Whether a function returned what it should; in APPS the value may be wrapped in a list.
+    """Whether a function returned the expected value, which APPS may wrap in a list.
 
-    Both are in JSON's types, as an `Outcome` has them.
+    Both are in JSON's types, as in an `Outcome`.
     """
     return _equal(actual, expected) or (
         isinstance(expected, list) and len(expected) == 1 and _equal(actual, expected[0])
@@ -318,7 +323,10 @@ def _equal(actual: Any, expected: Any) -> bool:
 
 
 def _may_equal(answer: str, expected: Any) -> bool:
-    """Whether an answer has no more parts than one that is right can have: reading takes memory."""
+    """Whether an answer is small enough to be right: parsing takes memory.
+
+    Compares the number of its parts with that of the expected value.
+    """
     allowed, rest = 64, [expected]
     while rest:
         value = rest.pop()
@@ -345,7 +353,7 @@ def _near(actual: str | None, expected: str | None) -> bool:
 
 
 def _lines(value: Any, column: str) -> str:
-    """A test's input or output: text, or in some rows a list of its lines."""
+    """A test's input or output as text; in some rows it is a list of lines."""
     if isinstance(value, list):
         return "\n".join(map(str, value))
     if not isinstance(value, str):
@@ -354,19 +362,19 @@ def _lines(value: Any, column: str) -> str:
 
 
 def _integer(digits: str) -> int:
-    """Like `int`, without the limit on the number of digits, which some problems exceed."""
+    """Convert digits as `int` does, without its limit on their number, which some tests exceed."""
     return int(digits) if len(digits) < 1000 else int(Decimal(digits))
 
 
 def _integer_keys(value: Any) -> Any:
-    """JSON made text of a dictionary's whole-number keys."""
+    """Convert a dictionary's integer keys back from text, which JSON made of them."""
     if isinstance(value, dict) and all(re.fullmatch("-?[0-9]+", key) for key in value):
         return {int(key): item for key, item in value.items()}
     return value
 
 
 def _functions(source: str) -> set[str]:
-    """Names of a source's top-level functions; none where it does not parse."""
+    """Names of the top-level functions of a source; none where it does not parse."""
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,4 +1,4 @@
-"""An intrinsic reward for tokens whose consequence the policy's own states did not foretell."""
+"""An intrinsic reward for tokens whose next state a forward model predicts badly."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ _TOKENS_PER_PASS = 4096
 class Curiosity(TokenReward):
     """Prediction error of a forward model on the policy's hidden states, as in CD-RLHF.
 
-    A network f predicts the state after a token from the state before it and the token's embedding;
-    the reward of the token is
+    A network f predicts the state after a token from the state before it and the token's
+    embedding; the reward of the token is
 
         e_t = 0.5 * mean over H of (f(s_t, a_t) - s_(t+1))^2,   normalised,   0 among the top k
 
-    States are the last layer's, scaled to mean 0 and variance 1 over H. The paper passes them
-    through an encoder that is trained on the same error, which could bring it to 0 by mapping all
-    states to one point; here there is none. The error is normalised by a running mean and standard
-    deviation over all tokens of the rollouts before this one, on all ranks; the first rollout,
-    with none before it, has no reward. The network takes one step of Adam a rollout.
+    States are the last layer's, scaled to mean 0 and variance 1 over H. The paper's encoder is
+    left out: trained on the same error, it could collapse all states to one point. The error is
+    normalised by a running mean and standard deviation over all tokens of the previous rollouts,
+    on all ranks; the first rollout has no reward. The network takes one Adam step per rollout.
 
-    top_k           no reward for tokens among the policy's k likeliest
+    top_k           no reward for tokens among the policy's k most likely
     learning_rate   of the forward model
     width           of its hidden layer
-    memory          how much of the running statistics stays from one rollout to the next
-    seed            of its first weights
+    memory          decay factor of the running statistics per rollout
+    seed            of its initial weights
 
     Source: Sun et al. 2025 (arXiv 2501.11463); Pathak et al. 2017 (arXiv 1705.05363).
     """
@@ -77,7 +76,7 @@ class Curiosity(TokenReward):
         return torch.where(outside, normalised, torch.zeros_like(normalised))
 
     def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
-        """Statistics of this rollout's errors, then one step of the forward model on them."""
+        """Update the error statistics and take one optimiser step of the forward model."""
         mask = rollout.responses.response_mask
         network, optimizer = self._built(rollout.extras["hidden_states"].shape[-1])
         tokens = float(all_reduce(mask.sum().double()))
@@ -100,7 +99,7 @@ class Curiosity(TokenReward):
         return {"error": float(moments[1]) / tokens, "rewarded_fraction": share}
 
     def state_dict(self) -> dict[str, Any]:
-        """Forward model, its optimiser, and the running statistics."""
+        """State of the forward model, its optimiser, and the running statistics."""
         network, optimizer = self._network, self._optimizer
         return {
             "moments": self._moments,
@@ -109,7 +108,7 @@ class Curiosity(TokenReward):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave. Raises UserError."""
+        """Resume from `state_dict()`. Raises UserError."""
         check_weights({"moments": state["moments"]}, {"moments": self._moments.shape})
         self._moments = state["moments"].cpu()
         if state["network"] is not None:
@@ -119,11 +118,11 @@ class Curiosity(TokenReward):
                 optimizer.load_state_dict(state["optimizer"])
 
     def to(self, device: Any) -> None:
-        """Where the hidden states will be."""
+        """Set the device of the hidden states, on which the forward model is built."""
         self._device = torch.device(device)
 
     def _built(self, H: int) -> tuple[nn.Sequential, torch.optim.Adam]:
-        """The forward model, made when the size of the states is first known."""
+        """The forward model and its optimiser, built once the hidden size is known."""
         if self._network is None or self._optimizer is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
@@ -135,7 +134,7 @@ class Curiosity(TokenReward):
         return self._network, self._optimizer
 
     def _errors(self, rollout: Any) -> Tensor:
-        """[B,T], 0 outside the mask."""
+        """Prediction errors [B,T], 0 outside the mask."""
         mask = rollout.responses.response_mask
         network, _ = self._built(rollout.extras["hidden_states"].shape[-1])
         errors = torch.cat([_error(network, *part) for part in _passes(rollout)])
@@ -143,7 +142,7 @@ class Curiosity(TokenReward):
 
 
 def _passes(rollout: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """States before, embeddings of, and states after response tokens, [N,H] each, in parts."""
+    """Chunks of states before, embeddings of, and states after response tokens, [N,H] each."""
     mask, extras = rollout.responses.response_mask, rollout.extras
     states = extras["hidden_states"].float()
     states = layer_norm(states, states.shape[-1:])
@@ -154,6 +153,6 @@ def _passes(rollout: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _error(network: nn.Module, before: Tensor, actions: Tensor, after: Tensor) -> Tensor:
-    """[N]"""
+    """Prediction errors [N]."""
     predicted = network(torch.cat([before, actions], -1))
     return 0.5 * ((predicted - after) ** 2).mean(-1)

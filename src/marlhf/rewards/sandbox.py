@@ -1,44 +1,42 @@
-"""Running Python programs that nobody has read.
+"""Runs untrusted Python programs.
 
     with Sandbox() as sandbox:
         sandbox.run([Script("print(int(input()) + 1)", ("1", "41"))])    # outputs "2\n", "42\n"
 
-Each program runs in a *jail*: a process of its own, killed with everything it has started when it
-ends or reaches a limit. On Linux a jail has
+Each program runs in a *jail*: a process of its own, killed with everything it started when
+it ends or reaches a limit. On Linux a jail has
 
 - user, pid, mount, network, IPC, UTS and cgroup namespaces of its own: it sees no process, no
   network interface that is up and no socket of the host, and has no capability and no root;
 - a read-only root with Python's standard library, the system's libraries, four device files and a
-  small file system in memory for scratch; no /proc, no home, no installed packages;
-- an empty environment, and no open file but stdin, stdout and stderr (and the pipes for calls);
+  small in-memory file system for scratch; no /proc, no home, no installed packages;
+- an empty environment, and no open files except stdin, stdout and stderr (and the pipes for calls);
 - limits on wall time, CPU time, memory, output, scratch, threads and open files (`Limits`);
 - a seccomp filter: no new process, no other program, no signal, no socket but a connected pair, no
-  debugging, no memory beside what the limit counts, no news of files and no `flock`. Threads are
-  allowed. The filter exists for x86-64 and arm64.
+  debugging, no memory that the limit does not count, no file notifications and no `flock`. Threads
+  are allowed. The filter exists for x86-64 and arm64.
 
-What a program returned is compared outside its jail, with answers that were never in it, as it
-comes: this process holds one run's output at a time (see `Script`). The processes of a sandbox end
-when the one that made it ends, however that happens.
+Outputs are compared outside the jail, which never contains the expected answers, as they arrive:
+this process holds one run's output at a time (see `Script`). The processes of a sandbox end with
+the process that created it, however that ends.
 
-**What it does not protect from.** A fault in the kernel: a virtual machine is the answer to that.
-Programs that share a machine can slow each other down, so that one that is near a time limit may
-miss it; the memory they use together may reach workers x (memory_mb + scratch_mb), twice that for
-`Check`. Programs can read the clock and the standard and system libraries, put read locks of
-`fcntl` on them, learn much about the machine's hardware, and find out that they are in a sandbox.
-They can print what they should have computed: tests with few or guessable answers can be passed
-without solving the problem. A test that compares an answer with an argument that it gave can be
-passed by changing that argument.
+**Not protected against.** Kernel bugs: they need a virtual machine. Programs that share a machine
+can slow each other down, so that one near a time limit may exceed it; their total memory may reach
+workers x (memory_mb + scratch_mb), twice that for `Check`. Programs can read the clock and the
+standard and system libraries, put read locks of `fcntl` on them, learn much about the machine's
+hardware, and detect the sandbox. They can print answers without computing them: tests with few or
+guessable answers can be passed without solving the problem. A test that compares an answer with an
+argument that it passed in can be passed by changing that argument.
 
-**Weak sandbox** (`allow_weak=True`, used only where the above is not to be had, as on macOS or in
-many containers). *It does not protect any file that this user may read or write, nor, by way of
-files, what depends on them.* There remain a process group that is killed, the limits (but for
-threads and the size of scratch in all), an empty environment, closed files, a scratch folder that
-is removed, and, on Linux, the filter, which keeps a program from the network, from new processes
-and, by their arguments too, from calls that signal, limit, slow or read the user's other processes;
-files by which Linux reaches a process (/proc/PID/mem) remain. Without the filter (macOS, other
-machines than x86-64 and arm64) it protects neither from use of the network, from signals to the
-user's other processes, the trainer among them, nor from processes that leave the group and stay
-behind.
+**Weak sandbox** (`allow_weak=True`, used only where the above is unavailable, as on macOS or in
+many containers). *It does not protect any file that this user may read or write, nor whatever
+depends on such files.* There remain a process group that is killed, the limits (except those of
+threads and of total scratch size), an empty environment, closed files, a scratch folder that is
+removed, and, on Linux, the filter, which blocks the network, new processes and, by their arguments
+too, calls that signal, limit, slow or read the user's other processes; files by which Linux
+accesses a process (/proc/PID/mem) remain. Without the filter (macOS, machines other than x86-64
+and arm64) it protects neither against use of the network, against signals to the user's other
+processes, the trainer included, nor against processes that leave the group and survive.
 """
 
 from __future__ import annotations
@@ -70,16 +68,16 @@ Status = Literal["ok", "failed", "syntax", "error", "timeout", "output"]
 _SERVER = "import sys; sys.path[0] = sys.argv.pop(1); from marlhf.jail.server import main; main()"
 _SOURCE_FOLDER = str(Path(__file__).parents[2])
 KEPT = 4
-_LONGEST_WAIT = 2e6  # seconds; a system waits for at most 2^31 milliseconds
-_GRACE_SECONDS = 60.0  # beyond a job's own limits, before its server is taken for dead
+_LONGEST_WAIT = 2e6  # seconds; systems accept timeouts up to 2^31 milliseconds
+_GRACE_SECONDS = 60.0  # beyond a job's own limits, before its server counts as dead
 
 
 @dataclass(frozen=True)
 class Script:
-    """A program to run once for each stdin, up to the first run that goes wrong.
+    """A program to run once per stdin, up to the first run that fails.
 
-    keep: what is kept of the output of run number i; default: the output itself, of all runs
-        together at most `KEPT` times `output_mb`, beyond which the program's status is "output".
+    keep: maps run number i and its output to the entry of `Outcome.outputs`; default: the output
+        itself; over `KEPT` times `output_mb` in all, the program's status is "output".
     """
 
     source: str
@@ -89,10 +87,13 @@ class Script:
 
 @dataclass(frozen=True)
 class Calls:
-    """A program whose `function` (or method of its class `Solution`) is called with each of
-    `arguments`, plain data, in one process. The code `prelude` gives it names before it runs.
+    """A program whose `function` is called with each of `arguments`, in one process.
 
-    keep: what is kept of answer number i, a line that `read_answer` reads; default: its value.
+    The function may be a method of the program's class `Solution`; arguments are plain data. The
+    code `prelude` defines names before the program runs.
+
+    keep: maps i and answer number i, a line for `read_answer`, to the entry of `Outcome.outputs`;
+        default: its value.
     """
 
     source: str
@@ -104,13 +105,13 @@ class Calls:
 
 @dataclass(frozen=True)
 class Check:
-    """A program whose `function` is tested by `check(candidate)`, which the code `test` defines.
+    """A program whose `function` is tested by `check(candidate)`, defined in the code `test`.
 
-    The test runs in a jail of its own, after the code `helpers`. What it gives the function are
-    copies, and what the function changes in them changes. The function's exceptions are the test's
-    to catch, but a program that ends, hangs or gives no answer fails whatever the test catches, and
-    so does one whose exception is caught by a test that would as well have had any other exception
-    and some answer.
+    The test runs in a jail of its own, after the code `helpers`. The function receives copies of
+    arguments; its changes to them are copied back. The test may catch the function's exceptions,
+    but a program that ends, hangs or does not answer fails whatever the test catches, and so does
+    one whose exception is caught by a test that would accept any other exception and some answer
+    as well.
     """
 
     source: str
@@ -124,15 +125,15 @@ Job = Script | Calls | Check
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program.
+    """Result of running a program.
 
-    status   "ok": ran to its end; "failed": its `check` did not hold; "syntax": does not compile;
-             "error": an exception, an exit status other than 0, or killed; "timeout": by the wall
-             or the CPU; "output": wrote too much
-    outputs  what was kept. `Script`: of each run that went well, what it printed. `Calls`: if
-             "ok", each value as JSON would have it (tuples are lists, keys are text), an `Opaque`
-             where it has no such type
-    detail   what went wrong, on a line
+    status   "ok": ran to its end; "failed": its `check` failed; "syntax": does not compile;
+             "error": an exception, an exit status other than 0, or killed; "timeout": of wall or
+             CPU time; "output": wrote too much
+    outputs  results of `keep`. By default, `Script`: stdout of each run that succeeded. `Calls`: if
+             "ok", each value in JSON's types (tuples are lists, keys are text), an `Opaque` where
+             JSON has no such type
+    detail   the fault, in one line
     """
 
     status: Status
@@ -141,11 +142,11 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs, `workers` at a time. The module's docstring says what it protects from.
+    """Runs programs, `workers` at a time; the module's docstring lists the protection.
 
-    workers: default: as many as CPUs, at most 16.
-    allow_weak: make do with less where the system has no namespaces to give.
-    Raises UserError where it may not, RuntimeError where a sandbox that worked does no longer.
+    workers: default: the number of CPUs, at most 16.
+    allow_weak: fall back to the weak sandbox where the strong one is unavailable.
+    Raises UserError where neither may be used, RuntimeError where a working sandbox breaks.
     """
 
     def __init__(
@@ -166,13 +167,13 @@ class Sandbox:
             self._idle.put(server)
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Run every job; outcomes come in the order of the jobs."""
+        """Run every job; outcomes are in the order of the jobs."""
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._run, jobs))
 
     @property
     def folders_left(self) -> int:
-        """How many scratch folders could not be removed yet; 0 but in the weak sandbox."""
+        """Number of scratch folders not removed yet; 0 except in the weak sandbox."""
         return sum(server.left for server in self._servers)
 
     def close(self) -> None:
@@ -192,7 +193,7 @@ class Sandbox:
         return _Server(self.limits, self.strong)
 
     def _first_server(self, allow_weak: bool) -> _Server:
-        """A server that has been seen to run a program, weak only where it must and may be."""
+        """Start a server and try it on a program; weak only if it must be and may be."""
         try:
             return self._tried_server()
         except RuntimeError as error:
@@ -225,14 +226,14 @@ class Sandbox:
             self._servers.append(server)
             if not isinstance(error, OSError | EOFError):
                 raise
-            # the machine's memory ran out, say: the program's fault, as far as anybody can tell
+            # for example, the machine ran out of memory: taken for the program's fault
             return Outcome("error", detail="its sandbox was killed")
         finally:
             self._idle.put(server)
 
 
 class _Server:
-    """A process of `marlhf.jail.server` and the socket to it. It ends when the socket closes."""
+    """A process of `marlhf.jail.server` and its socket; it ends when the socket closes."""
 
     def __init__(self, limits: Limits, strong: bool) -> None:
         self.limits = limits
@@ -244,8 +245,8 @@ class _Server:
             json.dumps(asdict(limits)),
         ]
         self._folder = None if strong else tempfile.mkdtemp(prefix="marlhf-jail-")
-        self.left = 0  # folders of programs that could not be removed so far
-        # a fixed hash seed: sets of strings have one order, and a program one outcome
+        self.left = 0  # scratch folders not removed yet
+        # a fixed hash seed: the order of sets of strings, and so a program's outcome, is fixed
         environment = {"PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -264,8 +265,11 @@ class _Server:
         self._greeting = False
 
     def ask(self, job: Job) -> Outcome:
-        """One job's outcome. Raises OSError or EOFError where the server has ended or hangs, and
-        RuntimeError where it cannot do the job."""
+        """Run one job.
+
+        Raises OSError or EOFError where the server has ended or hangs, and RuntimeError where it
+        cannot do the job.
+        """
         if not self._greeting:
             self._answer()
             self._greeting = True
@@ -309,7 +313,7 @@ class _Server:
 
 
 def _keep_answers(job: Calls, output: bytes, kept: list[Any]) -> tuple[Status, str] | None:
-    """Keep what a job wants of a program's answers; a status and its detail where they are none."""
+    """Append a program's answers to `kept`; return status and detail where they are invalid."""
     lines = io.TextIOWrapper(io.BytesIO(output), "utf-8", "replace", newline="\n")
     try:
         for i, line in zip(range(len(job.arguments)), lines, strict=False):
@@ -323,21 +327,21 @@ def _keep_answers(job: Calls, output: bytes, kept: list[Any]) -> tuple[Status, s
 
 
 def read_answer(line: str) -> Any:
-    """The value that an answer of `Calls` encodes, in JSON's types.
+    """Decode an answer of `Calls` into JSON's types.
 
-    Raises ValueError, TypeError or the like where it encodes none.
+    Raises ValueError, TypeError or the like where it encodes no value.
     """
     return _as_json(json.loads(line, parse_int=_whole))
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > 20:  # `encode` does not write them, and to read them takes quadratic time
+    if len(digits) > 20:  # `encode` writes none, and parsing takes quadratic time
         raise ValueError("a long number")
     return int(digits)
 
 
 def _messages(job: Job) -> list[dict[str, Any]]:
-    """A job as the server reads it; tests come apart from the program that they test."""
+    """A job as the server's messages; a test is sent apart from the program."""
     if isinstance(job, Script):
         return [{"kind": "script", "source": job.source, "stdins": job.stdins}]
     if isinstance(job, Calls):
@@ -358,10 +362,10 @@ def _messages(job: Job) -> list[dict[str, Any]]:
 
 
 def _as_json(value: Any) -> Any:
-    """An encoded value in JSON's types.
+    """Convert an encoded value to JSON's types.
 
-    It is not decoded: a program could choose keys of a set that all have one hash, and building it
-    would take this process very long.
+    Sets are not rebuilt: a program could choose elements that all have one hash, and building the
+    set would take this process very long.
     """
     if isinstance(value, list):
         return [_as_json(x) for x in value]
@@ -371,7 +375,7 @@ def _as_json(value: Any) -> Any:
     if kind == "tuple":
         return [_as_json(x) for x in content]
     if kind == "dict":
-        # a text of a list or a mapping could be made as long as 2 to the number of its levels
+        # the text of a list or mapping can be as long as 2 to the power of its depth
         plain = all(not isinstance(k, list | dict) or "int" in k for k, _ in content)
         return {str(_as_json(k)): _as_json(x) for k, x in content} if plain else Opaque()
     return int(content, 16) if kind == "int" else Opaque()

@@ -1,4 +1,4 @@
-"""Any reward of a whole text, given for each segment of a response instead."""
+"""Applies any reward to each segment of a response instead of the full response."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from marlhf.rewards.learned import RewardModel
 
 @dataclass(frozen=True)
 class PerSegment:
-    """The scores of a response's segments, each on the token that ends its segment.
+    """Rewards of a response's segments, each on the token that ends its segment.
 
     Fine-Grained RLHF (Wu et al. 2023, arXiv 2306.01693) is a weighted list of these, each reward
     at a density of its own.
 
     reward     any other reward, as in `reward.models`
-    boundary   a regex for what lies between segments; by default they are sentences and lines
-    read       what the reward is shown: the `segment` alone, or the `response` up to its end, as a
-               reward model that was trained on whole responses wants it
+    boundary   a regex for the text between segments; by default they are sentences and lines
+    read       the reward's input: the `segment` alone, or the `response` up to the segment's end,
+               for a reward model trained on full responses
     """
 
     reward: Spec | list[Spec]
@@ -87,7 +87,7 @@ class PerSegment:
         return [row or None for row in pairs]
 
     def segments(self, text: str) -> list[tuple[int, int]]:
-        """The half-open character spans of the segments that are not blank."""
+        """Half-open character spans of the non-blank segments."""
         found, start = [], 0
         for match in [*re.finditer(self.boundary, text), None]:
             end = len(text) if match is None else match.start()
@@ -98,7 +98,7 @@ class PerSegment:
 
 
 def models_inside(reward: CombinedReward) -> Iterator[tuple[str, RewardModel]]:
-    """Every reward model in a sum of rewards, those inside `per_segment` too, with its name."""
+    """Name and model of every reward model in a sum, those inside `per_segment` included."""
     for part in reward.rewards:
         if isinstance(part.function, RewardModel):
             yield part.name, part.function

@@ -1,4 +1,4 @@
-"""Rewards that read nothing but the completion."""
+"""Rewards that depend on the completion alone."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class Length:
 
 @dataclass(frozen=True)
 class Regex:
-    """A reward for what a regular expression (Python's `re`) finds in the completion.
+    """A reward for matches of a regular expression (Python's `re`) in the completion.
 
-    mode: `present`: `reward` if it is found anywhere, else `absent`; `count`: `reward` for every
-        match, summed on the whole response; `inside`: `reward` for every match, each on the token
-        that ends it (matches of no character are left out)
+    mode: `present`: `reward` if there is any match, else `absent`; `count`: `reward` per match,
+        summed over the response; `inside`: `reward` per match, each on the token that ends it
+        (empty matches are left out)
     absent: used by `present` only
     """
 
@@ -110,7 +110,7 @@ class Keyword:
     """A reward for words or phrases in the completion, found as whole words.
 
     mode: `fraction`: the share of the words that occur, 0 to 1; `any`: 1 if one of them occurs,
-        else 0; `count`: how often they occur. A negative weight makes it a penalty.
+        else 0; `count`: total number of occurrences. A negative weight makes it a penalty.
     """
 
     words: tuple[str, ...]
@@ -130,7 +130,7 @@ class Keyword:
     @cached_property
     def _patterns(self) -> list[re.Pattern[str]]:
         flags = 0 if self.case_sensitive else re.IGNORECASE
-        # not \b, which would never match next to a word such as "C++"
+        # not \b, which would not match at the end of a word such as "C++"
         return [re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", flags) for word in self.words]
 
     def __call__(

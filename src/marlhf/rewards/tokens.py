@@ -1,8 +1,8 @@
-"""Rewards that look inside the policy: the second reward contract.
+"""Per-token rewards from the policy's internals: the second reward contract.
 
-A `TokenReward` is called with a rollout and returns a reward for every token. It says what it
-`requires` of the policy's scoring pass, may learn from every rollout, and has a state that
-checkpoints keep.
+A `TokenReward` is called with a rollout and returns a reward per token. It declares what it
+`requires` of the policy's log-prob pass, may learn from every rollout, and has a state that is
+saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ TOKEN_REWARDS = Registry(
 
 
 class TokenReward:
-    """A reward for each token of a rollout. Subclasses give `__call__`; the rest is optional.
+    """A reward per token of a rollout. Subclasses define `__call__`; the rest is optional.
 
     requires   names out of EXTRAS, which `rollout.extras` then holds (see `models.Policy.forward`),
                and `ref_logprobs`, which `rollout.responses` then has: a run whose `kl.coef` is 0
-               leaves them out where nothing requires them. One that says nothing gets these.
+               omits them where nothing requires them. Default: `ref_logprobs`.
     """
 
     requires: ClassVar[frozenset[str]] = REF_LOGPROBS
 
     def __call__(self, rollout: Any) -> Tensor:
-        """Rewards [B,T] of a `Rollout`; outside the mask anything. Changes nothing."""
+        """Rewards [B,T] of a `Rollout`; values outside the mask are ignored. Must not modify it."""
         raise NotImplementedError
 
     def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
-        """Learn from the rollout that was just rewarded; returns metrics, alike on every rank.
+        """Learn from the rollout just rewarded; return metrics, equal on every rank.
 
-        all_reduce sums a tensor over ranks: with it, two ranks should learn what one would.
+        all_reduce sums a tensor over ranks: with it, two ranks should learn the same as one.
         """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `update` changes, as plain data and tensors."""
+        """State changed by `update`, as plain data and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Resume from `state_dict()`."""
 
     def to(self, device: Any) -> None:
-        """Compute on a device from now on."""
+        """Compute on `device` from now on."""
 
 
 @dataclass(frozen=True)
 class NamedTokenReward:
-    """A token reward, its weight, and what messages and metrics call it."""
+    """A token reward, its weight, and its name in messages and metrics."""
 
     name: str
     reward: TokenReward
@@ -74,19 +74,19 @@ class NamedTokenReward:
 
 @dataclass(frozen=True)
 class CombinedTokenReward:
-    """A weighted sum of token rewards; of none, zeros."""
+    """A weighted sum of token rewards; zeros if there are none."""
 
     rewards: tuple[NamedTokenReward, ...] = ()
 
     @property
     def requires(self) -> frozenset[str]:
-        """What all of them require."""
+        """Union of their requirements."""
         return frozenset().union(*(named.reward.requires for named in self.rewards))
 
     def __call__(self, rollout: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`(rewards [B,T], unweighted sum over each response [B] by name)`.
 
-        Raises RewardError where one raises or returns something it must not.
+        Raises RewardError where one raises or returns an invalid value.
         """
         mask = rollout.responses.response_mask
         total, by_name = torch.zeros(mask.shape, device=mask.device), {}
@@ -98,7 +98,7 @@ class CombinedTokenReward:
         return total, by_name
 
     def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, dict[str, float]]:
-        """Let every one learn from the rollout; their metrics by name. Raises RewardError."""
+        """Update every token reward; return their metrics by name. Raises RewardError."""
         metrics: dict[str, dict[str, float]] = {}
         for named in self.rewards:
             with _handed(named, rollout) as own:
@@ -106,7 +106,7 @@ class CombinedTokenReward:
         return metrics
 
     def to(self, device: Any) -> CombinedTokenReward:
-        """Use `device` for all."""
+        """Move all to `device`."""
         for named in self.rewards:
             with called(f"token reward {named.name}"):
                 named.reward.to(device)
@@ -114,11 +114,11 @@ class CombinedTokenReward:
 
 
 def build_token_rewards(spec: Any, taken: Sequence[str] = ()) -> CombinedTokenReward:
-    """Token rewards from a configuration's `reward.tokens`, or from Python objects.
+    """Build token rewards from a configuration's `reward.tokens`, or from Python objects.
 
     spec: a name, an import path, a mapping with `name`, arguments and `weight`, a TokenReward, a
-    `(token reward, weight)` pair, or a list of these. taken: names that rewards have, whose metrics
-    theirs would be added to. Raises UserError.
+    `(token reward, weight)` pair, or a list of these. taken: names of other rewards, to be avoided
+    because metrics of one name would be added up. Raises UserError.
     """
     specs = [spec] if not isinstance(spec, list | tuple) or is_pair(spec) else list(spec)
     rewards: list[NamedTokenReward] = []
@@ -155,8 +155,10 @@ def _build(spec: Any) -> NamedTokenReward:
 
 @contextmanager
 def _handed(named: NamedTokenReward, rollout: Any) -> Iterator[Any]:
-    """Around a call: a copy of the rollout, but of its extras (hidden states are the largest thing
-    there is), which must stay as they are. Faults become a RewardError with the name."""
+    """Context of a call: yields a copy of the rollout; faults become a RewardError with the name.
+
+    The extras are not copied, as hidden states are large, but must not be modified.
+    """
     name, tokenizer = f"token reward {named.name}", rollout.responses.tokenizer
     extras = {f"rollout.extras[{key!r}]": x for key, x in rollout.extras.items()}
     with called(name, RewardError):
@@ -166,7 +168,7 @@ def _handed(named: NamedTokenReward, rollout: Any) -> Iterator[Any]:
 
 
 def _checked(rewards: Any, mask: Tensor) -> Tensor:
-    """Float rewards under the mask, zeros elsewhere. Raises TypeError or ValueError."""
+    """Float32 rewards under the mask, zeros elsewhere. Raises TypeError or ValueError."""
     if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
         raise TypeError("must return a tensor of floats")
     if rewards.shape != mask.shape:

@@ -1,1 +1,1 @@
-"""From files to prompts, demonstrations and preference pairs."""
+"""Loads prompts, demonstrations and preference pairs from files and the hub."""

@@ -1,4 +1,4 @@
-"""A value of a data row -> a text, or the messages of a conversation."""
+"""Parses a value of a data row into a text or the messages of a conversation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from marlhf.common.errors import UserError, one_line
 
 Messages = list[dict[str, Any]]
 
-# how a list of messages begins that was written as text: by JSON, or as Python prints it
+# the start of a list of messages written as text: as JSON, or as Python prints it
 _WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*(?P<quote>["'])(role|content)(?P=quote)\s*:""")
 
 
@@ -21,8 +21,8 @@ def text_or_messages(value: Any, where: str, what: str = "prompt") -> tuple[str,
     """`(text, conversation or None)` of a text or of messages.
 
     Messages are a list of mappings with `role` and `content`, one such mapping, or the JSON text
-    of either, as a cell of CSV has it. The text of a conversation is its messages with empty lines
-    between them. Raises UserError, in which `what` is the value.
+    of either, as in a CSV cell. The text of a conversation is its messages joined by empty lines.
+    Raises UserError, in which `what` names the value.
     """
     messages = None
     turns = _turns(_parsed(value, where, what))
@@ -38,13 +38,13 @@ def text_or_messages(value: Any, where: str, what: str = "prompt") -> tuple[str,
 
 
 def _parsed(value: Any, where: str, what: str) -> Any:
-    """The messages in a text that is nothing but messages; any other value as it is."""
+    """Parse a text that is the JSON of messages; return any other value unchanged."""
     if not isinstance(value, str) or not _WRITTEN.match(value):
         return value
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
-        if value.rstrip()[-1:] not in "]}":  # a text that happens to begin so
+        if value.rstrip()[-1:] not in "]}":  # a text that happens to start like messages
             return value
         raise UserError(
             f"{where}: the {what} is the text {one_line(repr(value), 60)}, which is no JSON; "
@@ -56,7 +56,7 @@ def _parsed(value: Any, where: str, what: str) -> Any:
 
 
 def _turns(value: Any) -> list[Any] | None:
-    """The messages of a value that has some, unchecked; None for any other."""
+    """The messages in a value, unchecked; None for a value without any."""
     if isinstance(value, list | tuple | np.ndarray):
         return list(value)
     if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
@@ -65,12 +65,12 @@ def _turns(value: Any) -> list[Any] | None:
     lists = [c for c in columns.values() if isinstance(c, list | tuple | np.ndarray)]
     if len(lists) < len(columns) or len({len(column) for column in lists}) != 1:
         return [value]
-    # how `datasets` gives back a column of the feature type Sequence({...})
+    # the form in which `datasets` returns a column of the feature type Sequence({...})
     return [dict(zip(columns, turn, strict=True)) for turn in zip(*lists, strict=True)]
 
 
 def _message(message: Any, position: int, where: str) -> dict[str, Any]:
-    """A chat message, without the keys that a table filled in with null."""
+    """Check a chat message and drop its null keys, which tables fill in."""
     fine = (
         isinstance(message, Mapping)
         and isinstance(message.get("role"), str)

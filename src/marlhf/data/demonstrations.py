@@ -1,4 +1,4 @@
-"""Rows -> token ids to train on: completions of prompts, conversations, plain text; and packing."""
+"""Tokenises SFT data (completions of prompts, conversations, plain text) and packs it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from marlhf.data.prompts import (
 from marlhf.data.template_checks import LEFT_OUT, REPEATED, RowNotes
 from marlhf.rewards.learned import with_completion
 
-Span = tuple[str, bool]  # a piece of text, and whether it is trained on
+Span = tuple[str, bool]  # a piece of text, and whether it is in the loss
 
 _UNLIMITED = 2**31
 _ADDED = (
@@ -36,8 +36,10 @@ _ADDED = (
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each whether it is trained on; the first one never is, as nothing comes
-    before it. `prompt` counts the tokens at the start that a long example may lose."""
+    """Token ids, and for each whether it is in the loss; the first one never is.
+
+    `prompt` is the number of tokens at the start that truncation may remove.
+    """
 
     ids: list[int]
     trained: list[bool]
@@ -49,8 +51,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples ready for training; how many of them were cut, how many rows were left out because
-    nothing to train on was left of them, and lines about what became of the rest."""
+    """Examples ready for training.
+
+    rows        the examples
+    truncated   number of examples truncated, those left out included
+    left_out    number of examples left out, as truncation left no token in the loss
+    notes       lines about template problems
+    """
 
     rows: list[Example]
     truncated: int
@@ -75,7 +82,7 @@ def as_examples(
 ) -> Examples:
     """Examples of at most `config.max_length` tokens. Raises UserError, naming the row.
 
-    where, first_row   what messages call the data, and its first row's number
+    where, first_row   name of the data and number of its first row, in messages
     """
     make = _from_text if config.data.text_column is not None else _from_prompts
     notes = RowNotes()
@@ -94,8 +101,7 @@ def as_examples(
 
 
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Examples in groups of at most `length` tokens, the longest first, each into the group that it
-    fills best."""
+    """Pack examples into groups of at most `length` tokens, by best-fit decreasing."""
     groups: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (tokens left, group), sorted
     for example in sorted(examples, key=len, reverse=True):
@@ -118,7 +124,7 @@ def _from_prompts(
     first_row: int,
     notes: RowNotes,
 ) -> list[Example]:
-    """Prompt and completion: both text, or either in messages."""
+    """Examples of prompt and completion: both text, or either in messages."""
     data = config.data
     names = _check_columns(rows, data, where)
     prompts = prompts_of(rows, data, where, first_row)
@@ -149,7 +155,7 @@ def _from_prompts(
 
 
 def _check_columns(rows: Sequence[Row], data: SFTDataSettings, where: str) -> list[str]:
-    """The names of all columns, among which those of the completion are. Raises UserError."""
+    """Names of all columns. Raises UserError where one of the completion is missing."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     key, wanted = "completion_column", [data.completion_column]
     if data.completion_template is not None:
@@ -171,7 +177,7 @@ def _from_text(
     first_row: int,
     notes: RowNotes,
 ) -> list[Example]:
-    """One column: whole texts, or conversations."""
+    """Examples of one column: full texts, or conversations."""
     column, examples = config.data.text_column, []
     names = list(dict.fromkeys(name for row in rows for name in row))
     if rows and column not in names:
@@ -203,8 +209,11 @@ def _answer_spans(
     where: str,
     notes: RowNotes,
 ) -> list[Span]:
-    """Prompt and completion in the chat template; the completion is the assistant's turn, the end
-    of that turn, or several turns, which may begin with those of the prompt."""
+    """Prompt and completion in the chat template.
+
+    The completion is the assistant's turn, the end of that turn, or several turns, which may begin
+    with those of the prompt.
+    """
     if turns is not None:
         conversation, first, repeated = joined(messages, turns)
         notes.add_if(REPEATED, where, repeated)
@@ -219,11 +228,11 @@ def _answer_spans(
 def _assistant_spans(
     messages: Messages, tokenizer: Any, where: str, notes: RowNotes, first: int = 0
 ) -> list[Span]:
-    """The conversation in the chat template, cut into what the assistant says from message `first`
-    on, with what the template puts after it, and what is between. Raises UserError.
+    """Split a templated conversation into assistant turns, from message `first` on, and the rest.
 
-    Found by rendering the conversation up to each of these turns, so that it is exact for every
-    template whose text of a conversation begins with its text of the conversation's beginning.
+    A turn includes the text that the template writes after it. Spans are found by rendering the
+    conversation up to each turn: exact for every template that renders a conversation's beginning
+    as a prefix of the full conversation. Raises UserError for other templates.
     """
     answers = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     if not answers:
@@ -246,7 +255,7 @@ def _assistant_spans(
 def _rest(
     messages: Messages, beginning: str, conversation: Messages, tokenizer: Any, where: str
 ) -> str:
-    """What the template writes of messages after their `beginning`. Raises UserError."""
+    """The template's text of messages after the text `beginning`. Raises UserError."""
     text = apply_template(messages, tokenizer, where=where)
     if not text.startswith(beginning):
         raise _changes(conversation, tokenizer, where)
@@ -254,7 +263,7 @@ def _rest(
 
 
 def _changes(conversation: Messages, tokenizer: Any, where: str) -> UserError:
-    """Why a conversation cannot be cut into turns, and what can be done."""
+    """The error for a conversation that cannot be split into turns, with advice."""
     advice = "give another template, or conversations in data.text_column and loss_on=all"
     lost = answer_left_out(conversation, apply_template(conversation, tokenizer))
     if lost:
@@ -266,7 +275,7 @@ def _changes(conversation: Messages, tokenizer: Any, where: str) -> UserError:
 
 
 def _compare(turn: dict[str, Any], answer: str, where: str, notes: RowNotes) -> None:
-    """Note what the template leaves out of a turn that is trained on, or puts before it."""
+    """Note text that the template drops from a turn in the loss, or adds before it."""
     lost = answer_left_out([turn], answer)
     notes.add_if(LEFT_OUT, where, lost)
     if not lost and not reasoning_of(turn) and not begins(answer, turn["content"]):
@@ -274,8 +283,10 @@ def _compare(turn: dict[str, Any], answer: str, where: str, notes: RowNotes) -> 
 
 
 def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
-    """Token ids of a conversation cut into spans; each trained span up to its EOS, and the last one
-    ends there, with an EOS where the template writes none."""
+    """Tokenise the spans of a conversation; a trained span is in the loss up to its last EOS.
+
+    The last span ends there; an EOS is appended where the template writes none.
+    """
     eos = tokenizer.eos_token_id
     ids: list[int] = []
     trained: list[bool] = []
@@ -296,7 +307,7 @@ def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
 
 
 def _shortened(example: Example, length: int, bos: int | None) -> Example:
-    """At most `length` tokens: the prompt loses those on its left but one, then the end goes."""
+    """Truncate to `length` tokens: the prompt on its left, to one token at least, then the end."""
     excess = len(example) - length
     if excess <= 0:
         return example

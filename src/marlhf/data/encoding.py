@@ -1,4 +1,4 @@
-"""Prompts -> token ids, cut to a length."""
+"""Tokenises prompts and truncates them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ def check_prompts(
     rollout: RolloutSettings | None = None,
     positions: int | None = None,
 ) -> None:
-    """Render one prompt of each sequence of roles, so that a missing or unfitting chat template is
-    found before training; a model of so many `positions` must have room for every prompt and its
-    response. Raises UserError."""
+    """Check that prompts can be rendered, and that they and their responses fit the model.
+
+    One prompt per sequence of roles is rendered, so that a missing or unsuitable chat template is
+    found before training. The longest prompt and its response must fit into `positions`. Raises
+    UserError.
+    """
     seen = set()
     for prompt in prompts:
         roles = prompt.messages and tuple(m["role"] for m in prompt.messages)
@@ -49,15 +52,15 @@ def encode(
     max_length: int,
     special: bool | Sequence[bool] = True,
 ) -> tuple[list[list[int]], list[bool]]:
-    """`(token ids of each text, whether it lost tokens)`.
+    """`(token ids of each text, whether it was truncated)`.
 
     A text of more than `max_length` tokens keeps its last ones, and BOS before them where it
-    starts with BOS: many models are lost without it.
+    starts with BOS: many models degrade without it.
 
-    special: let the tokenizer add the special tokens that begin a text; False for texts from a chat
-        template, which have theirs. See `encode_texts`.
+    special: let the tokenizer add the special tokens at the start of a text; False for texts from
+        a chat template, which contain them. See `encode_texts`.
 
-    A text of no tokens becomes BOS. Raises UserError where the tokenizer has none.
+    An empty text becomes BOS. Raises UserError where the tokenizer has none.
     """
     flags = [special] * len(texts) if isinstance(special, bool) else list(special)
     rows = encode_texts(tokenizer, texts, flags)
@@ -69,7 +72,7 @@ def encode(
 
 
 def shortened(ids: list[int], max_length: int, bos: int | None) -> list[int]:
-    """The last `max_length` ids, with BOS before them where they started with BOS."""
+    """Truncate ids on the left to `max_length`, keeping a BOS at the start."""
     if len(ids) <= max_length:
         return ids
     if bos is not None and ids[0] == bos and max_length > 1:
@@ -78,7 +81,7 @@ def shortened(ids: list[int], max_length: int, bos: int | None) -> list[int]:
 
 
 def _bos(text: str, tokenizer: Any) -> list[int]:
-    """What stands for a text of no tokens."""
+    """BOS, for a text of no tokens. Raises UserError where the tokenizer has none."""
     if tokenizer.bos_token_id is None:
         raise UserError(
             f"the prompt {excerpt(text)} has no tokens, and the tokenizer has no BOS token"

@@ -1,4 +1,4 @@
-"""One data file -> rows: JSON Lines, JSON, CSV, TSV and Parquet, as they are or compressed.
+"""Reads one data file: JSON Lines, JSON, CSV, TSV or Parquet, plain or compressed.
 
 Every cell of CSV and TSV is text, since such a file has no types: `007` is not 7.
 """
@@ -23,8 +23,8 @@ from marlhf.common.paths import local_path
 
 Row = dict[str, Any]
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped; nothing else is in JSON's UTF-8
-_LONG_NUMBER = re.compile(r"\d{4301}")  # Python reads no longer ones
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped: UTF-8 has no raw surrogates
+_LONG_NUMBER = re.compile(r"\d{4301}")  # over the default limit of `int`
 
 
 def _open_zstd(file: Path, mode: str) -> IO[bytes]:
@@ -44,9 +44,9 @@ _UNREADABLE = (".zip", ".7z", ".lz4", ".br", ".rar", ".tar", ".tgz")
 
 
 def data_format(name: str) -> str | None:
-    """The suffix of a data file's format, such as `.jsonl` for `a.JSONL.gz`; None: not one of ours.
+    """The format's suffix, such as `.jsonl` for `a.JSONL.gz`; None for an unsupported format.
 
-    Of `a.jsonl.zip`, too, it is `.jsonl`: a data file, which `read_file` refuses.
+    `a.jsonl.zip` gives `.jsonl` too: a data file, which `read_file` refuses.
     """
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     while suffixes and suffixes[-1] in (*_OPENERS, *_UNREADABLE):
@@ -55,18 +55,19 @@ def data_format(name: str) -> str | None:
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file is packed in a way that is not read, whatever is in it."""
+    """Whether a file is in an unsupported archive or compression format."""
     return Path(name).suffix.lower() in _UNREADABLE
 
 
 def suffixes() -> str:
-    """Every suffix of a data file, for messages."""
+    """Supported suffixes of data files, for messages."""
     return f"{', '.join(sorted(_READERS))} (or one of these and {', '.join(_OPENERS)})"
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads` that refuses a key given twice, with a question mark for half of an escaped
-    pair, such as of an emoji that was cut in two: it is no character, and no tokenizer takes it.
+    """`json.loads` that refuses duplicate keys and replaces lone surrogates by question marks.
+
+    A lone surrogate, half of an emoji cut in two, is no character, and no tokenizer accepts it.
 
     Raises ValueError.
     """
@@ -91,24 +92,24 @@ def _twice(names: Iterable[Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Source:
-    """An open file, and what messages call it."""
+    """An open file, with its path and key for messages."""
 
     data: IO[bytes]
     file: Path
     key: str
 
     def lines(self, newline: str | None = None) -> IO[str]:
-        """Its text."""
+        """The file as a stream of text lines."""
         return io.TextIOWrapper(self.data, encoding="utf-8-sig", newline=newline)
 
     def fault(self, what: object, line: int | None = None) -> UserError:
-        """A UserError about it, or about one of its lines."""
+        """A UserError about the file or one of its lines."""
         where = "" if line is None else f", line {line}"
         return UserError(f"{self.key}: {self.file}{where}: {one_line(what)}")
 
 
 def read_file(file: Path, key: str, columns: Sequence[str] | None = None) -> list[Row]:
-    """The rows of a file; `columns` are those to read, None: all. Raises UserError."""
+    """Read the rows of a file; `columns` are those to keep, None: all. Raises UserError."""
     reader = _READERS.get(data_format(file.name) or "")
     if is_archive(file.name):
         packings = ", ".join(_OPENERS)
@@ -127,7 +128,7 @@ def read_file(file: Path, key: str, columns: Sequence[str] | None = None) -> lis
         raise UserError(
             f"{key}: {file} is not UTF-8 text: {error.reason}, in line {line}; save it as UTF-8"
         ) from None
-    # pyarrow's errors are ValueErrors; the last three are of files that are cut short or not packed
+    # pyarrow raises ValueErrors; the last three are for truncated or not compressed files
     except (OSError, ValueError, RecursionError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, UserError):
             raise
@@ -158,7 +159,7 @@ def _parse_lines(lines: Iterable[str], source: _Source) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             fault = f"not valid JSON: {error.msg}, column {error.colno}"
             raise source.fault(fault, number) from None
-        except (ValueError, RecursionError) as error:  # a key twice, a number of 5000 digits
+        except (ValueError, RecursionError) as error:  # a duplicate key, a number of 5000 digits
             raise source.fault(f"cannot be read: {error}", number) from None
         if not isinstance(row, dict):
             kind = type(row).__name__
@@ -169,7 +170,7 @@ def _parse_lines(lines: Iterable[str], source: _Source) -> Iterator[Row]:
 
 
 def _read_json(source: _Source, columns: Sequence[str] | None = None) -> list[Row]:
-    """A list of objects; JSON lines under the wrong name are read too."""
+    """Read a list of objects; accepts JSON lines under the wrong suffix too."""
     text = source.lines().read()
     try:
         rows = parse_json(text)
@@ -197,10 +198,10 @@ def _read_tsv(source: _Source, columns: Sequence[str] | None = None) -> list[Row
 
 
 def _read_cells(source: _Source, delimiter: str) -> list[Row]:
-    """Lines of cells under a header, as spreadsheets write them (RFC 4180)."""
-    before = csv.field_size_limit(2**31 - 1)  # of the whole process, and 128 KB by default
+    """Read lines of cells under a header, as spreadsheets write them (RFC 4180)."""
+    before = csv.field_size_limit(2**31 - 1)  # process-wide, and 128 KB by default
     reader = csv.reader(source.lines(newline=""), delimiter=delimiter, strict=True)
-    start = 1  # the line that a row begins in
+    start = 1  # line number of the row's start
     rows: list[Row] = []
     header: list[str] | None = None
     try:
@@ -236,7 +237,7 @@ def _read_parquet(source: _Source, columns: Sequence[str] | None = None) -> list
 
 
 def _check_fields(fields: Iterable[Any], source: _Source) -> None:
-    """No column, and no field inside one, has the name of another. Raises UserError."""
+    """Raise UserError for duplicate names of columns, or of fields inside one."""
     from pyarrow import types
 
     fields = list(fields)
@@ -257,4 +258,4 @@ _READERS: dict[str, Callable[[_Source, Sequence[str] | None], list[Row]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
 }
-FORMATS = tuple(_READERS)  # the first of them that a folder has is the folder's
+FORMATS = tuple(_READERS)  # by priority: a folder's format is the first that it has

@@ -1,6 +1,6 @@
-"""Data -> rows: files, folders of these, `save_to_disk` folders, the hub.
+"""Reads rows from files, folders of files, `save_to_disk` folders, and the hub.
 
-Whatever is wrong with the data is one UserError line. Nothing local is looked up on the hub.
+Every fault of the data is a one-line UserError. Local paths are never looked up on the hub.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["Files", "Row", "local_splits", "looks_local", "number_in", "read_row
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 _ABOUT_DATA = re.compile(r"(readme|licen[cs]e|citation|dataset_infos?\.json)|.*\.md$", re.I)
-_NAMED = 5  # files left out that a message names
+_NAMED = 5  # number of skipped files that a message names
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Files:
-    """Which files of a dataset, and what of them.
+    """Selects files and columns of a dataset.
 
-    folder    of a hub dataset; of a local folder too, where that has it
+    folder    subfolder of a hub dataset; of a local folder too, if it exists there
     revision  branch, tag or commit of a hub dataset
     columns   those to read; None: all
     """
@@ -51,15 +51,15 @@ def read_rows(
     split_key: str = "data.split",
     files: Files = Files(),
 ) -> list[Row]:
-    """Rows of a local file or folder, or of a hub dataset, as `{column: value}`.
+    """Read rows `{column: value}` of a local file or folder, or of a hub dataset.
 
-    split       a file has `train` alone; a folder has those that its files are named after
+    split       a file has only `train`; a folder has those in its files' names
     name        configuration of a hub dataset
-    limit       the first rows only
-    key, split_key   what messages call path and split
+    limit       maximum number of rows, from the first
+    key, split_key   names of path and split in messages
     files       folder, revision and columns to read
 
-    Raises UserError: nothing there, no such split, unreadable, or no rows.
+    Raises UserError for missing or unreadable data, an unknown split, or no rows.
     """
     if not path:
         raise UserError(f"{key}: is empty, must be a file, a folder or a hub name")
@@ -85,7 +85,7 @@ def read_rows(
 
 
 def local_splits(path: str, files: Files = Files()) -> list[str] | None:
-    """The splits of a local file or folder; None for what is not local. Raises UserError."""
+    """Splits of a local file or folder; None where the path does not exist. Raises UserError."""
     source = _local(path, files, "data.path")
     if not source.exists():
         return None
@@ -101,13 +101,13 @@ def local_splits(path: str, files: Files = Files()) -> list[str] | None:
 
 
 def local_files(path: str) -> list[Path]:
-    """The data files of a folder, of all splits. Raises UserError."""
+    """Data files of a folder, of all splits. Raises UserError."""
     by_split, _ = _by_split(Path(path).expanduser(), "data.path")
     return [file for files in by_split.values() for file in files]
 
 
 def number_in(value: Any) -> float | int | None:
-    """The number in a cell, which in CSV and TSV is text; None where there is none."""
+    """Parse the number in a cell, which is text in CSV and TSV; None where there is none."""
     if isinstance(value, str):
         try:
             number = float(value)
@@ -126,7 +126,7 @@ def _local(path: str, files: Files, key: str) -> Path:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path that does not exist can only have meant a local one, never a hub dataset."""
+    """Whether a path that does not exist can only be a local one, not a hub dataset."""
     return not _HUB_NAME.match(path) or path.startswith(".") or data_format(path) is not None
 
 
@@ -164,10 +164,10 @@ def _read_folder(
 def _by_split(
     folder: Path, key: str, split: str | None = None
 ) -> tuple[dict[str, list[Path]], list[str]]:
-    """`(the data files of a folder by the split that their names say, names of files that are not
-    read)`; `split` is one more name of a split. Raises UserError.
+    """`(data files of a folder by the split in their names, names of skipped files)`.
 
-    Data is in one format; a JSON file beside it describes it, as in many folders of Parquet files.
+    `split` is an additional split name. Data is in one format; JSON files next to another format
+    are skipped as descriptions, as in many folders of Parquet files. Raises UserError.
     """
     by_format: dict[str, list[Path]] = {}
     left_out: list[str] = []
@@ -199,8 +199,10 @@ def _by_split(
 
 
 def _names_below(folder: Path, key: str) -> list[str]:
-    """Every file below a folder, by its path from there; a link to a folder is one. Raises
-    UserError for a folder that is closed."""
+    """Relative paths of all files below a folder; a link to a folder counts as a file.
+
+    Raises UserError for a folder that cannot be read.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -218,7 +220,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_about(name: str) -> bool:
-    """Whether a file is by its name about the data, and none itself."""
+    """Whether a file, by its name, describes the data (a readme, a licence)."""
     return _ABOUT_DATA.match(Path(name).name) is not None
 
 
@@ -228,7 +230,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _load_saved(folder: Path, split: str, key: str, split_key: str) -> Any:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    """Load a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     import datasets
 
     try:
@@ -253,14 +255,14 @@ def _read_hub(
     where = {key: value for key, value in where.items() if value is not None}
     reachable = True
     try:
-        # asked first, because load_dataset tries for half a minute where there is no network
+        # checked first, because load_dataset retries for half a minute without a network
         HfApi().dataset_info(path, timeout=10)
     except RepositoryNotFoundError:
         raise UserError(
             f"{key}: given {path!r}, which is no file or folder here and no public dataset on the "
             "Hugging Face hub"
         ) from None
-    except Exception:  # of whatever HTTP library: the cache may still have it
+    except Exception:  # of any HTTP library: the dataset may still be cached
         reachable = False
     try:
         with contextlib.nullcontext() if reachable else _offline():
@@ -277,7 +279,7 @@ def _read_hub(
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Let `datasets` look in its cache alone."""
+    """Restrict `datasets` to its cache."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -290,7 +292,7 @@ def _offline() -> Iterator[None]:
 
 
 def _first_rows(dataset: Any, limit: int | None, columns: Sequence[str] | None = None) -> list[Row]:
-    if columns is not None:  # what nobody reads can be most of the data
+    if columns is not None:  # unused columns can be most of the data
         dataset = dataset.select_columns([c for c in columns if c in dataset.column_names])
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))

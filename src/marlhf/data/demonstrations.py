@@ -54,9 +54,9 @@ class Examples:
     """Examples ready for training.
 
     rows        the examples
-    truncated   number of examples truncated, those left out included
-    left_out    number of examples left out, as truncation left no token in the loss
-    notes       lines about template problems
+    truncated   number of examples truncated, left out or not
+    left_out    number of examples left out, as none of their tokens is in the loss
+    notes       lines about repeated turns, and text that the chat template dropped or added
     """
 
     rows: list[Example]

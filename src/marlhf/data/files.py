@@ -166,8 +166,8 @@ def _by_split(
 ) -> tuple[dict[str, list[Path]], list[str]]:
     """`(data files of a folder by the split in their names, names of skipped files)`.
 
-    `split` is an additional split name. Data is in one format; JSON files next to another format
-    are skipped as descriptions, as in many folders of Parquet files. Raises UserError.
+    `split` is an additional split name. Data is in one format; JSON files next to Parquet or JSON
+    Lines are skipped, as they usually describe the data. Raises UserError.
     """
     by_format: dict[str, list[Path]] = {}
     left_out: list[str] = []

@@ -15,10 +15,10 @@ _MOST_PASSES = 100  # over the data, in one batch
 
 
 class PromptStream(Generic[Item]):
-    """The order of prompts, or of other rows: a new permutation every pass, fixed by seed and pass.
+    """Endless stream of prompts or other rows: a permutation per pass, fixed by seed and pass.
 
     A batch is a pure function of (seed, step, size), so that a resumed run needs no state. It may
-    cross the end of a pass; within a pass every prompt comes once.
+    cross the end of a pass; within a pass every prompt occurs once.
     """
 
     def __init__(self, prompts: Sequence[Item], seed: int = 0, shuffle: bool = True) -> None:
@@ -30,7 +30,7 @@ class PromptStream(Generic[Item]):
         self._orders: dict[int, np.ndarray] = {}
 
     def check_batch(self, size: int, key: str) -> None:
-        """Raise UserError, naming `key`, for a batch that would never be done."""
+        """Raise UserError, naming `key`, for a batch of more than 100 passes over the data."""
         most = _MOST_PASSES * len(self.prompts)
         if size > most:
             raise UserError(
@@ -45,7 +45,7 @@ class PromptStream(Generic[Item]):
         return [self.prompts[self._order(epoch)[place]] for epoch, place in places]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The permutation of a pass; those of the last two are kept."""
+        """The permutation of a pass; the last two are cached."""
         if epoch not in self._orders:
             order = np.arange(len(self.prompts))
             if self.shuffle:

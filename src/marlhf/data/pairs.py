@@ -1,4 +1,4 @@
-"""Rows -> pairs of texts, one preferred, as a reward model reads them."""
+"""Loads and tokenises preference pairs for reward models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _THE_SAME = "the model reads the same text for both answers, and learns nothing 
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of the two texts, and the margin by which the chosen one should win."""
+    """Token ids of the two texts, and the margin of the ranking loss."""
 
     chosen: list[int]
     rejected: list[int]
@@ -43,11 +43,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Preferences:
-    """What a reward model is trained, evaluated and centred on.
+    """Data to train, evaluate and centre a reward model on.
 
     demonstrations   token ids of the texts whose mean score becomes 0
-    truncated        texts of the training pairs that lost their start
-    notes            lines about what became of the texts
+    truncated        number of texts of training pairs that were truncated on the left
+    notes            lines about repeated turns, dropped text, and pairs of equal texts
     """
 
     pairs: list[Pair]
@@ -58,7 +58,7 @@ class Preferences:
 
 
 def load_preferences(config: RewardConfig, tokenizer: Any) -> Preferences:
-    """Pairs and demonstrations of a configuration. Raises UserError, naming the row."""
+    """Load the pairs and demonstrations of a configuration. Raises UserError, naming the row."""
     data, reader = config.data, _Decoder(config, tokenizer)
     if data.apply_chat_template:
         check_template(tokenizer)
@@ -79,22 +79,22 @@ def load_preferences(config: RewardConfig, tokenizer: Any) -> Preferences:
 
 
 class _Decoder:
-    """Turns rows into what a reward model of this tokenizer reads, exactly as in `RewardModel`."""
+    """Tokenises rows for a reward model, exactly as `RewardModel` does."""
 
     def __init__(self, config: RewardConfig, tokenizer: Any) -> None:
         self._data, self._tokenizer = config.data, tokenizer
         self._max_length = config.max_length
         self.truncated = 0
         self._notes = RowNotes()
-        self._plain_texts = self._repeating = 0  # answers, and those that begin with the prompt
+        self._plain_texts = self._repeating = 0  # answers: all, and those that start with the prompt
 
     def notes(self) -> list[str]:
-        """Lines about what became of the texts."""
+        """Lines about problems of the texts."""
         begin = 0 < self._plain_texts == self._repeating
         return [*self._notes.lines(), *([_BEGINS_WITH_PROMPT] if begin else [])]
 
     def pairs(self, rows: Sequence[Row], where: str, first_row: int) -> list[Pair]:
-        """The pairs of rows."""
+        """Preference pairs of the rows."""
         data = self._data
         chosen = self.texts(rows, data.chosen_column, "chosen_column", where, first_row)
         rejected = self.texts(rows, data.rejected_column, "rejected_column", where, first_row)
@@ -172,11 +172,10 @@ def _margin(row: Row, data: PairDataSettings, where: str) -> float:
 
 
 def choose_pad_token(tokenizer: Any, vocabulary: int, used: set[int]) -> None:
-    """Give the tokenizer a pad token that ends no text, as stock transformers scores the last token
-    that is no padding.
+    """Choose a pad token that no text contains: transformers scores the last non-pad token.
 
-    It stays what it is where that will do; else it is a new token where the model has an embedding
-    to spare, a special token that no text has, or a new token that the model must grow for.
+    Prefers, in order: the present one, a new token with a spare embedding, an unused special
+    token, a new token for which the model's embeddings must be resized.
 
     used   every token id in the data
     """

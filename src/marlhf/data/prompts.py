@@ -1,4 +1,4 @@
-"""Rows -> prompts: columns, templates and conversations."""
+"""Builds prompts from rows: columns, templates and conversations."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 class Prompt:
     """One prompt.
 
-    text       as given or filled in; of a conversation, its messages with empty lines between them
-    messages   the conversation, which `render` turns into the policy's template, or None
+    text       as given or filled in; of a conversation, its messages joined by empty lines
+    messages   the conversation, which `render` puts into the policy's chat template, or None
     columns    the row's other columns, for rewards
-    where      what messages call its row
+    where      name of its row in messages
     """
 
     text: str
@@ -35,9 +35,9 @@ class Prompt:
 
 
 def load_records(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Row], list[Row]]:
-    """`(rows to train on, held-out rows)`, columns renamed.
+    """Load `(rows to train on, held-out rows)`, columns renamed.
 
-    stage: the job; with `data.preset` it decides on the shape of the rows, and on the part.
+    stage: the job; with `data.preset` it determines the shape of the rows, and the part.
 
     Raises UserError.
     """
@@ -68,14 +68,14 @@ def load_records(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Row
 
 
 def load_rows(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Prompt], list[Prompt]]:
-    """`(prompts to train on, held-out prompts)`. Raises UserError."""
+    """Load `(prompts to train on, held-out prompts)`. Raises UserError."""
     rows, held_out = load_records(settings, stage)
     train, eval_ = source_labels(settings, len(rows))
     return prompts_of(rows, settings, *train), prompts_of(held_out, settings, *eval_)
 
 
 def source_labels(settings: DataSettings, rows: int) -> tuple[tuple[str, int], tuple[str, int]]:
-    """What messages call the data and the held-out data, and the number of each one's first row."""
+    """Name and first row number, in messages, of the data and of the held-out data."""
     taken_off = settings.eval_path is None and settings.eval_split is None
     return ("data", 0), ("held-out data", rows if taken_off else 0)
 
@@ -83,7 +83,7 @@ def source_labels(settings: DataSettings, rows: int) -> tuple[tuple[str, int], t
 def prompt_sets(
     train: Any, held_out: Any, settings: DataSettings
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and held-out ones: those given in Python, others as configured."""
+    """Prompts to train on and held-out ones: as given in Python, else as configured."""
     if train is not None:
         return as_prompts(train, settings), as_prompts(held_out or [], settings)
     train, configured = load_rows(settings)
@@ -91,16 +91,17 @@ def prompt_sets(
 
 
 def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> list[Prompt]:
-    """Prompts from Python: texts, lists of messages, rows (`{column: value}`) or Prompts; also a
-    `datasets.Dataset`. Texts and messages are finished prompts: `prompt_template` is for rows.
+    """Convert Python data to prompts.
 
+    data: texts, lists of messages, rows (`{column: value}`) or Prompts; also a `datasets.Dataset`.
+    Texts and messages are complete prompts: `prompt_template` applies to rows only.
     settings: columns and templates; only the keys about a row matter. Raises UserError.
     """
     return prompts_of(data, settings or DataSettings(), "data", 0)
 
 
 def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None) -> str:
-    """The text that the policy continues: a conversation in the tokenizer's chat template.
+    """Text of a prompt for the policy: a conversation in the tokenizer's chat template.
 
     A conversation that ends with the assistant's turn is continued in that turn. Raises UserError.
     """
@@ -111,7 +112,7 @@ def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None)
 
 
 def chat_of(prompt: Prompt, settings: DataSettings | None) -> Messages | None:
-    """The conversation that the policy reads, None where it reads plain text."""
+    """The prompt as a conversation; None for plain text."""
     if prompt.messages is None and settings is not None and settings.apply_chat_template:
         return [{"role": "user", "content": prompt.text}]
     return prompt.messages
@@ -120,9 +121,11 @@ def chat_of(prompt: Prompt, settings: DataSettings | None) -> Messages | None:
 def apply_template(
     messages: Messages, tokenizer: Any, for_answer: bool = False, where: str = ""
 ) -> str:
-    """A conversation in the tokenizer's chat template. Raises UserError, naming the row `where`.
+    """Render a conversation in the tokenizer's chat template.
 
-    for_answer   leave it open for the assistant: a turn of its own, or the end of its last one
+    for_answer   leave it open for the assistant: a new turn, or the end of its last one
+
+    Raises UserError, naming the row `where`.
     """
     check_template(tokenizer)
     continues = for_answer and messages[-1]["role"] == "assistant"
@@ -151,7 +154,7 @@ def check_template(tokenizer: Any) -> None:
 
 
 def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
-    """Rows with `{new: old}` applied."""
+    """Rename columns by `{new: old}`. Raises UserError."""
     if not columns:
         return rows
     present = _names(rows)
@@ -172,18 +175,18 @@ def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
 
 
 def prompts_of(data: Any, settings: DataSettings, where: str, first_row: int) -> list[Prompt]:
-    """Anything that `as_prompts` takes -> prompts; messages count rows from `first_row`."""
+    """Convert data as `as_prompts` does; messages count rows from `first_row`."""
     if isinstance(data, str | Mapping):
         hint = "; choose one of its splits" if isinstance(data, Mapping) else ""
         raise UserError(
             f"{where}: given a {type(data).__name__}, must be a list of prompts or rows{hint}"
         )
-    if hasattr(data, "iterrows"):  # iterating over a data frame gives its columns' names
+    if hasattr(data, "iterrows"):  # iterating over a data frame yields column names
         if not data.columns.is_unique:
             twice = data.columns[data.columns.duplicated()][0]
             raise UserError(f"{where}: the column {twice!r} is given twice")
         data = data.to_dict("records")
-    elif hasattr(data, "to_list"):  # a datasets.Dataset, row by row much slower
+    elif hasattr(data, "to_list"):  # a datasets.Dataset, much slower row by row
         data = data.to_list()
     items = list(data)
     mappings = [item for item in items if isinstance(item, Mapping)]
@@ -201,7 +204,7 @@ def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> None:
-    """Every column that the settings name is there."""
+    """Raise UserError where the data lacks a column that the settings name."""
     present = ", ".join(map(str, names)) or "none"
     template, column = settings.prompt_template, settings.prompt_column
     if template is None:
@@ -229,7 +232,7 @@ def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> No
 
 
 def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str) -> Prompt:
-    """One prompt from one item. `where` names its row."""
+    """Convert one item to a prompt; `where` names its row."""
     if isinstance(item, Prompt):
         if item.messages is None and not isinstance(item.text, str):
             kind = type(item.text).__name__
@@ -255,11 +258,11 @@ def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str)
 
 
 def template_parts(template: str, names: Sequence[str]) -> list[tuple[str, str | None]]:
-    """A template as `(literal text, column to put after it or None)` pairs.
+    """Parse a template into `(literal text, column after it or None)` pairs.
 
-    It is read as Python's `str.format` reads it, `{{` being a brace. A template that cannot be read
-    so, because it has braces around things that are no names (JSON, code), has its `{column}`s
-    filled in and all else left as it is.
+    The syntax is that of Python's `str.format`, with `{{` for a brace. In a template that is not
+    valid so, because it has braces around anything but names (JSON, code), only `{column}`s are
+    fields, and the rest is literal.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -281,8 +284,7 @@ def template_parts(template: str, names: Sequence[str]) -> list[tuple[str, str |
 def fill_template(
     template: str, columns: Mapping[str, Any], where: str, what: str = "prompt"
 ) -> str:
-    """The template with its columns filled in; empty where every column in it is. Raises
-    UserError."""
+    """Fill in a template's columns; empty where all of them are. Raises UserError."""
     text, filled = "", False
     for literal, name in template_parts(template, list(columns)):
         value = "" if name is None else columns[name]
@@ -295,5 +297,5 @@ def fill_template(
 
 
 def excerpt(value: Any) -> str:
-    """The beginning of a value, for messages."""
+    """Start of a value's repr, for messages."""
     return one_line(repr(value), 60)

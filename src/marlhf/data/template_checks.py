@@ -1,4 +1,4 @@
-"""Chat templates of a run, checked before it: the day they see, and what becomes of answers."""
+"""Checks a run's chat templates: the date they see, and whether they keep answers intact."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ LEFT_OUT = "the chat template leaves out a part of the answer"
 
 
 class RowNotes:
-    """What was seen in rows: a line for each kind of thing, with the first row and how many."""
+    """Collects findings about rows: a line per kind, with the first row and a count."""
 
     def __init__(self) -> None:
         self._rows: dict[str, list[tuple[str, str]]] = {}
 
     def add(self, kind: str, row: str, example: str = "") -> None:
-        """One more row of a kind, `example` being what was seen there."""
+        """Add a row to a kind; `example` is the text found there."""
         self._rows.setdefault(kind, []).append((row, example))
 
     def add_if(self, kind: str, row: str, seen: str | bool) -> None:
-        """One more row of a kind where something was seen, a text being the example."""
+        """Add a row to a kind if `seen` is true or a text, which is then the example."""
         if seen:
             self.add(kind, row, seen if isinstance(seen, str) else "")
 
     def lines(self) -> list[str]:
-        """A line for each kind."""
+        """One line per kind."""
         found = []
         for kind, rows in self._rows.items():
             row, example = rows[0]
@@ -64,8 +64,11 @@ def with_date(
     distributed: Distributed,
     reward: CombinedReward | None = None,
 ) -> Config:
-    """The configuration `dated`, where a chat template asks for it, and the tokenizers told of the
-    day, those of reward models too."""
+    """Fix the date that chat templates see, in the tokenizers and in the returned configuration.
+
+    Reward models' tokenizers are included. The configuration changes only where a chat template
+    uses the date.
+    """
     tokenizers = [*tokenizers, *(reward_tokenizers(reward) if reward is not None else ())]
     config = dated(config, distributed) if any(map(uses_date, tokenizers)) else config
     for tokenizer in tokenizers:
@@ -74,12 +77,14 @@ def with_date(
 
 
 def dated(config: Config, distributed: Distributed) -> Config:
-    """The configuration with the day that chat templates see: the one given; else that of the run
-    that is resumed or of the evaluation that is completed; else today."""
+    """The configuration with the date that chat templates see.
+
+    It is the one given; else that of the resumed run or completed evaluation; else today.
+    """
     if config.data.template_date is not None:
         return config
     recorded, day = _recorded(config), date.today().isoformat()
-    if recorded is not None:  # by an older version: none
+    if recorded is not None:  # that of an older version may have none
         day = recorded.get("data", {}).get("template_date")
     (day, *_) = distributed.gather_objects([day])
     changes: Any = {"data": replace(config.data, template_date=day)}
@@ -87,9 +92,11 @@ def dated(config: Config, distributed: Distributed) -> Config:
 
 
 def _recorded(config: Any) -> dict[str, Any] | None:
-    """The configuration of the run that goes on, None for a new one. What cannot be read is left
-    to those who say so."""
-    resume = getattr(config, "resume", "auto")  # an evaluation always completes what is there
+    """The configuration of the resumed run; None for a new one, or where it cannot be read.
+
+    Unreadable files are reported elsewhere.
+    """
+    resume = getattr(config, "resume", "auto")  # an evaluation always completes a present one
     if resume is None or config.overwrite:
         return None
     try:
@@ -103,7 +110,7 @@ def _recorded(config: Any) -> dict[str, Any] | None:
 
 
 def reward_tokenizers(reward: CombinedReward) -> list[Any]:
-    """The tokenizers of all reward models."""
+    """Tokenizers of all reward models."""
     return [model.tokenizer for _, model in models_inside(reward)]
 
 
@@ -113,11 +120,11 @@ def template_notes(
     policy: Any,
     settings: DataSettings,
 ) -> list[str]:
-    """A line for each chat template that gives a reward model other text than the policy wrote.
+    """A line per chat template that gives a reward model other text than the policy wrote.
 
-    A conversation of each sequence of roles goes through a reward model's chat template, with
-    answers of several kinds; where that is the policy's own, prompt and answer must come out as
-    they went in.
+    One conversation per sequence of roles goes through a reward model's chat template, with
+    several kinds of answers; where it is the policy's template, prompt and answer must come out
+    unchanged. A line too where add_generation_prompt adds nothing.
 
     policy   its tokenizer
 
@@ -140,7 +147,7 @@ def template_notes(
 
 
 def _notes(model: RewardModel, prompt: Prompt, text: str, policy: Any, where: str) -> list[str]:
-    """What a reward model's template does to answers to a prompt, the worst first."""
+    """Changes that a reward model's template makes to a prompt's answers, omissions first."""
     if not model.tokenizer.chat_template:
         return []
     is_open = text.rstrip().endswith("<think>")
@@ -167,8 +174,10 @@ def _notes(model: RewardModel, prompt: Prompt, text: str, policy: Any, where: st
 
 
 def generation_prompt_note(tokenizer: Any, prompts: Iterable[Messages | None]) -> str | None:
-    """A line where the chat template puts something before an answer, and opens no answer with it:
-    the policy has to write it itself."""
+    """A line where the chat template's generation prompt is empty but answers have a header.
+
+    The policy then has to write the header itself.
+    """
     messages = next((m for m in prompts if m and m[-1]["role"] != "assistant"), None)
     if messages is None:
         return None

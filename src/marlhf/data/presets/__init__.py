@@ -1,4 +1,4 @@
-"""Datasets by name: `data.preset`. See `base` for the contract."""
+"""Presets of public datasets, for `data.preset`. See `base` for the contract."""
 
 from marlhf.data.presets.base import (
     PRESETS,

@@ -18,8 +18,10 @@ from marlhf.rewards.code import apps_problem
 
 @dataclass(frozen=True)
 class APPS:
-    """level: problems of one difficulty, or of `all`
-    solutions: at most so many sft rows a problem; null: one for every solution
+    """Programming problems of APPS.
+
+    level: problems of one difficulty, or of `all`
+    solutions: maximum sft rows per problem; null: one per solution
 
     The prompt is that of the APPS paper; the MA-RLHF paper's released code has none. A problem
     without tests gives no prompt, one without solutions no sft row, and none gives pairs. Prompts
@@ -88,7 +90,7 @@ def _tests(row: Row) -> dict[str, Any]:
 
 
 def _json(row: Row, key: str, empty: Any) -> Any:
-    """The JSON text of a column; `empty` where there is no text."""
+    """Parse the JSON text of a column; `empty` where it is null or blank. Raises RowError."""
     text = value(row, key, str, optional=True)
     if not (text or "").strip():
         return empty
@@ -101,7 +103,7 @@ def _json(row: Row, key: str, empty: Any) -> Any:
 
 @contextmanager
 def _long_numbers() -> Iterator[None]:
-    """Tests have numbers of more digits than Python reads by default."""
+    """Lift Python's limit on the digits of an integer, which some tests exceed."""
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:

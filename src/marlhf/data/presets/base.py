@@ -1,9 +1,9 @@
-"""The contract of dataset presets: a raw row in, what it says out.
+"""The contract of dataset presets: a raw row in, an `Example` out.
 
-A preset is any callable `row -> Example`, with an attribute `source` that says where the hub keeps
-the dataset and how it is divided. The built-in ones are frozen dataclasses whose fields are their
-configuration. What `Example` has in common for all datasets (sft rows, pairs, prompts, parts, rows
-that break the schema) is done once, in `parts`.
+A preset is any callable `row -> Example`, with an attribute `source` for the dataset's location on
+the hub and its division. The built-in ones are frozen dataclasses whose fields are their
+configuration. `parts` does the work common to all datasets: sft rows, pairs, prompts, parts, rows
+that break the schema.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ THREE_PARTS = {"sft": 0.2, "reward": 0.4, "ppo": 0.4}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a dataset is and how it is divided.
+    """Location and division of a dataset.
 
-    path        hub name; None where only `data.path` can say
+    path        hub name; None where `data.path` must be given
     files       folder, revision and columns to read
     eval_split  split with the held-out documents; None: some of the training split's
-    shares      part of each job -> its share of the training documents; they add up to 1
+    shares      share of the training documents by part; they add up to 1
     """
 
     path: str | None = None
@@ -37,13 +37,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Example:
-    """What one row of a dataset says.
+    """Content of one row of a dataset.
 
-    prompt          what the policy continues
-    demonstrations  answers to imitate: an sft row each
-    pair            (better answer, worse answer), or None where nobody preferred one
-    columns         for rewards, beside the prompt; None where the row is of no use as a prompt
-    document        what must not be in two parts at once; None: the prompt
+    prompt          text for the policy to continue
+    demonstrations  answers to imitate: one sft row each
+    pair            (better answer, worse answer), or None without a preference
+    columns         for rewards, in addition to the prompt; None where the row gives no prompt
+    document        text that must not be in two parts at once; None: the prompt
     """
 
     prompt: str
@@ -68,7 +68,7 @@ PRESETS = Registry(
 
 
 def build_preset(spec: Spec) -> tuple[str, PresetFn]:
-    """A preset's name and the preset, from a name, an import path or a mapping with `name`.
+    """Build `(name, preset)` from a name, an import path or a mapping with `name`.
 
     A class is built with the mapping's other keys; a plain function is used as it is and takes
     none. Raises UserError.
@@ -86,19 +86,20 @@ def build_preset(spec: Spec) -> tuple[str, PresetFn]:
 
 
 def source_of(preset: PresetFn) -> Source:
-    """The preset's `source`; three parts of whatever `data.path` names where it has none."""
+    """The preset's `source`; by default three parts of the data at `data.path`."""
     return getattr(preset, "source", Source())
 
 
 class RowError(ValueError):
-    """A row that is not of the dataset's schema; the message says what is wrong with it."""
+    """A row that breaks the dataset's schema; the message names the fault."""
 
 
 def value(row: Any, key: str, kind: type | tuple[type, ...], optional: bool = False) -> Any:
-    """`row["a"]["b"]` for the key "a.b". Raises RowError unless it is of the kind; a number may be
-    written as text, as all cells of CSV are.
+    """Get `row["a"]["b"]` for the key "a.b". Raises RowError unless it is of the kind.
 
-    optional: null, or a missing last key, is None, and so is no text where a number is wanted.
+    A number may be written as text, as in CSV.
+
+    optional: null, a missing last key, or empty text instead of a number gives None.
     """
     found = row
     *parents, leaf = key.split(".")

@@ -14,10 +14,10 @@ _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class FullHHRLHF:
-    """The prompt is the dialogue so far, in the dataset's own words "Human:" and "Assistant:".
+    """Dialogues, each prompt being the dialogue so far with the dataset's "Human:", "Assistant:".
 
-    Rows are often later turns of one dialogue; all that begin alike are one document. Prompts have
-    the column `reference`, the answer preferred.
+    Rows are often later turns of one dialogue; all with the same first turn are one document.
+    Prompts have the column `reference`, the preferred answer.
     """
 
     source: ClassVar[Source] = Source(

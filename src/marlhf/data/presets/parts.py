@@ -1,4 +1,4 @@
-"""The rows of a preset that a job gets: read, divided by document, in the shape of the job."""
+"""Loads a preset's rows for a job: divides them by document and shapes them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from marlhf.data.presets.base import Example, PresetFn, Source, build_preset, so
 
 Stage = Literal["sft", "reward", "ppo", "evaluate"]
 
-HELD_OUT_SHARE = 0.05  # of a training split that has to give the held-out documents too
+HELD_OUT_SHARE = 0.05  # of a training split that also provides the held-out documents
 
-_EXPLAINED, _NUMBERED = 5, 25  # broken rows that a message says more of
+_EXPLAINED, _NUMBERED = 5, 25  # broken rows that a message explains, and numbers
 _log = logging.getLogger(__name__)
 
 
 def preset_records(settings: DataSettings, stage: Stage) -> tuple[list[Row], list[Row]]:
-    """`(rows of the job's part, held-out rows)`, both in the shape that the job reads.
+    """Load `(rows of the job's part, held-out rows)`, both in the job's shape.
 
-    The job `evaluate` gets what it evaluates on as the first and none as the second: by default
-    the first `data.eval_rows` held-out rows (0: all of them). Raises UserError.
+    The job `evaluate` gets its evaluation rows as the first and none as the second: by default the
+    first `data.eval_rows` held-out rows (0: all of them). Raises UserError.
     """
     assert settings.preset is not None
     name, preset = build_preset(settings.preset)
@@ -50,8 +50,11 @@ def preset_records(settings: DataSettings, stage: Stage) -> tuple[list[Row], lis
 
 
 def place(document: str, seed: int, purpose: str = "part") -> float:
-    """A number in [0, 1) that depends on the document and the seed alone: not on the order of
-    rows, on other rows or on the machine. White space does not count."""
+    """Hash a document, a seed and a purpose to a number in [0, 1).
+
+    It does not depend on other rows, their order or the machine. Differences in white space are
+    ignored.
+    """
     key = f"{purpose}:{seed}".encode()
     text = " ".join(document.split()).encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(text, key=key, digest_size=8).digest()
@@ -60,7 +63,7 @@ def place(document: str, seed: int, purpose: str = "part") -> float:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Reads the training and the held-out examples of one preset."""
+    """Loads the training and held-out examples of one preset."""
 
     settings: DataSettings
     name: str
@@ -68,7 +71,7 @@ class _Decoder:
     source: Source
 
     def training(self) -> list[Example]:
-        """Every example of the training split; held-out documents may be among them."""
+        """All examples of the training split, which may include held-out documents."""
         split = self.settings.split
         rows = read_rows(self._path, split, files=self.source.files)
         return self._examples(rows, f"{self._path} ({split})")
@@ -85,7 +88,7 @@ class _Decoder:
         return ends[part] - shares[part] <= here < (1 if part == list(shares)[-1] else ends[part])
 
     def held_out(self, training: list[Example]) -> list[Example]:
-        """Examples of documents that no part has, in an order fixed by the seed."""
+        """Examples of documents in no part, in an order fixed by the seed. Raises UserError."""
         if self._split_gives_both:
             found = [e for e in training if self._carves_out(e)]
         else:
@@ -114,7 +117,7 @@ class _Decoder:
 
     @cached_property
     def _eval_split(self) -> str:
-        """That of the settings; the hub's; where a local copy has none, the training split."""
+        """The settings' split, else the source's; the training split if a local copy lacks it."""
         settings, usual = self.settings, self.source.eval_split
         if settings.eval_split is not None or usual is None:
             return settings.eval_split or settings.split
@@ -144,24 +147,24 @@ class _Decoder:
         return self._examples(rows, f"{self._path} ({split})")
 
     def _examples(self, rows: Iterable[Row], where: str) -> list[Example]:
-        """What the rows say; those that break the schema are reported and left out."""
+        """Convert rows to examples; those that break the schema are reported and left out."""
         read = [self._example(row) for row in rows]
         broken = {i: fault for i, fault in enumerate(read) if isinstance(fault, str)}
         self._report(broken, len(read), where)
         return [example for example in read if isinstance(example, Example)]
 
     def _example(self, row: Row) -> Example | str:
-        """What the row says, or what is wrong with it."""
+        """Convert a row to an example, or to the description of its fault."""
         try:
             example = self.preset(row)
             kind = type(example).__name__
             return example if isinstance(example, Example) else f"became a {kind}, no Example"
-        except Exception as error:  # whatever a user's preset runs into
+        except Exception as error:  # a user's preset can raise anything
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             return kind + one_line(error, 120)
 
     def _report(self, broken: Mapping[int, str], count: int, where: str) -> None:
-        """A warning that names the broken rows, or a UserError where they are too many."""
+        """Warn of the broken rows. Raises UserError where they are too many."""
         if not broken:
             return
         which = _listed(broken)
@@ -177,7 +180,7 @@ class _Decoder:
 
 
 def _listed(broken: Mapping[int, str]) -> str:
-    """The first rows with what is wrong with them, then numbers alone, then a count."""
+    """List the first rows with their faults, then row numbers alone, then a count."""
     explained = [f"row {i}: {fault}" for i, fault in list(broken.items())[:_EXPLAINED]]
     numbers = [str(i) for i in list(broken)[_EXPLAINED:_NUMBERED]]
     also = [f"also rows {', '.join(numbers)}"] if numbers else []
@@ -186,7 +189,7 @@ def _listed(broken: Mapping[int, str]) -> str:
 
 
 def _part(settings: DataSettings, stage: Stage, name: str, source: Source) -> str:
-    """The part that the job gets."""
+    """The job's part. Raises UserError where the dataset does not have it."""
     wanted = {"evaluate": "held_out"}.get(stage, stage)
     part = wanted if settings.part == "auto" else settings.part
     possible = [*source.shares, "all", *(["held_out"] if stage == "evaluate" else [])]
@@ -199,7 +202,7 @@ def _part(settings: DataSettings, stage: Stage, name: str, source: Source) -> st
 
 
 def _sft_rows(examples: Iterable[Example]) -> list[Row]:
-    """`{prompt, completion}` of every demonstration that is there."""
+    """`{prompt, completion}` of every non-blank demonstration."""
     return [
         {"prompt": e.prompt, "completion": answer}
         for e in examples
@@ -209,7 +212,7 @@ def _sft_rows(examples: Iterable[Example]) -> list[Row]:
 
 
 def _pairs(examples: Iterable[Example]) -> list[Row]:
-    """`{prompt, chosen, rejected}` of every comparison of two answers that are there and differ."""
+    """`{prompt, chosen, rejected}` of every pair of non-blank answers that differ."""
     return [
         {"prompt": e.prompt, "chosen": e.pair[0], "rejected": e.pair[1]}
         for e in examples
@@ -218,7 +221,7 @@ def _pairs(examples: Iterable[Example]) -> list[Row]:
 
 
 def _prompts(examples: Iterable[Example]) -> list[Row]:
-    """`{prompt, ...columns}`, each prompt once; a later row fills in what is null in an earlier."""
+    """`{prompt, ...columns}`, each prompt once; later rows fill in nulls of earlier ones."""
     found: dict[str, Row] = {}
     for example in examples:
         if example.columns is not None:

@@ -12,9 +12,11 @@ from marlhf.data.presets.base import Example, RowError, Source, value
 
 @dataclass(frozen=True)
 class SummarizeFromFeedback:
-    """config: `comparisons` (two summaries and a choice) or `axis` (one summary and its marks; the
-        hub has `validation` and `test` of it, and no `train`)
-    demonstrations: what sft imitates: the summary preferred (as the paper's released code does) or
+    """Posts and news articles with human judgements of their summaries.
+
+    config: `comparisons` (two summaries and a choice) or `axis` (one summary and its marks; on the
+        hub it has `validation` and `test`, and no `train`)
+    demonstrations: target of sft: the preferred summary (as in the paper's released code) or
         `human`, the post's own summary by its author, in rows that have it
 
     Prompts have the columns `reference` (the human summary, or null), `subreddit` and `id`.
@@ -52,7 +54,7 @@ class SummarizeFromFeedback:
 
 
 def _prompt(row: Row) -> tuple[str, str]:
-    """The post or article, and the prompt that the released code makes of it."""
+    """`(post or article, prompt as in the released code)`. Raises RowError."""
     post = value(row, "info.post", str, optional=True)
     article = value(row, "info.article", str, optional=True)
     kind, text = ("POST", post) if (post or "").strip() else ("ARTICLE", article)
@@ -74,7 +76,7 @@ def _compared(row: Row) -> tuple[list[tuple[str, str | None]], int]:
 
 
 def _summary(summary: object, where: str) -> tuple[str, str | None]:
-    """Text and policy. The policy `ref` is the human author of the post."""
+    """`(text, policy)` of a summary; the policy `ref` is the human author of the post."""
     try:
         return value(summary, "text", str), value(summary, "policy", str, optional=True)
     except RowError as error:

@@ -11,16 +11,16 @@ from typing import ClassVar
 from marlhf.data.files import Files, Row
 from marlhf.data.presets.base import Example, RowError, Source, value
 
-# The released code takes out whatever is in brackets, most of it citations such as [1].
+# The released code removes all text in brackets, mostly citations such as [1].
 _BRACKETED = re.compile(r" ?[(\[].*?[)\]]")
 
 
 @dataclass(frozen=True)
 class WebGPTComparisons:
-    """A tie (both scores 0) prefers neither answer: it gives a prompt alone.
+    """Questions with a preference between two answers; a tie (equal scores) gives a prompt only.
 
-    The quotes that answers rest on are not shown to the policy, as in the paper. Prompts have the
-    column `reference`, the answer preferred, or null.
+    As in the paper, prompts do not contain the quotes that answers are based on. Prompts have the
+    column `reference`, the preferred answer, or null.
     """
 
     source: ClassVar[Source] = Source(

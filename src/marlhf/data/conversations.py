@@ -1,4 +1,4 @@
-"""Parses a value of a data row into a text or the messages of a conversation."""
+"""Parses a data value into a text or the messages of a conversation."""
 
 from __future__ import annotations
 

@@ -36,9 +36,10 @@ _ADDED = (
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each whether it is in the loss; the first one never is.
+    """Token ids, and for each whether it is in the loss.
 
-    `prompt` is the number of tokens at the start that truncation may remove.
+    The first one never is. `prompt` is the number of tokens at the start that truncation may
+    remove.
     """
 
     ids: list[int]
@@ -275,7 +276,7 @@ def _changes(conversation: Messages, tokenizer: Any, where: str) -> UserError:
 
 
 def _compare(turn: dict[str, Any], answer: str, where: str, notes: RowNotes) -> None:
-    """Note text that the template drops from a turn in the loss, or adds before it."""
+    """Note text that the template drops from a trained turn, or adds before it."""
     lost = answer_left_out([turn], answer)
     notes.add_if(LEFT_OUT, where, lost)
     if not lost and not reasoning_of(turn) and not begins(answer, turn["content"]):
@@ -283,9 +284,10 @@ def _compare(turn: dict[str, Any], answer: str, where: str, notes: RowNotes) -> 
 
 
 def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
-    """Tokenise the spans of a conversation; a trained span is in the loss up to its last EOS.
+    """Tokenise the spans of a conversation.
 
-    The last span ends there; an EOS is appended where the template writes none.
+    A trained span is in the loss up to its last EOS. The last span ends there; an EOS is appended
+    where the template writes none.
     """
     eos = tokenizer.eos_token_id
     ids: list[int] = []
@@ -307,7 +309,7 @@ def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
 
 
 def _shortened(example: Example, length: int, bos: int | None) -> Example:
-    """Truncate to `length` tokens: the prompt on its left, to one token at least, then the end."""
+    """Truncate the prompt on its left, to at least one token, then the example's end."""
     excess = len(example) - length
     if excess <= 0:
         return example

@@ -107,7 +107,7 @@ def local_files(path: str) -> list[Path]:
 
 
 def number_in(value: Any) -> float | int | None:
-    """Parse the number in a cell, which is text in CSV and TSV; None where there is none."""
+    """Parse the number in a cell, which CSV has as text; None without one."""
     if isinstance(value, str):
         try:
             number = float(value)
@@ -126,7 +126,7 @@ def _local(path: str, files: Files, key: str) -> Path:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path that does not exist can only be a local one, not a hub dataset."""
+    """Whether a path that does not exist cannot be a hub dataset."""
     return not _HUB_NAME.match(path) or path.startswith(".") or data_format(path) is not None
 
 
@@ -199,9 +199,9 @@ def _by_split(
 
 
 def _names_below(folder: Path, key: str) -> list[str]:
-    """Relative paths of all files below a folder; a link to a folder counts as a file.
+    """Relative paths of all files below a folder.
 
-    Raises UserError for a folder that cannot be read.
+    A link to a folder counts as a file. Raises UserError for a folder that cannot be read.
     """
 
     def fail(error: OSError) -> None:

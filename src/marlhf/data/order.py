@@ -15,7 +15,7 @@ _MOST_PASSES = 100  # over the data, in one batch
 
 
 class PromptStream(Generic[Item]):
-    """Endless stream of prompts or other rows: a permutation per pass, fixed by seed and pass.
+    """Endless stream of prompts or other rows: per pass a permutation fixed by the seed.
 
     A batch is a pure function of (seed, step, size), so that a resumed run needs no state. It may
     cross the end of a pass; within a pass every prompt occurs once.
@@ -39,7 +39,7 @@ class PromptStream(Generic[Item]):
             )
 
     def batch(self, step: int, size: int) -> list[Item]:
-        """Prompts `step * size` to `(step + 1) * size` of the endless stream; steps from 0."""
+        """Prompts `step * size` to `(step + 1) * size` of the stream; steps from 0."""
         count = len(self.prompts)
         places = (divmod(i, count) for i in range(step * size, (step + 1) * size))
         return [self.prompts[self._order(epoch)[place]] for epoch, place in places]

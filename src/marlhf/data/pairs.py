@@ -86,7 +86,7 @@ class _Decoder:
         self._max_length = config.max_length
         self.truncated = 0
         self._notes = RowNotes()
-        self._plain_texts = self._repeating = 0  # answers: all, and those that start with the prompt
+        self._plain_texts = self._repeating = 0  # all answers; those that repeat the prompt
 
     def notes(self) -> list[str]:
         """Lines about problems of the texts."""

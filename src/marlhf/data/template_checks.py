@@ -41,7 +41,7 @@ class RowNotes:
         self._rows.setdefault(kind, []).append((row, example))
 
     def add_if(self, kind: str, row: str, seen: str | bool) -> None:
-        """Add a row to a kind if `seen` is true or a text, which is then the example."""
+        """Add a row to a kind if `seen`; where that is text, it is the example."""
         if seen:
             self.add(kind, row, seen if isinstance(seen, str) else "")
 
@@ -92,9 +92,9 @@ def dated(config: Config, distributed: Distributed) -> Config:
 
 
 def _recorded(config: Any) -> dict[str, Any] | None:
-    """The configuration of the resumed run; None for a new one, or where it cannot be read.
+    """The configuration of the resumed run; None for a new one.
 
-    Unreadable files are reported elsewhere.
+    None too where it cannot be read: unreadable files are reported elsewhere.
     """
     resume = getattr(config, "resume", "auto")  # an evaluation always completes a present one
     if resume is None or config.overwrite:
@@ -120,7 +120,7 @@ def template_notes(
     policy: Any,
     settings: DataSettings,
 ) -> list[str]:
-    """A line per chat template that gives a reward model other text than the policy wrote.
+    """A line per chat template that changes the policy's text for a reward model.
 
     One conversation per sequence of roles goes through a reward model's chat template, with
     several kinds of answers; where it is the policy's template, prompt and answer must come out

@@ -287,7 +287,7 @@ def weight_of(weight: Any) -> float:
 
 
 def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
-    """Resolve a directory, a registered name, an import path or a hub name, in this order."""
+    """Resolve a directory, registered name, import path or hub name, in this order."""
     if _is_model_path(name):
         factory = import_path("marlhf.rewards.learned.RewardModel", "reward")
         model = construct(factory, {"path": name, **arguments}, f"reward {name}")

@@ -116,7 +116,7 @@ def _first_failure(
     columns: Columns,
     error: BaseException,
 ) -> tuple[int | None, BaseException]:
-    """Find the row on which a reward raises, by bisecting the batch, and its exception there.
+    """Bisect the batch for a row on which the reward raises, and its exception.
 
     `(None, error)` where the batch fails but neither of its halves does.
     """

@@ -48,9 +48,10 @@ from typing import *
 
 @dataclass(frozen=True)
 class Problem:
-    """One row's tests: `job` runs a program on them, `share` is the fraction passed, 0 to 1.
+    """One row's tests, and the fraction that passed.
 
-    `share` takes the outcome of a job that ran.
+    job     makes the job that runs a program on the tests
+    share   the fraction passed, 0 to 1, of the outcome of a job that ran
     """
 
     job: Callable[[str], Job]
@@ -353,7 +354,7 @@ def _near(actual: str | None, expected: str | None) -> bool:
 
 
 def _lines(value: Any, column: str) -> str:
-    """A test's input or output as text; in some rows it is a list of lines."""
+    """A test's input or output as text, joined where it is a list of lines."""
     if isinstance(value, list):
         return "\n".join(map(str, value))
     if not isinstance(value, str):

@@ -91,7 +91,7 @@ class RewardModel:
         return self
 
     def _try_longest(self, model: Any) -> None:
-        """Try an input of the maximum length, on the CPU, where an index too high raises."""
+        """Try the longest input, on the CPU, where an index too high raises."""
         limit = self._limit
         if limit is None:
             return
@@ -108,7 +108,7 @@ class RewardModel:
         return self
 
     def share(self, policy: Any, base: str) -> None:
-        """Score on the frozen base of the PEFT model `policy`, if this is an adapter of it."""
+        """Score on the policy's frozen PEFT base, if this is an adapter of it."""
         from marlhf.models import adapters, building
 
         if hasattr(policy, "peft_config") and adapters.is_adapter_of(self.path, base):
@@ -183,7 +183,7 @@ def reward_texts(
     completions: Sequence[str],
     messages: Sequence[Messages | None] | None = None,
 ) -> tuple[list[str], list[bool]]:
-    """Input texts of a reward model, and for each whether it went through the chat template.
+    """Input texts of a reward model, and whether each is chat-templated.
 
     Without a conversation: prompt and completion, concatenated. A conversation for a tokenizer
     without a chat template: its messages and the completion, joined by empty lines, because the
@@ -233,7 +233,7 @@ def _content(tokenizer: Any, turns: Messages, completion: str) -> str:
 
 
 def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:
-    """Append the completion as the assistant's turn, or to the last turn if it is one."""
+    """Append the completion as the assistant's turn, or to the end of that turn."""
     turns = list(messages)
     if turns[-1]["role"] == "assistant":
         return [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + completion}]

@@ -193,7 +193,7 @@ class Sandbox:
         return _Server(self.limits, self.strong)
 
     def _first_server(self, allow_weak: bool) -> _Server:
-        """Start a server and try it on a program; weak only if it must be and may be."""
+        """Start and try a server; weak only where necessary and allowed."""
         try:
             return self._tried_server()
         except RuntimeError as error:

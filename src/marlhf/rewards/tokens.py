@@ -155,7 +155,7 @@ def _build(spec: Any) -> NamedTokenReward:
 
 @contextmanager
 def _handed(named: NamedTokenReward, rollout: Any) -> Iterator[Any]:
-    """Context of a call: yields a copy of the rollout; faults become a RewardError with the name.
+    """Context of a call: yields a copy of the rollout, and turns faults into a RewardError.
 
     The extras are not copied, as hidden states are large, but must not be modified.
     """

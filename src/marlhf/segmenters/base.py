@@ -121,9 +121,9 @@ def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:
 
 
 def _check_form(starts: Any, mask: Tensor, name: str) -> Tensor:
-    """Check that `starts` is a bool tensor of the mask's shape; return it on the mask's device.
+    """Check that `starts` is a dense bool tensor of the mask's shape.
 
-    Raises UserError.
+    Returns it on the mask's device. Raises UserError.
     """
     if not isinstance(starts, Tensor):
         raise UserError(
@@ -193,7 +193,7 @@ class Union(Segmenter):
 
 
 def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
-    """Build a segmenter from a name, an import path, a mapping with `name`, or a callable.
+    """Build a segmenter from a name, import path, mapping with `name`, or callable.
 
     A class is built with the mapping's other keys, if any; a plain function is used as it is and
     takes no arguments. Raises UserError.

@@ -140,7 +140,7 @@ def tree_node(tree: Any, sentence: str) -> Node:
 
 
 def _find_leaf(leaf: str, sentence: str, position: int) -> tuple[int, int]:
-    """Span of the next occurrence of a leaf, as written or with Penn Treebank escapes undone."""
+    """Span of a leaf's next occurrence, as written or without Penn Treebank escapes."""
     forms = {leaf, _PTB_ESCAPES.get(leaf, leaf)}
     if leaf.startswith("-") or "B-" in leaf:
         forms.add(functools.reduce(lambda s, e: s.replace(*e), _PTB_ESCAPES.items(), leaf))
@@ -219,9 +219,10 @@ def _plain(sentence: str) -> str:
 
 
 def dependency_tree(doc: Any) -> Tree:
-    """Constituents of a spaCy Doc or Span: one node per token with dependents, over its subtree.
+    """Constituents of a spaCy Doc or Span: one node per token with dependents.
 
-    A subtree that crosses one already placed (non-projective) is dropped.
+    A node spans the token's subtree. One that crosses another already placed (non-projective) is
+    dropped.
     """
     from nltk.tree import Tree
 

@@ -1,5 +1,5 @@
-"""`Dahoas/full-hh-rlhf`: dialogues with a helpful and harmless assistant, and a choice between two
-of its answers (Bai et al. 2022, arXiv 2204.05862)."""
+"""`Dahoas/full-hh-rlhf`: assistant dialogues with preferences between two answers (Bai et al.
+2022, arXiv 2204.05862)."""
 
 from __future__ import annotations
 

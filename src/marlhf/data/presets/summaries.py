@@ -1,5 +1,5 @@
-"""`openai/summarize_from_feedback`: posts of the TL;DR dataset, news articles, and human judgements
-of their summaries (Stiennon et al. 2020, arXiv 2009.01325)."""
+"""`openai/summarize_from_feedback`: TL;DR posts and news articles with judged summaries
+(Stiennon et al. 2020, arXiv 2009.01325)."""
 
 from __future__ import annotations
 

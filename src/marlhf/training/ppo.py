@@ -119,14 +119,13 @@ class PPOTrainer:
         self.run, found = claimed.run, claimed.found
 
         seed_generators(config.seed)
-        shard = self.distributed.shard
         policy, value_model = building.build_models(
-            config, self.tokenizer, start, model, critic, lm_config, shard
+            config, self.tokenizer, start, model, critic, lm_config, self.distributed.shard
         )
         self.reward.share(policy.model, config.model.path)
         required = self.token_reward.requires | segmenter_requires(self.segmenter)
         needed = reads_reference(config.kl, required)
-        self.reference = loading.reference_of(policy, shard) if needed else None
+        self.reference = loading.reference_of(policy, self.distributed.shard) if needed else None
         rate, critic_rate = config.optimizer.learning_rate, config.optimizer.critic_learning_rate
         critic_rate = rate if critic_rate is None else critic_rate
         self.policy = self._learner("policy", policy, rate)
@@ -136,7 +135,7 @@ class PPOTrainer:
             self.policy.model,
             self.reference,
             self.critic and self.critic.model,
-            self.reward.to(self.distributed.device).load(shard),
+            self.reward.to(self.distributed.device).load(self.distributed.shard),
             self.tokenizer,
             self.distributed,
             self.token_reward.requires - REF_LOGPROBS,

@@ -15,7 +15,7 @@ else:
     import tomli as tomllib
 
 REPOSITORY = Path(__file__).parent.parent
-PROMPTS = REPOSITORY / "src" / "marlhf" / "assets" / "quickstart_prompts.jsonl"
+PROMPTS = REPOSITORY / "src" / "marlhf" / "views" / "assets" / "quickstart_prompts.jsonl"
 UNPINNED = {"benepar", "wandb", "marlhf"}  # extras that set-up never installs, and ourselves
 
 

@@ -127,7 +127,8 @@ def measure(
 
 
 def _replace_step(learner: Any, step: Callable[[], None]) -> None:
-    learner.step = step
+    """Have an optimiser step do something else with its gradient."""
+    learner.step = lambda gradient: step()
 
 
 def _gradient(parameter: Tensor) -> Tensor:

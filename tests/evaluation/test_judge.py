@@ -16,7 +16,7 @@ from marlhf.common.errors import UserError
 from marlhf.config import JudgeSettings
 from marlhf.config.evaluate import EvaluateConfig
 from marlhf.config.loading import config_from_dict
-from marlhf.evaluation import endpoint, preferences
+from marlhf.evaluation import endpoint, win_rates
 from marlhf.evaluation.judge import Judge, Pair, judge_messages, verdict
 from marlhf.evaluation.records import Records
 
@@ -285,13 +285,13 @@ def judge_of(url: str, **changes: Any) -> dict[str, Any]:
 def test_a_judge_in_an_evaluation(folder, capfd, monkeypatch):
     asked_at: list[int] = []
     with judge_server(longer) as server:
-        say = preferences.say
+        say = win_rates.say
 
         def watched(text: str) -> None:
             asked_at.append(len(server.bodies))
             say(text)
 
-        monkeypatch.setattr(preferences, "say", watched)
+        monkeypatch.setattr(win_rates, "say", watched)
         judge = judge_of(server.url, price_in=1.0, price_out=2.0, limit=4)
         results = results_of(folder, judge=judge)
         count = len(server.bodies)

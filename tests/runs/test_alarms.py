@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from support.runs import PROMPTS, tiny_trainer
+from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
-from marlhf.training import reward_model, sft
 from marlhf.config import RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict
 from marlhf.runs.alarms import RULES, Warnings, fired
+from marlhf.training import reward_model, sft
 
 DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 

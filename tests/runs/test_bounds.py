@@ -11,9 +11,9 @@ from support.bad_input import Refusals, build_world, cases
 
 from marlhf.common import chat_templates
 from marlhf.common.errors import UserError
+from marlhf.common.signals import time_limit
 from marlhf.rewards.calls import evaluate
 from marlhf.rewards.learned import RewardModel
-from marlhf.common.signals import time_limit
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 

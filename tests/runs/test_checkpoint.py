@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from marlhf.runs import checkpoint
 from marlhf.common.errors import UserError
+from marlhf.runs import checkpoint
 
 
 def write(root: Path, step: int, score: float | None = None) -> Path:

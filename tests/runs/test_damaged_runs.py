@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs_that_die import in_child, train, trainer
 from safetensors.torch import load_file, save_file
+from support.runs_that_die import in_child, train, trainer
 
-from marlhf.runs import checkpoint
 from marlhf.common.errors import UserError
+from marlhf.runs import checkpoint
 from marlhf.runs.metrics import JsonLines, TensorBoard
 
 DEEP = "[" * 100_000

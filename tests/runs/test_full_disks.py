@@ -16,24 +16,20 @@ import torch
 import yaml
 from support.disks import fill, free, mounted
 from support.evaluations import build_models, config_for
-from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from support.runs_that_die import contents, in_child, train, trainer
+from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
-from marlhf.commands import merge, sweep
-
-from marlhf.evaluation import job
-
-from marlhf.models import loading
-
-from marlhf.runs import directory
 from marlhf.cli import main
+from marlhf.commands import sweep
+from marlhf.common.errors import UserError
 from marlhf.config import RaterSettings
 from marlhf.config.loading import config_to_dict
-from marlhf.training.diagnostics import keeping_batch
-from marlhf.common.errors import UserError
+from marlhf.evaluation import job
 from marlhf.evaluation.judge import Pair
 from marlhf.evaluation.raters import write_file
-from marlhf.training.learner import DivergedError
+from marlhf.models import loading
+from marlhf.runs import directory
+from marlhf.training.learner import DivergedError, keeping_batch
 
 FULL = "the disk is full"
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from marlhf.cli import main
+from marlhf.common.errors import UserError
 from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict, merge
 from marlhf.distributed import Distributed
-from marlhf.common.errors import UserError
 from marlhf.evaluation.job import _claim
-from marlhf.runs.provenance import check_apart
 from marlhf.runs.directory import own_files
+from marlhf.runs.provenance import check_apart
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from support.runs_that_die import in_child
 from support.tiny_models import (
     BYTES_VOCAB,
     CHATML,
@@ -20,18 +23,15 @@ from support.tiny_models import (
     tiny_causal_lm,
     tiny_sequence_classifier,
 )
-from peft import LoraConfig, get_peft_model
-from support.runs_that_die import in_child
-from safetensors.torch import load_file, save_file
 from test_damaged_runs import reseal
 
-from marlhf.training import reward_model, sft
+from marlhf.common.errors import UserError
 from marlhf.config import PPOConfig, RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict, merge
-from marlhf.common.errors import UserError
 from marlhf.evaluation.records import identity
-from marlhf.training.ppo import PPOTrainer
 from marlhf.runs.provenance import rows_fact
+from marlhf.training import reward_model, sft
+from marlhf.training.ppo import PPOTrainer
 
 CODE = "def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
 SMALL: dict[str, Any] = {

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import BYTES_VOCAB, tiny_causal_lm
 from support.runs import tiny_config
 from support.runs_that_die import contents, die, in_child, train, trainer
+from support.tiny_models import BYTES_VOCAB, tiny_causal_lm
 
-from marlhf.runs import checkpoint, metrics
+from marlhf.common.errors import UserError
 from marlhf.config.loading import config_to_dict
 from marlhf.distributed import trained
-from marlhf.common.errors import UserError
-from marlhf.training.learner import Learner
-from marlhf.runs.metrics import JsonLines, TensorBoard
-from marlhf.training.ppo import PPOTrainer
+from marlhf.runs import checkpoint, metrics
 from marlhf.runs.directory import RunDirectory
+from marlhf.runs.metrics import JsonLines, TensorBoard
 from marlhf.runs.state import RunState, check_config
+from marlhf.training.learner import Learner
+from marlhf.training.ppo import PPOTrainer
 
 
 @pytest.fixture(scope="module")

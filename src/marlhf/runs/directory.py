@@ -12,16 +12,16 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from marlhf.runs import checkpoint
-from marlhf.runs.checkpoint import Checkpoint
-from marlhf.config import LogSettings, MetricsSettings
-from marlhf.config.loading import config_to_dict
 from marlhf.common.errors import UserError, say
-from marlhf.runs.metrics import JsonLines, ProgressBar, TensorBoard, WandB
 from marlhf.common.paths import local_path, write_whole
 from marlhf.common.paths import writing as writing_below
-from marlhf.runs.alarms import Warnings
+from marlhf.config import LogSettings, MetricsSettings
+from marlhf.config.loading import config_to_dict
 from marlhf.config.yaml_text import dump_yaml
+from marlhf.runs import checkpoint
+from marlhf.runs.alarms import Warnings
+from marlhf.runs.checkpoint import Checkpoint
+from marlhf.runs.metrics import JsonLines, ProgressBar, TensorBoard, WandB
 
 _OWN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf.common.types import AllReduceSum
 from marlhf.common.errors import UserError
+from marlhf.common.types import AllReduceSum
 from marlhf.runs.json_lines import keep_spans, tidy
 
 # Metrics of `marlhf ppo` in addition to reward_NAME_mean, written always or on request.

@@ -18,10 +18,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from marlhf.config.loading import config_to_dict
 from marlhf.common.errors import UserError
-from marlhf.runs.json_lines import parse_line
+from marlhf.config.loading import config_to_dict
 from marlhf.data.files import local_files
+from marlhf.runs.json_lines import parse_line
 
 # files of a model and its tokenizer, without reports or training states in the same folder
 _MODEL_FILES = (

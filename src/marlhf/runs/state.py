@@ -20,11 +20,6 @@ from typing import Any
 
 import torch
 
-from marlhf.runs import checkpoint
-from marlhf.runs.checkpoint import Checkpoint
-from marlhf.config import CheckpointSettings
-from marlhf.config.loading import config_from_dict, config_to_dict, with_new_names
-from marlhf.distributed import Distributed
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.plugins import (
     called,
@@ -34,9 +29,14 @@ from marlhf.common.plugins import (
     set_generators,
     set_plugin_generators,
 )
-from marlhf.runs.provenance import Provenance, check_apart
-from marlhf.runs.directory import RunDirectory, notice, own_files, writing
 from marlhf.common.state_files import read_tensors
+from marlhf.config import CheckpointSettings
+from marlhf.config.loading import config_from_dict, config_to_dict, with_new_names
+from marlhf.distributed import Distributed
+from marlhf.runs import checkpoint
+from marlhf.runs.checkpoint import Checkpoint
+from marlhf.runs.directory import RunDirectory, notice, own_files, writing
+from marlhf.runs.provenance import Provenance, check_apart
 
 # Sections and keys that change no result, or (micro-batch sizes) only its rounding. More steps make
 # a longer run: from the checkpoint on, learning rates follow the longer schedule.

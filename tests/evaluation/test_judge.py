@@ -386,5 +386,5 @@ def test_refusals(changes, message):
 
 def test_a_missing_key_is_found_before_any_model_is(folder, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(UserError, match=r"judge.api_key_env: .*JUDGE_KEY is not set"):
+    with pytest.raises(UserError, match=r"judge.api_key_env: .*is not set"):
         results_of(folder, policies=["x", "y"], judge=judge_of("http://127.0.0.1:1"))

@@ -295,18 +295,18 @@ def test_two_merges_into_one_folder_are_not_let_in(
 
     real = checkpoint.replace
 
-    def merge() -> None:
+    def merge_again() -> None:
         merge.merge(str(adapter / "adapter"), tmp_path / "out")
 
     def with_company(*given: Any) -> None:
         monkeypatch.setattr(checkpoint, "replace", real)
-        assert in_child(merge) == 1
+        assert in_child(merge_again) == 1
         real(*given)
 
     monkeypatch.setattr(checkpoint, "replace", with_company)
-    merge()
+    merge_again()
     with pytest.raises(UserError, match="exists already"):
-        merge()
+        merge_again()
 
 
 def test_reports_and_pages_that_find_no_room(

@@ -20,7 +20,7 @@ from support.runs_that_die import contents, in_child, train, trainer
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 from marlhf.cli import main
-from marlhf.commands import sweep
+from marlhf.commands import merge, sweep
 from marlhf.common.errors import UserError
 from marlhf.config import RaterSettings
 from marlhf.config.loading import config_to_dict

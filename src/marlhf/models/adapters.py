@@ -25,7 +25,6 @@ _OWN_LORA_KEYS = {
     "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
 }
 _HEADS = {"score", "classifier"}  # PEFT saves these of every sequence classifier
-_HEAD = "base_model.model.score.weight"
 
 
 def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
@@ -172,13 +171,15 @@ def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
+    from marlhf.compat.peft import CLASSIFIER_HEAD
+
     config = saved_adapter(folder)
     assert config is not None
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     trained_before = [p for p in model.parameters() if p.requires_grad]
     try:
         weights = load_peft_weights(str(Path(folder).expanduser()), device="cpu")
-        head = weights.pop(_HEAD, None)
+        head = weights.pop(CLASSIFIER_HEAD, None)
         _drop_embeddings(weights, model.get_base_model(), folder)
         model.add_adapter(name, config)
         left = set_peft_model_state_dict(model, weights, adapter_name=name)

@@ -27,6 +27,7 @@ from transformers import (
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.paths import local_path, special_kind, text_file
+from marlhf.compat.transformers import zero_noise
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.models.adapters import add_adapter, grow, merged, save_adapter, saved_adapter
 from marlhf.models.decoding import eos_token_ids
@@ -87,7 +88,7 @@ def load_model_config(
     if weights:
         _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):
-        _zero_noise(part)
+        zero_noise(part)
     return config
 
 
@@ -288,7 +289,7 @@ def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
     except ValueError as error:
         raise UserError(f"{argument}: its generation_config: {one_line(error)}") from error
     for part in (model.config, model.config.get_text_config(), *model.modules()):
-        _zero_noise(part)
+        zero_noise(part)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -413,18 +414,6 @@ def check_packing(policy: Policy) -> None:
     except Exception as error:  # of the model's code
         fault = f"cannot read several examples in one row ({one_line(error)})"
     raise UserError(f"packing: given true, but {type(lm).__name__} {fault}; must be false")
-
-
-def _zero_noise(owner: Any) -> None:
-    """Set every dropout and router jitter to zero.
-
-    Phi-MoE's jitter stays, as its routers use the number in evaluation too.
-    """
-    config = getattr(owner, "config", owner)
-    noise = ("drop",) if getattr(config, "model_type", "") == "phimoe" else ("drop", "jitter")
-    for name, value in list(vars(owner).items()):
-        if any(word in name for word in noise) and isinstance(value, float):
-            setattr(owner, name, 0.0)
 
 
 def _without_quantization(model: Any) -> Any:

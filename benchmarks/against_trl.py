@@ -112,7 +112,7 @@ def main() -> None:
 
 
 class Side:
-    """A trainer in a process of its own, which makes an update when it is told to."""
+    """A trainer in a separate process, which runs an update on request."""
 
     def __init__(self, python: str, name: str, settings: Settings) -> None:
         threads = str(settings.threads)
@@ -142,24 +142,24 @@ class Side:
 
 
 def compare(sides: dict[str, Side], settings: Settings, updates: int) -> dict[str, Any]:
-    """The first update of each side is not timed."""
+    """Time updates of both sides in turn; the first update of each is not timed."""
     rounds = [{name: side.update() for name, side in sides.items()} for _ in range(updates + 1)]
     for side in sides.values():
         side.end()
-    found: dict[str, Any] = {"case": settings.case, "epochs": settings.epochs}
-    found["backbone"] = settings.backbone
+    figures: dict[str, Any] = {"case": settings.case, "epochs": settings.epochs}
+    figures["backbone"] = settings.backbone
     for what in ("seconds", "processor_seconds"):
         for name in sides:
-            found[f"{name}_{what}"] = [round[name][what] for round in rounds[1:]]
-        pairs = zip(found[f"trl_{what}"], found[f"marlhf_{what}"], strict=True)
-        found[f"{what}_ratios"] = [theirs / ours for theirs, ours in pairs]
+            figures[f"{name}_{what}"] = [round[name][what] for round in rounds[1:]]
+        pairs = zip(figures[f"trl_{what}"], figures[f"marlhf_{what}"], strict=True)
+        figures[f"{what}_ratios"] = [theirs / ours for theirs, ours in pairs]
     peaks = {name: rounds[-1][name]["peak_gb"] for name in sides}
-    found |= {"peak_gb": peaks, "memory_ratio": peaks["marlhf"] / peaks["trl"]}
-    return found | {"marlhf_phases": rounds[-1]["marlhf"]["phases"]}
+    figures |= {"peak_gb": peaks, "memory_ratio": peaks["marlhf"] / peaks["trl"]}
+    return figures | {"marlhf_phases": rounds[-1]["marlhf"]["phases"]}
 
 
 def print_tables(results: list[dict[str, Any]]) -> None:
-    """Updates a second by two clocks, and memory."""
+    """Print seconds per update by two clocks, and memory."""
     for what, clock in (("seconds", "wall clock"), ("processor_seconds", "processor time")):
         print(f"\n{clock:<16}{'TRL s':>9}{'marlhf s':>10}{'times as fast':>15}   spread")
         for r in results:
@@ -214,7 +214,7 @@ def marlhf_side(settings: Settings) -> None:
     """This library."""
     from marlhf.config import PPOConfig
     from marlhf.config.loading import config_from_dict
-    from marlhf.rollout import generation
+    from marlhf.rollout.transformers_engine import Sampler
     from marlhf.training.ppo import PPOTrainer
 
     lora = {"r": LORA["r"], "alpha": float(LORA["lora_alpha"])} if settings.case == "lora" else None
@@ -240,17 +240,17 @@ def marlhf_side(settings: Settings) -> None:
     prompts = settings.prompts()
     trainer = PPOTrainer(config, train_dataset=prompts)
     lengths: list[int] = []
-    sampler: Any = generation._Sampler
+    sampler: Any = Sampler
     sample = sampler.__call__
 
     def sample_until_lengths(self: Any, logits: Any, rows: Any, t: int) -> Any:
         eos = trainer.tokenizer.eos_token_id
         logits[:, eos] = float("-inf")
-        tokens = sample(self, logits, rows, t)
+        tokens, logprobs = sample(self, logits, rows, t)
         for i, row in enumerate(rows):
             if lengths[row] == t + 1:
                 tokens[i] = eos
-        return tokens
+        return tokens, logprobs
 
     if settings.case == "mixed":
         sampler.__call__ = sample_until_lengths

@@ -1,4 +1,4 @@
-"""What a machine can do at best, and what the passes of an update ask of it."""
+"""A machine's best rates, and the operations of an update's passes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ Phases = dict[str, float]
 
 def best_seconds(run: Callable[[], Any], rounds: int = 10) -> float:
     """Least wall-clock seconds of several runs."""
-    found = math.inf
+    best = math.inf
     for _ in range(rounds):
         start = time.perf_counter()
         run()
-        found = min(found, time.perf_counter() - start)
-    return found
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def matmul_rate(dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     a = torch.randn(2048, 2048).to(dtype)
     return 2 * 2048**3 / best_seconds(lambda: a @ a)
 
 
 def read_rate() -> float:
-    """Bytes a second from memory, far beyond the caches."""
+    """Bytes per second from memory, far beyond the caches."""
     x = torch.randn(2**27)
     return x.nbytes / best_seconds(x.max)
 
 
 def update_flops(model: Any, rows: int, prompt: int, new: int, epochs: int = 1) -> Phases:
-    """Operations of policy, reference and critic in each phase of an update of full fine-tuning;
-    a backward pass counts twice its forward pass. Logits are needed for response tokens alone."""
+    """Operations of policy, reference and critic in each phase of an update.
+
+    For full fine-tuning; a backward pass counts as two forward passes. Logits are computed for
+    response tokens only.
+    """
     config = model.config
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     matrices = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
@@ -61,7 +64,7 @@ def model_head_size(config: Any) -> int:
 
 
 def generation_bytes(model: Any, rows: int, prompt: int, new: int) -> float:
-    """Bytes that sampling reads at least: the weights for each token, and keys and values."""
+    """Least bytes that sampling reads: the weights and the KV cache, for each token."""
     config = model.config
     size = config.num_hidden_layers * config.num_key_value_heads * model_head_size(config) * 2
     seen = sum(prompt + t for t in range(new))
@@ -70,7 +73,7 @@ def generation_bytes(model: Any, rows: int, prompt: int, new: int) -> float:
 
 
 def english(tokenizer: Any, rows: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of English prose, `length` a row: the reference that comes with Python."""
+    """Token ids of English prose, `length` per row: the reference that comes with Python."""
     ids: list[int] = []
     topics = list(pydoc_data.topics.topics.values())
     random.Random(seed).shuffle(topics)

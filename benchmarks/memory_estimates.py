@@ -181,9 +181,9 @@ def measure(
             sys.exit(done.stderr[-3000:])
         with torch.device("cpu"):
             run = counter_of(config(case, folder)).run(ranks, profile.startswith("zero3"))
-    found = estimate(run, profile, ranks)  # pyright: ignore[reportArgumentType]
-    phase = max(found.phases, key=lambda each: found.phases[each].total)
-    return max(peaks), found.peak, phase
+    estimated = estimate(run, profile, ranks)  # pyright: ignore[reportArgumentType]
+    phase = max(estimated.phases, key=lambda name: estimated.phases[name].total)
+    return max(peaks), estimated.peak, phase
 
 
 def launcher(profile: str) -> list[str]:
@@ -233,7 +233,7 @@ def run_rank(folder: Path) -> None:
     from marlhf.rollout import packed_weights
     from marlhf.training.ppo import PPOTrainer
 
-    packed_weights._FEWEST_TOKENS = sys.maxsize
+    packed_weights.FEWEST_TOKENS = sys.maxsize
     case = json.loads((folder / "case.json").read_text())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, []))

@@ -1,4 +1,4 @@
-"""Where an update's time goes: tokens a second by phase, beside the arithmetic floor.
+"""Where an update's time goes: tokens per second by phase, compared with the arithmetic floor.
 
     python benchmarks/phases.py --model PATH [--shapes 4x32 16x32 64x32 16x128 ...] [--prompt 64]
                                 [--updates 2] [--json FILE]
@@ -6,7 +6,7 @@
 A shape is responses x tokens, all of full length. Every phase is timed by the trainer itself, full
 fine-tuning with a critic, and the best of the counted updates stands. Its floor is the operations
 of its passes (a backward pass counts as two) at this machine's best rate of matrix products; that
-of sampling is memory where that takes longer: weights are read once for each token. `share` is
+of sampling is memory bandwidth where that takes longer: each token reads all weights. `share` is
 floor / seconds. Segmenting has no passes, so no floor.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(model: Any, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds, response tokens a second and share of the floor of every phase; prints them."""
+    """Seconds, response tokens per second and share of the floor of every phase; prints them."""
     B, T = map(int, shape.split("x"))
     # the machine's rates are measured again: on a shared one they change
     flops, rate, memory = update_flops(model, B, options.prompt, T), matmul_rate(), read_rate()
@@ -59,7 +59,7 @@ def measure(model: Any, shape: str, options: argparse.Namespace) -> list[dict[st
     for phase, seconds in timed(B, T, options).items():
         floor = floors.get(phase)
         row = {"shape": shape, "phase": phase, "seconds": seconds, "tokens_per_second": 0.0}
-        row |= {"floor": floor, "share": floor and floor / seconds}
+        row |= {"floor": floor, "share": None if floor is None else floor / seconds}
         row["tokens_per_second"] = B * T / seconds if seconds else None
         floor_text = "" if floor is None else f"{floor:8.2f} {floor / seconds:6.0%}"
         print(f"{shape:8} {phase:9} {seconds:8.3f} {B * T / max(seconds, 1e-9):9.0f} {floor_text}")

@@ -3,9 +3,9 @@
     python benchmarks/vocabulary_memory.py [--rows 8] [--tokens 128]
 
 A small random Llama (two layers of 128) reads 8 prompts of 64 tokens and responses of 128. Counted
-is every byte that a pass allocates beside the weights, at its peak; in training the embedding is
-frozen, since its gradient grows as the weights do. The last column is what one array of all logits
-would be.
+are the bytes that a pass allocates in addition to the weights, at its peak. In training the
+embedding is frozen, since its gradient grows as the weights do. The last column is the size of one
+array of all logits.
 """
 
 from __future__ import annotations

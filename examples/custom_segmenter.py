@@ -1,4 +1,4 @@
-"""A segmenter of one's own, in five lines: macro actions are clauses.
+"""A custom segmenter in five lines: macro actions are clauses.
 
     python examples/custom_segmenter.py
     python examples/custom_segmenter.py --tokenizer PATH --text "Some text, of your own."
@@ -50,11 +50,11 @@ def macro_actions(segmenter, tokenizer, text: str) -> list[tuple[str, int]]:
     starts = validate(segmenter(batch), batch, "example")[0].nonzero().flatten().tolist()
     edges = [*starts, ids.shape[1]]
     ends = [end for _, end in batch.offsets[0]]
-    found, position = [], 0
+    actions, position = [], 0
     for first, last in pairwise(edges):
-        found.append((batch.texts[0][position : ends[last - 1]], last - first))
+        actions.append((batch.texts[0][position : ends[last - 1]], last - first))
         position = ends[last - 1]
-    return found
+    return actions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,14 +1,14 @@
-"""The whole pipeline on real text: SFT, a reward model, PPO and macro-action PPO, evaluation.
+"""The full pipeline on real text: SFT, a reward model, PPO and macro-action PPO, evaluation.
 
     python examples/summaries_pipeline.py --data my_summaries.jsonl
 
-The data has rows with a `document` and a human `summary`, at least a few hundred of them. They are
-split by seed: 20% demonstrations, 40% for the reward model, the rest for PPO, but for the rows held
-out to the end. Preference pairs are made without people: the human summary is preferred to a
-sample of the fine-tuned model, and to the summary of another document.
+The data has rows with a `document` and a human `summary`, at least a few hundred of them. Test rows
+are held out; of the others, split by seed, 20% are demonstrations, 40% are for the reward model and
+the rest for PPO. Preference pairs need no annotators: the human summary is preferred to a sample of
+the fine-tuned model, and to the summary of another document.
 
-Every stage is one `marlhf` command, printed before it runs. Started again, the script goes on where
-it was stopped. With the default sizes the whole takes under an hour on two CPU cores.
+Every stage is one `marlhf` command, printed before it runs. Started again, the script resumes where
+it stopped. With the default sizes it takes under an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def split_rows(rows: list[Row], args: argparse.Namespace) -> dict[str, list[Row]
 
 def beginning(text: str, words: int) -> str:
     """The first words of a text, with the white space between them."""
-    found = re.match(rf"(?:\s*\S+){{0,{words}}}", text)
-    assert found is not None
-    return found.group()
+    match = re.match(rf"(?:\s*\S+){{0,{words}}}", text)
+    assert match is not None
+    return match.group()
 
 
 def read_samples(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
     python examples/train_in_python.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-The policy learns to answer in few words, on a leash to what it was.
+The policy learns to answer in few words, under a KL penalty to what it was.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ _NEW = 8
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "n_embed"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "mlp_dim"), 96),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim"), 96),
+    **dict.fromkeys(("out_hidden_size", "projector_input_dim", "projector_output_dim"), 64),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "depth", "num_global_layers"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "num_heads"), 4),
+    "rotary_dim": 8,
+    "shared_experts_intermediate_size": 32,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("shared_intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), 64),
@@ -55,6 +62,11 @@ _SIZES: dict[str, Any] = {
 _SSM = {"mamba_n_heads": 8, "mamba_n_groups": 1}
 _MIXED = ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"]
 _FULL = ["full_attention"] * 4
+_LINEAR = ["linear_attention", "full_attention"] * 2
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_NEED_IDS = ("roberta", "roberta-prelayernorm", "camembert", "data2vec-text", "xlm-roberta")
+_NEED_IDS += ("xlm-roberta-xl", "prophetnet", "gemma4_text", "gemma4_unified_text")
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "bamba": {**_SSM, "attn_layer_indices": [1, 3]},
@@ -78,7 +90,16 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "num_mem_blocks": 1,
     },
-    "cwm": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    **dict.fromkeys(_NEED_IDS, _IDS),
+    "bailing_hybrid": {"layer_types": _LINEAR},
+    "kimi_linear": {"layer_types": _LINEAR},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "hrm_text": {"H_cycles": 2, "L_cycles": 1},
+    "xmod": {**_IDS, "default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
@@ -91,9 +112,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", *_FULL[:3]],
         "activation_sparsity_pattern": [0.0] * 4,
     },
-    "whisper": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
-    "plbart": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
-    "reformer": {"is_decoder": True},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "zaya": {"num_experts_per_tok": 1},
     "phi3": {"pad_token_id": 0},
     "dbrx": {
@@ -131,20 +150,29 @@ def small_config(family: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     family, changes = _VARIANTS.get(family, (family, {}))
-    config_class: Any = CONFIG_MAPPING[family]
+    changes = dict(changes)
+    if (switch := changes.pop("switch", None)) is not None:
+        factors = {"short_factor": [1.0] * 8, "long_factor": [8.0, 7, 6, 5, 4, 3, 2, 1]}
+        limits = {"original_max_position_embeddings": switch, "rope_theta": 1e4}
+        changes["rope_parameters"] = {"rope_type": "longrope", **factors, **limits}
+        changes["original_max_position_embeddings"] = switch
+    return _small(CONFIG_MAPPING[family], changes)
+
+
+def _small(config_class: Any, changes: dict[str, Any]) -> Any:
+    """A small configuration, of the parts too where a model has more than text."""
     default = config_class()
     known = {*vars(default), *getattr(config_class, "attribute_map", {})}
-    tokens: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     sizes = {name: _SIZES[name] for name in _SIZES.keys() & known if _has(default, name)}
     if "kv_lora_rank" in sizes:  # latent attention has as many keys as queries
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    changes = {**_OWN.get(family, {}), **changes}
-    if (switch := changes.pop("switch", None)) is not None:
-        factors = {"short_factor": [1.0] * 8, "long_factor": [8.0, 7, 6, 5, 4, 3, 2, 1]}
-        own = {"original_max_position_embeddings": switch, "rope_theta": 1e4}
-        changes["rope_parameters"] = {"rope_type": "longrope", **factors, **own}
-        changes["original_max_position_embeddings"] = switch
-    return config_class(**{**sizes, **tokens, **changes})
+    parts = {name: getattr(default, name, None) for name in config_class.sub_configs}
+    parts = {name: _small(type(part), {}) for name, part in parts.items() if part is not None}
+    keys = {**sizes, **parts, **_OWN.get(config_class.model_type, {}), **changes}
+    try:
+        return config_class(**{**dict.fromkeys(_IDS), **keys})
+    except Exception:  # some need numbers
+        return config_class(**{**_IDS, **keys})
 
 
 def _has(config: Any, name: str) -> bool:
@@ -215,12 +243,12 @@ def _full(path: Path) -> tuple[str, str]:
         policy = _loaded(path)
     except UserError as error:
         return f"refused: {_short(error)}", ""
-    found = _differences(policy, path)
+    outcome = _differences(policy, path)
     try:
         check_packing(policy)
     except UserError:
-        return found, "refused"
-    return found, WORKS
+        return outcome, "refused"
+    return outcome, WORKS
 
 
 def _lora(path: Path, lora: Any) -> str:
@@ -254,11 +282,11 @@ def _differences(policy: Any, path: Path) -> str:
     from marlhf.common.types import Sequences
     from marlhf.config import RolloutSettings
     from marlhf.models.policy import forward
-    from marlhf.rollout.generation import generate
+    from marlhf.rollout.transformers_engine import generate
 
     settings = RolloutSettings(max_new_tokens=_NEW, top_k=1)
     sampled = generate(policy, Tokens(), _PROMPTS, [0, 1, 2], settings)
-    own: Any = AutoModelForCausalLM.from_pretrained(
+    plain: Any = AutoModelForCausalLM.from_pretrained(
         path, config=_with_one_rope(path), dtype=torch.float32
     ).eval()
     faults = []
@@ -270,19 +298,19 @@ def _differences(policy: Any, path: Path) -> str:
         for i, prompt in enumerate(_PROMPTS):
             response = sampled.response_ids[i].tolist()
             ids = torch.tensor([prompt + response])
-            logits = own(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-            wanted = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-            worst = float((logprobs[i] - wanted).abs().max())
+            logits = plain(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            worst = float((logprobs[i] - expected).abs().max())
             if worst > _EXACT:
                 faults.append(f"log-probabilities differ by {worst:.2g}")
-            if float((trained[i] - wanted).abs().max()) > _EXACT:
+            if float((trained[i] - expected).abs().max()) > _EXACT:
                 faults.append("training mode differs")
             gap = logits.max(-1).values - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
             if float(gap.max()) > _EXACT:
                 faults.append("sampled tokens are not the likeliest")
         ids = torch.tensor(_PROMPTS[:1])
         try:
-            theirs = own.generate(
+            theirs = plain.generate(
                 ids, do_sample=False, max_new_tokens=_NEW, pad_token_id=0, eos_token_id=None
             )[0, ids.shape[1] :].tolist()
         except Exception:  # there is nothing to compare with
@@ -319,6 +347,7 @@ def _line(error: object) -> str:
 def _short(error: Exception) -> str:
     """A refusal without the key and the model's class."""
     words = " ".join(str(error).split()).partition(": ")[2]
+    words = re.sub(r"'[^']*/model'", "the folder", words).partition(" Model type should be")[0]
     return words.partition("ForCausalLM ")[2] or words
 
 
@@ -345,7 +374,7 @@ def main() -> None:
 
 
 def _apart(family: str) -> list[str]:
-    """The row of a family from a process of its own, which may take long or die."""
+    """The row of a family, from a separate process: it may take long or crash."""
     context = multiprocessing.get_context("fork")  # with what is imported already
     ours, theirs = context.Pipe()
     process = context.Process(target=lambda: theirs.send(_traced(family)))

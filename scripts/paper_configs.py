@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "configs" / "paper"
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset, the rows of it that are trained on, and the share of them that each job gets."""
+    """A dataset, its number of training rows, and the share of each job."""
 
     title: str
     preset: str
@@ -94,7 +94,7 @@ _ORIGINS = {
     f"clipping; {_SOURCE}",
     "ppo": f"Batch size, learning rates, KL, lengths and sampling: {_TABLE} the linear schedule, "
     "weight decay, micro-batch, seed and the 5-grams. From the source: the formulas (preset: "
-    f"reference), betas and gradient clipping; {_SOURCE}",
+    f"paper_code), betas and gradient clipping; {_SOURCE}",
 }
 _WARMUP = (
     "Warm-up: the table says 200 steps, run_gemma.sh 0.05 of the run. A run has fewer than 200 "
@@ -150,23 +150,23 @@ seed: 1234
 
 def _updates(job: str, task: str, size: str) -> int:
     """Optimiser steps of a run."""
-    about, found = TASKS[task], numbers(job, task, size)
-    return round(found.epochs * about.rows * about.shares[job] / found.batch)
+    about, settings = TASKS[task], numbers(job, task, size)
+    return round(settings.epochs * about.rows * about.shares[job] / settings.batch)
 
 
 def _supervised(job: str, task: str, size: str) -> str:
-    found, updates = numbers(job, task, size), _updates(job, task, size)
+    settings, updates = numbers(job, task, size), _updates(job, task, size)
     length = "1112 # a prompt of 600 tokens and an answer of 512" if task == "apps" else "1024"
-    warmup = f"{round(found.warmup * updates)} # {found.warmup:g} of about {updates} steps"
+    warmup = f"{round(settings.warmup * updates)} # {settings.warmup:g} of about {updates} steps"
     loss = "loss_on: all\n\n" if job == "sft" else "\n"
     return f"""\
-epochs: {found.epochs}
-batch_size: {found.batch}
+epochs: {settings.epochs}
+batch_size: {settings.batch}
 max_length: {length}
 {loss}optimizer:
-  learning_rate: {found.learning_rate}
+  learning_rate: {settings.learning_rate}
   schedule: cosine
-  warmup_steps: {warmup if found.warmup else "0"}
+  warmup_steps: {warmup if settings.warmup else "0"}
   weight_decay: {"0.01" if job == "sft" else "0.1"}
   betas: [0.9, 0.95]
   eps: 1.0e-8
@@ -176,14 +176,14 @@ max_length: {length}
 
 
 def _ppo(task: str, size: str) -> str:
-    about, found = TASKS[task], numbers("ppo", task, size)
+    about, settings = TASKS[task], numbers("ppo", task, size)
     prompts = round(about.rows * about.shares["ppo"])
     code = task == "apps"
     score = "code # runs the programs, in a sandbox"
     if not code:
         score = f"runs/paper/{task}_{size}/reward/final # what the job reward wrote"
     return f"""\
-preset: reference # the formulas of the released code
+preset: paper_code # the formulas of the released code
 
 segmenter:
   name: ngram
@@ -196,7 +196,7 @@ critic:
   init: {"policy # there is no reward model" if code else "reward"}
 
 rollout:
-  batch_size: {found.batch}
+  batch_size: {settings.batch}
   max_prompt_length: {600 if code else 512} # the released code leaves longer prompts out
   max_new_tokens: 512
   temperature: {"1.0" if code else "0.8"}
@@ -204,7 +204,7 @@ rollout:
   top_k: {5 if code else 50}
 
 kl:
-  coef: {found.kl}
+  coef: {settings.kl}
 
 ppo:
   gamma: 1.0
@@ -214,17 +214,17 @@ ppo:
   minibatches: 1
 
 optimizer:
-  learning_rate: {found.learning_rate}
-  critic_learning_rate: {found.critic_learning_rate}
+  learning_rate: {settings.learning_rate}
+  critic_learning_rate: {settings.critic_learning_rate}
   schedule: linear
-  warmup_steps: {round(found.warmup)}
+  warmup_steps: {round(settings.warmup)}
   weight_decay: 0.1
   betas: [0.9, 0.95]
   eps: 1.0e-8
   max_grad_norm: 1.0
   micro_batch_size: 1
 
-steps: {_updates("ppo", task, size)} # {found.epochs} epoch of {prompts} prompts
+steps: {_updates("ppo", task, size)} # {settings.epochs} epoch of {prompts} prompts
 """
 
 

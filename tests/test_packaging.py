@@ -16,7 +16,7 @@ else:
 
 REPOSITORY = Path(__file__).parent.parent
 PROMPTS = REPOSITORY / "src" / "marlhf" / "views" / "assets" / "quickstart_prompts.jsonl"
-UNPINNED = {"benepar", "wandb", "marlhf"}  # extras that set-up never installs, and ourselves
+UNPINNED = {"wandb", "vllm", "marlhf"}  # extras that set-up never installs, and ourselves
 
 
 def pins(python_version: str) -> dict[str, str]:

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import marlhf.compat.deepspeed
+import marlhf.compat.huggingface
 import marlhf.compat.peft
+import marlhf.compat.pydantic
+import marlhf.compat.tensorboard
 import marlhf.compat.torch
 import marlhf.compat.transformers
 from marlhf import compat
@@ -34,6 +37,17 @@ def test_a_private_name_is_there(name):
     compat.check(name)
 
 
+def test_python_has_what_ends_the_sandbox():
+    compat.check("atexit:_run_exitfuncs")
+
+
+def test_every_library_with_a_file_is_checked():
+    libraries = {name.removeprefix("marlhf.compat.").partition(".")[0] for name in compat.NEEDED}
+    files = {file.stem for file in COMPAT.glob("*.py")} - {"__init__", "huggingface"}
+    assert {name.partition(":")[0] for name in libraries} >= files
+    assert {"datasets", "huggingface_hub"} <= libraries
+
+
 def test_onednn_has_packed_linear_layers():
     weight, x = torch.randn(8, 16), torch.randn(3, 16)
     assert marlhf.compat.torch.has_packed_linear(torch.float32)
@@ -46,6 +60,16 @@ def test_a_renamed_attribute_is_named(monkeypatch):
     monkeypatch.delattr(tuners.BaseTunerLayer, "enable_adapters")  # which sets it on instances
     with pytest.raises(compat.IncompatibleError, match=r"peft [\d.]+ has no .*_disable_adapters"):
         importlib.reload(marlhf.compat.peft)
+
+
+def test_a_method_that_others_call_is_not_an_attribute_of_instances(monkeypatch):
+    from peft.tuners.lora import Linear
+
+    monkeypatch.delattr(Linear, "get_delta_weight")  # `merge` still calls it
+    with pytest.raises(
+        compat.IncompatibleError, match=r"peft .* has no .*Linear\.get_delta_weight"
+    ):
+        compat.check("peft.tuners.lora:Linear.get_delta_weight")
 
 
 def test_a_changed_signature_is_named():

@@ -1,9 +1,9 @@
 """The study's tables and figures, from its packed metrics alone.
 
-    python scripts/study/analyse.py      # docs/study/*.jsonl.xz -> docs/study.md and docs/study/
+    python scripts/study/analyse.py      # docs/study/*.jsonl.xz -> docs/study/
 
-Of each task it writes TASK.json (every number), three PNGs, and what stands in docs/study.md
-between the markers `<!-- results: TASK -->` and `<!-- end: TASK -->`.
+For each task it writes TASK.json (every number), three PNGs, and the part of TASK.md between the
+markers `<!-- results: TASK -->` and `<!-- end: TASK -->`.
 
 reward      of held-out prompts, mean over a run's last 5 evaluations, mean over seeds with its 95%
             interval (Student's t); against token PPO: the difference with Welch's 95% interval
@@ -78,14 +78,14 @@ class Arm:
 def main() -> None:
     """Write everything anew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    docs: Path = parser.parse_args().docs
-    page = docs / "study.md"
-    for path in sorted((docs / "study").glob("*.jsonl.xz")):
+    parser.add_argument("--docs", type=Path, default=Path("docs/study"))
+    folder: Path = parser.parse_args().docs
+    for path in sorted(folder.glob("*.jsonl.xz")):
         study = read(path)
         arms = analyse(study)
-        write_json(study, arms, docs / "study" / f"{study.task}.json")
-        draw_figures(study, arms, docs / "study")
+        write_json(study, arms, folder / f"{study.task}.json")
+        draw_figures(study, arms, folder)
+        page = folder / f"{study.task}.md"
         text = fill(page.read_text(encoding="utf-8"), study.task, markdown(study, arms))
         page.write_text(text, encoding="utf-8")
         print(f"{study.task}: {len(arms)} arms")
@@ -96,9 +96,9 @@ def main() -> None:
 
 def groups_of(study: Study) -> dict[str, Group]:
     """The final runs of each arm, in the order of the task's file."""
-    found = {name: study.runs("final", name) for name in study.settings["arms"]}
-    there = {name: runs for name, runs in found.items() if runs}
-    return {name: Group(name, i, runs) for i, (name, runs) in enumerate(there.items())}
+    all_arms = {name: study.runs("final", name) for name in study.settings["arms"]}
+    with_runs = {name: runs for name, runs in all_arms.items() if runs}
+    return {name: Group(name, i, runs) for i, (name, runs) in enumerate(with_runs.items())}
 
 
 def analyse(study: Study) -> list[Arm]:
@@ -132,7 +132,7 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
         updates=updates,
         seconds=seconds,
         to_median=to_median,
-        near_optimum=best and parity(group, token, target=NEAR * best),
+        near_optimum=None if best is None else parity(group, token, target=NEAR * best),
         advantage_variance=_over_updates(group, "advantage_std", 2),
         explained_variance=_over_updates(group, "explained_variance"),
         value_loss=_over_updates(group, "value_loss"),
@@ -154,7 +154,7 @@ def _by_rate(study: Study, name: str, metric: str) -> dict[str, float]:
 def _over_updates(group: Group, key: str, power: int = 1) -> Mean | None:
     """The mean over runs of a metric's mean over updates."""
     values = [list(run.values(key).values()) for run in group.runs]
-    return Mean.of(float(np.mean(np.power(found, power))) for found in values if found)
+    return Mean.of(float(np.mean(np.power(of_run, power))) for of_run in values if of_run)
 
 
 def core_hours(study: Study) -> float:
@@ -196,7 +196,7 @@ def markdown(study: Study, arms: list[Arm]) -> str:
         f"calibration, {number(core_hours(study))} core-hours. Learning rates tried: {rates}."
     )
     figures = "\n".join(
-        f"![{title}](study/{study.task}_{name}.png)"
+        f"![{title}]({study.task}_{name}.png)"
         for name, title in (
             ("reward", "Held-out reward by update"),
             ("frontier", "Held-out reward by KL"),
@@ -223,7 +223,7 @@ def outcome_table(arms: list[Arm]) -> str:
             mean(arm.against),
             mean(arm.kl),
             _kl_ratio(arm.kl_ratio),
-            f"{arm.updates.reached} of {len(arm.updates.steps)}",
+            f"{arm.updates.reached} of {len(arm.updates.times)}",
             median_text(arm.updates),
             ratio_text(arm.updates),
             ratio_text(arm.seconds),
@@ -281,18 +281,18 @@ def _searched(arm: Arm, rate: str, with_kl: bool) -> str:
     return f"{number(arm.by_rate[rate])}{kl}"
 
 
-def shares_table(found: dict[str, Any]) -> str:
-    """What tokens at a distance from the end add to the gradient of token PPO with lambda 1."""
-    starts = [group["from"] for group in found["groups"]]
+def shares_table(shares: dict[str, Any]) -> str:
+    """Shares of the gradient of token PPO with lambda 1, by distance from the end."""
+    starts = [group["from"] for group in shares["groups"]]
     ends = [f" to {start - 1}" if start - 1 > begin else "" for begin, start in pairwise(starts)]
     rows = [
         [f"{start}{end}", _with_error(group, "signal"), _with_error(group, "noise")]
-        for start, end, group in zip(starts, [*ends, " and more"], found["groups"], strict=True)
+        for start, end, group in zip(starts, [*ends, " and more"], shares["groups"], strict=True)
     ]
-    whole, weighted = (_with_error(found, key) for key in ("noise", "weighted"))
+    total, weighted = (_with_error(shares, key) for key in ("noise", "weighted"))
     noises = (
-        f"Gradient noise of `{found['arm']}`, and how it divides: {whole}; with tokens weighted by "
-        f"{found['lam']:g}^distance: {weighted}."
+        f"Gradient noise of `{shares['arm']}`, and how it divides: {total}; with tokens weighted "
+        f"by {shares['lam']:g}^distance: {weighted}."
     )
     heads = ["tokens from the end", "share of its signal", "share of its noise"]
     return f"{noises}\n\n{_table(heads, rows)}"
@@ -304,10 +304,10 @@ def _kl_ratio(ratio: float | None) -> str:
     return f"{ratio:.2f}" + (" (!)" if abs(ratio - 1) > OFF else "")
 
 
-def _with_error(found: dict[str, Any], key: str) -> str:
-    if found.get(key) is None:
+def _with_error(measured: dict[str, Any], key: str) -> str:
+    if measured.get(key) is None:
         return "–"
-    return f"{number(found[key])} ± {number(found[f'{key}_half'])}"
+    return f"{number(measured[key])} ± {number(measured[f'{key}_half'])}"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
@@ -320,7 +320,7 @@ def fill(page: str, name: str, content: str) -> str:
     begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if len(pattern.findall(page)) != 1:
-        raise SystemExit(f"docs/study.md: must hold {begin} and {end} once")
+        raise SystemExit(f"{name}.md: must hold {begin} and {end} once")
     return pattern.sub(lambda _: f"{begin}\n\n{content}\n\n{end}", page)
 
 
@@ -330,30 +330,32 @@ def fill(page: str, name: str, content: str) -> str:
 def draw_figures(study: Study, arms: list[Arm], folder: Path) -> None:
     """Curves and frontier of the arms that the task's file names, parity of all."""
     groups = groups_of(study)
-    wanted = [name for name in study.settings["curves"] if name in groups]
-    shown = [Group(name, i, groups[name].runs) for i, name in enumerate(wanted)]
-    curves = figure(shown, "eval_score_mean", "Held-out reward").by_step
+    names = [name for name in study.settings["curves"] if name in groups]
+    drawn = [Group(name, i, groups[name].runs) for i, name in enumerate(names)]
+    curves = figure(drawn, "eval_score_mean", "Held-out reward").by_update
     save(draw(curves), folder / f"{study.task}_reward.png")
-    chart = frontier(shown)
+    chart = frontier(drawn)
     if arms[0].kl and chart is not None:
         save(draw(chart), folder / f"{study.task}_frontier.png")
     save(draw_parity(arms), folder / f"{study.task}_parity.png")
 
 
 def draw_parity(arms: list[Arm]) -> Any:
-    """A row for each arm: the ratio of updates to parity with its interval; one that never gets
-    there is an arrow to the right."""
+    """Draw each arm's ratio of updates to parity, with its interval.
+
+    An arm that never reaches parity is an arrow to the right.
+    """
     chart, axes = new_figure()
     chart.set_size_inches(6.4, 1.4 + 0.24 * len(arms))
     rows = [(arm.name, arm.updates) for arm in arms if arm.updates.ratio is not None]
-    known = [x for _, found in rows for x in (found.ratio, found.ratio_high) if _is_finite(x)]
+    known = [x for _, to in rows for x in (to.ratio, to.ratio_high) if _is_finite(x)]
     edge = 1.15 * max([1.0, *known])
-    for y, (_, found) in enumerate(rows):
-        low, high = found.ratio_low, found.ratio_high
+    for y, (_, to_parity) in enumerate(rows):
+        low, high = to_parity.ratio_low, to_parity.ratio_high
         if low is not None and high is not None:
             axes.plot([min(low, edge), min(high, edge)], [y, y], color="#5b5b5b", linewidth=1.4)
-        reaches = _is_finite(found.ratio)
-        x, marker = (found.ratio, "o") if reaches else (edge, ">")
+        reaches = _is_finite(to_parity.ratio)
+        x, marker = (to_parity.ratio, "o") if reaches else (edge, ">")
         axes.plot([x], [y], marker, color="#0072b2" if reaches else "#c24a00", markersize=6)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -1,14 +1,14 @@
-"""The variance of the policy's gradient, arm by arm, at one policy and on one critic's budget.
+"""The variance of the policy's gradient by arm, for one policy and critic budget.
 
     python scripts/study/gradient_noise.py configs/study/recall.yaml --arms token "n-gram 5"
 
-The policy stays what the task starts from. An arm's critic is trained on rollouts of it for
-`--critic-updates` updates and then stays too. Then the gradients g_1, ..., g_K of the policy's loss
-are taken on K independent rollouts, the same ones for every arm of as many responses a prompt.
+The policy stays as the task starts it. An arm's critic is trained on the policy's rollouts for
+`--critic-updates` updates and then frozen. Then the gradients g_1, ..., g_K of the policy's loss
+are computed on K independent rollouts, the same for all arms with as many responses per prompt.
 
 noise    tr Cov(g) / |E g|^2: how many rollouts an update must average for a gradient that is as
-         much signal as noise. |E g|^2 is the mean of g_k . g_l over k != l, which is unbiased where
-         the square of the mean gradient is too large by tr Cov(g) / K
+         much signal as noise. |E g|^2 is the mean of g_k . g_l over k != l, which is unbiased,
+         while the square of the mean gradient is too large by tr Cov(g) / K
 cosine   between E g and that of the reference arm, by the same unbiased products: how far the arm's
          gradient points where the reward rises. The gradient of the default reference, token PPO
          with lambda 1, has no bias from its critic
@@ -50,9 +50,9 @@ def main() -> None:
     folder: Path = args.out / args.task.stem
     folder.mkdir(parents=True, exist_ok=True)
     file, kept = folder / "gradient.json", folder / "gradient-reference.pt"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in dict.fromkeys([args.reference, *(args.arms or settings["arms"])]):
-        if name in found:
+        if name in results:
             continue
         total = args.critic_updates + args.rollouts
         trainer = build(
@@ -61,18 +61,18 @@ def main() -> None:
         gradients, rows = measure(trainer, args.critic_updates, args.rollouts, args.every)
         if name == args.reference:
             torch.save(gradients, kept)
-        found[name] = {
+        results[name] = {
             **summary(gradients, torch.load(kept, weights_only=True)),
             "rollouts": args.rollouts,
             "critic_updates": args.critic_updates,
             **{key: average(rows, key) for key in ("advantage_std", "explained_variance")},
         }
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(name, json.dumps(found[name]), flush=True)
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(name, json.dumps(results[name]), flush=True)
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
-    """What to measure a task's gradients with; `doc` is the script's own."""
+    """The options for measuring gradients; `doc` is the script's docstring."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("task", type=Path, help="a file such as configs/study/recall.yaml")
     parser.add_argument("--critic-updates", type=int, default=30)
@@ -86,8 +86,8 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
 def build(
     config: Path, arm: Mapping[str, Any], overrides: list[str], updates: int, folder: Path
 ) -> PPOTrainer:
-    """A trainer of an arm, with a constant learning rate and gradients that are not clipped."""
-    own = {
+    """A trainer of an arm, with a constant learning rate and unclipped gradients."""
+    fixed = {
         "optimizer.schedule": "constant",
         "optimizer.max_grad_norm": 1e9,
         "ppo.epochs": 1,
@@ -98,7 +98,7 @@ def build(
         "output_dir": str(folder / "gradient"),
         "overwrite": True,
     }
-    words = [f"{key}={json.dumps(value)}" for key, value in {**arm, **own}.items()]
+    words = [f"{key}={json.dumps(value)}" for key, value in {**arm, **fixed}.items()]
     values = apply_overrides(PPOConfig, read_yaml(config), [*overrides, *words])
     return PPOTrainer(config_from_dict(PPOConfig, values))
 
@@ -106,8 +106,11 @@ def build(
 def measure(
     trainer: PPOTrainer, critic_updates: int, rollouts: int, every: int = 1
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Gradients [K,N] of the policy on K rollouts, which no weight follows, and the metrics of
-    these; the critic is trained before. Of each parameter one weight in `every` is there."""
+    """Gradients [K,N] of the policy on K rollouts, without optimiser steps, and their metrics.
+
+    The critic is trained first, for `critic_updates` updates. Of each parameter, one weight in
+    `every` is kept.
+    """
     gradients: list[Tensor] = []
 
     def keep() -> None:
@@ -127,7 +130,7 @@ def measure(
 
 
 def _replace_step(learner: Any, step: Callable[[], None]) -> None:
-    """Have an optimiser step do something else with its gradient."""
+    """Replace a learner's optimiser step."""
     learner.step = lambda gradient: step()
 
 
@@ -138,30 +141,32 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 def average(rows: list[dict[str, Any]], key: str) -> float | None:
     """The mean of a metric, None where it is not measured."""
-    found = [row[key] for row in rows if row.get(key) is not None]
-    return fmean(found) if found else None
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return fmean(values) if values else None
 
 
 # --- from gradients to numbers
 
 
 def summary(gradients: Tensor, reference: Tensor) -> dict[str, float | None]:
-    """Noise of gradients [K,N] and their cosine with a reference [K,N] of the same rollouts, each
-    with half of its 95% interval; None where the signal is too small to tell."""
-    own, other = products(gradients, gradients), products(reference, reference)
-    both = products(gradients, reference)
-    return estimate("noise", noise_of, own) | estimate("cosine", cosine_of, own, other, both)
+    """Noise of gradients [K,N], and their cosine with a reference [K,N] of the same rollouts.
+
+    Each with half of its 95% interval; None where the signal is too small.
+    """
+    gg, hh = products(gradients, gradients), products(reference, reference)
+    gh = products(gradients, reference)
+    return estimate("noise", noise_of, gg) | estimate("cosine", cosine_of, gg, hh, gh)
 
 
-def noise_of(own: Tensor) -> float | None:
+def noise_of(gg: Tensor) -> float | None:
     """tr Cov(g) / |E g|^2 from g_k . g_l [K,K]."""
-    return covariance(own) / signal(own) if signal(own) > 0 else None
+    return covariance(gg) / signal(gg) if signal(gg) > 0 else None
 
 
-def cosine_of(own: Tensor, other: Tensor, both: Tensor) -> float | None:
-    """Of E g and E h from g_k . g_l, h_k . h_l and g_k . h_l [K,K]."""
-    lengths = signal(own), signal(other)
-    return signal(both) / math.sqrt(lengths[0] * lengths[1]) if min(lengths) > 0 else None
+def cosine_of(gg: Tensor, hh: Tensor, gh: Tensor) -> float | None:
+    """Cosine of E g and E h from g_k . g_l, h_k . h_l and g_k . h_l [K,K]."""
+    lengths = signal(gg), signal(hh)
+    return signal(gh) / math.sqrt(lengths[0] * lengths[1]) if min(lengths) > 0 else None
 
 
 def products(ours: Tensor, theirs: Tensor) -> Tensor:

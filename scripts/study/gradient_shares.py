@@ -1,11 +1,11 @@
-"""Which tokens of a response the policy's gradient comes from, by their distance from the end.
+"""Shares of the policy's gradient by tokens' distance from the end of the response.
 
     python scripts/study/gradient_shares.py configs/study/summaries.yaml
 
-As in gradient_noise.py the policy stays what the task starts from, and the critic is trained first
-and then stays too. The arm is token PPO with lambda 1, where every token's advantage holds all of
-the reward that is still to come. A rollout's gradient g is the sum of the g_b of the tokens at some
-distances b from the end, so that |E g|^2 and tr Cov(g) are sums over b too:
+As in gradient_noise.py the policy stays as the task starts it, and the critic is trained first and
+then frozen. The arm is token PPO with lambda 1, where every token's advantage contains all of the
+reward to come. A rollout's gradient g is the sum of the g_b of the tokens at distances b from the
+end, so that |E g|^2 and tr Cov(g) are sums over b too:
 
 signal     E g_b . E g as a share of |E g|^2
 noise      tr Cov(g_b, g) as a share of tr Cov(g)
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from marlhf.algorithm.experience import Experience
 from marlhf.runs.metrics import Metrics
-from marlhf.training.update import Update
+from marlhf.training.update import PPOUpdate
 
 EDGES = [0, 1, 4, 8, 16, 32]  # tokens from the end at which a group begins
 
@@ -61,19 +61,21 @@ def main() -> None:
     edges = [edge for edge in EDGES if edge < limit]
     trainer.update = SplitUpdate(trainer.update, args.critic_updates, edges, args.lam)
     gradients, _ = measure(trainer, args.critic_updates, args.rollouts, args.every)
-    found = summary(gradients.unflatten(0, (args.rollouts, len(edges) + 1)), edges)
+    shares = summary(gradients.unflatten(0, (args.rollouts, len(edges) + 1)), edges)
     keys = {"arm": REFERENCE, "lam": args.lam}
-    found |= keys | {"rollouts": args.rollouts, "critic_updates": args.critic_updates}
-    (folder / "shares.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=1))
+    shares |= keys | {"rollouts": args.rollouts, "critic_updates": args.critic_updates}
+    (folder / "shares.json").write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(shares, indent=1))
 
 
 @dataclass(frozen=True)
 class SplitUpdate:
-    """An update that takes the steps of each group of tokens apart, from update `first` on; the
-    last is that of all tokens, weighted by lam^distance."""
+    """From update `first` on, runs one update per group of tokens.
 
-    update: Update
+    The last one is of all tokens, weighted by lam^distance.
+    """
+
+    update: PPOUpdate
     first: int
     edges: Sequence[int]
     lam: float
@@ -98,31 +100,31 @@ def token_weights(mask: Tensor, edges: Sequence[int], lam: float) -> list[Tensor
 def summary(gradients: Tensor, edges: Sequence[int]) -> dict[str, Any]:
     """From the gradients [K,G+1,N] of K rollouts: those of G groups of tokens, and weighted."""
     *parts, weighted = gradients.unbind(1)
-    whole = torch.stack(parts).sum(0)
-    own = products(whole, whole)
-    crossed = [products(part, whole) for part in parts]
+    total = torch.stack(parts).sum(0)
+    gg = products(total, total)
+    crossed = [products(part, total) for part in parts]
     return {
-        **estimate("noise", noise_of, own),
+        **estimate("noise", noise_of, gg),
         **estimate("weighted", noise_of, products(weighted, weighted)),
         "groups": [
             {
                 "from": edge,
-                **estimate("signal", signal_share, cross, own),
-                **estimate("noise", noise_share, cross, own),
+                **estimate("signal", signal_share, cross, gg),
+                **estimate("noise", noise_share, cross, gg),
             }
             for edge, cross in zip(edges, crossed, strict=True)
         ],
     }
 
 
-def signal_share(part: Tensor, whole: Tensor) -> float | None:
+def signal_share(part: Tensor, total: Tensor) -> float | None:
     """E g_b . E g / |E g|^2 from g_b . g and g . g, [K,K] each."""
-    return signal(part) / signal(whole) if signal(whole) > 0 else None
+    return signal(part) / signal(total) if signal(total) > 0 else None
 
 
-def noise_share(part: Tensor, whole: Tensor) -> float | None:
+def noise_share(part: Tensor, total: Tensor) -> float | None:
     """tr Cov(g_b, g) / tr Cov(g)."""
-    return covariance(part) / covariance(whole) if covariance(whole) > 0 else None
+    return covariance(part) / covariance(total) if covariance(total) > 0 else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The raw metrics of a task of the study in one compressed file, which goes into the repository.
+"""Pack the raw metrics of a task of the study into one compressed file.
 
     python scripts/study/pack.py configs/study/recall.yaml     # -> docs/study/recall.jsonl.xz
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from marlhf.views.report.runs import Row, Run, read_runs
+from marlhf.views.report.runs import MetricsRow, Run, read_runs
 
 EVALUATED = ["eval_score_mean", "eval_kl_mean"]
 KEPT = [
@@ -91,12 +91,12 @@ def main() -> None:
 
 
 def collect(file: Path, folder: Path) -> Study:
-    """A task's runs as `run.py` left them. Those that did not end well are left out and named."""
+    """A task's runs as `run.py` left them; failed ones are left out and named."""
     tries = [p for kind in ("calibrate", "reported") for p in sorted(folder.glob(f"{kind}-*/"))]
     phases = [folder / "search", *tries, folder / "final"]
-    found = [trial for phase in phases if phase.is_dir() for trial in _trials(phase)]
-    final = [_identity(trial) for trial in found if trial.phase == "final"]
-    found = [t for t in found if t.phase == "final" or _identity(t) not in final]
+    trials = [trial for phase in phases if phase.is_dir() for trial in _trials(phase)]
+    final = [_identity(trial) for trial in trials if trial.phase == "final"]
+    trials = [t for t in trials if t.phase == "final" or _identity(t) not in final]
     sweep = yaml.safe_load((folder / "final.yaml").read_text(encoding="utf-8"))
     return Study(
         task=file.stem,
@@ -105,7 +105,7 @@ def collect(file: Path, folder: Path) -> Study:
         threads=sweep["threads"],
         gradient=_read_json(folder / "gradient.json"),
         shares=_read_json(folder / "shares.json"),
-        trials=found,
+        trials=trials,
     )
 
 
@@ -169,7 +169,7 @@ def _packed(trial: Trial) -> dict[str, Any]:
 
 def _unpacked(line: Mapping[str, Any]) -> Trial:
     columns: Mapping[str, Sequence[Any]] = line["columns"]
-    rows: list[Row] = [
+    rows: list[MetricsRow] = [
         {"step": step} | {key: column[i] for key, column in columns.items()}
         for i, step in enumerate(line["step"])
     ]

@@ -1,4 +1,4 @@
-"""The study's task with a known optimum: say a code of 8 letters, then go on for 40 more.
+"""The study's task with a known optimum: say a code of 8 letters, then continue for 40 more.
 
     python scripts/study/recall_task.py --out runs/study/recall
 

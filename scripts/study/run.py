@@ -9,9 +9,9 @@ calibrate   token PPO for its final KL (the search has it where both have the sa
             each other arm the fixed KL coefficient with which it ends within 7% of that, on seeds
             that are not reported; left out where the task has no seeds for it
 final       every arm with what was chosen, on the seeds that are reported; one that ends more than
-            10% off token PPO's KL there goes on with other coefficients (sweeps `reported-1`, ...)
+            10% off token PPO's KL there gets other coefficients (sweeps `reported-1`, ...)
 
-Every phase is a `marlhf sweep` below runs/study/TASK; started again, it goes on where it stopped.
+Every phase is a `marlhf sweep` below runs/study/TASK; started again, it resumes where it stopped.
 What was chosen is kept in runs/study/TASK/chosen.json. `--arms` takes a part of the arms (token PPO
 comes first wherever it is needed), `--seeds` other seeds for the final runs.
 """
@@ -35,7 +35,7 @@ from marlhf.views.report.runs import Run, read_runs
 
 TOKEN = "token"
 LAST = 5  # evaluations that a final score or KL is averaged over
-NEAR = 2.0  # times or part of the KL steered to: a learning rate that ends further off is out
+NEAR = 2.0  # factor from the target KL: a learning rate that ends further off is out
 OFF = 0.1  # of token PPO's KL: what an arm reaches further off is no evidence
 WITHIN = 0.07  # of it in the calibration: the reported seeds add their own noise
 ROUNDS = 5  # of the calibration at one learning rate, and on the reported seeds
@@ -73,14 +73,14 @@ class Task:
         self.parallel: int = args.parallel
         self.threads: int = args.threads
         self.seeds: list[int] = args.seeds or self.settings["seeds"]
-        given = dict(word.split("=", 1) for word in args.overrides)
-        self.overrides = {key: yaml.safe_load(value) for key, value in given.items()}
+        overrides = dict(word.split("=", 1) for word in args.overrides)
+        self.overrides = {key: yaml.safe_load(value) for key, value in overrides.items()}
         arms = self.settings["arms"]
-        wanted = [TOKEN, *(args.arms or arms)]
-        self.arms = {name: arms[name] for name in dict.fromkeys(wanted)}
+        names = [TOKEN, *(args.arms or arms)]
+        self.arms = {name: arms[name] for name in dict.fromkeys(names)}
         self.chosen_file = self.folder / "chosen.json"
-        found = self.chosen_file.read_text() if self.chosen_file.exists() else "{}"
-        self.chosen: Chosen = json.loads(found)
+        text = self.chosen_file.read_text() if self.chosen_file.exists() else "{}"
+        self.chosen: Chosen = json.loads(text)
 
     def search(self) -> None:
         """Choose the learning rate of each arm, that of token PPO first."""
@@ -91,11 +91,11 @@ class Task:
         self._search({TOKEN: self.arms[TOKEN]})
         others = {name: keys for name, keys in self.arms.items() if name != TOKEN}
         if self.settings["equal_kl"]:
-            others = {name: {**keys, **self._steer()} for name, keys in others.items()}
+            others = {name: {**keys, **self._kl_target()} for name, keys in others.items()}
         return self._search(others)
 
-    def _steer(self) -> dict[str, Any]:
-        """Keys of a controller that goes for token PPO's KL; none in a task without a horizon."""
+    def _kl_target(self) -> dict[str, Any]:
+        """Keys that adapt the KL to token PPO's; none in a task without a horizon."""
         horizon = self.settings["horizon"]
         return {"kl.target": self.chosen[TOKEN]["kl"], "kl.horizon": horizon} if horizon else {}
 
@@ -116,26 +116,26 @@ class Task:
             self.chosen[name] = {"learning_rate": best, "searched_coef": coef, "coef": coef}
             if self.settings["equal_kl"]:
                 kl = mean(tried[best], "eval_kl_mean")
-                if target and not self.settings["horizon"]:  # it was not steered to the target
+                if target and not self.settings["horizon"]:  # it was not adapted to the target
                     coef = next_coefficient([(coef, kl)], target)
                 self.chosen[name] |= {"kl": kl, "searched_coef": coef, "coef": coef}
             self._keep()
 
     def calibrate(self) -> None:
-        """Choose the KL coefficient of each arm; one that no coefficient brings to token PPO's KL
-        tries again at the next smaller learning rate. A task without seeds for it leaves all to the
-        reported ones.
+        """Choose the KL coefficient of each arm.
 
-        Started again, it takes the same steps, of which those that are done cost nothing.
+        An arm that no coefficient brings to token PPO's KL tries the next smaller learning rate. In
+        a task without calibration seeds, the reported seeds decide. Started again, it takes the
+        same steps, and skips those that are done.
         """
         seeds, token = self.settings["calibration_seeds"], self.chosen[TOKEN]
         left = [name for name in self.arms if name != TOKEN]
         if seeds:
             self._aim(self._token_runs())
         for name in left:
-            found = self.chosen[name]
-            found["learning_rate"] = found.get("searched_rate", found["learning_rate"])
-            found["coef"] = found.get("searched_coef", token.get("coef"))
+            chosen = self.chosen[name]
+            chosen["learning_rate"] = chosen.get("searched_rate", chosen["learning_rate"])
+            chosen["coef"] = chosen.get("searched_coef", token.get("coef"))
         first = 1
         while left and seeds:
             tried = self._steps("calibrate", first, left, seeds, WITHIN)
@@ -159,15 +159,18 @@ class Task:
         return self._sweep(phase, {TOKEN: self.arms[TOKEN] | rate}, seeds)
 
     def _aim(self, token: Sequence[Run]) -> None:
-        """Take the KL of these runs of token PPO as what the other arms are brought to."""
+        """Make the KL of these runs of token PPO the target of the other arms."""
         kl, coef = mean(token, "eval_kl_mean"), token[0].config["kl"]["coef"]
         self.chosen[TOKEN] |= {"kl": kl, "coef": coef}
 
     def _steps(
         self, phase: str, first: int, names: Sequence[str], seeds: Sequence[int], within: float
     ) -> dict[str, list[tuple[float, float]]]:
-        """Step along log KL over log coefficient, in sweeps from number `first` on, until an arm is
-        this near to token PPO; returns the coefficients that were tried, each with its KL."""
+        """Adapt coefficients until each arm's KL is `within` a share of token PPO's.
+
+        Interpolates log KL over log coefficient, in sweeps numbered from `first`. Returns the
+        coefficients tried, each with its KL.
+        """
         target = self.chosen[TOKEN]["kl"]
         tried: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for number in range(first, first + ROUNDS):
@@ -202,8 +205,11 @@ class Task:
         self._sweep("final", arms, self.seeds)
 
     def _settle(self) -> None:
-        """Bring the reported seeds to equal KL: an arm that ends too far from token PPO with what
-        was calibrated steps on, on these seeds, and keeps the nearest that was tried."""
+        """Bring the reported seeds to equal KL.
+
+        An arm whose calibrated coefficient ends too far from token PPO tries others on these seeds,
+        and keeps the nearest.
+        """
         self._aim(self._token_sweep("reported-0", self.seeds))
         others = [name for name in self.arms if name != TOKEN]
         for name in others:
@@ -223,14 +229,14 @@ class Task:
                 continue
             had = {"optimizer.learning_rate": run.config["optimizer"]["learning_rate"]}
             had["kl.coef"] = run.config["kl"]["coef"]
-            place = self.folder / "final" / run.path.relative_to(phase.resolve())
-            if had == self._settings(run.arm) and not place.exists():
-                shutil.copytree(run.path, place, copy_function=os.link)
+            target = self.folder / "final" / run.path.relative_to(phase.resolve())
+            if had == self._settings(run.arm) and not target.exists():
+                shutil.copytree(run.path, target, copy_function=os.link)
 
     def _settings(self, name: str) -> dict[str, Any]:
         chosen = self.chosen[name]
-        found = {"optimizer.learning_rate": chosen["learning_rate"]}
-        return found | ({"kl.coef": chosen["coef"]} if self.settings["equal_kl"] else {})
+        rate = {"optimizer.learning_rate": chosen["learning_rate"]}
+        return rate | ({"kl.coef": chosen["coef"]} if self.settings["equal_kl"] else {})
 
     def _keep(self) -> None:
         partial = self.chosen_file.with_suffix(".partial")
@@ -259,32 +265,35 @@ class Task:
         }
         file = self.folder / f"{phase}.yaml"
         file.write_text(yaml.safe_dump(sweep, sort_keys=False))
-        here = str(Path(__file__).parent)  # rewards of the tasks are imported from here
-        paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+        scripts = str(Path(__file__).parent)  # rewards of the tasks are imported from here
+        paths = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "marlhf", "sweep", str(file)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
         return [run for run in read_runs([str(folder)]) if run.config["seed"] in seeds]
 
 
 def by_rate(runs: Sequence[Run], arm: str) -> dict[float, list[Run]]:
-    """An arm's runs among those of the search, which `marlhf sweep` calls by arm and rate."""
-    found: dict[float, list[Run]] = {}
+    """An arm's runs of the search by learning rate; a sweep names them by both."""
+    runs_by_rate: dict[float, list[Run]] = {}
     for run in runs:
         if (run.arm or "").startswith(f"{arm}, optimizer."):
-            found.setdefault(run.config["optimizer"]["learning_rate"], []).append(run)
-    return found
+            runs_by_rate.setdefault(run.config["optimizer"]["learning_rate"], []).append(run)
+    return runs_by_rate
 
 
 def mean(runs: Sequence[Run], metric: str) -> float:
     """Mean over runs of a held-out metric's last values."""
-    found = [[row[metric] for row in run.rows if row.get(metric) is not None] for run in runs]
-    last = [value for values in found for value in values[-LAST:]]
+    by_run = [[row[metric] for row in run.rows if row.get(metric) is not None] for run in runs]
+    last = [value for values in by_run for value in values[-LAST:]]
     return sum(last) / len(last)
 
 
 def choose(tried: Mapping[float, Sequence[Run]], target: float | None) -> float:
-    """The learning rate with the highest last held-out score less KL, at the configuration's
-    coefficient, among those that ended near the KL that was steered to, if any."""
+    """The learning rate with the highest last held-out score less KL penalty.
+
+    The penalty has the configuration's coefficient. With a KL target, only rates that ended near it
+    count, if there are any.
+    """
     scores = {rate: mean(runs, "eval_score_mean") for rate, runs in tried.items()}
     coef = next(iter(tried.values()))[0].config["kl"]["coef"]
     kls = {rate: mean(runs, "eval_kl_mean") if coef else 0.0 for rate, runs in tried.items()}
@@ -298,8 +307,10 @@ def choose(tried: Mapping[float, Sequence[Run]], target: float | None) -> float:
 
 
 def next_coefficient(tried: Sequence[tuple[float, float]], target: float) -> float:
-    """The coefficient that gives the KL wanted, if log KL is linear in log coefficient: through
-    the last two that were tried, or with slope -1 from one."""
+    """The coefficient for a target KL, if log KL is linear in log coefficient.
+
+    The line goes through the last two coefficients tried, or has slope -1 through one.
+    """
     # an estimate may be negative, and has a logarithm here
     last = [(coef, max(kl, 0.01 * target)) for coef, kl in tried[-2:]]
     (c1, k1), slope = last[-1], -1.0

@@ -1,7 +1,7 @@
 """A small Llama of the study's own: a tokenizer and a random model, trained on plain text.
 
 The text is the column `document` of a JSONL file. The model is trained by `marlhf sft` with
-configs/study/pretrain.yaml; started again, that goes on where it was stopped. Its chat template is
+configs/study/pretrain.yaml; started again, that resumes where it was stopped. Its chat template is
 the message and a line break, so that the same configurations serve it as an instruction model.
 """
 
@@ -44,13 +44,13 @@ def write_random_model(
 ) -> None:
     """A byte-level BPE tokenizer learned from the texts, and a Llama with random weights."""
     import torch
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size, special_tokens=["<eos>", "<pad>"])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>"
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<pad>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

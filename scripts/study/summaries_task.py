@@ -6,7 +6,7 @@ The data has rows with a `document` and a human `summary`. A small Llama learns 
 documents (small_llama.py); it is fine-tuned for a few steps on summaries of the first words of
 documents, so that it has seen what a summary looks like and is not good at it; of what it then
 writes, and of people's summaries, preference pairs are made, and of these a reward model (all this
-by examples/summaries_pipeline.py). Started again, it goes on where it was stopped.
+by examples/summaries_pipeline.py). Started again, it resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> None:
 def accuracy(run: Path) -> float:
     """The last held-out accuracy of a reward model."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [row["eval_accuracy"] for line in lines if "eval_accuracy" in (row := json.loads(line))]
-    return found[-1]
+    rows = [json.loads(line) for line in lines]
+    return [row["eval_accuracy"] for row in rows if "eval_accuracy" in row][-1]
 
 
 if __name__ == "__main__":

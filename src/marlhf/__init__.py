@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from marlhf.algorithm.estimators import Credit as Credit
+    from marlhf.algorithm.estimators import CreditInputs as CreditInputs
     from marlhf.common.errors import UserError as UserError
     from marlhf.common.types import ResponseBatch as ResponseBatch
     from marlhf.config import PPOConfig as PPOConfig
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from marlhf.segmenters import Segmenter as Segmenter
     from marlhf.segmenters import Sentence as Sentence
     from marlhf.segmenters import Sequence as Sequence
+    from marlhf.segmenters import Syntax as Syntax
     from marlhf.segmenters import TextSegmenter as TextSegmenter
     from marlhf.segmenters import Token as Token
     from marlhf.segmenters import Union as Union
@@ -61,6 +64,7 @@ _SEGMENTERS = (
     "Segmenter",
     "Sentence",
     "Sequence",
+    "Syntax",
     "TextSegmenter",
     "Token",
     "Union",
@@ -71,12 +75,16 @@ _SEGMENTERS = (
 _HOMES = {
     **dict.fromkeys(_CONFIGS, "marlhf.config"),
     **dict.fromkeys(_SEGMENTERS, "marlhf.segmenters"),
+    "Credit": "marlhf.algorithm.estimators",
+    "CreditInputs": "marlhf.algorithm.estimators",
     "PPOTrainer": "marlhf.training.ppo",
     "ResponseBatch": "marlhf.common.types",
     "UserError": "marlhf.common.errors",
     "config_from_dict": "marlhf.config.loading",
     "load_config": "marlhf.config.loading",
 }
+
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from marlhf.common.errors import ReportedError, Stopped, UserError, one_line, raised, say
+from marlhf.common.errors import PeerError, ReportedError, Stopped, UserError, one_line, raised
+from marlhf.common.process_guard import not_ended
+from marlhf.common.reports import report, report_of_peer, set_reported
 from marlhf.compat import IncompatibleError
 
 # job -> its config class, the function that runs it, and one line of help
@@ -94,37 +96,53 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a job or command. Exits with 2 and one line for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(usage())
-        sys.exit(0 if words else 2)
-    if words[0] == "--version":
-        from marlhf import __version__
-
-        print(f"marlhf {__version__}")
-        return
     if "" not in sys.path:  # import paths may name modules of the working folder
         sys.path.append("")
     sys.excepthook = _show_fault
     try:
-        _run(words[0], words[1:])
+        if words and words[0] not in ("-h", "--help"):
+            _run(words[0], words[1:])
+        else:
+            print(usage())
+        sys.stdout.flush()  # here, where a pipe that was closed is no fault
+        if not words:
+            sys.exit(2)
     except KeyboardInterrupt as interrupt:
         if str(interrupt):  # its origin: a plug-in's code, which may have raised it itself
-            say(f"marlhf: {one_line(interrupt)}")
+            report(one_line(interrupt))
+        set_reported()
         sys.exit(130)
+    except Stopped:
+        set_reported()
+        raise
     except BrokenPipeError:  # `marlhf ppo --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        line = _one_line(error)
-        if line is None:
+        if not _report(error):
             raise
-        say(f"marlhf: {line}")
         sys.exit(2)
 
 
 def _show_fault(kind: Any, error: BaseException, trace: Any) -> None:
     """Print the traceback of a bug, made printable: it may quote any input."""
-    say("".join(traceback.format_exception(kind, error, trace)))
+    report("".join(traceback.format_exception(kind, error, trace)), head="")
+
+
+def _report(error: Exception) -> bool:
+    """Print an error as one line for the user; False for a bug, which deserves a traceback."""
+    if "marlhf.distributed" in sys.modules:  # else no other rank can be the cause
+        from marlhf.distributed import lost_peer
+
+        if (line := lost_peer(error)) is not None:
+            report_of_peer(line, has_ended=True)
+            return True
+    line = _one_line(error)
+    if isinstance(error, PeerError):
+        report_of_peer(one_line(error), has_ended=False)
+    elif line is not None:
+        report(line)
+    return line is not None
 
 
 def _one_line(error: Exception) -> str | None:
@@ -139,6 +157,11 @@ def _one_line(error: Exception) -> str | None:
 def _run(job: str, words: list[str]) -> None:
     from marlhf.common.third_party_output import hide_loading_bars, quiet_libraries
 
+    if job == "--version":
+        from marlhf import __version__
+
+        print(f"marlhf {__version__}")
+        return
     quiet_libraries()
     if job in COMMANDS:
         _imported(COMMANDS[job][0])(words)
@@ -160,7 +183,8 @@ def _run(job: str, words: list[str]) -> None:
     run = _imported(run_path)
     hide_loading_bars()
     try:
-        run(config)
+        with not_ended():
+            run(config)
     except SystemExit as error:  # user code may exit early as if the run were done
         if isinstance(error, Stopped) or error.code not in (None, 0):
             raise
@@ -171,12 +195,12 @@ def _check_file(path: str, config: Any) -> None:
     """Check that `overwrite` does not delete the given config file. Raises UserError."""
     from marlhf.common.errors import UserError
 
-    own = os.path.join(os.path.expanduser(str(config.output_dir)), "config.yaml")
-    is_own = os.path.exists(own) and os.path.samefile(path, own)
-    if getattr(config, "overwrite", False) and is_own:
+    of_run = os.path.join(os.path.expanduser(str(config.output_dir)), "config.yaml")
+    is_same = os.path.exists(of_run) and os.path.samefile(path, of_run)
+    if getattr(config, "overwrite", False) and is_same:
         raise UserError(
-            f"overwrite: given true, which would replace {own!r}, the configuration file that was "
-            "given; copy it out of output_dir first"
+            f"overwrite: given true, which would replace {of_run!r}, the configuration file that "
+            "was given; copy it out of output_dir first"
         )
 
 

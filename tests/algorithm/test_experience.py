@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.oracles import token_gae
 
-from marlhf.algorithm.experience import Experience, TokenData, explained_variance, macro_batch
+from marlhf.algorithm.experience import Experience, TokenData, macro_batch
 from marlhf.config import MacroSettings, PPOSettings
 
 LENGTHS = [6, 1, 4, 0]
@@ -35,16 +36,14 @@ def token_rewards(finished: bool = True) -> TokenData:
     )
 
 
-def plain_token_gae(
-    tokens: TokenData, row: int, gamma: float, lam: float, bootstrap: float
+def oracle_of_row(
+    tokens: TokenData, row: int, gamma: float, lam: float, last_value: float
 ) -> list[float]:
-    """Token-level GAE of one row, written as the sum over all later deltas."""
+    """The oracle's token-level GAE of one row."""
     n = LENGTHS[row]
     assert tokens.values is not None
     rewards = (tokens.kl_rewards + tokens.task_rewards)[row, :n].tolist()
-    values = [*tokens.values[row, :n].tolist(), bootstrap]
-    deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(n)]
-    return [sum((gamma * lam) ** (u - t) * deltas[u] for u in range(t, n)) for t in range(n)]
+    return token_gae(rewards, tokens.values[row, :n].tolist(), gamma, lam, last_value)
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])
@@ -56,7 +55,7 @@ def test_every_token_a_macro_action_is_token_level_ppo(bootstrap: bool, finished
     assert tokens.last_values is not None
     for row, n in enumerate(LENGTHS):
         at_end = float(tokens.last_values[row]) if bootstrap and not finished else 0.0
-        wanted = torch.tensor(plain_token_gae(tokens, row, 0.9, 0.8, at_end), dtype=torch.float64)
+        wanted = torch.tensor(oracle_of_row(tokens, row, 0.9, 0.8, at_end), dtype=torch.float64)
         torch.testing.assert_close(batch.advantages_BT[row, :n], wanted)
         assert not batch.advantages_BT[row, n:].any()
         assert batch.returns_BT is not None
@@ -127,21 +126,11 @@ def test_rows_of_an_experience_lose_columns_of_padding_alone() -> None:
     ids = torch.arange(10).view(2, 5)
     x = torch.arange(6.0).view(2, 3)
     experience = Experience(ids, attention, mask, ids[:, 2:], x, x, x, None, None)
-    row = experience.rows(torch.tensor([1]))
+    row = experience.select(torch.tensor([1]))
     assert row.input_ids.tolist() == [[6, 7]]
     assert row.attention_mask.tolist() == [[True, True]]
     assert row.logprobs.tolist() == [[3.0]]
     assert row.values is None
     assert len(row) == 1
-    both = experience.rows(torch.tensor([1, 0]))
+    both = experience.select(torch.tensor([1, 0]))
     assert both.input_ids.tolist() == ids[[1, 0]].tolist()
-
-
-def test_explained_variance() -> None:
-    returns = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
-    values = torch.tensor([[1.5, 2.0, 2.0, -5.0]])
-    mask = torch.tensor([[True, True, True, False]])
-    error = torch.tensor([-0.5, 0.0, 1.0])
-    wanted = 1 - error.var(correction=0) / returns[0, :3].var(correction=0)
-    assert explained_variance(returns, values, mask) == pytest.approx(float(wanted))
-    assert explained_variance(torch.ones(1, 3), values[:, :3], mask[:, :3]) is None

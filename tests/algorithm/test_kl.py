@@ -111,7 +111,7 @@ def count_steps(learner: Any, limit: int | None = None) -> list[int]:
     ("sections", "fault"),
     [
         ({"kl": {"horizon": 500}}, r"kl\.horizon: given 500, but without kl\.target"),
-        ({"kl": {"target": 6.0, "coef": 0.0}}, r"kl\.coef: given 0 beside kl\.target"),
+        ({"kl": {"target": 6.0, "coef": 0.0}}, r"kl\.coef: given 0 with kl\.target"),
         ({"kl": {"target": 6.0, "horizon": 7}}, r"kl\.horizon: given 7, must be at least the 8"),
         (
             {"ppo": {"target_kl": 0.1, "epochs": 1, "minibatches": 1}},
@@ -130,7 +130,7 @@ class Silent(TokenReward):
     """Zeros, from one that says nothing of what it requires."""
 
     def __call__(self, rollout: Any) -> torch.Tensor:
-        return torch.zeros_like(rollout.entropy)
+        return torch.zeros_like(rollout.responses.entropy)
 
 
 def every_third(batch: ResponseBatch) -> torch.Tensor:
@@ -171,14 +171,14 @@ def test_without_a_penalty_the_reference_is_left_out_and_nothing_else_changes(
         modules = [learner.model for learner in (trainer.policy, trainer.critic) if learner]
         trained.append([weight for module in modules for weight in module.state_dict().values()])
     of_kl = ("kl_mean", "kl_k3_mean", "eval_kl_mean", "kl")
-    for without, beside in zip(*rows, strict=True):
-        assert without.keys() == beside.keys()
-        assert all(beside[key] is not None for key in of_kl if key in beside)
+    for without, with_reference in zip(*rows, strict=True):
+        assert without.keys() == with_reference.keys()
+        assert all(with_reference[key] is not None for key in of_kl if key in with_reference)
         for key in without:
             if key in of_kl:
                 assert without[key] is None
             elif not key.endswith(("_seconds", "_per_second", "_gb")):
-                assert without[key] == beside[key], key
+                assert without[key] == with_reference[key], key
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
 

@@ -9,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import oracles
-from support.strategies import Ragged, Rows, differs, differs_scalar, example, fast, ragged
+from support.loss_inputs import (
+    expected_policy_sum,
+    logprobs,
+    per_macro_advantages,
+    policy_inputs,
+)
+from support.strategies import Ragged, differs, differs_scalar, example, fast, ragged
 from torch import Tensor, nn
 
 from marlhf.algorithm import macro
@@ -18,37 +24,6 @@ from marlhf.algorithm.losses import k1, k3, kl_loss, policy_loss, value_loss
 
 RATIOS = ["token", "macro_mean", "macro_product"]
 clip_ranges = st.sampled_from([0.05, 0.2, 0.5])
-
-
-def per_macro_advantages(batch: Ragged) -> Rows:
-    """One number a token, the same within a macro action."""
-    rows = zip(batch.noise("advantages"), batch.starts, strict=True)
-    return [oracles.expand(oracles.reduce(row, starts, "first"), starts) for row, starts in rows]
-
-
-def logprobs(batch: Ragged) -> tuple[Rows, Rows]:
-    """Under the new and the old policy."""
-    old = [[-abs(x) for x in row] for row in batch.noise("old")]
-    steps = batch.noise("step", 0.3)
-    return [
-        [a + b for a, b in zip(*rows, strict=True)] for rows in zip(old, steps, strict=True)
-    ], old
-
-
-def policy_inputs(batch: Ragged) -> dict:
-    new, old = logprobs(batch)
-    return {
-        "logprobs_BT": batch.pad(new),
-        "old_logprobs_BT": batch.pad(old),
-        "advantages_BT": batch.pad(per_macro_advantages(batch)),
-        "mask_BT": batch.mask,
-    }
-
-
-def expected_policy_sum(batch: Ragged, clip_range: float, ratio: str) -> float:
-    new, old = logprobs(batch)
-    rows = zip(new, old, per_macro_advantages(batch), batch.starts, strict=True)
-    return math.fsum(oracles.policy_loss_sum(*row, clip_range, ratio) for row in rows)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

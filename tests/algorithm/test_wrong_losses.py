@@ -7,11 +7,8 @@ import math
 import pytest
 import torch
 from support import oracles
+from support.loss_inputs import expected_policy_sum, policy_inputs
 from support.strategies import Ragged, differs_scalar, example
-from test_losses import (
-    expected_policy_sum,
-    policy_inputs,
-)
 from torch import Tensor
 
 from marlhf.algorithm import macro

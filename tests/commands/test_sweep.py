@@ -246,6 +246,16 @@ def test_another_configuration_in_the_folder_is_refused(tmp_path, fake_job):
     assert len(fake_job()) == 1
 
 
+@pytest.mark.parametrize("name", ["log.txt", "sweep.yaml", "job.yaml"])
+def test_a_pipe_where_a_file_belongs_is_refused(name, tmp_path, fake_job):
+    folder = tmp_path / "out" / "a" / "seed-0"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name}' is not a file"):
+        sweep.run(config(tmp_path, arms={"a": {}}))
+    assert fake_job() == []
+
+
 def test_a_run_whose_end_was_not_recorded_is_done_if_its_model_is_there(tmp_path, fake_job):
     sweep.run(config(tmp_path, arms={"a": {}}))
     folder = tmp_path / "out" / "a" / "seed-0"
@@ -311,7 +321,7 @@ def test_real_runs_go_on_and_are_reported_by_arm(tmp_path, monkeypatch, capsys):
     assert states(tmp_path) == {"pairs/seed-0": "done", "token/seed-0": "done"}
     groups = group_runs(read_runs(["out"]))
     assert sorted(group.label for group in groups) == ["pairs", "token"]
-    assert all(group.runs[0].last_step == 1 for group in groups)
+    assert all(group.runs[0].last_update == 1 for group in groups)
     assert "All done" in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ from marlhf.common.third_party_output import quiet_libraries
 from marlhf.evaluation import job
 from marlhf.evaluation.render import Table
 from marlhf.evaluation.render import show as show_tables
-from marlhf.views.html_page import tag, text
+from marlhf.views.html_page import escape, tag
 from marlhf.views.terminal import visible
 
 COMMANDS = ["\x1b[31m", "\x07", "\x9b", "\x7f", "\u202e", "\u2066", "\u200f", "\u061c", "\ud800"]
@@ -31,7 +31,7 @@ def test_nothing_that_commands_is_shown(command: str, capfd: Any) -> None:
     foreign = f"one{command}two"
     wanted = f"one�{command[1:]}two"
     assert printable(foreign) == one_line(foreign) == visible(foreign) == wanted
-    assert one_line(ValueError(foreign)) == text(foreign) == wanted
+    assert one_line(ValueError(foreign)) == escape(foreign) == wanted
     assert tag("p", title=foreign) == f'<p title="{wanted}"></p>'
     say(foreign)
     say(foreign, sys.stdout)
@@ -41,7 +41,7 @@ def test_nothing_that_commands_is_shown(command: str, capfd: Any) -> None:
 def test_what_people_write_stays() -> None:
     written = "naïve שלום 你好 👩‍🚀 a\u200bb\tc\nd"
     assert printable(written, "\n\t") == written
-    assert text("<a>\n&") == "&lt;a&gt;\n&amp;"
+    assert escape("<a>\n&") == "&lt;a&gt;\n&amp;"
 
 
 @pytest.mark.parametrize("key", ['"\\e[31mred"', '"a\\u202Eb"'])

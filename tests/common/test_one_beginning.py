@@ -16,7 +16,8 @@ from tokenizers import processors
 from marlhf.config import ModelSettings, SFTConfig, SFTDataSettings
 from marlhf.data.demonstrations import as_examples
 from marlhf.data.encoding import encode
-from marlhf.rewards import RewardModel
+from marlhf.data.template_checks import strip_bos_for_rewards
+from marlhf.rewards import RewardModel, build_rewards
 from marlhf.rewards.learned import encode_for_reward
 from marlhf.training.ptx import text_ids
 
@@ -77,6 +78,22 @@ def test_a_reward_model_scores_a_prompt_with_bos_as_without(tmp_path: Path):
     assert with_bos == without != other
 
 
+@pytest.mark.parametrize("bos", ["<bos>", "<s>"])
+def test_the_policys_bos_is_no_text_for_a_reward_model_of_other_tokens(bos: str, tmp_path: Path):
+    tokenizer = byte_tokenizer(add_bos=True)
+    tiny_sequence_classifier("llama", BYTES_VOCAB).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, policy = RewardModel(str(tmp_path)), byte_tokenizer()
+    policy.add_special_tokens({"bos_token": bos})
+    with_bos = [f"{bos}tell me", f"{bos}{bos}tell me"]
+    plain, late = model(["tell me", f"tell{bos} me"], ["x"] * 2)
+    if bos != "<s>":
+        assert plain != pytest.approx(model(with_bos, ["x"] * 2)[0], abs=1e-4)
+    strip_bos_for_rewards(build_rewards(model), policy)
+    read = model([*with_bos, "tell me", f"tell{bos} me"], ["x"] * 4)
+    assert read == pytest.approx([plain] * 3 + [late], abs=1e-6)
+
+
 def test_a_conversation_that_begins_with_bos_has_one():
     """Written by the template, and by the first message."""
     tokenizer = byte_tokenizer(chat_template=CHAT)
@@ -91,6 +108,20 @@ def test_a_conversation_that_begins_with_bos_has_one():
     rows = [{"messages": [{"role": "user", "content": "<s>ab"}], "completion": "c"}]
     (example,) = as_examples(rows, sft_config(prompt_column="messages"), tokenizer).rows
     assert example.ids[: len(once)] == once
+
+
+@pytest.mark.parametrize("text", ["bc", "bc</s>"])
+def test_every_job_reads_one_end(text: str):
+    tokenizer = byte_tokenizer(add_bos=True)
+    wanted = tokenizer("abc</s>")["input_ids"]
+    rows = [{"prompt": "a", "completion": text, "text": f"a{text}"}]
+    (example,) = as_examples(rows, sft_config(), tokenizer).rows
+    (plain,) = as_examples(rows, sft_config(text_column="text"), tokenizer).rows
+    assert example.ids == plain.ids == wanted
+    assert text_ids("a", text, tokenizer, 99)[0] == wanted
+    assert text_ids(None, f"a{text}", tokenizer, 99)[0] == wanted
+    tokenizer.eos_token = None
+    assert text_ids("a", "bc", tokenizer, 99)[0] == wanted[:-1]
 
 
 @pytest.mark.parametrize("text", ["abcdef", "<s>abcdef"])

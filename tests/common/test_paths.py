@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,34 @@ def test_what_may_have_no_end_is_not_read(kind, key, words, refused, world, tmp_
         line = refused(*words)
     assert line.startswith(f"marlhf: {key}: given ")
     assert f"which is {kind}, must be a file" in line
+
+
+def test_a_configuration_may_come_from_a_command(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell's `<(command)`: a pipe among the open files."""
+    monkeypatch.chdir(world)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe:
+        pipe.write(Path("config.yaml").read_text())
+    main(["ppo", f"/dev/fd/{reader}", f"output_dir={tmp_path / 'run'}"])
+    os.close(reader)
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_command_that_writes_without_end_is_refused(refused: Refusals) -> None:
+    reader, writer = os.pipe()
+
+    def fill() -> None:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as pipe:
+            while True:
+                pipe.write("y\n" * 9999)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    assert "has more than 1048576 characters" in refused("ppo", f"/dev/fd/{reader}")
+    os.close(reader)
+    thread.join()
 
 
 CLOSED = [

@@ -144,7 +144,7 @@ def test_all_names_of_a_row_are_known_to_be_taken(tmp_path: Path) -> None:
     trainer.eval_prompts = list(trainer.stream.prompts[:2])
     row = trainer.step(PROMPTS) | trainer.evaluate()
     assert {"policy_steps", "ptx_loss", "eval_kl_mean"} <= row.keys()
-    assert row.keys() - metrics.OWN_NAMES == {"reward_vowels_mean"}
+    assert row.keys() - metrics.RESERVED_NAMES == {"reward_vowels_mean"}
 
 
 def test_a_token_reward_does_not_share_the_metric_of_a_reward() -> None:

@@ -171,8 +171,8 @@ def meddle(rollout: Any) -> None:
     rollout.generation.finished.fill_(True)
     rollout.generation.prompt_ids.zero_()
     rollout.rewards.scores.clear()
-    rollout.prompts[0].columns["x"] = 1
-    rollout.prompts.clear()
+    rollout.prompt_texts.clear()
+    rollout.sequences.input_ids.zero_()
     rollout.extras.clear()
 
 

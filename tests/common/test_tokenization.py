@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.responses import encode, families, sampled_ids
 from support.strategies import fast
+from support.tiny_models import byte_tokenizer
 from support.tokenizer_families import FAMILIES, SAMPLES, byte_level, sentencepiece_bpe, wordpiece
 from tokenizers import pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from marlhf.common.errors import UserError
 from marlhf.common.tokenization import decode_with_offsets
+from marlhf.config import ModelSettings
+from marlhf.models.loading import load_tokenizer
 
 
 def text_of(tokenizer, ids: list[int]) -> str:
@@ -238,3 +244,14 @@ def test_bytes_that_are_no_text_cost_no_more(family: str, text: str, monkeypatch
     assert tokenizer.unk_token_id not in ids
     assert decoded_tokens(tokenizer, ids, monkeypatch) < 24 * len(ids)
     assert decode_with_offsets(tokenizer, ids)[1][-1][1] == len(text_of(tokenizer, ids))
+
+
+@pytest.mark.parametrize("limit", ["x", [5], {"a": 1}])
+def test_a_tokenizer_that_encodes_nothing_is_refused_as_it_is_loaded(limit, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": limit}))
+    with pytest.raises(UserError, match=r"^model\.path: .*tokenizer of .*") as refusal:
+        load_tokenizer(ModelSettings(path=str(tmp_path)))
+    assert "\n" not in str(refusal.value)

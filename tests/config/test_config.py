@@ -17,7 +17,7 @@ from support.strategies import fast
 
 from marlhf.cli import main
 from marlhf.common.errors import UserError, one_line
-from marlhf.config import MacroSettings, PPOConfig
+from marlhf.config import EvaluateConfig, MacroSettings, PPOConfig
 from marlhf.config.loading import (
     apply_overrides,
     config_fields,
@@ -25,6 +25,7 @@ from marlhf.config.loading import (
     config_to_dict,
     load_config,
     merge,
+    override,
     read_yaml,
 )
 from marlhf.config.yaml_text import dump_yaml, parse_yaml
@@ -170,26 +171,26 @@ def test_a_mapping_that_changes_its_name_replaces_the_one_below():
 
 
 def test_a_preset_lies_below_what_is_given():
-    config = loaded("preset=reference", "reward.clip=1", "macro.value=last")
+    config = loaded("preset=paper_code", "reward.clip=1", "macro.value=last")
     assert config.reward.clip == 1
     assert (config.macro.value, config.macro.reward) == ("last", "mean")
     assert config.macro.discount == "per_macro"
     assert config.ppo.logprob_temperature == "one"
-    for override in ("macro=null", "macro=3"):
+    for macro in ("macro=null", "macro=3"):
         with pytest.raises(UserError, match=r"macro: given .*, must be a mapping of keys"):
-            loaded("preset=reference", override)
+            loaded("preset=paper_code", macro)
 
 
 def test_every_key_of_the_preset_is_a_key_of_the_configuration():
-    preset = read_yaml(REPOSITORY / "src/marlhf/config/presets/reference.yaml")
-    plain = config_to_dict(loaded("preset=reference"))
+    preset = read_yaml(REPOSITORY / "src/marlhf/config/presets/paper_code.yaml")
+    plain = config_to_dict(loaded("preset=paper_code"))
     for section, keys in preset.items():
         assert keys == {key: plain[section][key] for key in keys}
 
 
 def test_a_preset_and_an_object_for_its_section_contradict():
     with pytest.raises(ValueError, match="macro: given as an object"):
-        PPOConfig(model=config_model(), preset="reference", macro=MacroSettings())
+        PPOConfig(model=config_model(), preset="paper_code", macro=MacroSettings())
 
 
 def config_model() -> Any:
@@ -211,7 +212,7 @@ def test_every_shipped_configuration_survives_the_way_to_yaml_and_back(path):
 
 
 def test_a_resolved_configuration_with_a_preset_reads_back_the_same():
-    config = loaded("preset=reference", "ppo.lam=0.5", "model.lora={}", "reward.clip=null")
+    config = loaded("preset=paper_code", "ppo.lam=0.5", "model.lora={}", "reward.clip=null")
     assert config_from_dict(PPOConfig, config_to_dict(config)) == config
 
 
@@ -276,7 +277,7 @@ def test_help_lists_every_key_once_with_type_default_and_meaning(help_text):
         "rollout.temperature  (float >0, default 1.0)",
         "reward.clip  (float >0 or null, default null)",
         "optimizer.betas  (list of float >=0 <1, 2 of them, default [0.9, 0.95])",
-        'ppo.estimator  (gae|rloo|grpo|reinforce, default "gae")',
+        'ppo.estimator  (text or mapping, default "gae")',
         "data.shuffle  (true|false, default true)",
         "data.columns  (mapping, default {})",
         'segmenter  (text or mapping, default "ngram")',
@@ -288,7 +289,11 @@ def test_help_shows_types_bounds_and_defaults(line, help_text):
     assert f"\n  {line}\n" in help_text
 
 
-OPTIONAL_SECTIONS = ("model.lora.", "ptx.")  # null unless one of their keys is given
+OPTIONAL_SECTIONS = (
+    "model.lora.",
+    "ptx.",
+    "rollout.importance.",
+)  # null unless one of their keys is given
 
 
 def test_defaults_in_help_are_accepted_as_overrides():
@@ -320,6 +325,8 @@ def values_of(kind: str) -> st.SearchStrategy[Any]:
     kind, *bounds = re.split(r" (?=[<>])", kind)
     if not bounds or kind not in ("int", "float"):
         return SCALARS[kind]
+    if kind == "float" and bounds[0] in (">1", ">=1"):
+        return st.floats(1.1, 9.0)
     return st.integers(1, 9) if kind == "int" else st.floats(0.1, 0.9) | st.just(1e-5)
 
 
@@ -328,7 +335,7 @@ CROSSED = {"preset", "ppo.minibatches", "ppo.estimator", "rollout.min_new_tokens
 CROSSED |= {"kl.target", "kl.horizon", "ppo.target_kl"}
 CROSSED |= {f"data.{key}" for key in ("preset", "part", "part_seed", "min_good_rows")}
 CROSSED |= {f.key for f in config_fields(PPOConfig) if f.key.startswith("ptx.")}
-CROSSED |= {"resume", "critic.coef"}
+CROSSED |= {"resume", "critic.coef", "data.template_date"}
 FREE = [f for f in config_fields(PPOConfig) if f.type != "section" and f.key not in CROSSED]
 
 
@@ -359,3 +366,46 @@ def test_one_line():
     assert one_line("x" * 20, 10) == "x" * 7 + "..."
     assert one_line(KeyError()) == "KeyError"
     assert one_line(ValueError("a\nb")) == "a b"
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fragments"),
+    [
+        ("preset", "x" * 5000, ["preset: given 'xxx", "must be 'paper_code'"]),
+        ("k" * 5000, 1, ["kkk", "unknown key", "rollout, seed, segmenter, steps"]),
+        ("data", {"template_date": "x" * 5000}, ["data.template_date: given 'x", "YYYY-MM-DD"]),
+        (
+            "reward",
+            {"models": [1] * 5000},
+            ["reward.models: given [1, 1", "a mapping of keys or a"],
+        ),
+        ("steps", nested(300), ["config: lists and mappings in it are nested too deeply"]),
+    ],
+    ids=["preset", "key", "date", "list", "deep"],
+)
+def test_long_and_deep_values_leave_a_short_line(key, value, fragments):
+    with pytest.raises(UserError) as error:
+        config_from_dict(PPOConfig, {"model": {"path": "x"}, key: value})
+    assert len(str(error.value)) < 800
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+def test_a_long_override_leaves_a_short_line():
+    for assignment in ("steps=" + "9" * 5000, "x" * 5000, "steps.x=" + "9" * 5000):
+        with pytest.raises(UserError) as error:
+            override({"steps": "x" * 5000}, assignment)
+        assert str(error.value).startswith(f"override '{assignment[:6]}")
+        assert len(str(error.value)) < 300
+
+
+def test_a_section_names_its_key():
+    with pytest.raises(UserError, match=r"^judge\.url: must begin with http"):
+        config_from_dict(EvaluateConfig, {"policies": "x", "judge": {"url": "x", "model": "m"}})

@@ -111,7 +111,7 @@ def test_numbers_of_ppo():
         sampling = (rollout.temperature, rollout.top_p, rollout.top_k)
         assert sampling == ((1.0, 1.0, 5) if code else (0.8, 1.0, 50))
         assert (config.ppo.gamma, config.ppo.lam, config.ppo.clip_range) == (1.0, 0.95, 0.2)
-        assert (config.ppo.epochs, config.ppo.minibatches, config.preset) == (1, 1, "reference")
+        assert (config.ppo.epochs, config.ppo.minibatches, config.preset) == (1, 1, "paper_code")
         assert config.segmenter == {"name": "ngram", "n": 10 if code else 5}
         assert config.steps == {"tldr": 145, "hh": 175, "webgpt": 29, "apps": 250}[task]
 

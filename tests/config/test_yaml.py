@@ -115,3 +115,35 @@ def test_what_is_written_is_read_alike_by_both_versions(value: Any):
     text = dump_yaml(value)
     assert parse_yaml(text, "here") == value
     assert yaml.safe_load(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: !!bool maybe", "'maybe' is not what the tag !!bool says"),
+        ("a: 1\nb: !!null kept", "'kept' is not what the tag !!null says"),
+        ("a: 1\nb: !!int 1_0", "'1_0' is not what the tag !!int says"),
+        ("a: 1\nb: !!float x", "'x' is not what the tag !!float says"),
+        ("a: 1\n!!bool x: b", "'x' is not what the tag !!bool says"),
+        ("a: 1\nb: 0x" + "9" * 5000, "a number has more than 1000 digits"),
+        ("a: 1\nb: -" + "9" * 5000, "a number has more than 1000 digits"),
+        ('a: 1\nb: "\\UFFFFFFFF"', "an escape is no character"),
+        ('a: 1\nb: "\\U00110000"', "an escape is no character"),
+        ("a: 1\nb: {1: x, 1.0: y}", "key '1.0' is given twice"),
+        ("a: 1\nb: {true: x, 1: y}", "key '1' is given twice"),
+        ("a: 1\nb: {1: x, '1': y}", "key '1' is given twice"),
+        ("a: 1\nb: " + "[" * 99 + "]" * 99, "nested too deeply, over 50 levels"),
+        ("a: 1\nb: " + "{a: " * 99 + "}" * 99, "nested too deeply, over 50 levels"),
+        ("a: 1\n? " + "- " * 99 + "x", "nested too deeply, over 50 levels"),
+        ("a: 1\nb: [" + "1, " * 99_999 + "]", "it has more than 20000 values"),
+    ],
+)
+def test_what_no_value_can_be_made_of_is_a_line_that_names_its_line(text, problem):
+    with pytest.raises(UserError, match=r"here, line 2: not valid YAML: .*") as error:
+        parse_yaml(text, "here")
+    assert problem in str(error.value)
+
+
+def test_tags_that_fit_are_read():
+    text = "[!!str 3, !!int '3', !!float 3, !!bool 'true', !!null '', !<tag:yaml.org,2002:int> 3]"
+    assert parse_yaml(text, "here") == ["3", 3, 3.0, True, None, 3]

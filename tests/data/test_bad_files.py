@@ -33,6 +33,7 @@ model.path=./nowhere -> model.path: given './nowhere', which does not exist & a 
 model.path=/no/where/else -> model.path: given '/no/where/else', which does not exist
 model.path=data.jsonl -> model.path: given 'data.jsonl', which is a file; must be the
 model.path=empty_folder -> 'empty_folder' must hold & exactly one .gguf file; found neither
+model.path=adapter_alone -> holds an adapter alone & `marlhf merge adapter_alone OUT`
 model.path=org/no-such-model -> model.path: cannot load & 'org/no-such-model'
 model.path=t5 -> model.path: 't5' is no causal language model
 model.path=small_lm -> model.path: the tokenizer has 259 tokens, the model 64
@@ -70,6 +71,8 @@ def test_a_wrong_model(overrides, fragments, refused):
     Path("t5").mkdir(exist_ok=True)
     shutil.copytree("lm", "t5", dirs_exist_ok=True)
     Path("t5/config.json").write_text('{"model_type": "t5", "vocab_size": 300}')
+    Path("adapter_alone").mkdir(exist_ok=True)
+    Path("adapter_alone/adapter_config.json").write_text("{}")
     line = refused.of(*overrides)
     for fragment in fragments:
         assert fragment in line
@@ -169,6 +172,12 @@ def test_weights_that_do_not_fit_are_not_made_up(change, fragment, refused, tmp_
     line = refused.of(f"model.path={folder.name}", f"output_dir={tmp_path}", weights=True)
     assert "the weights in 'changed_lm' do not make a LlamaForCausalLM" in line
     assert fragment in line
+
+
+def test_a_reward_model_from_which_the_critic_starts_is_named_by_its_own_key(refused, tmp_path):
+    folder = refused.copy("rm", configured(num_hidden_layers=3))
+    line = refused.of(f"reward.models={folder.name}", f"output_dir={tmp_path}", weights=True)
+    assert line.startswith("marlhf: reward.models: the weights in 'changed_rm' do not make a")
 
 
 def test_a_classifier_is_no_policy(refused, tmp_path):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support import warm_python
 from support.runs import tiny_config
 from support.tiny_models import (
     BYTES_VOCAB,
@@ -21,9 +22,19 @@ from support.tiny_models import (
 
 from marlhf import cli
 from marlhf.common.errors import UserError
-from marlhf.config import ModelSettings, PairDataSettings, RewardConfig, SFTConfig, SFTDataSettings
+from marlhf.config import (
+    EvaluateConfig,
+    ModelSettings,
+    PairDataSettings,
+    RewardConfig,
+    SFTConfig,
+    SFTDataSettings,
+)
+from marlhf.config.loading import config_from_dict
+from marlhf.data import template_checks
 from marlhf.data.demonstrations import as_examples
 from marlhf.data.pairs import load_preferences
+from marlhf.distributed import Distributed
 from marlhf.rewards import RewardModel
 from marlhf.runs.metrics import Timer
 from marlhf.training.ppo import PPOTrainer
@@ -173,6 +184,12 @@ REPEATED: list[tuple[Any, Any]] = [
     ([SYSTEM, *chat("say 1")], chat("say 1", "yes")),
     (chat("say 1"), [SYSTEM, *chat("say 1", "yes")]),
     (chat("say 1", "ye"), chat("say 1", "yes")),
+    # the last question of a longer conversation
+    ("say 1", chat("a", "b", "say 1", "yes")),
+    (chat("c", "d", "say 1"), chat("a", "b", "c", "d", "say 1", "yes")),
+    ([SYSTEM, *chat("say 1")], chat("a", "b", "say 1", "yes")),
+    (chat("say 1"), [SYSTEM, *chat("a", "b", "say 1", "yes")]),
+    (chat("say 1", "ye"), chat("a", "b", "say 1", "yes")),
 ]
 
 
@@ -216,13 +233,15 @@ def test_a_user_who_says_the_same_again_is_not_taken_for_the_prompt() -> None:
 
 DAYS = """
 import datetime, sys
+import marlhf.data.template_checks as checks
+import transformers.utils.chat_template_utils as templates
 class Day(datetime.date):
     @classmethod
     def today(cls): return cls(2031, 5, int(sys.argv[1]))
 class Now(datetime.datetime):
     @classmethod
     def now(cls, tz=None): return cls(2031, 5, int(sys.argv[1]), 9)
-datetime.date, datetime.datetime = Day, Now
+checks.date, templates.datetime = Day, Now
 from marlhf.cli import main
 main(sys.argv[2:])
 """  # a machine whose clock shows another day
@@ -230,7 +249,7 @@ main(sys.argv[2:])
 
 def on_day(day: int, *words: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DAYS, str(day), *words]
+    command = [warm_python.command(), "-c", DAYS, str(day), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -263,6 +282,51 @@ def test_an_evaluation_goes_on_on_another_day(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == first
     recorded = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert recorded["data"]["template_date"] == "2031-05-03"
+
+
+@pytest.mark.parametrize("resume", ["auto", "checkpoints/step-1"])
+def test_a_run_goes_on_on_another_day(
+    resume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_of(day: int, **sections: Any) -> PPOTrainer:
+        class Day(date):
+            @classmethod
+            def today(cls) -> Day:
+                return cls(2031, 5, day)
+
+        monkeypatch.setattr(template_checks, "date", Day)
+        sections |= {"checkpoint": {"every": 1}, "overwrite": False}
+        sections |= {"rollout": {"batch_size": 2, "max_prompt_length": 200}}
+        return PPOTrainer(
+            tiny_config(tmp_path / "run", **sections),
+            reward=lambda prompts, completions: [1.0] * len(prompts),
+            train_dataset=[chat("say 1")] * 2,
+            model=tiny_causal_lm("llama", BYTES_VOCAB),
+            tokenizer=byte_tokenizer(chat_template=DATED),
+        )
+
+    run_of(3, steps=1).train()
+    later = run_of(
+        4, steps=2, resume=resume if resume == "auto" else str(tmp_path / "run" / resume)
+    )
+    assert later.step_count == 1
+    assert later.config.data.template_date == "2031-05-03"
+    rollout = later.worker(list(later.stream.prompts), [0, 1], 0, Timer())
+    (text, _) = later.tokenizer.batch_decode(rollout.generation.prompt_ids)
+    assert "Today is 03 May 2031." in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "7", "[" * 10_000, "data: 5", "data: [1]", "data: {template_date: 7}"],
+    ids=lambda text: text[:24],
+)
+def test_a_spoilt_record_of_the_day_is_none(text: str, tmp_path: Path) -> None:
+    config = config_from_dict(EvaluateConfig, evaluation(tmp_path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(text)
+    found = template_checks.dated(config, Distributed("fp32"))
+    assert found.data.template_date == date.today().isoformat()
 
 
 def test_policy_and_reward_model_see_the_day_that_is_given(tmp_path: Path) -> None:

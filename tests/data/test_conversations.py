@@ -132,7 +132,7 @@ def test_conversations_in_csv(tmp_path):
     cell = json.dumps([USER, ASSISTANT]).replace('"', '""')
     (tmp_path / "a.csv").write_text(f'prompt\n"{cell}"\nplain\n')
     prompts, _ = load_rows(DataSettings(path=str(tmp_path / "a.csv"), eval_rows=0))
-    assert prompts == [Prompt("abcd\n\nefgh", [USER, ASSISTANT]), Prompt("plain")]
+    assert list(prompts) == [Prompt("abcd\n\nefgh", [USER, ASSISTANT]), Prompt("plain")]
     as_text = DataSettings(path=str(tmp_path / "a.csv"), eval_rows=0, prompt_template="{prompt}")
     assert load_rows(as_text)[0][0].messages is None
 
@@ -157,3 +157,26 @@ def test_single_messages_in_pairs(tokenizer, tmp_path):
     data = PairDataSettings(path=str(tmp_path / "a.jsonl"), eval_rows=0)
     listed, single = load_preferences(RewardConfig(model=LM, data=data), tokenizer).pairs
     assert listed == single
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"name": "b", "role": "user", "content": "x"}]',
+        '{"name": "b", "content": "x", "role": "user"}',
+        '[{"tool_calls": null, "role": "user", "content": "x"}]',
+    ],
+)
+def test_messages_written_as_text_may_begin_with_any_key(text):
+    assert text_or_messages(text, "row 0")[0] == "x"
+
+
+def test_text_with_such_words_in_braces_stays_text():
+    code = 'if (a) { send({"role": "user", "content": b}); }'
+    for text in (code, code[7:], '{"a": 1, "role": x, "content": y}'):
+        assert text_or_messages(text, "row 0") == (text, None)
+
+
+def test_a_key_given_twice_in_messages_written_as_text_is_refused():
+    with pytest.raises(UserError, match="the key 'content' is given twice"):
+        text_or_messages('[{"role": "user", "content": "a", "content": "b"}]', "row 0")

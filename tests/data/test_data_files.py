@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import os
+from decimal import Decimal
 
 import pyarrow as pa
 import pytest
@@ -19,7 +20,8 @@ from pyarrow import parquet
 
 from marlhf.common.types import UserError
 from marlhf.config import PairDataSettings
-from marlhf.data.files import number_in, read_rows
+from marlhf.data import files
+from marlhf.data.files import number_in
 from marlhf.data.pairs import _margin
 from marlhf.data.presets import RowError, value
 
@@ -30,6 +32,10 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 def written(path, content):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
+
+
+def read_rows(*arguments):
+    return list(files.read_rows(*arguments))
 
 
 def refusal(path):
@@ -187,3 +193,58 @@ def inner(names):
 def test_a_parquet_column_twice(tmp_path, table):
     parquet.write_table(table, tmp_path / "a.parquet")
     assert refusal(tmp_path / "a.parquet").endswith("the column 'prompt' is given twice")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_rows_behind_a_damaged_stream_are_not_left_out(tmp_path, pack):
+    suffix = {gzip.compress: "gz", bz2.compress: "bz2", lzma.compress: "xz"}[pack]
+    path = tmp_path / f"a.jsonl.{suffix}"
+    streams = [pack(line) for line in LINES.splitlines(keepends=True)]
+    written(path, b"".join(streams) + b"\0" * 4)
+    assert read_rows(str(path)) == ROWS
+    written(path, streams[0] + b"?" + streams[1][1:])
+    assert "cannot be read" in refusal(path)
+    written(path, streams[0] + streams[1][:-4])
+    assert "cannot be read" in refusal(path)
+
+
+def test_keys_that_become_one_key_are_refused(tmp_path):
+    written(tmp_path / "a.jsonl", '{"\\ud83d": 1, "\\ud83e": 2}\n')
+    assert "the key '?' is given twice" in refusal(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["Test.jsonl", "TEST-2.jsonl", "test2.jsonl", "Heldout/a.jsonl"])
+def test_held_out_files_are_not_trained_on(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    written(tmp_path / name, '{"prompt": "held out"}\n')
+    written(tmp_path / "Train.jsonl", LINES)
+    assert read_rows(str(tmp_path)) == ROWS
+
+
+def test_a_split_may_be_asked_for_as_it_is_written(tmp_path):
+    for name in ("Train", "test2", "test"):
+        written(tmp_path / f"{name}.jsonl", f'{{"prompt": "{name}"}}\n')
+    assert read_rows(str(tmp_path), "test2") == [{"prompt": "test2"}]
+    assert len(read_rows(str(tmp_path), "test")) == 2
+
+
+@pytest.mark.parametrize("name", ["b.tar.gz", "b.tgz", "b.TAR.XZ", "b.zip"])
+def test_an_archive_in_a_folder_is_refused(tmp_path, name):
+    written(tmp_path / "a.jsonl", LINES)
+    written(tmp_path / name, b"x")
+    assert "is packed in a way that is not read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "number"),
+    [
+        ("1_0", None),
+        (Decimal("1.50"), 1.5),
+        ("1e3", 1000),
+        (" 7 ", 7),
+        ("0x10", None),
+        (True, None),
+    ],
+)
+def test_what_is_a_number(cell, number):
+    assert number_in(cell) == number

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.tiny_models import CHATML, byte_tokenizer
 from support.tokenizer_families import byte_level, sentencepiece_bpe
 
@@ -13,8 +16,8 @@ from marlhf.common.errors import UserError
 from marlhf.common.tokenization import continuation_ids
 from marlhf.config import ModelSettings, SFTConfig, SFTDataSettings
 from marlhf.data.demonstrations import (
-    Example,
-    Examples,
+    SFTExample,
+    SFTExamples,
     as_examples,
     load_examples,
     pack,
@@ -32,7 +35,7 @@ TRIMS_EARLIER_TURNS = (
 )
 
 
-def examples(rows: list[Any], tokenizer: Any = None, **keys: Any) -> Examples:
+def examples(rows: list[Any], tokenizer: Any = None, **keys: Any) -> SFTExamples:
     """The rows' examples with a byte tokenizer; keys of `data` or of the configuration."""
     own = {k: keys.pop(k) for k in list(keys) if k in SFTDataSettings.__dataclass_fields__}
     config = SFTConfig(model=ModelSettings(path="x"), data=SFTDataSettings(**own), **keys)
@@ -40,7 +43,7 @@ def examples(rows: list[Any], tokenizer: Any = None, **keys: Any) -> Examples:
     return as_examples(rows, config, tokenizer or chat)
 
 
-def shown(example: Example, tokenizer: Any = None) -> str:
+def shown(example: SFTExample, tokenizer: Any = None) -> str:
     """The example's text, what is trained in brackets."""
     tokenizer = tokenizer or byte_tokenizer()
     pieces, inside = [], False
@@ -93,6 +96,16 @@ def shown(example: Example, tokenizer: Any = None) -> str:
             "<s>[user\nhi</s>\n<s>assistant\nyes?</s>]",
         ),
         ({"text": "ab"}, {"text_column": "text"}, "<s>[ab</s>]"),
+        # the text names its EOS
+        ({"text": "ab</s>"}, {"text_column": "text"}, "<s>[ab</s>]"),
+        ({"text": "ab</s>\n"}, {"text_column": "text"}, "<s>[ab</s>]"),
+        ({"text": "a</s> b"}, {"text_column": "text"}, "<s>[a</s> b</s>]"),
+        ({"prompt": "ab", "completion": " cd</s> \n</s>\n"}, {}, "<s>ab[ cd</s>]"),
+        (
+            {"prompt": [{"role": "user", "content": "ab"}], "completion": "c</s>\n"},
+            {},
+            "<s>user\nab</s>\n<s>assistant\n[c</s>]",
+        ),
     ],
 )
 def test_what_is_trained(row, keys, wanted):
@@ -203,12 +216,28 @@ def test_held_out_rows_keep_their_numbers(tmp_path):
         load_examples(config, without_eos)
 
 
-def test_packing_keeps_every_example_once_and_fills_rows():
+def plainly_packed(lengths: list[int], size: int) -> list[int]:
+    """Best-fit decreasing, by looking at every group for every example."""
+    rooms: list[int] = []
+    groups = [0] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = [(room, group) for group, room in enumerate(rooms) if room >= lengths[index]]
+        group = min(fits)[1] if fits else len(rooms)
+        rooms += [] if fits else [size]
+        rooms[group] -= lengths[index]
+        groups[index] = group
+    return groups
+
+
+@given(st.lists(st.integers(1, 30), max_size=60))
+def test_packing_is_best_fit_decreasing(lengths):
+    assert pack(np.array(lengths, int), 30).tolist() == plainly_packed(lengths, 30)
+
+
+def test_packing_wastes_little():
     draw = random.Random(0)
-    made = [Example([i] * draw.randint(1, 30), [False]) for i in range(300)]
-    groups = pack(made, 64)
-    assert sorted(e.ids[0] for group in groups for e in group) == list(range(300))
-    assert max(sum(map(len, group)) for group in groups) <= 64
-    tokens = sum(map(len, made))
-    assert tokens / 64 <= len(groups) <= 1.05 * tokens / 64  # little is wasted
-    assert pack([], 64) == []
+    lengths = np.array([draw.randint(1, 30) for _ in range(300)])
+    filled = np.bincount(pack(lengths, 64), lengths)
+    assert filled.max() <= 64
+    assert filled.min() > 0
+    assert len(filled) <= 1.05 * lengths.sum() / 64

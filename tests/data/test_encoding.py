@@ -5,6 +5,7 @@ from support.tiny_models import byte_tokenizer
 
 from marlhf.common.errors import UserError
 from marlhf.data.encoding import encode
+from marlhf.rewards.learned import encode_for_reward
 
 
 def test_special_tokens():
@@ -32,3 +33,10 @@ def test_no_tokens_at_all():
     assert encode([], byte_tokenizer(), 5) == ([], [])
     with pytest.raises(UserError, match="has no tokens, and the tokenizer has no BOS"):
         encode([""], byte_tokenizer(bos=None), 5)
+
+
+@pytest.mark.parametrize("text", ["hi", "hi</s>", "hi</s>\n", "hi </s>  </s>"])
+def test_a_text_that_names_its_eos_is_given_no_second_one(text):
+    tokenizer = byte_tokenizer(add_eos=True)
+    ids = encode_for_reward(tokenizer, [text], [False])[0]
+    assert tokenizer.decode(ids).replace(" ", "") == "hi</s>"

@@ -22,7 +22,7 @@ from support.presets import (
 from marlhf.common.errors import UserError
 from marlhf.config import DataSettings, PPOConfig, SFTConfig
 from marlhf.config.loading import config_from_dict
-from marlhf.data.presets import Example, RowError, Source, build_preset, place
+from marlhf.data.presets import Example, RowError, Source, build_preset, unit_hash
 from marlhf.data.prompts import load_records, load_rows
 
 TLDR, HH, WEBGPT, APPS = MAKERS
@@ -163,13 +163,13 @@ def test_a_copy_too_small_to_hold_anything_out_says_so(tmp_path):
 
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(), seed=st.integers(-(2**63), 2**63 - 1))
-def test_places_are_in_range_and_white_space_does_not_count(text, seed):
-    assert 0 <= place(text, seed) < 1
-    assert place(f" {text}\n ", seed) == place(text, seed)
+def test_hashes_are_in_range_and_white_space_does_not_count(text, seed):
+    assert 0 <= unit_hash(text, seed) < 1
+    assert unit_hash(f" {text}\n ", seed) == unit_hash(text, seed)
 
 
-def test_places_never_change_between_versions():
-    assert [round(place(text, 1234), 6) for text in ("a", "b")] == [0.407342, 0.51495]
+def test_hashes_never_change_between_versions():
+    assert [round(unit_hash(text, 1234), 6) for text in ("a", "b")] == [0.407342, 0.51495]
 
 
 # rows that break the schema

@@ -186,6 +186,12 @@ def test_a_problem_without_tests_is_no_prompt(tmp_path, none):
     assert len(one(APPS, problem_row(0, input_output=none), tmp_path, "sft")) == 2
 
 
+def test_a_problem_without_the_column_of_tests_has_its_solutions(tmp_path):
+    row = problem_row(0)
+    del row["input_output"]
+    assert len(one(APPS, row, tmp_path, "sft")) == 2
+
+
 @pytest.mark.parametrize(
     "tests",
     [

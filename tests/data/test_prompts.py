@@ -23,7 +23,8 @@ SHARED = Path(__file__).parents[3] / "shared/data/debian_summaries.jsonl"
 
 
 def load(path, **changes):
-    return load_rows(DataSettings(path=str(path), **{"eval_rows": 0, **changes}))
+    train, held_out = load_rows(DataSettings(path=str(path), **{"eval_rows": 0, **changes}))
+    return list(train), list(held_out)
 
 
 def fails(match, path, **changes):
@@ -356,11 +357,13 @@ def test_as_prompts_takes_every_form():
     assert as_prompts(given) == given
     expected = [Prompt(r["prompt"], None, {"answer": r["answer"], "note": None}) for r in ROWS]
     dataset = datasets.Dataset.from_list(ROWS)
-    assert as_prompts(ROWS) == as_prompts(dataset) == as_prompts(iter(ROWS)) == expected
+    assert as_prompts(ROWS) == as_prompts(iter(ROWS)) == expected
+    assert list(as_prompts(dataset)) == as_prompts(dataset)[:] == expected
+    assert list(as_prompts(dataset.select([4, 0]))) == [expected[4], expected[0]]
     frame = as_prompts(dataset.to_pandas())
     assert texts(frame) == texts(expected)
     chats = datasets.Dataset.from_list([{"prompt": [USER, ASSISTANT], "k": 1}])
-    assert as_prompts(chats) == [Prompt("Hi\n\nWell", [USER, ASSISTANT], {"k": 1})]
+    assert list(as_prompts(chats)) == [Prompt("Hi\n\nWell", [USER, ASSISTANT], {"k": 1})]
     turns = {"prompt": {"role": ["user"], "content": ["Hi"]}}
     assert as_prompts([turns]) == [Prompt("Hi", [USER])]
     extra = {"prompt": [{**USER, "name": None, "id": 3}]}
@@ -396,7 +399,7 @@ def test_render():
     wrap = DataSettings(apply_chat_template=True)
     (wrapped,) = as_prompts(["Hi"], wrap)
     assert wrapped == Prompt("Hi", [USER])
-    assert render(wrapped, tokenizer, wrap) == render(plain, tokenizer, wrap) == chat
+    assert render(wrapped, tokenizer) == chat
     (filled,) = as_prompts(
         [{"d": "Hi"}], DataSettings(prompt_template="{d}", apply_chat_template=True)
     )
@@ -405,16 +408,16 @@ def test_render():
 
 def test_unusable_chat_templates_are_found_beforehand():
     prompts = as_prompts(["plain", [USER], [{"role": "system", "content": "S"}, USER]])
-    check_prompts(prompts, byte_tokenizer(chat_template=CHATML))
-    check_prompts(prompts[:1], byte_tokenizer())
+    check_prompts([prompts], byte_tokenizer(chat_template=CHATML))
+    check_prompts([prompts[:1]], byte_tokenizer())
     with pytest.raises(UserError, match=r"^model.chat_template: must be given"):
-        check_prompts(prompts, byte_tokenizer())
+        check_prompts([prompts], byte_tokenizer())
     strict = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}x"
     )
-    check_prompts(prompts[:2], byte_tokenizer(chat_template=strict))
+    check_prompts([prompts[:2]], byte_tokenizer(chat_template=strict))
     with pytest.raises(UserError, match=r"refuses the prompt 'S.*: no system"):
-        check_prompts(prompts, byte_tokenizer(chat_template=strict))
+        check_prompts([prompts], byte_tokenizer(chat_template=strict))
 
 
 # real data

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import subprocess
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from support import two_ranks_that_die
+from support.forked_ranks import two_ranks
 from support.launches import PROFILES, accelerate, first_error, run, torchrun
+from support.runs import PROMPTS, tiny_trainer
 from support.runs_that_die import contents, in_child, train, trainer
 
 from marlhf.common.errors import UserError
 from marlhf.distributed import trained
-from marlhf.runs import checkpoint, metrics, state
+from marlhf.rewards import TokenReward
+from marlhf.runs import checkpoint, sinks, state
 
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks_that_die.py"
 
@@ -40,8 +44,8 @@ def full(owner: Any, name: str, call: int, error: Exception, monkeypatch: Any) -
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 WRITES: dict[str, tuple[Any, str, int, Exception]] = {
-    "a row": (metrics.JsonLines, "write", 14, NO_SPACE),
-    "events": (metrics.TensorBoard, "write", 5, NO_SPACE),
+    "a row": (sinks.JsonLines, "write", 14, NO_SPACE),
+    "events": (sinks.TensorBoard, "write", 5, NO_SPACE),
     "weights": (trained, "save_file", 3, SafetensorError("I/O error: No space (os error 28)")),
     "optimiser": (trained.torch, "save", 4, RuntimeError("PytorchStreamWriter failed writing")),
     "rank": (state.torch, "save", 6, NO_SPACE),
@@ -147,23 +151,67 @@ def test_one_rank_goes_on_from_what_two_have_written_or_says_why_not(
         assert {k: row[k] for k in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fault", "shown"),
-    [
-        ("reward", ["scorer is out of order", "PeerError: rank 1 failed: reward DrawingReward"]),
-        ("learning", ["RewardError: token reward curiosity: raised RuntimeError: the learner is"]),
-    ],
-)
+# of rank 1, and what rank 0 is told
+FAULTS = {
+    "reward": "RewardError: reward DrawingReward: ",
+    "learning": "RewardError: token reward curiosity: raised RuntimeError: the learner is ",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_reward_that_fails_on_one_rank_ends_both_with_its_error(
-    fault: str, shown: list[str], tmp_path: Path
+    fault: str, tmp_path: Path
 ) -> None:
-    began = time.monotonic()
-    done = launch(tmp_path, fault)
-    assert done.returncode != 0
-    assert time.monotonic() - began < 60
-    assert all(text in done.stderr for text in shown), first_error(done)
+    first, second = two_ranks(lambda _: str(two_ranks_that_die.main(tmp_path, fault)), tmp_path)
+    assert second.startswith(FAULTS[fault])
+    assert "out of order" in second
+    assert first == f"PeerError: rank 1 failed: {second.partition(': ')[2]}"
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+class Odd(TokenReward):
+    """One whose ranks differ in a call of `all_reduce`, and which catches what that raises."""
+
+    requires = frozenset()
+
+    def __init__(self, on_one: str) -> None:
+        self.on_one = on_one
+
+    def __call__(self, rollout: Any) -> torch.Tensor:
+        return torch.zeros(rollout.responses.response_mask.shape)
+
+    def update(self, rollout: Any, all_reduce: Any) -> dict[str, float]:
+        differs = torch.distributed.get_rank() == 1
+        with suppress(UserError):
+            if not differs or self.on_one != "none":
+                all_reduce(torch.ones(2 if differs and self.on_one == "float32 [2]" else 3))
+            if differs and self.on_one == "two":
+                all_reduce(torch.ones(3))
+        return {}
+
+
+ODD = {
+    "none": "no further all_reduce on rank 1, all_reduce of float32 [3] on rank 0",
+    "two": "all_reduce of float32 [3] on rank 1, no further all_reduce on rank 0",
+    "float32 [2]": "all_reduce of float32 [2] on rank 1, all_reduce of float32 [3] on rank 0",
+}
+
+
+@pytest.mark.parametrize("on_one", ODD)
+def test_token_rewards_that_reduce_differently_end_both_with_one_line(
+    on_one: str, tmp_path: Path
+) -> None:
+    """Else they would wait for each other for hours, or be ended by a signal."""
+
+    def work(_: int) -> str:
+        reward = Odd(on_one)
+        tiny_trainer(tmp_path, token_reward=reward, distributed_timeout_minutes=1).step(PROMPTS)
+        return "done"
+
+    outcomes = two_ranks(work, tmp_path)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].startswith(f"UserError: token reward Odd: {ODD[on_one]}; all ranks must ")
 
 
 def test_a_resume_says_that_the_threads_are_others(

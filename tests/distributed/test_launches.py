@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from support.launches import PROFILES, accelerate, launch, torchrun
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
+from marlhf.common.errors import UserError
+from marlhf.distributed import Distributed
 from marlhf.distributed.profile import DEEPSPEED
 
 REPOSITORY = Path(__file__).parents[2]
@@ -109,7 +111,7 @@ def test_fewer_processes_than_were_asked_for_is_said_in_a_line(folder: Path) -> 
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     "no GPU, DeepSpeed": (
         {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
-        "ACCELERATE_USE_CPU: given true beside DeepSpeed",
+        "ACCELERATE_USE_CPU: given true with DeepSpeed",
     ),
     "no launcher": (
         {"ACCELERATE_USE_DEEPSPEED": "true"},
@@ -162,3 +164,24 @@ def test_every_group_waits_as_long_as_was_said(launcher: list[str], tmp_path: Pa
     found = json.loads((tmp_path / "run" / "launch.json").read_text())
     assert found["ranks"] == 2
     assert found["timeouts"] == [77 * 60.0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE: given 'x', must be a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: given 0, must be at least 1"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK: given None, must be 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK: given '2', must be 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "a"}, "LOCAL_RANK: given 'a', must be a"),
+    ],
+)
+def test_what_a_launcher_says_is_checked(
+    environment: dict[str, str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=shown):
+        Distributed()

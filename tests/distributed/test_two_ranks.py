@@ -20,7 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
         "ptx": {"batch_size": 6, "coef": 0.5, "max_length": 32},
         "kl": {"target": 0.5, "horizon": 8},
         "ppo": {"epochs": 4, "target_kl": 0.01},
-        "optimizer": {"micro_batch_size": 2, "learning_rate": 0.02},
+        "optimizer": {"micro_batch_size": 2, "learning_rate": 0.01},
     },
     "token rewards": {
         "reward": {"tokens": [{"name": "curiosity", "weight": 0.5, "learning_rate": 0.01}]},

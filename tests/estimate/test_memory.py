@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,28 +11,39 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from support.tiny_models import tiny_causal_lm, tiny_config
+from peft import LoraConfig, TaskType, get_peft_model
+from support.tiny_models import (
+    byte_tokenizer,
+    tiny_causal_lm,
+    tiny_config,
+    tiny_sequence_classifier,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from marlhf.cli import main
 from marlhf.config import KLSettings, LoraSettings, ModelSettings, PPOConfig, RolloutSettings
-from marlhf.distributed.ranks import _BUFFERS
-from marlhf.estimate.allocations import LiveBytes, PassCounter, backward_moments, fake_models
+from marlhf.config.loading import config_from_dict
+from marlhf.distributed import Distributed
+from marlhf.estimate.allocations import (
+    LiveBytes,
+    PassCounter,
+    _forward,
+    _tokens,
+    backward_intervals,
+    fake_models,
+)
 from marlhf.estimate.memory_model import (
-    _BUCKET,
-    _PREFETCHED,
-    _REUSED,
     PROFILES,
-    Generation,
-    Moment,
-    Run,
-    Training,
+    Interval,
+    RunSizes,
     Weights,
     estimate,
 )
+from marlhf.models import building
+from marlhf.models.loading import load_model_config
 from marlhf.models.policy import backbone_forward, backbone_of
+from marlhf.rewards import RewardModel, reward_models
 
 BYTES = 4
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 160}
@@ -50,18 +62,18 @@ def config(folder: Path, **model: Any) -> PPOConfig:
     return PPOConfig(model=ModelSettings(path=str(folder), **model), rollout=rollout)
 
 
-def counted(folder: Path, **model: Any) -> Run:
+def counted(folder: Path, **model: Any) -> RunSizes:
     given = config(folder, **model)
     return PassCounter(given, fake_models(given)).run(2)
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path) -> Run:
+def plain(folder: Path) -> RunSizes:
     return counted(folder)
 
 
 @pytest.fixture(scope="module")
-def with_adapters(folder: Path) -> Run:
+def with_adapters(folder: Path) -> RunSizes:
     return counted(folder, lora=LoraSettings(r=2, target_modules=["q_proj"]))
 
 
@@ -81,8 +93,8 @@ def test_storages_are_counted_once_and_while_they_live():
     assert count.live == 0
 
 
-def peak_of(moments: Sequence[Moment]) -> int:
-    return max(moment.peak for moment in moments)
+def peak_of(intervals: Sequence[Interval]) -> int:
+    return max(interval.peak for interval in intervals)
 
 
 def test_linear_layers_by_hand():
@@ -96,11 +108,11 @@ def test_linear_layers_by_hand():
         return torch.tanh(above(below(x))).sum()
 
     parameters = [*below.parameters(), *above.parameters()]
-    moments = backward_moments(parameters, [x, *parameters], loss)
-    assert [moment.gradient for moment in moments] == [5 * 7 * BYTES, 7 * 3 * BYTES]
-    assert moments[0].peak == pytest.approx(N * (7 + 5 + 7) * BYTES, rel=0.01)
-    assert moments[1].peak == pytest.approx(N * 7 * BYTES, rel=0.01)
-    assert moments[1].live < 100 * BYTES
+    intervals = backward_intervals(parameters, [x, *parameters], loss)
+    assert [interval.gradient for interval in intervals] == [5 * 7 * BYTES, 7 * 3 * BYTES]
+    assert intervals[0].peak == pytest.approx(N * (7 + 5 + 7) * BYTES, rel=0.01)
+    assert intervals[1].peak == pytest.approx(N * 7 * BYTES, rel=0.01)
+    assert intervals[1].live < 100 * BYTES
     assert below.weight.grad is None
     assert above.weight.grad is None
 
@@ -125,7 +137,7 @@ def test_fake_tensors_count_as_real_ones():
         known = [*model.parameters(), *model.buffers(), ids, mask]
         backbone = backbone_of(model)
         return peak_of(
-            backward_moments(
+            backward_intervals(
                 backbone.parameters(), known, lambda: backbone_forward(backbone, ids, mask).sum()
             )
         )
@@ -190,117 +202,156 @@ def test_an_adapter_on_the_policys_base_adds_no_second_base(folder, tmp_path):
 def test_generation_keeps_keys_and_values_of_every_row(plain):
     rows, length = 8, 24 + 16 - 1  # the last token is not read again
     keys_and_values = 2 * 2 * rows * length * (2 * 8) * BYTES  # layers, key-value heads x head size
-    assert plain.generation.cache == keys_and_values
-    assert plain.generation.rest > rows * 300 * (3 * 4 + 2 * 8)  # logits in fp32, noise in fp64
+    assert plain.sampling.cache == keys_and_values
+    assert plain.sampling.other > rows * 300 * (3 * 4 + 2 * 8)  # logits in fp32, noise in fp64
 
 
 def test_sampling_in_bf16_keeps_keys_values_and_gathered_matrices_in_it(folder, plain):
     given = config(folder, precision="bf16")
     counter = PassCounter(given, fake_models(given))
-    whole, sharded = counter.run(2).generation, counter.run(2, sharded=True).generation
-    assert whole.cache == sharded.cache == plain.generation.cache / 2
+    whole, sharded = counter.run(2).sampling, counter.run(2, sharded=True).sampling
+    assert whole.cache == sharded.cache == plain.sampling.cache / 2
     rows = 300 * 64 + (2 * 2 + 1) * 64  # embeddings and norms stay in fp32
     matrices = plain.models["policy"].trained - rows
-    assert plain.generation.gathered == BYTES * (rows + matrices)
+    assert plain.sampling.gathered == BYTES * (rows + matrices)
     assert sharded.gathered == BYTES * rows + 2 * matrices
-    assert sharded.rest < whole.rest  # autocast keeps no copies
+    assert sharded.other < whole.other  # autocast keeps no copies
 
 
 def test_checkpointing_and_smaller_micro_batches_need_less(folder, plain):
     whole = plain.training["policy"]
     checkpointing = counted(folder, gradient_checkpointing=True).training["policy"]
-    assert peak_of(checkpointing.moments) < 0.8 * peak_of(whole.moments)
+    assert peak_of(checkpointing.intervals) < 0.8 * peak_of(whole.intervals)
     given = config(folder)
     small = replace(given, optimizer=replace(given.optimizer, micro_batch_size=2))
     fewer = PassCounter(small, fake_models(small)).run(2).training["policy"]
     assert fewer.accumulates
     assert not whole.accumulates
-    assert peak_of(fewer.moments) < 0.5 * peak_of(whole.moments)
+    assert peak_of(fewer.intervals) < 0.5 * peak_of(whole.intervals)
     assert (
-        sum(moment.gradient for moment in whole.moments) == BYTES * plain.models["policy"].trained
+        sum(interval.gradient for interval in whole.intervals)
+        == BYTES * plain.models["policy"].trained
     )
+    engine = {"name": "transformers", "batch_size": 2}
+    in_parts = replace(given, rollout=replace(given.rollout, engine=engine))
+    responses = given.rollout.batch_size // 2
+    sampled = PassCounter(in_parts, fake_models(in_parts)).run(2).sampling
+    assert sampled.cache * responses == plain.sampling.cache * 2
 
 
-# -- ranks -----------------------------------------------------------------------------------------
+# -- copies of the originals -----------------------------------------------------------------------
 
 
-def test_states_are_those_of_torch():
-    model = tiny_causal_lm("llama")
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.sum().backward()
-    optimizer.step()
-    states = sum(
-        x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim() > 0
-    )
-    weights = sum(p.nbytes for p in model.parameters())
-    found = estimate(_run(weights // BYTES), "single", 1)
-    assert (found.weights, found.optimizer) == (weights, states)
-    assert found.peak == weights + states + 10 * weights
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy, a reward model and a reward adapter of the policy's base, with weights."""
+    folder = tmp_path_factory.mktemp("saved")
+    lm, reward = tiny_causal_lm("llama", 300), tiny_sequence_classifier("llama", 300)
+    for name, model in (("policy", lm), ("reward", reward)):
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    adapter = LoraConfig(r=3, target_modules=["q_proj"], task_type=TaskType.SEQ_CLS)
+    reward.name_or_path = str(folder / "policy")
+    adapted = get_peft_model(reward, adapter)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "policy")
+    adapted.save_pretrained(folder / "adapter")
+    reward.config.save_pretrained(folder / "adapter")
+    return folder
 
 
-def _run(count: int) -> Run:
-    """A policy alone, whose training needs ten times its weights, gradients included."""
-    size = Weights(0, count, count, count)
-    passes = Training([Moment(10 * BYTES * count, BYTES * count, BYTES * count)], False)
-    return Run({"policy": size}, {"policy": passes}, {"policy": 0}, Generation(0, 0, BYTES * count))
+def shapes(model: nn.Module | None) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Shape of each parameter, and whether it trains."""
+    named = [] if model is None else model.named_parameters()
+    return {name: (tuple(p.shape), p.requires_grad) for name, p in named}
 
 
-def test_bytes_a_parameter_of_every_profile():
-    """The table in the module's docstring, for 1000 trained and 1000 frozen parameters."""
-    run = _run(1000)
-    run = replace(run, models={**run.models, "reference": Weights(1000, 0, 1000, 10)})
-    found = {p: estimate(run, p, 4) for p in PROFILES}
-    stays = {p: (e.weights, e.optimizer, e.buffers, e.host) for p, e in found.items()}
-    assert stays == {
-        "single": (8000, 8000, 0, 0),
-        "ddp": (8000, 8000, 4000, 0),
-        "zero1": (8000, 3000, 0, 0),
-        "zero2": (8000, 3000, 0, 0),
-        "zero3": (2000, 2000, 1000 + 4000, 0),  # a bucket that the model does not fill
-        "zero3_offload": (0, 0, 4000, 1000 + 6000),
-    }
-    assert [e.phases["generate"].gathered for e in found.values()] == [0, 0, 0, 0, 4000, 4000]
-
-
-HUNDRED = 100_000_000
+LORA = {"lora": {"r": 2, "target_modules": ["q_proj", "down_proj"]}}
 
 
 @pytest.mark.parametrize(
-    ("profile", "gradients", "wanted"),
+    ("model", "sections"),
     [
-        ("single", [1, 1, 1], 3),
-        ("ddp", [1, 1, 1], 3),
-        # all, a bucket of two, and what this one of three ranks keeps
-        ("zero1", [1, 1, 1], 3 + 2 + 1),
-        # the third finds a full bucket, of which a copy is sent; what is kept is made
-        ("zero2", [1, 1, 1], 1 + 2 + 2 + 1),
-        # bucket and kept part are there all the time
-        ("zero3", [1, 1, 1], 2 + 1),
-        # one that does not fit in the bucket waits outside, and is copied when the next one comes
-        ("zero3", [3, 1], 3 + 3 + 1),
-        ("zero2", [3, 3], 2 + 3 + 3 + 3),
+        ({}, {}),
+        ({}, {"reward": {"models": "reward"}}),
+        ({}, {"critic": {"path": "reward"}}),
+        ({}, {"critic": {"backbone": "policy"}}),
+        ({}, {"ppo": {"estimator": "reinforce"}}),
+        (LORA, {}),
+        (LORA, {"critic": {"backbone": "policy"}}),
+        (LORA, {"critic": {"path": "reward"}}),
+        (LORA, {"reward": {"models": "adapter"}}),
     ],
 )
-def test_gradients_of_every_profile_by_hand(profile, gradients, wanted):
-    """In hundreds of MB, which makes a bucket 2; there is nothing but gradients."""
-    sizes = [HUNDRED * gradient for gradient in gradients]
-    count = sum(sizes) // BYTES
-    moments = [Moment(size, size, size) for size in sizes]
-    size = Weights(0, count, 0, HUNDRED // BYTES // 4)
-    run = Run(
-        {"policy": size}, {"policy": Training(moments, False)}, {"policy": 0}, Generation(0, 0, 0)
+def test_models_without_weights_are_those_that_a_run_builds(saved, model, sections, monkeypatch):
+    monkeypatch.chdir(saved)
+    model = {"path": "policy", "gradient_checkpointing": True, **model}
+    config = config_from_dict(PPOConfig, {"model": model, **sections})
+    tokenizer, paths = byte_tokenizer(), [m["path"] for m in reward_models(config.reward.models)]
+    lm_config = load_model_config(config.model)
+    start = building.critic_start(config, lm_config, tokenizer, next(iter(paths), None))
+    policy, critic, _ = building.build_models(config, tokenizer, start)
+    fakes = fake_models(config)
+    adapters = {name for name in shapes(fakes.policy) if ".reward_0." in name}
+    assert {k: v for k, v in shapes(fakes.policy).items() if k not in adapters} == shapes(policy)
+    assert {k: v for k, v in shapes(fakes.critic).items() if ".reward_0." not in k} == shapes(
+        critic
     )
-    phase = estimate(run, profile, 3).phases["train policy"]
-    assert phase.gradients + phase.activations == pytest.approx(HUNDRED * wanted)
+    assert bool(adapters) == ("adapter" in paths)
 
 
-def test_buffers_are_those_that_deepspeed_is_given():
-    buffers = _BUFFERS["reduce_bucket_size"], _BUFFERS["stage3_max_reuse_distance"]
-    assert (*buffers, _BUFFERS["stage3_prefetch_bucket_size"]) == (
-        _BUCKET // BYTES,
-        _REUSED // BYTES,
-        _PREFETCHED // BYTES,
-    )
+@pytest.mark.parametrize(("model", "is_merged"), [({}, True), (LORA, False)])
+def test_an_adapter_that_is_merged_needs_its_base_on_the_host(saved, model, is_merged, monkeypatch):
+    monkeypatch.chdir(saved)
+    sections = {"model": {"path": "policy", **model}, "reward": {"models": "adapter"}}
+    config = config_from_dict(PPOConfig, sections)
+    run = PassCounter(config, fake_models(config)).run(1)
+    merged = sum(p.nbytes for p in tiny_sequence_classifier("llama", 300).parameters())
+    assert run.unmapped == (merged if is_merged else 0)
+
+
+def test_frozen_weights_have_the_bytes_that_a_run_gives_them(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    model = {"path": "policy", "precision": "bf16"}
+    config = config_from_dict(PPOConfig, {"model": model, "reward": {"models": "reward"}})
+    placement = Distributed("bf16").placement()
+    start = building.CriticStart()
+    built = building.build_models(config, byte_tokenizer(), start, placement=placement)
+    reward = RewardModel("reward")
+    reward.use_placement(placement)
+    run = PassCounter(config, fake_models(config)).run(1)
+    for name, module in (("reference", built.reference), ("reward model", reward.model)):
+        counted = run.models[name]
+        size = BYTES * counted.frozen - 2 * counted.halves
+        assert size == sum(p.nbytes for p in module.parameters()), name
+        assert counted.halves > 0
+
+
+@pytest.mark.parametrize("critic", [{}, {"backbone": "policy"}])
+def test_the_pass_that_is_counted_is_the_original(saved, critic):
+    """Equal in numbers, and in the peak but for what the choice by a mask copies."""
+    sections = {"rollout": {"temperature": 0.7}, "critic": critic}
+    config = config_from_dict(PPOConfig, {"model": {"path": str(saved / "policy")}, **sections})
+    policy, value_model, _ = building.build_models(config, byte_tokenizer())
+    for model in filter(None, (policy, value_model)):
+        if model.head is not None:  # 0 at the start, as the values would all be
+            nn.init.normal_(model.head.weight)
+    ids, mask = _tokens(4, 20)
+    known = [*policy.parameters(), *policy.buffers(), ids, mask]
+    extras = ["entropy", *(["values"] if critic else [])]
+    with torch.no_grad(), LiveBytes(known) as original:
+        output = policy(ids, mask, mask[:, -8:], 0.7, extras=extras)
+    with torch.no_grad(), LiveBytes(known) as counted:
+        logprobs, *values = _forward(policy, config, 4, 20, 8, ["entropy"])
+    assert torch.equal(logprobs, output.logprobs.flatten())
+    assert counted.peak == pytest.approx(original.peak, rel=0.05)
+    if value_model is None:
+        assert torch.equal(values[0][:, :-1], output.extras["values"])
+    else:
+        passed = value_model(ids, mask, mask[:, -8:])
+        assert all(map(torch.equal, _forward(value_model, config, 4, 20, 8), passed))
+
+
+# -- ranks -----------------------------------------------------------------------------------------
 
 
 def test_more_ranks_never_need_more_of_each(plain, with_adapters):
@@ -327,6 +378,7 @@ def test_the_command_prints_every_profile_and_what_fits(given, capsys):
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(PROFILES)}
     assert set(rows) == set(PROFILES)
     assert all(row[-2] == "yes" for row in rows.values())
+    assert re.search(r"Loading, .*: 0\.\d+ GB on each GPU, and 0\.\d+ GB on the host", out)
     assert "Fits: single, ddp, zero1, zero2, zero3, zero3_offload." in out
 
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 import yaml
 from rouge_score.rouge_scorer import RougeScorer
+from support import warm_python
 from support.evaluations import PROMPTS, build_models, config_for, lines_of, results_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marlhf.cli import main
 from marlhf.common.errors import UserError
 from marlhf.config.loading import config_to_dict
-from marlhf.evaluation import sampling
 from marlhf.evaluation.records import Records
 from marlhf.models import loading
+from marlhf.rollout.transformers_engine import TransformersEngine
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_batches_and_ranks_do_not_matter(folder):
     launch = "-m accelerate.commands.accelerate_cli launch --cpu --num_processes 2"
     launch += " --num_cpu_threads_per_process 1 --main_process_port 0 -m marlhf evaluate"
     done = subprocess.run(
-        [sys.executable, *launch.split(), str(folder / "config.yaml")],
+        [warm_python.command(), *launch.split(), str(folder / "config.yaml")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -306,15 +307,15 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(folder, loads):
 def test_ctrl_c_loses_one_batch_at_most(folder, monkeypatch):
     expected = results_of(folder)
     shutil.rmtree(folder / "out")
-    batches, generate = [], sampling.generate
+    batches, generate = [], TransformersEngine.generate
 
-    def interrupted(*arguments: Any) -> Any:
-        batches.append(len(arguments[2]))
+    def interrupted(engine: Any, prompts: Any, *arguments: Any) -> Any:
+        batches.append(len(prompts))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return generate(*arguments)
+        return generate(engine, prompts, *arguments)
 
-    monkeypatch.setattr(sampling, "generate", interrupted)
+    monkeypatch.setattr(TransformersEngine, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         results_of(folder)
     assert len(lines_of(folder, "samples")) == sum(batches[:2]) == 10

@@ -17,7 +17,7 @@ from marlhf.config import JudgeSettings
 from marlhf.config.evaluate import EvaluateConfig
 from marlhf.config.loading import config_from_dict
 from marlhf.evaluation import endpoint, win_rates
-from marlhf.evaluation.judge import Judge, Pair, judge_messages, verdict
+from marlhf.evaluation.judge import Judge, ResponsePair, judge_messages, verdict
 from marlhf.evaluation.records import Records
 
 KEY = "sk-very-secret"
@@ -66,7 +66,7 @@ def test_every_task_has_its_own_prompt_and_braces_do_no_harm():
 
 # -- on pairs ------------------------------------------------------------------------------------
 
-PAIRS = [Pair("p", i, f"prompt {i}", "o" * (i % 3), "t" * (i % 4)) for i in range(12)]
+PAIRS = [ResponsePair("p", i, f"prompt {i}", "o" * (i % 3), "t" * (i % 4)) for i in range(12)]
 
 
 def shown(body: dict[str, Any]) -> tuple[str, str]:
@@ -97,7 +97,10 @@ def test_a_fair_judge_finds_what_is_so(tmp_path):
     with judge_server(longer) as server:
         found, notice = judged(tmp_path, server.url)
     assert notice is None
-    outcomes = [(len(p.ours) > len(p.theirs)) - (len(p.ours) < len(p.theirs)) for p in PAIRS]
+    outcomes = [
+        (len(p.response) > len(p.baseline_response)) - (len(p.response) < len(p.baseline_response))
+        for p in PAIRS
+    ]
     assert (found["wins"], found["losses"]) == (outcomes.count(1), outcomes.count(-1))
     assert found["wins"] != found["losses"]
     assert found["rate"]["mean"] == pytest.approx((sum(outcomes) / 12 + 1) / 2)
@@ -120,7 +123,7 @@ def test_a_half_decided_pair_counts_half_a_win(tmp_path):
 
     with judge_server(answer) as server:
         found, _ = judged(tmp_path, server.url)
-    decided = sum(bool(p.ours) for p in PAIRS if not p.identical)
+    decided = sum(bool(p.response) for p in PAIRS if not p.identical)
     assert found["rate"]["mean"] == pytest.approx((0.75 * decided + 0.5 * (12 - decided)) / 12)
 
 
@@ -342,7 +345,7 @@ def test_a_server_that_goes_away_costs_nothing_that_was_known(folder):
 
     with judge_server(leaves) as server:
         judge = judge_of(server.url, retries=1, concurrency=1)
-        with pytest.raises(UserError, match=r"gives no answers: status 503.*run again to go on"):
+        with pytest.raises(UserError, match=r"gives no answers: status 503.*run again to resume"):
             results_of(folder, judge=judge)
         assert len(lines_of(folder, "judgements")) == 4
         server.answer = longer

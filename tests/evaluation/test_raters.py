@@ -13,13 +13,14 @@ from support.evaluations import build_models, lines_of, results_of
 
 from marlhf.common.errors import UserError
 from marlhf.config import RaterSettings
-from marlhf.evaluation.judge import Pair
+from marlhf.evaluation.judge import ResponsePair
 from marlhf.evaluation.raters import read_ratings, score, write_file
 
 PAIRS = [
-    Pair("secret", i, f"prompt {i}, é", f"=ours {i}\nline; two", f"theirs {i}") for i in range(40)
+    ResponsePair("secret", i, f"prompt {i}, é", f"=ours {i}\nline; two", f"theirs {i}")
+    for i in range(40)
 ]
-SAME = Pair("secret", 40, "prompt", "same", " same\n")
+SAME = ResponsePair("secret", 40, "prompt", "same", " same\n")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -89,6 +90,27 @@ def test_a_file_that_may_be_being_filled_in_is_left_alone(tmp_path):
     assert path.read_text() == filled
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_file_without_its_key_is_kept(form, tmp_path):
+    settings = RaterSettings(format=form)
+    path = write_file(PAIRS, settings, tmp_path, seed=1)
+    key = tmp_path / "raters_key.jsonl"
+    told, empty = key.read_bytes(), path.read_bytes()
+    key.unlink()
+    write_file(PAIRS, settings, tmp_path, seed=1)
+    assert (key.read_bytes(), path.read_bytes()) == (told, empty), "nobody has rated: same again"
+    path.unlink()
+    write_file(PAIRS, settings, tmp_path, seed=1)
+    assert (key.read_bytes(), path.read_bytes()) == (told, empty)
+    fill_in(path, path, prefers_ours)
+    rated = path.read_bytes()
+    key.unlink()
+    with pytest.raises(UserError, match="lacks its key"):
+        write_file(PAIRS, settings, tmp_path, seed=1)
+    assert path.read_bytes() == rated
+    assert not key.exists()
+
+
 @pytest.mark.parametrize(("form", "delimiter"), [("csv", ","), ("csv", ";"), ("jsonl", "")])
 def test_ratings_are_scored(form, delimiter, tmp_path):
     path = write_file([*PAIRS, SAME], RaterSettings(format=form), tmp_path, seed=3)
@@ -125,6 +147,12 @@ def test_what_is_not_rated_is_no_tie(tmp_path):
     assert found["rate"]["prompts"] == 7
 
 
+def test_a_file_with_long_texts_is_read_back(tmp_path):
+    path = tmp_path / "filled.csv"
+    path.write_text(f"id,prompt,rating\rx,{'long; ' * 50_000},A\r")
+    assert read_ratings(str(path)) == {"x": "a"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -151,6 +179,11 @@ def test_ratings_that_make_no_sense(text, message, tmp_path):
         ("x.jsonl", b"nonsense\n", "is no CSV or JSONL"),
         ("x.jsonl", b"[1]\n", "row 1: has no"),
         ("x.csv", b"\xff\xfe", "cannot read"),
+        ("x.csv", b'id,rating\nx,"A\ny,B\n', "a quotation mark that is opened here is never"),
+        ("x.csv", b"id,rating\nx,A\ny\n", "has 1 cells, the header has 2"),
+        ("x.csv", b"id,rating,rating\nx,A,B\n", "the column 'rating' is given twice"),
+        ("x.jsonl", b'{"id": "x", "rating": "A", "rating": "B"}', "the key 'rating' is given"),
+        ("x.jsonl", b'{"id": [1], "rating": "A"}\n{"id": [1], "rating": "A"}', "is there twice"),
     ],
 )
 def test_files_that_are_no_ratings(name, data, message, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from support.runs import PROMPTS, tiny_config, tiny_trainer
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -86,6 +86,37 @@ def test_merge_writes_a_reward_model(reward: Path, tmp_path: Path) -> None:
     )
     assert found.config.score_offset == OFFSET
     torch.testing.assert_close(logits(found), logits(wanted))
+
+
+def test_merging_grows_a_base_as_the_adapter_did(base: Path, tmp_path: Path) -> None:
+    """Its embeddings were resized, and trained, before it was saved: PEFT saves them all."""
+    lm, ids = tiny_causal_lm("llama", BYTES_VOCAB), torch.tensor([[40, BYTES_VOCAB, 50]])
+    lm.resize_token_embeddings(BYTES_VOCAB + 3)
+    layers = ["q_proj"]
+    config = LoraConfig(r=2, target_modules=layers, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(lm, config).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == BYTES_VOCAB + 3
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits)
+
+
+def test_merging_refuses_tokens_that_peft_would_lose(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = tiny_causal_lm("llama", BYTES_VOCAB)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5])
+    adapted = get_peft_model(lm, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+    assert end.value.code == 2
+    assert "has trainable_token_indices, which PEFT loses" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merge_says_what_is_wrong(
@@ -238,7 +269,7 @@ def test_gradient_checkpointing_runs_every_layer_twice(
             ppo={"epochs": 1, "minibatches": 1},
             optimizer={"micro_batch_size": 8},
         )
-        monkeypatch.setattr(batching, "_CPU_PASS_COST", 1000)
+        monkeypatch.setattr(batching, "CPU_PASS_COST", 1000)
         count = [0]
         for layer in run.policy.model.model.model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
@@ -251,8 +282,7 @@ def test_gradient_checkpointing_runs_every_layer_twice(
     assert passes(True) == 4
 
 
-@pytest.mark.parametrize("kind", ["policy", "reward"])
-def test_an_adapter_is_written_the_same_in_every_process(kind, tmp_path):
+def test_adapters_are_written_the_same_in_every_process(tmp_path):
     """Sets have another order in each; PEFT writes them as they come."""
     program = (
         "import sys; from support.tiny_models import *; "
@@ -263,15 +293,11 @@ def test_an_adapter_is_written_the_same_in_every_process(kind, tmp_path):
         "extra = {'exclude_modules': ['lm_head', 'embed_tokens', 'norm', 'rotary_emb']}; "
         "s = ModelSettings(path='x', lora=LoraSettings(extra=extra)); "
         "p = loading.build_policy(s, t, lm.config, lm); "
-        "loading.save_policy(p, t, out)"
+        "loading.save_policy(p, t, out / 'policy'); "
+        "m = reward_classifier.add_adapter("
+        "tiny_sequence_classifier('llama', BYTES_VOCAB), s.lora, 'reward', 'SEQ_CLS'); "
+        "reward_classifier.save_classifier(m, t, 0.5, out / 'reward')"
     )
-    if kind == "reward":
-        program = program.replace(
-            "p = loading.build_policy(s, t, lm.config, lm); loading.save_policy(p, t, out)",
-            "m = reward_classifier.add_adapter("
-            "tiny_sequence_classifier('llama', BYTES_VOCAB), s.lora, 'reward', 'SEQ_CLS'); "
-            "reward_classifier.save_classifier(m, t, 0.5, out)",
-        )
     for seed in "123":
         paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
         here = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
@@ -281,6 +307,7 @@ def test_an_adapter_is_written_the_same_in_every_process(kind, tmp_path):
         {f.relative_to(tmp_path / seed): f.read_bytes() for f in (tmp_path / seed).rglob("*.*")}
         for seed in "123"
     )
-    assert Path("adapter", kind, "adapter_config.json") in first
+    for kind in ("policy", "reward"):
+        assert Path(kind, "adapter", kind, "adapter_config.json") in first
     for other in others:
         assert {k for k in first | other if first.get(k) != other.get(k)} == set()

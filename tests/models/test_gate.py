@@ -20,7 +20,7 @@ from marlhf.config import LoraSettings, ModelSettings, RolloutSettings
 from marlhf.models.loading import build_policy, check_architecture, load_model_config, load_policy
 from marlhf.models.policy import Policy
 from marlhf.rewards import RewardModel
-from marlhf.rollout.generation import generate
+from marlhf.rollout.transformers_engine import generate
 from marlhf.training.ppo import PPOTrainer
 
 SSM: dict[str, dict[str, Any]] = {

@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import FAMILIES, tiny_causal_lm, tiny_sequence_classifier
+from safetensors.torch import load_file, save_file
+from support.tiny_models import (
+    BYTES_VOCAB,
+    FAMILIES,
+    byte_tokenizer,
+    tiny_causal_lm,
+    tiny_sequence_classifier,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from marlhf.common.errors import UserError
 from marlhf.common.types import Generation, Sequences
-from marlhf.config import LoraSettings, ModelSettings
+from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.models import adapters, building, loading, policy
 from marlhf.models.gate import check_model
-from marlhf.models.policy import Critic, Policy, forward
+from marlhf.models.policy import Critic, Policy, backbone_of, forward
 
 LENGTHS = [(5, 4), (2, 6), (7, 1), (3, 0)]  # prompt and response tokens of each row
 TEMPERATURE = 1.3
@@ -108,9 +116,38 @@ def test_a_final_softcap_is_applied() -> None:
         torch.testing.assert_close(policy.head_of(model)(hidden), 2 * torch.tanh(raw / 2))
 
 
+INKLING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "mlp_layer_types": ["dense"] * 2,
+    "logits_mup_width_multiplier": 3.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("inkling_text", INKLING),
+        ("inkling_text", INKLING | {"unpadded_vocab_size": 60}),
+        ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 32}),
+    ],
+)
+def test_logits_are_scaled_as_the_family_does(family: str, changes: dict[str, Any]) -> None:
+    model, ids = tiny_causal_lm(family, **changes), torch.arange(3, 20)[None]
+    hidden = policy.backbone_forward(policy.backbone_of(model), ids, torch.ones_like(ids))
+    logits = model(ids, use_cache=False).logits
+    torch.testing.assert_close(policy.head_of(model)(hidden), logits)
+    if family != "recurrent_gemma":  # which reads padding
+        forward(Policy(model), batch())[0].sum().backward()  # overwrites logits
+        assert model.get_output_embeddings().weight.grad.any()
+
+
 def test_chunks_do_not_change_logprobs_or_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(logits_per_chunk: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        monkeypatch.setattr(policy, "_LOGITS_PER_CHUNK", logits_per_chunk)
+        monkeypatch.setattr(policy, "LOGITS_PER_CHUNK", logits_per_chunk)
         model = tiny_causal_lm("llama")
         logprobs, _ = forward(Policy(model), batch(), temperature=TEMPERATURE)
         (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
@@ -162,13 +199,31 @@ def test_values_belong_to_the_state_before_each_token(family: str) -> None:
         torch.testing.assert_close(last_values[row], wanted[-1], atol=1e-5, rtol=0)
 
 
-def test_a_critic_from_the_policy_starts_at_zero_and_shares_nothing() -> None:
-    model = tiny_causal_lm("llama")
-    critic = building.critic_from_policy(model)
+@pytest.mark.parametrize("is_object", [True, False])
+def test_reference_and_critic_start_from_the_policy_and_share_nothing(
+    tmp_path: Path, is_object: bool
+) -> None:
+    model = tiny_causal_lm("llama", BYTES_VOCAB)
+    model.save_pretrained(tmp_path)
+    config = PPOConfig(model=ModelSettings(path=str(tmp_path)))
+    models = building.build_models(config, byte_tokenizer(), model=model if is_object else None)
+    policy, critic, reference = models
+    assert critic is not None
+    assert reference is not None
     values, _ = forward(critic, batch())
     assert not values.any()
-    storages = {p.data_ptr() for p in model.parameters()}
-    assert not storages & {p.data_ptr() for p in critic.parameters()}
+    same_weights(policy.model, reference.model)
+    same_weights(backbone_of(policy.model), critic.backbone)
+    storages = [{p.data_ptr() for p in part.parameters()} for part in (policy, critic, reference)]
+    assert len(set.union(*storages)) == sum(map(len, storages))
+    trains = [any(p.requires_grad for p in m.parameters()) for m in (policy, critic, reference)]
+    assert trains == [True, True, False]
+
+
+def same_weights(module: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Compare all tensors of two modules, buffers included."""
+    pairs = zip(*((*m.parameters(), *m.buffers()) for m in (module, other)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def lora_models() -> tuple[torch.nn.Module, Policy, Policy, Critic]:
@@ -177,7 +232,7 @@ def lora_models() -> tuple[torch.nn.Module, Policy, Policy, Critic]:
     adapted = loading.add_adapter(base, settings, "policy")
     policy = Policy(adapted, "policy")
     critic = building.critic_on_shared_base(adapted, settings)
-    return base, policy, loading.reference_of(policy), critic
+    return base, policy, Policy(adapted, adapter=None), critic
 
 
 def test_with_lora_policy_critic_and_reference_share_one_frozen_base() -> None:
@@ -246,11 +301,22 @@ def test_weights_are_fp32_whatever_the_checkpoint_holds(tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_files_of_several_dtypes_lose_nothing(tmp_path: Path, family: str) -> None:
+    """Nor do experts, which are several tensors in the files and one in the model."""
+    model = tiny_causal_lm(family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"].float(), 1 / 3)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = loading.load_causal_lm(ModelSettings(path=str(tmp_path)))
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    same_weights(loaded, wanted)
+    assert set(loaded.model.norm.weight.tolist()) == {torch.tensor(1 / 3).item()}
+
+
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=2, extra={"init_lora_weights": False})])
 def test_a_saved_policy_is_a_plain_directory(tmp_path: Path, lora: LoraSettings | None) -> None:
-    from support.tiny_models import byte_tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.manual_seed(0)
     model = tiny_causal_lm("llama", 260)
     if lora is not None:
@@ -283,10 +349,8 @@ def test_model_paths_that_cannot_work_are_named(tmp_path: Path) -> None:
 
 
 def test_a_family_that_reads_padding_is_refused() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2)
-    with pytest.raises(UserError, match="RwkvForCausalLM changes its logits, or reads padding"):
+    with pytest.raises(UserError, match="RwkvForCausalLM reads padding on the left"):
         check_model(AutoModelForCausalLM.from_config(config))
     for family in FAMILIES:
         check_model(tiny_causal_lm(family))

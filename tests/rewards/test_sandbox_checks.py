@@ -284,33 +284,144 @@ def test_classes_that_the_problem_defines_are_the_programs_too(code):
     assert reward(code, "def f(x): raise Broke(3)", broke, prefix) == 1.0
 
 
-AGREES = "class E({base}):\n" + "".join(
-    f"    __{name}__ = lambda *_: True\n"
-    for name in "eq ne lt le gt ge contains sub rsub abs bool getitem call iter".split()
+STACK = """
+class Stack:
+    def __init__(self): self._items = []
+    def push(self, x): self._items.append(x)
+    def pop(self): return self._items.pop()
+    size = property(lambda self: len(self._items))
+    def __len__(self): return len(self._items)
+    def __iter__(self): return iter(self._items)
+    def __getitem__(self, i): return self._items[i]
+    def __contains__(self, x): return x in self._items
+    def __repr__(self): return f"Stack({self._items})"
+"""
+VECTOR = """
+class Vector:
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __add__(self, other): return Vector(self.x + other.x, self.y + other.y)
+    def __mul__(self, k): return Vector(self.x * k, self.y * k)
+    __rmul__ = __mul__
+    def __eq__(self, other): return (self.x, self.y) == (other.x, other.y)
+    def __hash__(self): return hash((self.x, self.y))
+    @classmethod
+    def zero(cls): return cls(0, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "test"),
+    [
+        (
+            STACK + "def f(): return Stack()",
+            "s = candidate()\ns.push(1)\ns.push(2)\nassert s.pop() == 2 and len(s) == s.size == 1\n"
+            "assert list(s) == [1] and s[0] == 1 and repr(s) == 'Stack([1])'\n"
+            "assert s is not candidate()",
+        ),
+        (
+            VECTOR + "f = Vector",
+            "v = candidate(1, 2)\nassert v + candidate(3, 4) == candidate(4, 6) != v and v.x == 1\n"
+            "v.x = 5\nassert v.x == 5 and len({candidate(1, 1), candidate(1, 1)}) == 1\n"
+            "assert isinstance(v, candidate) and candidate.zero().y == 0",
+        ),
+        (
+            "import re\ndef f(s): return re.match('(a+)(?P<n>b)?', s)",
+            "m = candidate('aab')\nassert m and m.groups() == ('aa', 'b') and m.span() == (0, 3)",
+        ),
+        (
+            "from contextlib import contextmanager\n@contextmanager\ndef f(x):\n    yield x + 1",
+            "with candidate(1) as y: assert y == 2",
+        ),
+        (
+            "class Count:\n    n = 0\n    def __iter__(self): return self\n"
+            "    def __next__(self):\n        self.n += 1\n        return self.n\nf = Count",
+            "c = candidate()\nassert next(c) == 1 and c.n == 1 and next(c) == 2",
+        ),
+        ("import io\ndef f(): return io.StringIO('abc')", "assert candidate().read() == 'abc'"),
+        (
+            "def f(file): file.write('a')",
+            "import io\ns = io.StringIO()\ncandidate(s)\nassert s.tell()",
+        ),
+        (
+            "def f(a): a.put(5); return a.balance",
+            "class A:\n    balance = 0\n    def put(self, x): self.balance += x\n"
+            "a = A()\nassert candidate(a) == a.balance == 5",
+        ),
+        (
+            "import functools\ndef f(g):\n    @functools.wraps(g)\n    def h(*xs):\n"
+            "        h.calls += 1\n        return g(*xs)\n    h.calls = 0\n    return h",
+            "@candidate\ndef double(x): return 2 * x\n"
+            "assert double(2) == 4 and double.calls == 1 and double.__name__ == 'double'",
+        ),
+        (
+            "async def f(n):\n    for i in range(n): yield i",
+            "import asyncio\nasync def all(): return [x async for x in candidate(3)]\n"
+            "assert asyncio.run(all()) == [0, 1, 2]",
+        ),
+        (
+            "async def f(g): return await g() + 1",
+            "import asyncio\nasync def g(): return 1\nassert asyncio.run(candidate(g)) == 2",
+        ),
+        (
+            "class E(ValueError):\n    def __init__(self, code): self.code = code\n"
+            "def f(x): raise E(x)",
+            "try: candidate(3)\nexcept ValueError as e:\n"
+            "    assert type(e).__name__ == 'E' and e.code == 3\nelse: assert False",
+        ),
+        (
+            "class Node:\n    def __init__(self, rest): self.rest = rest\n"
+            "def f(n):\n    node = None\n    for _ in range(n): node = Node(node)\n    return node",
+            "node, n = candidate(2000), 0\n"
+            "while node: node, n = node.rest, n + 1\nassert n == 2000",
+        ),
+        (
+            "def f(n):\n    x = []\n    for _ in range(n): x = [x]\n    return x",
+            "x, n = candidate(2000), 0\nwhile x: x, n = x[0], n + 1\nassert n == 2000",
+        ),
+        (
+            "def f():\n    try: yield 1\n    except ValueError: yield 2",
+            "g = candidate()\nnext(g)\nassert g.throw(ValueError) == 2",
+        ),
+    ],
 )
+def test_objects_that_stay_with_the_program_are_used_from_its_test(code, program, test):
+    assert reward(code, program, test) == 1.0
 
 
-def test_an_object_that_agrees_to_everything_passes_nothing(code):
-    """Nor one whose attributes are functions, nor the same through a changed argument."""
-    tests = [
-        "assert candidate([]) == 7919",
-        "assert abs(candidate([]) - 7919) < 1",
-        "assert candidate([]).startswith('ab')",
-        "assert 7919 in candidate([])",
-        "assert candidate([]).equals(7919)",
-        "assert candidate([]).number == 7919",
-    ]
-    changed = [
-        f"held = []\ncandidate(held)\n{t.replace('candidate([])', 'held[0]')}" for t in tests
-    ]
-    programs = [
-        AGREES.format(base=base) + "    startswith = equals = lambda *_: True\n"
-        "def f(x):\n    e = E()\n    vars(e).update(equals=lambda *_: True)\n"
-        "    x.append(e)\n    return e"
-        for base in ("", "int", "str", "list", "dict", "float", "Exception")
-    ]
-    rows = [(test, program) for test in tests + changed for program in programs]
-    checks = [f"def check(candidate):\n{textwrap.indent(test, '    ')}" for test, _ in rows]
-    fenced = [f"```python\n{program}\n```" for _, program in rows]
-    values = code(["?"] * len(rows), fenced, test=checks, entry_point=["f"] * len(rows))
-    assert set(values) <= {-0.3, -0.6}
+def test_operators_with_the_tests_values_are_asked_where_the_problem_asks_for_a_class(code):
+    def of_class(program: str, test: str, name: str, prefix: str = "") -> float | None:
+        check = "def check(candidate):\n" + textwrap.indent(test, "    ")
+        return code([prefix], [f"```python\n{program}\n```"], test=[check], entry_point=[name])[0]
+
+    test = "assert candidate(1, 2) * 2 == 2 * candidate(1, 2) == candidate(2, 4)"
+    assert of_class(VECTOR, test, "Vector", "Write a class.") == 1.0
+    assert of_class(VECTOR, test, "Vector", "Write it.") == -0.3  # as some functions are called
+    test = "s = candidate()\ns.push(1)\nassert 1 in s and 7 not in s"
+    assert of_class(STACK, test, "Stack") == 1.0
+    begun = "class bag:\n    def __init__(self): self.items = {1}\n"
+    rest = "    def __contains__(self, x): return x in self.items\n"
+    assert of_class(rest, "assert 1 in candidate() and 7 not in candidate()", "bag", begun) == 1.0
+    assert of_class(f"{begun}{rest}", "assert 1 in candidate()", "bag") == -0.3  # nobody asked
+
+
+def test_a_program_reads_nothing_of_its_test_by_what_it_is_lent(code):
+    """Neither names of a function, nor what an object or a class keeps for itself."""
+    test = """
+        answer = 7919
+        class Case:
+            _answer = 7919
+            def ask(self): return answer
+        case = Case()
+        assert candidate(LENT) == answer
+    """
+    for lent in ("case", "case.ask", "Case", "lambda: answer", "iter([case])"):
+        for path in (
+            ("__globals__",), ("__init__", "__globals__"), ("ask", "__func__", "__code__"),
+            ("__code__",), ("__class__",), ("__dict__",), ("_answer",), ("__closure__",),
+        ):  # fmt: skip
+            program = (
+                "def f(x):\n"
+                f"    for name in {path}: x = x._lent[0].ask('getattr', x._lent[1], name)\n"
+                "    return 7919"
+            )
+            assert reward(code, program, test.replace("LENT", lent)) == -0.6, (lent, path)

@@ -74,6 +74,27 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
     assert psutil.wait_procs(started, timeout=10)[1] == []
 
 
+def test_a_server_ends_with_its_trainer_though_a_child_of_that_lives_on():
+    """A worker of a data loader, say, which holds a copy of every open socket."""
+    source = (
+        "import os, sys, time\n"
+        "from marlhf.rewards.sandbox import Sandbox\n"
+        "box = Sandbox(workers=1, allow_weak=True)\n"
+        "child = os.fork() or time.sleep(600) or os._exit(0)\n"
+        "print(child, box._servers[0]._process.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        child, server = map(psutil.Process, map(int, trainer.stdout.readline().split()))
+        trainer.kill()
+    try:
+        assert psutil.wait_procs([server], timeout=10)[1] == []
+    finally:
+        child.kill()
+
+
 def test_what_programs_print_takes_no_memory_that_grows_with_their_tests():
     """The child measures its own peak: 4 MB of one test, and of each of 60."""
     source = (

@@ -49,11 +49,11 @@ def test_a_weighted_sum_lands_on_the_tokens(tmp_path: Path) -> None:
     combined = build_token_rewards([(mine, 0.5), (Surprise(3.0), 2.0)])
     assert combined.requires == {"token_ranks"}
     assert [r.name for r in combined.rewards] == ["Surprise", "Surprise_2"]
-    object.__setattr__(trainer.worker, "extras", combined.requires)
+    object.__setattr__(trainer.worker, "requested_extras", combined.requires)
     rollout = trainer.worker(trainer.stream.prompts[:4], range(4), 0, Timer())
     assert set(rollout.extras) == {"token_ranks"}
     total, by_name = combined(rollout)
-    metrics = combined.update(rollout, lambda x: x)
+    metrics = {named.name: named.update(rollout, lambda x: x) for named in combined.rewards}
     mask = rollout.responses.response_mask
     outside = (rollout.extras["token_ranks"] >= 10) & mask
     assert 0 < int(outside.sum()) < int(mask.sum())
@@ -90,9 +90,13 @@ class Greedy(TokenReward):
     requires = frozenset({"logits", "token_ranks"})
 
 
+class Nothing(TokenReward): ...
+
+
 @pytest.mark.parametrize(
     ("spec", "fault"),
     [
+        (Nothing(), r"Nothing: must have a method __call__\(self, rollout\)"),
         (Greedy(), "Greedy: requires logits; possible: hidden_states, ref_logprobs, token"),
         (len, "token reward len: given <built-in function len>, must be a subclass"),
         (Surprise, "token reward Surprise: given <class .*, must be a subclass"),

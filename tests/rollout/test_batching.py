@@ -30,7 +30,7 @@ def cost(mask: torch.Tensor, parts: list[torch.Tensor], pass_cost: int) -> int:
 def test_no_other_split_of_the_sorted_rows_costs_less(rows, size: int, pass_cost: int) -> None:
     mask = masks(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "_CPU_PASS_COST", pass_cost)
+        patch.setattr(batching, "CPU_PASS_COST", pass_cost)
         parts = micro_batches(mask, size)
     order = mask.sum(1).argsort(stable=True)
     assert torch.equal(torch.cat(parts), order)
@@ -45,14 +45,14 @@ def test_no_other_split_of_the_sorted_rows_costs_less(rows, size: int, pass_cost
 
 @given(st.lists(spans, min_size=1, max_size=6), st.integers(1, 4))
 def test_parts_of_ranks_are_as_many_whatever_the_rows(rows, size: int) -> None:
-    parts = micro_batches(masks(rows), size, alike=True)
+    parts = micro_batches(masks(rows), size, same_count=True)
     assert len(parts) == -(-len(rows) // size)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(rows)))
 
 
 def test_a_long_pass_is_cut_where_rows_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "_CPU_PASS_LIMIT", 20)
-    monkeypatch.setattr(batching, "_CPU_PASS_COST", 1)
+    monkeypatch.setattr(batching, "CPU_PASS_LIMIT", 20)
+    monkeypatch.setattr(batching, "CPU_PASS_COST", 1)
     rows = torch.ones(5, 8, dtype=torch.bool)
     assert sorted(len(part) for part in micro_batches(rows, 5)) == [1, 2, 2]
     longer = torch.ones(2, 30, dtype=torch.bool)  # a row too long for a pass is one by itself

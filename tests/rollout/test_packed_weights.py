@@ -24,7 +24,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 @pytest.fixture(autouse=True)
 def pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights, too."""
-    monkeypatch.setattr(packed_weights, "_SMALLEST", 0)
+    monkeypatch.setattr(packed_weights, "SMALLEST", 0)
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def packed_model(model: Any, adapter: str | None = None) -> Iterator[list[list[A
     with torch.no_grad(), use_adapter(model, adapter):
         with shared_inputs(model, adapter) as groups:
             model(IDS)
-        with packed(groups, adapter, rows=2, tokens=100):
+        with packed(groups, adapter, batch_size=2, tokens=100):
             yield groups
 
 
@@ -46,6 +46,8 @@ def with_adapter(**extra: Any) -> Any:
     family, lora = "llama", LoraSettings(r=4, extra=extra)
     if "lora_bias" in extra:  # which needs biases
         family, lora = "qwen2", replace(lora, target_modules=["q_proj", "k_proj", "v_proj"])
+    if "target_parameters" in extra:
+        lora = replace(lora, target_modules=[])
     model = add_adapter(tiny_causal_lm(family), lora, "policy")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -101,15 +103,22 @@ def test_it_is_a_copy_that_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}]
+    ("extra", "count"),
+    [
+        ({}, 14),
+        ({"use_dora": True}, 0),
+        ({"lora_bias": True}, 0),
+        ({"use_rslora": True}, 14),
+        ({"target_parameters": ["q_proj.weight", "mlp.up_proj.weight"]}, 4),
+    ],
 )
-def test_adapters_are_merged(extra: dict[str, Any]) -> None:
+def test_adapters_are_merged(extra: dict[str, Any], count: int) -> None:
     model = with_adapter(**extra)
     plain, base = logits(model, "policy"), logits(model, None)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     with packed_model(model, "policy") as groups:
         whole = [layer for group in groups for layer in group if hasattr(layer, "lora_A")]
-        assert len(whole) == (0 if extra.keys() & {"use_dora", "lora_bias"} else 14)
+        assert len(whole) == count
         torch.testing.assert_close(logits(model, "policy"), plain, rtol=1e-5, atol=5e-5)
     with packed_model(model, None):
         torch.testing.assert_close(logits(model, None), base, rtol=0, atol=1e-5)
@@ -137,10 +146,10 @@ def test_small_weights_and_short_responses_stay_as_they_are(
     model = tiny_causal_lm("llama")
     with torch.no_grad(), shared_inputs(model, None) as groups:
         model(IDS)
-    with packed(groups, None, rows=2, tokens=4):
+    with packed(groups, None, batch_size=2, tokens=4):
         assert not any("forward" in vars(module) for module in model.modules())
     monkeypatch.undo()
-    with packed(groups, None, rows=2, tokens=100):
+    with packed(groups, None, batch_size=2, tokens=100):
         assert not any("forward" in vars(module) for module in model.modules())
 
 

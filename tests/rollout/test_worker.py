@@ -7,7 +7,7 @@ import torch
 from marlhf.common.types import Generation, Sequences
 from marlhf.config import RewardSettings
 from marlhf.data.prompts import as_prompts
-from marlhf.rollout.worker import reward_columns, score_to_rewards
+from marlhf.rollout.scores import reward_columns, score_to_rewards
 
 
 def generation_of_lengths(lengths: list[int], finished: list[bool], T: int = 4) -> Generation:
@@ -56,7 +56,7 @@ def test_taking_rows_cuts_columns_that_are_all_padding() -> None:
             generation.finished,
         )
     )
-    cut = sequences.rows(torch.tensor([1, 2]))
+    cut = sequences.select(torch.tensor([1, 2]))
     assert cut.response_mask.tolist() == [[True, False], [True, True]]
     assert cut.attention_mask.tolist() == [[True, True, False], [True, True, True]]
     assert cut.input_ids.shape == (2, 3)

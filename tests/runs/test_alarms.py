@@ -15,7 +15,7 @@ from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 from marlhf.config import RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict
-from marlhf.runs.alarms import RULES, Warnings, fired
+from marlhf.runs.alarms import RULES, AlarmSink, fired
 from marlhf.training import reward_model, sft
 
 DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -63,6 +63,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"grad_norm_policy": 0.0},
         {"grad_norm_policy": lambda t: 0.3 if t % 4 == 0 else 0.0},
     ),
+    "engine_gap": (
+        {"engine_kl": lambda t: 0.001 * t},
+        {"engine_kl": lambda t: 0.05 + 0.001 * t},
+    ),
     "no_signal": ({"score_std": 0.0}, {"score_std": lambda t: 0.3 if t % 4 == 0 else 0.0}),
 }
 
@@ -107,7 +111,7 @@ def test_the_first_update_at_which_a_rule_fires_is_named():
 
 
 def test_a_line_is_printed_once(tmp_path, capsys):
-    sink = Warnings(tmp_path / "metrics.jsonl")
+    sink = AlarmSink(tmp_path / "metrics.jsonl")
     rows = history(60, clip_fraction=0.5)
     for row in rows:
         sink.write(row)
@@ -117,7 +121,7 @@ def test_a_line_is_printed_once(tmp_path, capsys):
     assert "docs/metrics.md" in lines[0]
     # a run that goes on knows what was said before
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    again = Warnings(tmp_path / "metrics.jsonl")
+    again = AlarmSink(tmp_path / "metrics.jsonl")
     again.write(history(61, clip_fraction=0.5)[-1])
     assert capsys.readouterr().err == ""
 
@@ -150,7 +154,9 @@ def test_every_metric_of_a_run_is_documented_and_nothing_else(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = {key for row in rows for key in row}
     found = {re.sub(r"^reward_\w+_mean$", "reward_NAME_mean", key) for key in found}
-    of_plug_ins = {"parsing_fallback_fraction", "curiosity_error", "curiosity_rewarded_fraction"}
+    of_plug_ins = {"parsing_fallback_fraction", "syntax_fallback_fraction"}
+    of_plug_ins |= {"curiosity_error", "curiosity_rewarded_fraction"}
+    of_plug_ins |= {"engine_kl", "engine_ratio_max", "loss_weight_mean"}
     assert documented() - of_plug_ins - {"ptx_loss"} == found
 
 

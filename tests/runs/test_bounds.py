@@ -21,7 +21,7 @@ SIZES = """
 rollout.batch_size=2147483647 -> rollout.batch_size: given 2147483647 & at most 1048576 responses
 rollout.batch_size=1000000 -> given 1000000, must be at most 800, 100 times the 8 rows
 rollout.responses_per_prompt=2147483647 -> responses_per_prompt: given 2147483647, must be at most
-rollout.responses_per_prompt=65536 ;; rollout.batch_size=32 -> at most 1048576 responses an update
+rollout.responses_per_prompt=65536 ;; rollout.batch_size=32 -> at most 1048576 responses per update
 ptx={path: data.jsonl, text_column: prompt, max_length: 9, batch_size: 801} -> ptx.batch_size
 """
 
@@ -64,7 +64,7 @@ def test_an_estimate_of_more_layers_than_any_model_has(refused):
 
 
 def test_a_template_that_never_ends(refused, monkeypatch):
-    monkeypatch.setattr(chat_templates, "_TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chat_templates, "TEMPLATE_SECONDS", 0.2)
     start = time.monotonic()
     line = refused.of("data.apply_chat_template=true", f'model.chat_template="{ENDLESS}"')
     assert "the chat template refuses the prompt" in line
@@ -74,7 +74,7 @@ def test_a_template_that_never_ends(refused, monkeypatch):
 
 def test_a_reward_models_template_that_never_ends(world, monkeypatch):
     """One time limit, though a reward that raises is tried on parts of its batch as a rule."""
-    monkeypatch.setattr(chat_templates, "_TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chat_templates, "TEMPLATE_SECONDS", 0.2)
     reward = RewardModel(str(world / "rm"))
     reward.tokenizer.chat_template = ENDLESS
     columns = {"messages": [[{"role": "user", "content": "Q"}]] * 64}
@@ -85,7 +85,7 @@ def test_a_reward_models_template_that_never_ends(world, monkeypatch):
 
 
 def test_a_template_that_never_ends_in_reward_training(refused, monkeypatch):
-    monkeypatch.setattr(chat_templates, "_TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chat_templates, "TEMPLATE_SECONDS", 0.2)
     Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 9)
     Path("pairs.yaml").write_text(
         f"model: {{path: lm, chat_template: '{ENDLESS}'}}\noutput_dir: run\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from support.runs_that_die import in_child, train, trainer
 
 from marlhf.common.errors import UserError
 from marlhf.runs import checkpoint
-from marlhf.runs.metrics import JsonLines, TensorBoard
+from marlhf.runs.sinks import JsonLines, TensorBoard
 
 DEEP = "[" * 100_000
 
@@ -47,7 +49,7 @@ def test_a_bad_line_costs_that_line_alone(bad: str, tmp_path: Path) -> None:
     text = "\n".join([*rows(0, 1, 2), bad, *rows(3, 4, 5, 6)]) + '\n{"step": 7, "x'
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     said: list[str] = []
-    JsonLines.cut_back(path, 5, said.append)
+    JsonLines.truncate(path, 5, said.append)
     assert path.read_text().splitlines() == rows(0, 1, 2, 3, 4, 5)
     moved = (tmp_path / "metrics.jsonl.bad").read_bytes()
     assert moved == bad.encode("utf-8", "surrogateescape") + b"\n"
@@ -58,7 +60,7 @@ def test_a_bad_line_costs_that_line_alone(bad: str, tmp_path: Path) -> None:
 def test_rows_out_of_order_and_without_a_line_break_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join([*rows(0, 3, 1, 4), "", *rows(2)]))
-    JsonLines.cut_back(path, 2, pytest.fail)
+    JsonLines.truncate(path, 2, pytest.fail)
     assert path.read_text() == "\n".join(rows(0, 1, 2)) + "\n"
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -78,13 +80,13 @@ def test_events_after_a_broken_one_are_kept(tmp_path: Path) -> None:
         start += length + 16
     head, body = records[3][:12], b"\xff" * (len(records[3]) - 16)
     file.write_bytes(b"".join([*records[:3], head, body, records[3][-4:], *records[4:]]))
-    TensorBoard.cut_back(tmp_path, 4)
+    TensorBoard.truncate(tmp_path, 4)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     kept = [event.step for event in events.Scalars("x")]
     assert kept == [0, 1, 3, 4]  # the version of the file is the first record
     file.write_bytes(file.read_bytes() + b"\xff" * 40)  # a length beyond all memory
-    TensorBoard.cut_back(tmp_path, 4)
+    TensorBoard.truncate(tmp_path, 4)
     assert file.stat().st_size == sum(len(records[i]) for i in (0, 1, 2, 4, 5))
 
 
@@ -137,9 +139,23 @@ def test_a_forged_manifest_is_passed_over_in_one_line(forged: str, tmp_path: Pat
     assert len(said) == 1
     assert f"checkpoint {folder} is damaged and passed over: manifest.json" in said[0]
     with pytest.raises(UserError, match=r"step-2 is damaged: manifest\.json"):
-        checkpoint.given(folder, tmp_path)
+        checkpoint.read_named(folder, tmp_path)
     checkpoint.prune(tmp_path, 1, keep_best=True)  # its score counts for nothing
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
+def test_several_damaged_checkpoints_are_one_line(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        (write(tmp_path, step) / checkpoint.MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"all checkpoints .* step-4 as manifest\.json is missing"):
+        checkpoint.latest(tmp_path, pytest.fail)
+    write(tmp_path, 1)
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) is not None
+    (line,) = said
+    assert line.endswith(
+        "step-4 is damaged and passed over: manifest.json is missing; so are 2 before it"
+    )
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"facts": ' + DEEP, "[]", "7", "null"])
@@ -312,3 +328,48 @@ def test_moments_that_overlap_and_settings_of_others_are_not_taken_over(
     assert optimizer.param_groups[0]["lr"] < 1
     for parameter, state in optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "socket"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml", "final.partial"])
+def test_what_is_no_file_is_refused_before_it_is_written(
+    name: str, kind: str, finished: Path, tmp_path: Path
+) -> None:
+    """Opening a pipe would wait for a reader that never comes."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    path = folder / name
+    path.unlink(missing_ok=True)
+    put(path, "file" if (kind, name) == ("folder", "final.partial") else kind)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=f"output_dir: .*{name}' is not a f.*; move it away"):
+        trainer(folder, steps=3, segmenter=PHRASES)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop"])
+def test_a_manifest_that_is_no_file_is_passed_over(kind: str, tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    manifest = write(tmp_path, 2) / "manifest.json"
+    manifest.unlink()
+    put(manifest, kind)
+    said: list[str] = []
+    found = checkpoint.latest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+
+
+def put(path: Path, kind: str) -> None:
+    """A thing of another kind in the place of a file."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    else:
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(os.path.relpath(path))  # an address has 107 bytes at most

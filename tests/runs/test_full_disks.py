@@ -25,7 +25,7 @@ from marlhf.common.errors import UserError
 from marlhf.config import RaterSettings
 from marlhf.config.loading import config_to_dict
 from marlhf.evaluation import job
-from marlhf.evaluation.judge import Pair
+from marlhf.evaluation.judge import ResponsePair
 from marlhf.evaluation.raters import write_file
 from marlhf.models import loading
 from marlhf.runs import directory
@@ -70,12 +70,25 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that evaluation where there is room."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    keys = {"reference": str(models / "b"), "raters": {"format": "csv"}}
+    main(["evaluate", written(folder, models, **keys)])
+    return folder
+
+
 ROOMS = (0, 4, 8, 12, 16, 20, 28)  # kB
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_an_evaluation_on_a_full_disk_goes_on_as_if_it_had_not_been(
-    room: int, disk: Path, models: Path, capfd: pytest.CaptureFixture[str]
+    room: int,
+    disk: Path,
+    models: Path,
+    undisturbed: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     keys = {"reference": str(models / "b"), "raters": {"format": "csv"}}
     out = disk / "out"
@@ -91,28 +104,29 @@ def test_an_evaluation_on_a_full_disk_goes_on_as_if_it_had_not_been(
         assert text.count("\n") % 12 in (0, 5, 10), "half of a batch: they are of 5, 5 and 2"
     free(disk)
     main(["evaluate", config])
-    whole = disk.parent / "whole"
-    main(["evaluate", written(whole, models, **keys)])
     for name in ("samples.jsonl", "measures.jsonl", "raters.csv", "raters_key.jsonl"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert json.loads((out / "results.json").read_text()) == json.loads(
-        (whole / "results.json").read_text()
+        (undisturbed / "results.json").read_text()
     )
 
 
-def test_the_raters_key_is_whole_or_not_there(disk: Path) -> None:
-    pairs = [Pair("a", row, "prompt", f"ours {row}", f"theirs {row}") for row in range(90)]
+def test_the_raters_files_are_whole_or_not_there(disk: Path) -> None:
+    pairs = [ResponsePair("a", row, "prompt", f"ours {row}", f"theirs {row}") for row in range(90)]
     fill(disk, 8 * 1024)  # for one of the two files
     with pytest.raises(UserError, match=FULL):
         write_file(pairs, RaterSettings(), disk, seed=1)
-    assert not (disk / "raters_key.jsonl").exists()
+    key = disk / "raters_key.jsonl"
+    assert not (disk / "raters.csv").exists()
+    assert not key.exists() or key.read_text().count("\n") == 90
     free(disk)
     assert write_file(pairs, RaterSettings(), disk, seed=1).read_text().count("\n") == 91
+    assert key.read_text().count("\n") == 90
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "_PATIENCE", 0.2)
+    monkeypatch.setattr(directory, "PATIENCE", 0.2)
 
 
 def test_two_evaluations_in_one_folder_are_not_let_in(
@@ -231,7 +245,7 @@ def test_a_disk_that_fills_within_the_final_model(
 
 def test_events_that_find_no_room(disk: Path, filled_at: Any, tmp_path: Path) -> None:
     """TensorBoard writes in a thread of its own."""
-    from marlhf.runs.metrics import TensorBoard
+    from marlhf.runs.sinks import TensorBoard
 
     made = trainer(disk / "run", steps=3, checkpoint={"every": 1, "keep": 1})
     filled_at(TensorBoard, "write", 0)

@@ -17,7 +17,7 @@ from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict, merge
 from marlhf.distributed import Distributed
 from marlhf.evaluation.job import _claim
-from marlhf.runs.directory import own_files
+from marlhf.runs.directory import run_files
 from marlhf.runs.provenance import check_apart
 
 
@@ -91,20 +91,20 @@ def test_what_a_run_reads_is_not_replaced(reads: str, run: Path) -> None:
     for folder in ("run", "./other/../run", str(run)):
         config = config_of(cls, changes, output_dir=folder)
         with pytest.raises(UserError) as refusal:
-            check_apart(config, own_files(config.output_dir))
+            check_apart(config, run_files(config.output_dir))
         assert f"output_dir: given {folder!r}; overwrite: given true" in str(refusal.value)
         assert f", which {key} (" in str(refusal.value)
     with pytest.raises(UserError, match="it would replace"):  # at its end
-        check_apart(config_of(cls, changes, overwrite=False), own_files("run"))
+        check_apart(config_of(cls, changes, overwrite=False), run_files("run"))
     elsewhere = config_of(cls, changes, output_dir="elsewhere")
-    check_apart(elsewhere, own_files("elsewhere"))
+    check_apart(elsewhere, run_files("elsewhere"))
 
 
 def test_what_lies_beside_is_no_reason(run: Path) -> None:
     for path in ("other", "run", "."):  # in neither of the last two does a run delete a model
-        check_apart(config_of(PPOConfig, {"model": {"path": path}}), own_files("run"))
+        check_apart(config_of(PPOConfig, {"model": {"path": path}}), run_files("run"))
     words = {"reward": {"models": {"name": "keyword", "words": ["final", "x" * 300, "a\0b", "~q"]}}}
-    check_apart(config_of(PPOConfig, words), own_files("run"))
+    check_apart(config_of(PPOConfig, words), run_files("run"))
 
 
 JOBS: dict[str, Callable[[Path], list[str]]] = {
@@ -122,7 +122,7 @@ def test_the_command_line_refuses_and_deletes_nothing(
     was = sorted(map(str, run.rglob("*")))
     from marlhf.training import ppo
 
-    monkeypatch.setattr(ppo, "run", lambda c: check_apart(c, own_files(c.output_dir)))
+    monkeypatch.setattr(ppo, "run", lambda c: check_apart(c, run_files(c.output_dir)))
     with pytest.raises(SystemExit) as end:
         main([*JOBS[job](run), "overwrite=true"])
     assert end.value.code == 2

@@ -28,8 +28,8 @@ from test_damaged_runs import reseal
 from marlhf.common.errors import UserError
 from marlhf.config import PPOConfig, RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict, merge
+from marlhf.data.rows import fact_of
 from marlhf.evaluation.records import identity
-from marlhf.runs.provenance import rows_fact
 from marlhf.training import reward_model, sft
 from marlhf.training.ppo import PPOTrainer
 
@@ -178,7 +178,7 @@ def test_a_resume_on_something_else_is_refused_by_name(
     if change in ("a row", "weights"):
         JOBS[job](output_dir=job, resume_changed=True)
         said = capfd.readouterr().err
-        assert "resume_changed: goes on although these have changed" in said
+        assert "resume_changed: resuming although these have changed" in said
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -199,7 +199,7 @@ def test_checkpoints_of_before_go_on_and_say_so(
     reseal(folder, lambda contents: contents["facts"].pop("made_of"))
     other_row()
     run_sft(output_dir="sft")
-    assert "does not say what the run was made of" in capfd.readouterr().err
+    assert "has no digests of the run's inputs" in capfd.readouterr().err
 
 
 def test_the_base_of_an_adapter_counts(here: Path) -> None:
@@ -222,12 +222,12 @@ def test_the_base_of_an_adapter_counts(here: Path) -> None:
 
 def test_rows_are_told_apart_by_content_and_order() -> None:
     rows = [{"a": 1, "b": "x"}, {"a": None, "b": b"\xff"}]
-    digest = rows_fact(rows)
-    assert digest == rows_fact([dict(reversed(list(row.items()))) for row in rows])
-    assert digest != rows_fact(rows[::-1])
-    assert digest != rows_fact([rows[0]])
-    assert rows_fact([["ab", "c"]]) != rows_fact([["a", "bc"]])
-    assert rows_fact([object()]) == rows_fact([object()])  # no addresses in it
+    digest = fact_of(rows)
+    assert digest == fact_of([dict(reversed(list(row.items()))) for row in rows])
+    assert digest != fact_of(rows[::-1])
+    assert digest != fact_of([rows[0]])
+    assert fact_of([["ab", "c"]]) != fact_of([["a", "bc"]])
+    assert fact_of([object()]) == fact_of([object()])  # no addresses in it
 
 
 def test_only_what_makes_a_model_tells_it_from_another(world: Path) -> None:

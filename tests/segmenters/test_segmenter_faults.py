@@ -9,7 +9,16 @@ import torch
 from support.responses import piece_batch
 
 from marlhf.common.errors import UserError
-from marlhf.segmenters import NGram, Segmenter, Token, Union, build_segmenter, segment, validate
+from marlhf.segmenters import (
+    NGram,
+    Segmenter,
+    Token,
+    Union,
+    build_segmenter,
+    segment,
+    segmenter_metrics,
+    validate,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +93,20 @@ def test_an_object_that_is_no_value_is_called_by_its_class():
 
     with pytest.raises(UserError, match=r"segmenter Mine: raised KeyError.*test_segmenter_faults"):
         segment(Mine(), piece_batch(["a"]))
+
+
+class Own(Segmenter):
+    """One with an `__init__` of its own, which does not call the base's."""
+
+    def __init__(self, size: int) -> None:
+        object.__setattr__(self, "size", size)
+
+    def starts(self, batch):
+        return batch.response_mask
+
+
+def test_a_segmenter_whose_init_does_not_call_the_base_s_has_no_metrics():
+    segmenter = build_segmenter({"name": f"{__name__}.Own", "size": 2})
+    batch = piece_batch(["a", "b"])
+    assert segment(segmenter, batch).tolist() == [[True, True]]
+    assert segmenter_metrics(segmenter) == {}

@@ -97,15 +97,15 @@ def test_parity_against_steps_by_hand(study):
     by 4 updates, is there at 12.25, 12 and 11.75, that is at the evaluations 14, 12 and 12; at
     0.005 never. Of token's own runs the first ends below the mean and counts as 20."""
     token, fast, slow = analyse.analyse(study)
-    assert fast.updates.steps == [14, 12, 12]
+    assert fast.updates.times == [14, 12, 12]
     assert fast.updates.ratio == 12 / 20
-    assert fast.seconds.steps == [28, 24, 24]
-    assert slow.updates.steps == [math.inf] * 3
+    assert fast.seconds.times == [28, 24, 24]
+    assert slow.updates.times == [math.inf] * 3
     assert slow.updates.reached == 0
-    assert token.updates.steps == [math.inf, 20, 20]
+    assert token.updates.times == [math.inf, 20, 20]
     # 0.9 of the optimum of 0.5: the average reaches 0.45 at 15.25, 15 and 14.75
     assert fast.near_optimum is not None
-    assert fast.near_optimum.steps == [16, 16, 16]
+    assert fast.near_optimum.times == [16, 16, 16]
     assert slow.near_optimum is not None
     assert slow.near_optimum.reached == 0
 
@@ -114,7 +114,7 @@ def test_a_target_that_is_given_replaces_the_baselines(study):
     groups = analyse.groups_of(study)
     found = parity(groups["fast"], groups["token"], target=0.16)
     assert found is not None
-    assert found.steps == [8, 8, 8]
+    assert found.times == [8, 8, 8]
 
 
 def test_means_over_updates_and_core_hours(study):
@@ -139,7 +139,7 @@ def test_single_seeds_and_other_learning_rates(study):
     for trial in study.trials:
         if (trial.phase, trial.run.arm) != ("final", "token") or trial.run.config["seed"] == 0:
             lone.trials.append(trial)
-    assert analyse.analyse(lone)[1].to_median.steps == [12, 12, 12]
+    assert analyse.analyse(lone)[1].to_median.times == [12, 12, 12]
     lines = analyse.markdown(study, analyse.analyse(study)).splitlines()
     (head,) = [line for line in lines if "search: 0.1 (KL)" in line]
     row = lines[lines.index(head) + 2]
@@ -172,21 +172,19 @@ def test_where_the_gradient_comes_from(study):
 
 def test_the_page_is_filled_between_its_markers(study, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    docs = tmp_path / "docs"
-    (docs / "study").mkdir(parents=True)
-    pack.write(study, docs / "study" / "toy.jsonl.xz")
-    page = docs / "study.md"
+    pack.write(study, tmp_path / "toy.jsonl.xz")
+    page = tmp_path / "toy.md"
     page.write_text("before\n<!-- results: toy -->\nold\n<!-- end: toy -->\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["analyse.py", "--docs", str(docs)])
+    monkeypatch.setattr(sys, "argv", ["analyse.py", "--docs", str(tmp_path)])
     analyse.main()
     first = page.read_text()
     assert first.startswith("before\n<!-- results: toy -->\n\n3 arms, 9 final runs, 6 runs of")
     assert first.endswith("<!-- end: toy -->\nafter\n")
     assert "old" not in first
     for name in ("reward", "frontier", "parity"):
-        assert f"(study/toy_{name}.png)" in first
-        assert (docs / "study" / f"toy_{name}.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads((docs / "study" / "toy.json").read_text(), parse_constant=pytest.fail)
+        assert f"(toy_{name}.png)" in first
+        assert (tmp_path / f"toy_{name}.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "toy.json").read_text(), parse_constant=pytest.fail)
     assert found["arms"][2]["updates"]["median"] == "never"
     analyse.main()
     assert page.read_text() == first

@@ -127,9 +127,9 @@ def test_a_task_without_a_horizon_is_not_steered(tmp_path):
     task = FakeTask(tmp_path, LAWS)
     task.chosen = {"token": {"kl": 2.0}}
     task.settings["horizon"] = 48
-    assert task._steer() == {"kl.target": 2.0, "kl.horizon": 48}
+    assert task._kl_target() == {"kl.target": 2.0, "kl.horizon": 48}
     task.settings["horizon"] = None
-    assert task._steer() == {}
+    assert task._kl_target() == {}
 
 
 def test_an_arm_that_was_not_steered_begins_with_what_its_searched_kl_asks_for(tmp_path):

@@ -1,9 +1,9 @@
 """Kill runs of the command line at random moments, resume them, compare what they have written.
 
-    python tests/kill_and_resume.py --kills 50
-    python tests/kill_and_resume.py --kills 20 --ranks 2
-    python tests/kill_and_resume.py --kills 20 --profile configs/accelerate/zero2.yaml
-    python tests/kill_and_resume.py --kills 20 model.lora.r=4
+    python tests/support/kill_and_resume.py --kills 50
+    python tests/support/kill_and_resume.py --kills 20 --ranks 2
+    python tests/support/kill_and_resume.py --kills 20 --profile configs/accelerate/zero2.yaml
+    python tests/support/kill_and_resume.py --kills 20 model.lora.r=4
 
 A tiny random model is trained by `marlhf ppo ... resume=auto`. A run is killed (kill -9, all
 its processes) after a random time between 0 and what a whole run takes, started again, and so

@@ -15,6 +15,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from support import warm_python
+
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 PROFILES = Path(__file__).parents[2] / "configs" / "accelerate"
 TIMES = ("_seconds", "tokens_per_second", "peak_memory_gb")
@@ -48,12 +50,19 @@ def sharding_everything(folder: Path, **keys: Any) -> Path:
 
 
 def run(
-    command: Sequence[str], timeout: float = 240, folder: Path | None = None
+    command: Sequence[str],
+    timeout: float = 240,
+    folder: Path | None = None,
+    warm: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND` in a folder, its output kept."""
+    """`python COMMAND` in a folder, its output kept.
+
+    warm   all its processes fork from one that has imported everything (`warm_python`)
+    """
+    python = warm_python.command() if warm else sys.executable
     return subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [python, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -70,14 +79,17 @@ def first_error(done: subprocess.CompletedProcess[str]) -> str:
     return f"exit status {done.returncode}: {text[min(places, default=0) :][:6000]}"
 
 
-def launch(folder: Path, launcher: Sequence[str], sections: dict[str, Any]) -> dict[str, Any]:
+def launch(
+    folder: Path, launcher: Sequence[str], sections: dict[str, Any], warm: bool = True
+) -> dict[str, Any]:
     """Run two_ranks.py to its end; returns what it says of the launch."""
     folder.mkdir()
     if "ptx" in sections:
         texts = folder / "texts.jsonl"
         texts.write_text("".join(f'{{"text": "text {"more " * i}"}}\n' for i in range(9)))
         sections = {**sections, "ptx": {**sections["ptx"], "path": str(texts)}}
-    done = run([*launcher, str(SCRIPT), str(folder), json.dumps({**BASE, **sections})])
+    arguments = [str(folder), json.dumps({**BASE, **sections})]
+    done = run([*launcher, str(SCRIPT), *arguments], warm=warm)
     assert done.returncode == 0, first_error(done)
     return json.loads((folder / "launch.json").read_text())
 

@@ -70,12 +70,15 @@ def tiny_trainer(
     token_reward: Any = None,
     **sections: Any,
 ) -> PPOTrainer:
-    """A trainer on a tiny random model of a family."""
+    """A trainer on a tiny random model of a family, or on the one in `model.path`."""
+    config = tiny_config(folder, **sections)
+    if lm is None and not Path(config.model.path).is_dir():
+        lm = tiny_causal_lm(family, BYTES_VOCAB)
     return PPOTrainer(
-        tiny_config(folder, **sections),
+        config,
         reward=score,
         token_reward=token_reward,
         train_dataset=PROMPTS,
-        model=lm if lm is not None else tiny_causal_lm(family, BYTES_VOCAB),
+        model=lm,
         tokenizer=byte_tokenizer(add_bos=True),
     )

@@ -112,7 +112,7 @@ def randomize(model: Any, seed: int) -> Any:
     """Draw every weight anew: matrices keep their input's scale, embeddings are N(0, 0.4^2),
     and vectors (norms, biases) move by N(0, 0.1^2) from where they were. Embeddings that are also
     the output head are smaller, or every token would predict itself."""
-    scale = 0.2 if model.config.tie_word_embeddings else 0.4
+    scale = 0.2 if getattr(model.config, "tie_word_embeddings", False) else 0.4
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for parameter in model.parameters():

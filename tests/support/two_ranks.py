@@ -5,13 +5,14 @@ It leaves the run's files, the critic's weights, and `launch.json`: how the mode
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from marlhf.config import LoraSettings
+from marlhf.models import loading
+from marlhf.rollout import transformers_engine
 from marlhf.training.ppo import PPOTrainer
 from support.runs import PROMPTS, tiny_trainer
 
@@ -43,10 +44,10 @@ def goes_on_after_loading(trainer: PPOTrainer, folder: Path) -> bool:
     return first == second and all(torch.equal(a, b) for a, b in pairs)
 
 
-def noting_dtypes(trainer: PPOTrainer) -> dict[str, list[str]]:
+def noting_dtypes() -> dict[str, list[str]]:
     """Of the policy's weights while it samples, by the kind of their layer."""
     found: dict[str, list[str]] = {}
-    real = trainer.worker.generate
+    real = transformers_engine.generate
 
     def generate(policy: Any, *arguments: Any) -> Any:
         for part in policy.model.modules():
@@ -55,8 +56,20 @@ def noting_dtypes(trainer: PPOTrainer) -> dict[str, list[str]]:
                 found[type(part).__name__] = sorted({*found.get(type(part).__name__, []), name})
         return real(policy, *arguments)
 
-    trainer.worker = replace(trainer.worker, generate=generate)
+    transformers_engine.generate = generate
     return found
+
+
+def counting_reads() -> list[str]:
+    """Paths of the models whose files this rank reads."""
+    paths, real = [], loading._read_weights
+
+    def read(auto: Any, settings: Any, *arguments: Any, **keys: Any) -> Any:
+        paths.append(settings.path)
+        return real(auto, settings, *arguments, **keys)
+
+    loading._read_weights = read
+    return paths
 
 
 def spoil_the_second_update(trainer: PPOTrainer, name: str) -> None:
@@ -85,11 +98,12 @@ def main() -> None:
     if lora := sections.get("model", {}).get("lora"):
         sections["model"]["lora"] = LoraSettings(**lora)
     resume, spoiled = sections.pop("resume", False), sections.pop("spoiled", None)
+    reads = counting_reads()
     trainer = tiny_trainer(folder, **sections)
     if spoiled is not None:
         spoil_the_second_update(trainer, spoiled)
     trainer.eval_prompts = list(trainer.stream.prompts[:3])  # an uneven share each
-    sampled_in = noting_dtypes(trainer)
+    sampled_in = noting_dtypes()
     trainer.train()
     distributed = trainer.distributed
     assert trainer.reference is not None
@@ -102,6 +116,7 @@ def main() -> None:
         "sub_groups": sub_groups(trainer),
         "timeouts": timeouts(),
         "sampled_in": sampled_in,
+        "reads": distributed.gather_objects([len(reads)]),
         "goes_on": resume and goes_on_after_loading(trainer, folder),
     }
     critic = weights(trainer, trainer.critic.model) if trainer.critic else {}

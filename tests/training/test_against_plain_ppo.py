@@ -245,7 +245,7 @@ def disagreements(run: Run, s: Plain) -> list[str]:
     return found
 
 
-REFERENCE = Plain(
+PAPER_CODE = Plain(
     last_token_alone=True,
     score_clip=2.5,
     gamma=1.0,
@@ -258,9 +258,9 @@ GROUPS = {"rollout": {"responses_per_prompt": 2, "batch_size": 8}}
 CASES: dict[str, tuple[Plain, dict[str, Any]]] = {
     "token": (Plain(n=1), {"segmenter": "token"}),
     "ngram": (Plain(), {}),
-    "reference": (
-        REFERENCE,
-        {"preset": "reference", "rollout": {"temperature": 0.8}, "ppo": {"minibatches": 2}},
+    "paper code": (
+        PAPER_CODE,
+        {"preset": "paper_code", "rollout": {"temperature": 0.8}, "ppo": {"minibatches": 2}},
     ),
     "kl in the loss": (Plain(kl_in_loss=True), {"kl": {"where": "loss"}}),
     "rloo": (

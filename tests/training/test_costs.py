@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def counted_update(trainer: PPOTrainer) -> tuple[Counter[str], int]:
         count(lm.get_output_embeddings(), f"logits of {name}")
     if trainer.critic is not None and policy.adapter is None:
         count(trainer.critic.model.backbone, "critic")
-    generate = trainer.worker.generate
+    generate = trainer.engine.generate
 
     def uncounted(*arguments: Any) -> Any:
         counting[0] = False
@@ -57,7 +58,8 @@ def counted_update(trainer: PPOTrainer) -> tuple[Counter[str], int]:
         tokens.append(int(generation.response_mask.sum()))
         return generation
 
-    trainer.worker = replace(trainer.worker, generate=uncounted)
+    engine = SimpleNamespace(generate=uncounted, sleep=trainer.engine.sleep)
+    trainer.worker = replace(trainer.worker, engine=engine)
     trainer.step(PROMPTS)
     return found, tokens[0]
 
@@ -73,7 +75,7 @@ def test_passes_and_logits_of_an_update(
         "no KL": NO_KL,
         "lora, no KL": {**LORA, **NO_KL},
     }[case]
-    monkeypatch.setattr(batching, "_CPU_PASS_COST", 1000)  # all rows in a pass, whatever is padding
+    monkeypatch.setattr(batching, "CPU_PASS_COST", 1000)  # all rows in a pass, whatever is padding
     trainer = tiny_trainer(
         tmp_path,
         ppo={"epochs": EPOCHS, "minibatches": 1},
@@ -119,9 +121,9 @@ def peak_of_pass(vocabulary: int, training: bool) -> int:
 def test_memory_does_not_grow_with_the_vocabulary(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "_LOGITS_PER_CHUNK", 2**19)
+    monkeypatch.setattr(policy, "LOGITS_PER_CHUNK", 2**19)
     chunk = 4 * 2**19
     small, large = (peak_of_pass(size, training) for size in (2**15, 2**18))
     assert large <= small + chunk
-    monkeypatch.setattr(policy, "_LOGITS_PER_CHUNK", 10**9)
+    monkeypatch.setattr(policy, "LOGITS_PER_CHUNK", 10**9)
     assert peak_of_pass(2**18, training) > small + 20 * chunk

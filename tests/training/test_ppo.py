@@ -385,7 +385,8 @@ def test_gradient_checkpointing_is_for_the_critic_too(tmp_path: Path) -> None:
     critic = tiny_sequence_classifier("llama", BYTES_VOCAB)
     config = tiny_trainer(tmp_path, model={"gradient_checkpointing": True}).config
     lm = tiny_causal_lm("llama", BYTES_VOCAB)
-    for model in building.build_models(config, byte_tokenizer(), None, lm, critic):
+    policy, value_model, _ = building.build_models(config, byte_tokenizer(), None, lm, critic)
+    for model in (policy, value_model):
         assert model is not None
         assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 

@@ -17,7 +17,7 @@ from marlhf.common.errors import UserError
 from marlhf.config import PTXSettings
 from marlhf.runs.metrics import Metrics
 from marlhf.training.objectives import text_objective
-from marlhf.training.ptx import TextRows, TextStream, text_ids
+from marlhf.training.ptx import TextBatch, TextStream, text_ids
 
 BOS, EOS = 0, 1
 
@@ -38,7 +38,7 @@ def stream(path: str, rank: int = 0, world: int = 1, positions: int = 256, **key
     return TextStream(settings, 0, byte_tokenizer(add_bos=True), ranks, positions)
 
 
-def lengths(rows: TextRows) -> list[int]:
+def lengths(rows: TextBatch) -> list[int]:
     return rows.attention_mask.sum(1).tolist()
 
 
@@ -61,7 +61,7 @@ def test_ranks_share_a_batch(tmp_path: Path) -> None:
 def test_rows_lose_padding_and_nothing_else(tmp_path: Path) -> None:
     batch = stream(texts(tmp_path)).batch(0)
     short = int(torch.tensor(lengths(batch)).argmin())
-    row = batch.rows(torch.tensor([short]))
+    row = batch.select(torch.tensor([short]))
     length = min(lengths(batch))
     assert row.input_ids.tolist() == [batch.input_ids[short, :length].tolist()]
     assert row.attention_mask.all()

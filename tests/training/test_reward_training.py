@@ -23,7 +23,7 @@ from marlhf.algorithm.losses import pairwise_loss
 from marlhf.common.errors import UserError
 from marlhf.config import PPOConfig, RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict, config_to_dict
-from marlhf.data.pairs import Pair, choose_pad_token, load_preferences
+from marlhf.data.pairs import TokenizedPair, choose_pad_token, load_preferences
 from marlhf.models.loading import load_model_config
 from marlhf.models.reward_classifier import build_classifier
 from marlhf.rewards import RewardModel
@@ -88,7 +88,7 @@ def pairs_of(config: RewardConfig, world: Path) -> Any:
     return load_preferences(config, AutoTokenizer.from_pretrained(world / "lm"))
 
 
-def plain_loss(model: Any, pairs: list[Pair], centring: float) -> torch.Tensor:
+def plain_loss(model: Any, pairs: list[TokenizedPair], centring: float) -> torch.Tensor:
     """Bradley-Terry from its definition, one unpadded text at a time, in float64."""
 
     def score(ids: list[int]) -> torch.Tensor:

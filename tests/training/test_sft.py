@@ -18,12 +18,12 @@ from marlhf.algorithm.losses import sft_loss
 from marlhf.common.errors import ReportedError, UserError
 from marlhf.config import SFTConfig
 from marlhf.config.loading import config_from_dict, config_to_dict
-from marlhf.data.demonstrations import Example, load_examples, pack
+from marlhf.data.demonstrations import SFTExample, SFTExamples, load_examples, pack
 from marlhf.distributed import Distributed
 from marlhf.models.loading import check_packing
 from marlhf.models.policy import Policy
 from marlhf.training import sft
-from marlhf.training.supervised import EarlyStopping, check_batch_size, shares
+from marlhf.training.supervised import check_batch_size, shares
 
 ROWS = [
     {"prompt": "say " + letter * (1 + i % 5), "completion": " " + letter * (1 + 2 * i % 7)}
@@ -69,7 +69,7 @@ def metrics(world: Path, run: str = "run") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (world / run / "metrics.jsonl").read_text().splitlines()]
 
 
-def plain_loss(model: Any, examples: list[Example]) -> torch.Tensor:
+def plain_loss(model: Any, examples: list[SFTExample]) -> torch.Tensor:
     """Mean over all trained tokens of -log p, one example and one token at a time, in float64."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for example in examples:
@@ -116,7 +116,7 @@ def test_two_steps_are_those_of_a_plain_loop(world):
 
 
 def batch_gradients(
-    model: Any, rows: list[sft.Row], count: float
+    model: Any, rows: list[sft.PackedRow], count: float
 ) -> tuple[float, dict[str, torch.Tensor]]:
     batch = sft.collate(rows)
     labels = batch.pop("labels")
@@ -126,8 +126,8 @@ def batch_gradients(
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def example(ids: list[int], prompt: int) -> Example:
-    return Example(ids, [i >= prompt for i in range(len(ids))], prompt)
+def example(ids: list[int], prompt: int) -> SFTExample:
+    return SFTExample(ids, [i >= prompt for i in range(len(ids))], prompt)
 
 
 EXAMPLES = [
@@ -145,10 +145,10 @@ def test_packed_examples_have_the_loss_and_gradient_of_separate_ones(family):
     changes = {"gemma2": {"sliding_window": 4}, "gpt2": {"n_positions": 18}}.get(family, {})
     model = tiny_causal_lm(family, **changes)
     count = float(sum(sum(e.trained) for e in EXAMPLES))
-    rows = [sft.Row(group) for group in pack(EXAMPLES, 24)]
-    assert len(rows) == 2
-    packed, packed_gradients = batch_gradients(model, rows, count)
-    apart, gradients = batch_gradients(model, [sft.Row([e]) for e in EXAMPLES], count)
+    sizes = torch.tensor([len(e) for e in EXAMPLES]).numpy()
+    first, second = sft.PackedRows(SFTExamples(EXAMPLES, sizes, 0, 0), pack(sizes, 24))
+    packed, packed_gradients = batch_gradients(model, [first, second], count)
+    apart, gradients = batch_gradients(model, [sft.PackedRow([e]) for e in EXAMPLES], count)
     oracle = tiny_causal_lm(family, **changes).double()
     wanted = plain_loss(oracle, EXAMPLES)
     wanted.backward()
@@ -163,7 +163,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_separate_ones(family):
 def test_contamination_would_be_noticed():
     """The same rows with positions that run on, or from the wrong place, have another loss."""
     model = tiny_causal_lm("llama")
-    batch = sft.collate([sft.Row(EXAMPLES[:2])])
+    batch = sft.collate([sft.PackedRow(EXAMPLES[:2])])
     labels = batch.pop("labels")
     right = sft.loss(Policy(model)(**batch), labels, torch.tensor(1.0))
     batch["position_ids"] = torch.arange(10)[None]
@@ -184,7 +184,7 @@ def test_a_family_that_mixes_examples_cannot_pack(monkeypatch):
 
 def test_the_loss_is_that_of_transformers_labels():
     model = tiny_causal_lm("qwen2")
-    rows = [sft.Row([e]) for e in EXAMPLES]
+    rows = [sft.PackedRow([e]) for e in EXAMPLES]
     batch = sft.collate(rows)
     labels = torch.nn.functional.pad(batch["labels"], (1, 0), value=-100)
     mask = torch.tensor([[i < len(row) for i in range(18)] for row in rows])
@@ -246,18 +246,6 @@ def test_early_stopping_brings_back_the_best_model(world):
     final = AutoModelForCausalLM.from_pretrained(world / "run/final").double()
     with torch.no_grad():
         assert plain_loss(final, held_out.rows).item() == pytest.approx(min(losses), rel=1e-5)
-
-
-def test_without_a_finite_held_out_loss_there_is_nothing_to_bring_back():
-    module = torch.nn.Linear(2, 1)
-    before = module.weight.detach().clone()
-    stopping = EarlyStopping(module, 2, Distributed())
-    for loss in (math.nan, math.inf):
-        assert not stopping.is_over
-        stopping.see(loss)
-    assert stopping.is_over
-    stopping.restore()
-    assert torch.equal(module.weight, before)
 
 
 @pytest.mark.parametrize("key", ["eval_every", "eval_rows"])
@@ -350,11 +338,11 @@ def test_what_cannot_work_is_refused(world, changes, fault, monkeypatch):
     [
         (
             {"data": {"text_column": "text", "prompt_template": "{a}"}},
-            r"data\.prompt_template: given '\{a\}' beside data\.text_column",
+            r"data\.prompt_template: given '\{a\}' with data\.text_column",
         ),
         (
             {"data": {"completion_template": "{a}", "completion_column": "b"}},
-            r"data\.completion_column: given 'b' beside data\.completion_template",
+            r"data\.completion_column: given 'b' with data\.completion_template",
         ),
         ({"optimizer": {"critic_learning_rate": 1e-5}}, "unknown key"),
         ({"log": {"samples": 3}}, "unknown key"),

@@ -183,22 +183,22 @@ def test_parity_against_the_definition(tmp_path):
     expected = [2 * math.ceil((4 + (0.33 - 0.01 * seed) / 0.04) / 2 - 1e-9) for seed in range(3)]
     found = parity(ngram, token)
     assert found is not None
-    assert found.steps == expected
+    assert found.times == expected
     assert found.reached == 3
     assert found.median == statistics.median(expected)
     # of token's own runs the first ends short of the mean and counts with its last step
     own = parity(token, token)
     assert own is not None
-    assert own.steps[0] == math.inf
+    assert own.times[0] == math.inf
     assert own.reached == 2
-    base = statistics.median([20, *own.steps[1:]])
+    base = statistics.median([20, *own.times[1:]])
     assert found.ratio == pytest.approx(found.median / base)
     assert found.ratio_low is not None
     assert found.ratio_high is not None
     assert found.ratio_low <= found.ratio <= found.ratio_high
     seconds = parity(ngram, token, seconds=True)
     assert seconds is not None
-    assert seconds.steps == [2 * s for s in expected]
+    assert seconds.times == [2 * s for s in expected]
 
 
 def test_runs_that_never_reach_parity_are_counted_as_such(tmp_path):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from support.disks import mounted
 from support.written_runs import learning, sample, some_runs, write_run
 
 from marlhf.cli import main
+from marlhf.common.errors import UserError
+from marlhf.views.html_page import write_page
 from marlhf.views.report.document import document
 from marlhf.views.report.groups import group_runs
 from marlhf.views.report.runs import read_runs
@@ -154,6 +158,31 @@ def test_a_png_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert error.count("\n") == 1
     assert "--output: cannot write" in error
     assert "entropy.png" in error
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    disk = tmp_path / "disk"
+    if not mounted(disk, 100):
+        pytest.skip("needs the right to mount a disk")
+    page, link = disk / "page.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    write_page(link, "before", "--html")
+    with pytest.raises(UserError, match=r"--html: cannot write .*No space left"):
+        write_page(link, "x" * 200_000, "--html")
+    assert page.read_text() == "before"
+    assert [*disk.iterdir()] == [page]
+    assert link.is_symlink()
+
+
+def test_a_page_goes_into_a_pipe_that_somebody_reads(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="--html: cannot write"):
+        write_page(pipe, "nobody", "--html")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_page(pipe, "somebody", "--html")
+    assert os.read(reader, 100) == b"somebody"
+    os.close(reader)
 
 
 @pytest.mark.parametrize(

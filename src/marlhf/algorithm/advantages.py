@@ -18,7 +18,7 @@ def gae(
     values_BM: Tensor,
     mask_BM: Tensor,
     discounts_BM: Tensor,
-    lam: float,
+    lam: float | Tensor,
     bootstrap_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over macro actions.
@@ -31,7 +31,7 @@ def gae(
     values_BM      V_k, value of the state in which macro action k starts
     mask_BM        bool, a prefix of True in each row
     discounts_BM   disc_k, from the start of macro action k to the start of the next
-    lam            GAE lambda, per macro action
+    lam            GAE lambda per macro action: a number, or [B,M] with that of macro action k at k
     bootstrap_B    V after the last macro action; None for 0 (a finished response)
 
     Returns (advantages_BM, returns_BM), 0 outside the mask; inputs there are ignored, even NaN.
@@ -52,10 +52,11 @@ def gae(
         next_values = torch.where(is_last, bootstrap, next_values)
 
     deltas = rewards + discounts * next_values - values
+    decays = discounts * (lam.to(values.dtype) if isinstance(lam, Tensor) else lam)
     advantages = torch.zeros_like(values)
     advantage = values.new_zeros(values.shape[0])
     for k in reversed(range(values.shape[1])):
-        advantage = deltas[:, k] + discounts[:, k] * lam * advantage
+        advantage = deltas[:, k] + decays[:, k] * advantage
         advantages[:, k] = advantage
     return advantages, torch.where(mask_BM, advantages + values, zeros)
 
@@ -66,7 +67,7 @@ def group_relative(
     estimator: Literal["rloo", "grpo", "reinforce"],
     all_reduce: AllReduceSum = lambda x: x,
 ) -> Tensor:
-    """One advantage per response, from comparing responses, without a critic.
+    """One advantage per response, relative to other responses, without a critic.
 
     rloo       return minus the mean return of the group's other responses (Ahmadian et al. 2024)
     grpo       (return - group mean) / group standard deviation (Shao et al. 2024), the unbiased
@@ -90,10 +91,14 @@ def group_relative(
     centred = groups - groups.mean(1, keepdim=True)
     if estimator == "rloo":
         return (centred * (group_size / (group_size - 1))).reshape(-1)
-    std = groups.std(1, keepdim=True)
-    resolution = 1e-6 * groups.abs().amax(1, keepdim=True)  # equal scores differ by rounding
-    scaled = centred / torch.where(std > resolution, std, torch.ones_like(std))
-    return torch.where(std > resolution, scaled, torch.zeros_like(scaled)).reshape(-1)
+    return (centred / group_std(groups)).reshape(-1)
+
+
+def group_std(returns_GK: Tensor) -> Tensor:
+    """Standard deviation of each group, [G,1]; infinite where its returns are all the same."""
+    std = returns_GK.std(1, keepdim=True)
+    resolution = 1e-6 * returns_GK.abs().amax(1, keepdim=True)  # equal scores differ by rounding
+    return torch.where(std > resolution, std, torch.full_like(std, torch.inf))
 
 
 def whiten(x: Tensor, weights: Tensor, all_reduce: AllReduceSum = lambda x: x) -> Tensor:

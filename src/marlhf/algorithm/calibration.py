@@ -35,18 +35,18 @@ def reliability(difference: Tensor) -> list[dict[str, Any]]:
     """
     confidence = torch.sigmoid(difference.double().abs())
     correct = (difference > 0).double() + 0.5 * (difference == 0).double()
-    place = ((confidence - 0.5) * 2 * _BINS).long().clamp(max=_BINS - 1)
+    bins = ((confidence - 0.5) * 2 * _BINS).long().clamp(max=_BINS - 1)
     table = []
     for i in range(_BINS):
-        here = place == i
-        if here.any():
+        in_bin = bins == i
+        if in_bin.any():
             table.append(
                 {
                     "from": 0.5 + i / (2 * _BINS),
                     "to": 0.5 + (i + 1) / (2 * _BINS),
-                    "pairs": int(here.sum()),
-                    "confidence": float(confidence[here].mean()),
-                    "accuracy": float(correct[here].mean()),
+                    "pairs": int(in_bin.sum()),
+                    "confidence": float(confidence[in_bin].mean()),
+                    "accuracy": float(correct[in_bin].mean()),
                 }
             )
     return table
@@ -70,7 +70,7 @@ def histogram(chosen: Tensor, rejected: Tensor) -> dict[str, list[float]]:
     edges = torch.linspace(low, high, _HISTOGRAM_BINS + 1, dtype=torch.float64)
 
     def counts(scores: Tensor) -> list[float]:
-        place = torch.bucketize(scores.double(), edges, right=True) - 1
-        return place.clamp(0, _HISTOGRAM_BINS - 1).bincount(minlength=_HISTOGRAM_BINS).tolist()
+        bins = torch.bucketize(scores.double(), edges, right=True) - 1
+        return bins.clamp(0, _HISTOGRAM_BINS - 1).bincount(minlength=_HISTOGRAM_BINS).tolist()
 
     return {"edges": edges.tolist(), "chosen": counts(chosen), "rejected": counts(rejected)}

@@ -1,8 +1,8 @@
 """From a scored rollout and its macro actions to the experience of an update.
 
-    starts -> segment ids -> reduce -> GAE -> whiten -> expand
+    starts -> segment ids -> reduce -> estimator -> whiten -> expand
 
-Pure functions on tensors; every formula is in `macro` and `advantages`.
+Every formula is in `macro`, `advantages` and `estimators`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf.algorithm.advantages import gae, group_relative, whiten
+from marlhf.algorithm.advantages import whiten
+from marlhf.algorithm.estimators import (
+    CreditInputs,
+    Estimator,
+    build_estimator,
+    estimate_credit,
+    estimator_requires,
+)
+from marlhf.algorithm.importance import importance_weights
+from marlhf.algorithm.lambdas import build_lambdas, macro_lambdas
+from marlhf.algorithm.losses import Ratio
 from marlhf.algorithm.macro import (
     discounts,
     expand,
@@ -22,8 +32,15 @@ from marlhf.algorithm.macro import (
     reduce,
     segment_ids,
 )
-from marlhf.common.types import AllReduceSum, kept_columns
-from marlhf.config import MacroSettings, PPOSettings
+from marlhf.common.types import (
+    AllReduceSum,
+    Generation,
+    ResponseBatch,
+    RewardResult,
+    Sequences,
+    kept_columns,
+)
+from marlhf.config import MacroSettings, PPOSettings, RolloutSettings
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,8 @@ class TokenData:
     task_rewards    [B,T] scores on last tokens, and rewards inside responses
     values          [B,T], None without a critic
     last_values     [B] value after the last token, None without a critic
-    finished        [B] bool: not cut at the length limit
+    finished        [B] bool: by EOS or a stop string, not truncated at the length limit
+    token_ids       [B,T] of the responses; None where no estimator reads them
     """
 
     response_mask: Tensor
@@ -44,6 +62,7 @@ class TokenData:
     values: Tensor | None
     last_values: Tensor | None
     finished: Tensor
+    token_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class MacroBatch:
     advantages_BT   whitened if configured; the same for all tokens of a macro action
     returns_BM      targets of the values, None without a critic
     values_BM       values of the macro actions at sampling, None without a critic
+    weights_BT      weights of the estimator in the policy loss, None for 1
     """
 
     segment_ids: Tensor
@@ -63,6 +83,7 @@ class MacroBatch:
     returns_BM: Tensor | None
     returns_BT: Tensor | None
     values_BM: Tensor | None
+    weights_BT: Tensor | None = None
 
 
 def macro_batch(
@@ -72,48 +93,65 @@ def macro_batch(
     ppo: PPOSettings,
     group_size: int = 1,
     all_reduce: AllReduceSum = lambda x: x,
+    estimator: Estimator | None = None,
 ) -> MacroBatch:
-    """The core of the library: `starts [B,T]` and token rewards -> macro advantages.
+    """Compute advantages of macro actions from `starts [B,T]` and token rewards.
+
+    This is the core of the library.
 
     group_size   consecutive responses to one prompt, for estimators that compare them
     all_reduce   sums over ranks, for whitening
+    estimator    instead of `ppo.estimator`
     """
     mask = tokens.response_mask
     ids = segment_ids(starts, mask)
     mask_BM = macro_mask(ids)
     rewards_BM = macro_rewards(tokens, ids, macro, ppo.gamma)
 
-    values_BM = returns_BM = returns_BT = None
-    if ppo.estimator == "gae":
+    estimator = build_estimator(ppo.estimator) if estimator is None else estimator
+    reads_values = "values" in estimator_requires(estimator)
+    values_BM = bootstrap_B = None
+    if reads_values:
         assert tokens.values is not None
         assert tokens.last_values is not None
         values_BM = reduce(tokens.values, ids, macro.value)
-        bootstrap = None
-        if ppo.bootstrap_truncated:
-            cut = ~tokens.finished
-            bootstrap = torch.where(cut, tokens.last_values, torch.zeros_like(tokens.last_values))
-        advantages_BM, returns_BM = gae(
-            rewards_BM,
-            values_BM,
-            mask_BM,
-            discounts(ids, ppo.gamma, macro.discount),
-            ppo.lam,
-            bootstrap,
-        )
-        returns_BT = expand(returns_BM, ids)
-    else:
-        returns_B = (tokens.kl_rewards + tokens.task_rewards).where(mask, 0.0).sum(1)
-        relative_B = group_relative(returns_B, group_size, ppo.estimator, all_reduce)
-        advantages_BM = torch.where(mask_BM, relative_B[:, None], torch.zeros_like(rewards_BM))
+        cut = ~tokens.finished & ppo.bootstrap_truncated
+        bootstrap_B = torch.where(cut, tokens.last_values, torch.zeros_like(tokens.last_values))
+    lam_BM = critic_lam_BM = macro_lambdas(build_lambdas(ppo.lam), ids, "ppo.lam")
+    if ppo.critic_lam is not None:
+        critic_lam_BM = macro_lambdas(build_lambdas(ppo.critic_lam), ids, "ppo.critic_lam")
+    inputs = CreditInputs(
+        segment_ids=ids,
+        mask_BM=mask_BM,
+        rewards_BM=rewards_BM,
+        discounts_BM=discounts(ids, ppo.gamma, macro.discount),
+        lam_BM=lam_BM,
+        critic_lam_BM=critic_lam_BM,
+        returns_B=(tokens.kl_rewards + tokens.task_rewards).where(mask, 0.0).sum(1),
+        values_BM=values_BM,
+        bootstrap_B=bootstrap_B,
+        finished_B=tokens.finished,
+        group_size=group_size,
+        token_ids=tokens.token_ids,
+        all_reduce=all_reduce,
+    )
+    credit = estimate_credit(estimator, inputs)
 
-    lengths_BM = macro_lengths(ids)
-    how = macro.whiten if macro.whiten != "auto" else "macro" if ppo.estimator == "gae" else "none"
+    advantages_BM, lengths_BM = credit.advantages_BM, macro_lengths(ids)
+    how = macro.whiten if macro.whiten != "auto" else "macro" if reads_values else "none"
     if how != "none":
         weights = mask_BM if how == "macro" else lengths_BM
         advantages_BM = whiten(advantages_BM, weights, all_reduce)
-    advantages_BT = expand(advantages_BM, ids)
     return MacroBatch(
-        ids, mask_BM, lengths_BM, advantages_BM, advantages_BT, returns_BM, returns_BT, values_BM
+        segment_ids=ids,
+        mask_BM=mask_BM,
+        lengths_BM=lengths_BM,
+        advantages_BM=advantages_BM,
+        advantages_BT=expand(advantages_BM, ids),
+        returns_BM=credit.returns_BM,
+        returns_BT=None if credit.returns_BM is None else expand(credit.returns_BM, ids),
+        values_BM=values_BM,
+        weights_BT=None if credit.weights_BM is None else expand(credit.weights_BM, ids),
     )
 
 
@@ -133,8 +171,11 @@ def macro_rewards(tokens: TokenData, ids: Tensor, macro: MacroSettings, gamma: f
 class Experience:
     """Sequences of a rollout, with all tensors that the losses need.
 
-    input_ids, attention_mask [B,P+T]; the others [B,T]. None without a reference, or without a
-    critic.
+    input_ids, attention_mask [B,P+T]; the others [B,T]. None without a reference, without a critic,
+    or without importance weights.
+
+    logprobs   of the policy that sampled, the denominator of the ratio
+    weights    of each token's term in the policy loss
     """
 
     input_ids: Tensor
@@ -146,41 +187,113 @@ class Experience:
     advantages: Tensor
     values: Tensor | None
     returns: Tensor | None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.response_mask)
 
-    def rows(self, index: Tensor) -> Experience:
+    def select(self, index: Tensor) -> Experience:
         """The sequences at `index`, without columns that are padding in all of them."""
-        whole, response = kept_columns(self.attention_mask[index], self.response_mask[index])
-        columns = {"input_ids": whole, "attention_mask": whole}
-        picked: dict[str, Any] = {}
+        full_width, response = kept_columns(self.attention_mask[index], self.response_mask[index])
+        columns = {"input_ids": full_width, "attention_mask": full_width}
+        selected: dict[str, Any] = {}
         for field in fields(self):
             x = getattr(self, field.name)
-            picked[field.name] = (
+            selected[field.name] = (
                 None if x is None else x[index][:, columns.get(field.name, response)]
             )
-        return Experience(**picked)
+        return Experience(**selected)
 
     def counts(self) -> Tensor:
-        """Numbers of response tokens and of macro actions, float64 [2]."""
+        """Numbers of response tokens, of macro actions and of responses, float64 [3]."""
         tokens, macro_actions = self.response_mask.sum(), macro_mask(self.segment_ids).sum()
-        return torch.stack([tokens, macro_actions]).double()
+        return torch.stack([tokens, macro_actions, torch.full_like(tokens, len(self))]).double()
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, None left out."""
         return {name: x for name, x in vars(self).items() if x is not None}
 
 
-def explained_variance(
-    returns: Tensor, values: Tensor, mask: Tensor, all_reduce: AllReduceSum = lambda x: x
-) -> float | None:
-    """1 - Var(returns - values) / Var(returns) over all ranks; None where returns do not vary."""
-    y, error = returns[mask].double(), (returns - values)[mask].double()
-    one = torch.ones_like(y)
-    moments = torch.stack([z.sum() for z in (one, y, y**2, error, error**2)])
-    n, y1, y2, e1, e2 = all_reduce(moments).tolist()
-    variance = y2 / n - (y1 / n) ** 2 if n else 0.0
-    if variance <= 1e-12:
-        return None
-    return 1 - (e2 / n - (e1 / n) ** 2) / variance
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses with their log-probs, values and rewards, before macro actions.
+
+    prompt_texts    what the policy continued, in its chat template for conversations
+    sequences       prompts and responses, concatenated
+    responses       token ids, mask, logprobs, entropy, row ids, step, seed; ref_logprobs with a
+                    reference
+    values          [B,T] and last_values [B], or None without a critic
+    rewards         results of the reward functions
+    scores          [B] float32, weighted sum of all rewards of a response, unprocessed
+    task_rewards    [B,T] processed scores on the last tokens, and rewards inside responses
+    truncated       [B] bool: the prompt was truncated on its left
+    extras          outputs of the log-prob pass that token rewards require, see `models.Policy`
+    """
+
+    prompt_texts: list[str]
+    generation: Generation
+    sequences: Sequences
+    responses: ResponseBatch
+    values: Tensor | None
+    last_values: Tensor | None
+    rewards: RewardResult
+    scores: Tensor
+    task_rewards: Tensor
+    truncated: Tensor
+    extras: dict[str, Tensor]
+
+    @property
+    def log_ratio(self) -> Tensor | None:
+        """log(policy / reference) [B,T] of the sampled tokens, nats, 0 outside the mask.
+
+        None without a reference.
+        """
+        if self.responses.ref_logprobs is None:
+            return None
+        assert self.responses.logprobs is not None
+        return self.responses.logprobs - self.responses.ref_logprobs
+
+    def token_data(self, kl_coef: float) -> TokenData:
+        """Rewards and values per token; the KL penalty has the weight `kl_coef` in the rewards."""
+        ratio = self.log_ratio
+        return TokenData(
+            response_mask=self.responses.response_mask,
+            kl_rewards=torch.zeros_like(self.task_rewards) if ratio is None else -kl_coef * ratio,
+            task_rewards=self.task_rewards,
+            values=self.values,
+            last_values=self.last_values,
+            finished=self.generation.finished,
+            token_ids=self.responses.token_ids,
+        )
+
+    def experience(
+        self, batch: MacroBatch, settings: RolloutSettings, ratio: Ratio = "token"
+    ) -> Experience:
+        """Training data of the update, with the advantages of the macro actions.
+
+        ratio   of the policy loss, which has an importance weight per term
+        """
+        logprobs, sampled_with = self.responses.logprobs, self.generation.logprobs
+        assert logprobs is not None
+        weights = batch.weights_BT
+        if settings.importance is not None:
+            assert sampled_with is not None
+            mask, cap = self.responses.response_mask, settings.importance.cap
+            ids = batch.segment_ids
+            importance = importance_weights(logprobs, sampled_with, mask, cap, ratio, ids)
+            weights = importance if weights is None else weights * importance
+        if settings.old_logprobs == "engine":
+            assert sampled_with is not None
+            logprobs = sampled_with
+        return Experience(
+            input_ids=self.sequences.input_ids,
+            attention_mask=self.sequences.attention_mask,
+            response_mask=self.sequences.response_mask,
+            segment_ids=batch.segment_ids,
+            logprobs=logprobs,
+            ref_logprobs=self.responses.ref_logprobs,
+            advantages=batch.advantages_BT,
+            values=self.values,
+            returns=batch.returns_BT,
+            weights=weights,
+        )

@@ -8,6 +8,7 @@ changes the gradient; None stands for the mask's own count.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from marlhf.algorithm.macro import expand, reduce
 
 Ratio = Literal["token", "macro_mean", "macro_product"]
+Aggregate = Literal["token", "response", "constant"]
 Stats = dict[str, Tensor]
 
 
@@ -24,14 +26,18 @@ def policy_loss(
     old_logprobs_BT: Tensor,
     advantages_BT: Tensor,
     mask_BT: Tensor,
-    clip_range: float,
+    clip_range: float | Sequence[float],
     ratio: Ratio = "token",
     segment_ids: Tensor | None = None,
     denominator: Tensor | float | None = None,
+    weights_BT: Tensor | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Stats]:
     """PPO's clipped objective, negated: max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)).
 
     advantages_BT   the advantage of each token's macro action
+    clip_range      one number, or two: how far below and above 1 (Yu et al. 2025, DAPO, arXiv
+                    2503.14476)
     ratio           what r is, with l_t = logprobs - old_logprobs:
         token           exp(l_t)
         macro_mean      exp(mean of l over the macro action), for each of its tokens; with one
@@ -41,6 +47,9 @@ def policy_loss(
                         formula of MA-RLHF, arXiv 2410.02743)
     segment_ids     [B,T], needed by the two macro ratios
     denominator     tokens to divide by, in all three
+    weights_BT      of each token's term; macro_product takes that of a macro action's first token
+    dual_clip       where A < 0, a term is at most -A dual_clip, above 1 (Ye et al. 2020, arXiv
+                    1912.09729 eq. 5); None: unbounded
 
     At r = 1 all three have the same gradient. Returns (loss, stats): `clip_fraction` and
     `approx_kl` (k3 of the old policy against the new), means over the entries of r, tokens or
@@ -51,7 +60,7 @@ def policy_loss(
     zeros = torch.zeros_like(logprobs_BT)
     log_ratio = torch.where(mask_BT, logprobs_BT - old_logprobs_BT, zeros)
     advantages = torch.where(mask_BT, advantages_BT.to(logprobs_BT.dtype), zeros)
-    counted = mask_BT
+    mask = mask_BT
     if ratio != "token":
         if segment_ids is None:
             raise ValueError(f"segment_ids: must be given for ratio={ratio!r}")
@@ -60,25 +69,33 @@ def policy_loss(
         elif ratio == "macro_product":
             log_ratio = reduce(log_ratio, segment_ids, "sum")
             advantages = reduce(advantages, segment_ids, "first")
-            counted = reduce(mask_BT.to(log_ratio.dtype), segment_ids, "first") > 0
+            if weights_BT is not None:
+                weights_BT = reduce(weights_BT, segment_ids, "first")
+            mask = reduce(mask_BT.to(log_ratio.dtype), segment_ids, "first") > 0
         else:
             raise ValueError(
                 f"ratio: given {ratio!r}, must be 'token', 'macro_mean' or 'macro_product'"
             )
-    # Within the range of exp, so that a clipped entry has gradient 0 and not 0 * inf.
+    # within the range of exp, so that a clipped entry has gradient 0 and not 0 * inf
     log_ratio = log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) / 2)
     r = log_ratio.exp()
-    clipped = r.clamp(1 - clip_range, 1 + clip_range)
-    per_entry = torch.maximum(-advantages * r, -advantages * clipped)
-    loss = torch.where(counted, per_entry, torch.zeros_like(per_entry)).sum()
+    low, high = (clip_range, clip_range) if isinstance(clip_range, float | int) else clip_range
+    clipped = r.clamp(1 - low, 1 + high)
+    losses = torch.maximum(-advantages * r, -advantages * clipped)
+    if dual_clip is not None:
+        bounded = torch.minimum(losses, -advantages * dual_clip)
+        losses = torch.where(advantages < 0, bounded, losses)
+    if weights_BT is not None:
+        losses = losses * weights_BT.to(r.dtype)
+    loss = torch.where(mask, losses, torch.zeros_like(losses)).sum()
     loss = loss / _denominator(mask_BT, denominator)
 
     with torch.no_grad():
         is_clipped = -advantages * clipped > -advantages * r
         stats = {
-            "clip_fraction": _mean(is_clipped.to(r.dtype), counted),
-            "approx_kl": _mean(k3(-log_ratio), counted),
-            "ratio_max": torch.where(counted, r, torch.zeros_like(r)).amax()
+            "clip_fraction": _mean(is_clipped.to(r.dtype), mask),
+            "approx_kl": _mean(k3(-log_ratio), mask),
+            "ratio_max": torch.where(mask, r, torch.zeros_like(r)).amax()
             if r.numel()
             else r.new_zeros(()),
         }
@@ -107,11 +124,12 @@ def value_loss(
     squared = (values - returns) ** 2
     stats = {"value_clip_fraction": values.new_zeros(())}
     if clip_range is not None:
-        near = values.clamp(old_values - clip_range, old_values + clip_range)
-        squared_near = (near - returns) ** 2
+        clipped = values.clamp(old_values - clip_range, old_values + clip_range)
+        squared_clipped = (clipped - returns) ** 2
         with torch.no_grad():
-            stats["value_clip_fraction"] = _mean((squared_near > squared).to(values.dtype), mask_BT)
-        squared = torch.maximum(squared, squared_near)
+            is_clipped = squared_clipped > squared
+            stats["value_clip_fraction"] = _mean(is_clipped.to(values.dtype), mask_BT)
+        squared = torch.maximum(squared, squared_clipped)
     return 0.5 * squared.sum() / _denominator(mask_BT, denominator), stats
 
 
@@ -120,10 +138,37 @@ def kl_loss(
     ref_logprobs_BT: Tensor,
     mask_BT: Tensor,
     denominator: Tensor | float | None = None,
+    weights_BT: Tensor | None = None,
 ) -> Tensor:
-    """The k3 estimate of KL(policy || reference) per token, differentiable in `logprobs_BT`."""
+    """The k3 estimate of KL(policy || reference) per token, differentiable in `logprobs_BT`.
+
+    weights_BT   of each token's term; None for 1
+    """
     difference = torch.where(mask_BT, logprobs_BT - ref_logprobs_BT, torch.zeros_like(logprobs_BT))
-    return k3(difference).sum() / _denominator(mask_BT, denominator)
+    losses = k3(difference)
+    if weights_BT is not None:
+        losses = losses * weights_BT.to(losses.dtype)
+    return losses.sum() / _denominator(mask_BT, denominator)
+
+
+def aggregation(
+    mask_BT: Tensor, how: Aggregate, tokens: float, responses: float, limit: int
+) -> tuple[Tensor | None, float]:
+    """Weights [B,T] of a loss's terms, None for 1, and what their sum is divided by.
+
+    token       mean over all tokens (DAPO, arXiv 2503.14476)
+    response    mean over the tokens of each response, then over responses (GRPO, arXiv 2402.03300)
+    constant    sum over each response, divided by `limit`, its longest length; mean over responses
+                (Dr. GRPO, arXiv 2503.20783)
+
+    tokens, responses   of the full optimiser step, over all ranks
+    """
+    if how == "token":
+        return None, tokens
+    if how == "constant":
+        return None, responses * limit
+    lengths_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return (1 / lengths_B1.double()).expand(mask_BT.shape), responses
 
 
 def sft_loss(

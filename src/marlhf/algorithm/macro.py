@@ -66,7 +66,7 @@ def expand(x_BM: Tensor, segment_ids: Tensor) -> Tensor:
 def discounts(
     segment_ids: Tensor, gamma: float, how: Literal["per_token", "per_macro"] = "per_token"
 ) -> Tensor:
-    """Discount from the start of a macro action to the start of the next, [B,M] float64.
+    """Discount [B,M] float64 from the start of a macro action to the next.
 
     per_token   gamma^w for a macro action of w tokens: time passes by tokens (SMDP)
     per_macro   gamma: time passes by macro actions (the paper's released code)

@@ -16,21 +16,25 @@ from marlhf.common.paths import local_path, writing
 def main(words: Sequence[str]) -> None:
     """Run the command. Raises UserError."""
     parser = Parser(
-        prog="marlhf merge", description="Write the model that an adapter makes of its base."
+        prog="marlhf merge", description="Merge an adapter into its base, and write the full model."
     )
     parser.add_argument("adapter", help="an adapter's folder, or a run that trained one")
     parser.add_argument("out", type=Path, help="where to write the model; must not exist")
-    parser.add_argument("--base", help="the base, where it is no longer where the adapter says")
+    parser.add_argument(
+        "--base", help="the base model, if it has moved since the adapter was trained"
+    )
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(words)
     _check_new(options.out)
     if options.base is not None:
         local_path(options.base, "--base")
-    merge(options.adapter, options.out, options.base, options.trust_remote_code)
+    merge(options.adapter, options.out, options.base, trust_remote_code=options.trust_remote_code)
     say(f"wrote {options.out}", sys.stdout)
 
 
-def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False) -> None:
+def merge(
+    adapter: str, out: Path, base: str | None = None, trust_remote_code: bool = False
+) -> None:
     """Write the merged model and its tokenizer, as a plain `from_pretrained` directory.
 
     adapter   of a policy or reward model: its folder, or the run or `final/` that holds it
@@ -48,16 +52,16 @@ def merge(adapter: str, out: Path, base: str | None = None, trust: bool = False)
     path = base or config.base_model_name_or_path
     if not path:
         raise UserError(f"adapter: {str(folder)!r} does not name its base; give --base")
-    settings = ModelSettings(path=path, trust_remote_code=trust)
+    settings = ModelSettings(path=path, trust_remote_code=trust_remote_code)
     if config.task_type == "SEQ_CLS":
-        own = replace(settings, path=str(folder))
-        model: Any = loading.load_classifier(own, "adapter", base=path)
+        classifier = replace(settings, path=str(folder))
+        model: Any = loading.read_classifier(classifier, "adapter", base=path)
     else:
         lm_config = loading.load_model_config(settings, "base")
-        model = adapters.merged(loading.load_causal_lm(settings, lm_config), folder)
+        model = adapters.merged(loading.read_causal_lm(settings, lm_config, "base"), folder)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    own = replace(settings, path=str(folder)) if has_tokenizer else settings
-    tokenizer = loading.load_tokenizer(own, "base")
+    tokenizer_path = str(folder) if has_tokenizer else path
+    tokenizer = loading.load_tokenizer(replace(settings, path=tokenizer_path), "base")
     partial = local_path(f"{out}.partial", "out")
     with only_writer(partial, "out"):
         _check_new(out)  # another process may have finished it meanwhile
@@ -77,14 +81,14 @@ def _check_new(out: Path) -> None:
 
 
 def find_adapter(path: str) -> Path:
-    """Find the adapter's folder in itself, in `final/` or in a run. Raises UserError."""
+    """Find the folder of an adapter: `path`, or one in a run or its `final/`. Raises UserError."""
     root = local_path(path, "adapter")
     if not root.is_dir():
         raise UserError(f"adapter: given {path!r}, which is not a directory that exists")
-    for place in ("", "adapter/*/", "final/adapter/*/"):
-        found = list(root.glob(f"{place}adapter_config.json"))
-        if len(found) == 1:
-            return found[0].parent
+    for prefix in ("", "adapter/*/", "final/adapter/*/"):
+        configs = list(root.glob(f"{prefix}adapter_config.json"))
+        if len(configs) == 1:
+            return configs[0].parent
     raise UserError(
         f"adapter: {path!r} holds no adapter (adapter_config.json), nor does its final/adapter"
     )

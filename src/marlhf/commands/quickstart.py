@@ -74,15 +74,15 @@ def show(run: Path, console: Console) -> None:
         samples = _before_after(_read_lines(run / "samples.jsonl"), before["step"], after["step"])
         console.print(before_after_panel(before, after, samples[:3], console))
     plot = run / "reward_kl.png"
-    with writing("--output", run, "; the trained model is whole"):
+    with writing("--output", run, "; the trained model is complete"):
         plot_reward_kl(metrics, plot, "Macro-action PPO: score and KL")
     _print(console, f"Plot: {plot}", soft_wrap=True)
     _print(console, f"Trained model: {run / 'final'}", soft_wrap=True)
 
 
-def _print(console: Console, text: str, **how: Any) -> None:
+def _print(console: Console, text: str, **options: Any) -> None:
     """Print names and paths literally: brackets in them are no rich markup."""
-    console.print(Text(printable(text)), **how)
+    console.print(Text(printable(text)), **options)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -106,14 +106,14 @@ def packaged_model() -> str | None:
 
 
 def _before_after(
-    samples: Sequence[dict[str, Any]], first_step: int, last_step: int
+    samples: Sequence[dict[str, Any]], first_update: int, last_update: int
 ) -> list[BeforeAfter]:
     """The same held-out prompts at two evaluations."""
     held_out = {(s["step"], s["row"]): s for s in samples if s["held_out"]}
     pairs = []
-    for (step, row), old in held_out.items():
-        new = held_out.get((last_step, row))
-        if step == first_step and new is not None:
+    for (update, row), old in held_out.items():
+        new = held_out.get((last_update, row))
+        if update == first_update and new is not None:
             pairs.append(
                 BeforeAfter(
                     prompt=old["prompt"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from marlhf.common.errors import Parser, UserError, say
+from marlhf.common.errors import Parser, UserError, at_least_one, say
 from marlhf.common.paths import text_file
 from marlhf.common.registry import spec_label
 from marlhf.config.yaml_text import parse_yaml
@@ -52,7 +52,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         description="Show where macro actions start, for one or several segmenters side by side.",
         epilog="example: marlhf segment 'One, two. Three!' --tokenizer HuggingFaceTB/"
         "SmolLM2-135M-Instruct --segmenter '{name: ngram, n: 3}' --segmenter sentence",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
     )
     add = parser.add_argument
     add("text", nargs="?", help="the text; without any source it is read from standard input")
@@ -63,7 +62,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         help="a column of a dataset: JSONL, JSON, CSV, Parquet, saved dataset, hub name",
     )
     add("--column", metavar="NAME", help="the column with the texts")
-    add("--rows", type=_at_least_one, default=8, metavar="N", help="first rows only (default: 8)")
+    add("--rows", type=at_least_one, default=8, metavar="N", help="first rows only (default: 8)")
     add("--split", default="train", help="split of the dataset (default: train)")
     add(
         "--segmenter",
@@ -78,24 +77,18 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="causal LM for the perplexity of each token, which the segmenter perplexity needs",
     )
-    add("--prompt", help="what the model reads before the text")
+    add("--prompt", help="prompt that the text answers, for the model")
     add("--prompt-column", metavar="NAME", help="the column with the prompts")
     add("--html", metavar="PATH", help="write a page instead")
     return parser.parse_args(list(words))
 
 
-def _at_least_one(given: str) -> int:
-    if not given.isdecimal() or int(given) < 1:
-        raise argparse.ArgumentTypeError(f"given {given}, must be a whole number, at least 1")
-    return int(given)
-
-
 def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
-    """Texts and their prompts, from the one given source. Raises UserError."""
+    """Texts and their prompts, from one source. Raises UserError."""
     sources = {"text": options.text, "--file": options.file, "--data": options.data}
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) > 1:
-        raise UserError(f"segment: given {' and '.join(given)}; give only one of them")
+    named_sources = [name for name, value in sources.items() if value is not None]
+    if len(named_sources) > 1:
+        raise UserError(f"segment: given {' and '.join(named_sources)}; give only one of them")
     for name, value in (("column", options.column), ("prompt-column", options.prompt_column)):
         if value is not None and options.data is None:
             raise UserError(f"segment: --{name} names a column of --data, which is not given")
@@ -106,7 +99,7 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
         return _read_columns(options)
     text = options.text
     if options.file is not None:
-        text = _read_file(text_file(options.file, "--file"))
+        text = _read_file(text_file(options.file, "--file", streams=True))
     elif text is None:
         if sys.stdin.isatty():
             raise UserError("segment: no text; give one, or --file, or --data with --column")
@@ -114,7 +107,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
     if any("\ud800" <= letter <= "\udfff" for letter in f"{text}{options.prompt or ''}"):
         raise UserError("segment: the text holds half of a character (bytes that are not UTF-8)")
     if not text:
-        raise UserError(f"segment: the text of {given[0] if given else 'standard input'} is empty")
+        source = named_sources[0] if named_sources else "standard input"
+        raise UserError(f"segment: the text of {source} is empty")
     return [text], [options.prompt]
 
 
@@ -139,9 +133,9 @@ def _read_columns(options: argparse.Namespace) -> tuple[list[str], list[str | No
         values = [row.get(name or "") for row in rows]
         texts = [value for value in values if isinstance(value, str)]
         if name is None or len(texts) < len(rows):
-            shown = "is missing" if name is None else f"given {name!r}, which some row lacks"
+            fault = "is missing" if name is None else f"given {name!r}, which some row lacks"
             raise UserError(
-                f"{key}: {shown}; columns with text: {', '.join(text_columns) or 'none'}"
+                f"{key}: {fault}; columns with text: {', '.join(text_columns) or 'none'}"
             )
         return texts
 

@@ -21,22 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from marlhf.common.errors import Stopped, UserError, one_line, say
-from marlhf.common.paths import local_path, write_whole, writing
+from marlhf.common.paths import check_kinds, local_path, write_atomically, writing
 from marlhf.common.registry import spec_label
 from marlhf.config import PPOConfig, RewardConfig, SFTConfig, SweepConfig
 from marlhf.config.loading import apply_overrides, config_from_dict, config_to_dict, read_yaml
 from marlhf.config.yaml_text import dump_yaml
-from marlhf.runs.directory import locked, only_writer
+from marlhf.runs.directory import only_writer, try_lock
 from marlhf.segmenters import build_segmenter
 from marlhf.views.report.runs import read_runs
 
 _CONFIGS: dict[str, Any] = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig}
-_OWN_KEYS = ("seed", "output_dir", "overwrite", "resume")
+_RESERVED_KEYS = ("seed", "output_dir", "overwrite", "resume")
 _STILL_RUNS = "an earlier sweep, which was killed, has left it running"
-_GO_ON = "; the same command goes on from what is there"
+_RESUME_HINT = "; run the same command again to resume"
 _POLL = 0.2  # seconds
 _PATIENCE = 600.0  # seconds for a stopped run to finish its update and save it
 
@@ -62,16 +60,15 @@ class Trial:
     def status(self) -> dict[str, Any]:
         """The state written last; empty before the first start, or if unreadable."""
         try:
-            found = yaml.safe_load(self.status_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeError, yaml.YAMLError):
+            return read_yaml(self.status_file)
+        except UserError:
             return {}
-        return found if isinstance(found, dict) else {}
 
-    def write_status(self, state: str, **more: Any) -> None:
+    def write_status(self, state: str, **fields: Any) -> None:
         """Replace the state atomically, so that a kill leaves no partial file."""
-        status = {"arm": self.label, "state": state, **more, "config": self.config}
-        with writing("output_dir", self.folder, _GO_ON):
-            write_whole(self.status_file, yaml.safe_dump(status, sort_keys=False))
+        status = {"arm": self.label, "state": state, **fields, "config": self.config}
+        with writing("output_dir", self.folder, _RESUME_HINT):
+            write_atomically(self.status_file, dump_yaml(status))
 
     @property
     def is_done(self) -> bool:
@@ -118,9 +115,14 @@ def plan(config: SweepConfig) -> list[Trial]:
         for seed in config.seeds:
             name = "/".join(part for part in (slug, f"seed-{seed}") if part)
             folder = local_path(config.output_dir, "output_dir") / name
-            own = {"seed": seed, "output_dir": str(folder), "overwrite": False, "resume": "auto"}
-            given = {**config.overrides, **settings, **own}
-            assignments = [f"{key}={_written(value)}" for key, value in given.items()]
+            reserved = {
+                "seed": seed,
+                "output_dir": str(folder),
+                "overwrite": False,
+                "resume": "auto",
+            }
+            keys = {**config.overrides, **settings, **reserved}
+            assignments = [f"{key}={_written(value)}" for key, value in keys.items()]
             try:
                 values = apply_overrides(cls, base, assignments)
                 resolved = config_to_dict(config_from_dict(cls, values))
@@ -136,10 +138,10 @@ def _points(config: SweepConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
     """Label and settings of every arm at every point of the grid."""
     sources = {"overrides": config.overrides, "grid": config.grid}
     sources |= {f"arms.{name}": keys for name, keys in config.arms.items()}
-    for where, keys in sources.items():
+    for source, keys in sources.items():
         for key in keys:
-            if key in _OWN_KEYS:
-                raise UserError(f"{where}: {key} is set by the sweep itself; leave it out")
+            if key in _RESERVED_KEYS:
+                raise UserError(f"{source}: {key} is set by the sweep itself; leave it out")
     arms: dict[str | None, dict[str, Any]] = {**config.arms} or {None: {}}
     for (arm, settings), values in itertools.product(
         arms.items(), itertools.product(*config.grid.values())
@@ -164,26 +166,28 @@ def _check_same(trial: Trial) -> None:
 
     Keys that only one of the two has (another version wrote it) are ignored.
     """
-    before, now = _flat(trial.status().get("config")), _flat(trial.config)
-    for key in before.keys() & now.keys():
-        if before[key] != now[key]:
+    names = ("job.yaml", "log.txt", "sweep.yaml")
+    check_kinds([trial.folder, *(trial.folder / name for name in names)], "output_dir")
+    recorded, current = _flat(trial.status().get("config")), _flat(trial.config)
+    for key in recorded.keys() & current.keys():
+        if recorded[key] != current[key]:
             raise UserError(
-                f"output_dir: {str(trial.folder)!r} holds a run with {key}={before[key]}, which is "
-                f"now {now[key]}; choose another output_dir, or delete that folder"
+                f"output_dir: {str(trial.folder)!r} holds a run with {key}={recorded[key]}, "
+                f"which is now {current[key]}; choose another output_dir, or delete that folder"
             )
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(config, Mapping):
         return {}
-    found: dict[str, str] = {}
+    flat: dict[str, str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and not prefix:
-            found |= _flat(value, f"{name}.")
-        elif name not in (*_OWN_KEYS, "resume_changed"):
-            found[name] = json.dumps(value, sort_keys=True, default=str)
-    return found
+            flat |= _flat(value, f"{name}.")
+        elif name not in (*_RESERVED_KEYS, "resume_changed"):
+            flat[name] = json.dumps(value, sort_keys=True, default=str)
+    return flat
 
 
 # --- running
@@ -193,17 +197,17 @@ def _flat(config: Any, prefix: str = "") -> dict[str, str]:
 class _Running:
     trial: Trial
     process: subprocess.Popen[bytes]
-    began: float
+    started: float
 
     @property
-    def ended_well(self) -> bool:
+    def succeeded(self) -> bool:
         """Whether it exited with 0 and left a model. User code may exit with 0 too early."""
         return self.process.returncode == 0 and (self.trial.folder / "final").is_dir()
 
 
 def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Trial]:
-    """Run trials, `parallel` at a time; returns those that failed, leaves no process behind."""
-    waiting, failed, told = list(todo), [], list[Trial]()
+    """Run trials, `parallel` at a time; returns the failed ones and leaves no process behind."""
+    waiting, failed, announced = list(todo), [], list[Trial]()
     finished = total - len(todo)
     running: list[_Running] = []
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.parallel)
@@ -211,25 +215,25 @@ def _run_all(todo: Sequence[Trial], config: SweepConfig, total: int) -> list[Tri
         try:
             while waiting or running:
                 while waiting and len(running) < config.parallel:
-                    if waiting[0] in told and waiting[0].is_done:
+                    if waiting[0] in announced and waiting[0].is_done:
                         finished += 1
                         waiting[0].write_status("done")
                         say(f"[{finished}/{total}] done {waiting.pop(0).name}", sys.stdout)
                         continue
-                    one = _start(waiting[0], config.job, threads)
-                    if one is None:
-                        if waiting[0] not in told:
-                            told.append(waiting[0])
+                    child = _start(waiting[0], config.job, threads)
+                    if child is None:
+                        if waiting[0] not in announced:
+                            announced.append(waiting[0])
                             say(f"waiting for {waiting[0].name}: {_STILL_RUNS}", sys.stdout)
                         break
-                    running.append(one)
+                    running.append(child)
                     waiting.pop(0)
                 time.sleep(_POLL)
-                for one in [one for one in running if one.process.poll() is not None]:
-                    running.remove(one)
+                for child in [child for child in running if child.process.poll() is not None]:
+                    running.remove(child)
                     finished += 1
-                    if not _finish(one, f"[{finished}/{total}]"):
-                        failed.append(one.trial)
+                    if not _finish(child, f"[{finished}/{total}]"):
+                        failed.append(child.trial)
         except BaseException:
             _stop(running)
             raise
@@ -243,13 +247,13 @@ def _start(trial: Trial, job: str, threads: int) -> _Running | None:
     count = str(threads)
     environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
     environment["PYTHONUNBUFFERED"] = "1"  # the log is unbuffered and in order
-    with writing("output_dir", trial.folder, _GO_ON):
+    with writing("output_dir", trial.folder, _RESUME_HINT):
         trial.folder.mkdir(parents=True, exist_ok=True)
         with (trial.folder / "log.txt").open("ab") as log:
             # the lock lives as long as any process has the log open, even if this one dies
-            if not locked(log.fileno()):
+            if not try_lock(log.fileno()):
                 return None
-            write_whole(job_file, text)
+            write_atomically(job_file, text)
             trial.write_status("running")
             process = subprocess.Popen(
                 _command(job, job_file),
@@ -267,11 +271,11 @@ def _command(job: str, job_file: Path) -> list[str]:
     return [sys.executable, "-m", "marlhf", job, str(job_file)]
 
 
-def _finish(one: _Running, count: str) -> bool:
-    """Record and print how a run ended; returns whether it succeeded."""
-    trial, code = one.trial, one.process.returncode
-    seconds = round(time.monotonic() - one.began, 1)
-    if one.ended_well:
+def _finish(child: _Running, count: str) -> bool:
+    """Record and print the outcome of a run; returns whether it succeeded."""
+    trial, code = child.trial, child.process.returncode
+    seconds = round(time.monotonic() - child.started, 1)
+    if child.succeeded:
         trial.write_status("done", seconds=seconds)
         say(f"{count} done {trial.name}, {seconds:.0f} s{_outcome(trial.folder)}", sys.stdout)
         return True
@@ -287,25 +291,27 @@ def _stop(running: Sequence[_Running]) -> None:
     if not running:
         return
     say(f"stopping {len(running)} runs; once more kills them")
-    for one in running:
-        _signal(one, signal.SIGINT)
-    end = time.monotonic() + _PATIENCE
+    for child in running:
+        _signal(child, signal.SIGINT)
+    deadline = time.monotonic() + _PATIENCE
     try:
-        for one in running:
+        for child in running:
             with suppress(subprocess.TimeoutExpired):
-                one.process.wait(max(0.0, end - time.monotonic()))
+                child.process.wait(max(0.0, deadline - time.monotonic()))
     finally:
-        for one in running:
-            _signal(one, signal.SIGKILL)
-            one.process.wait()
-        for one in running:
-            with suppress(UserError):  # full disk: the next start knows a done run by its model
-                one.trial.write_status("done" if one.ended_well else "stopped")
+        for child in running:
+            _signal(child, signal.SIGKILL)
+            child.process.wait()
+        for child in running:
+            with suppress(
+                UserError
+            ):  # full disk: the next start sees from its model that it is done
+                child.trial.write_status("done" if child.succeeded else "stopped")
 
 
-def _signal(one: _Running, number: int) -> None:
+def _signal(child: _Running, number: int) -> None:
     with suppress(ProcessLookupError):  # it has just exited
-        os.killpg(one.process.pid, number)
+        os.killpg(child.process.pid, number)
 
 
 @contextmanager
@@ -323,11 +329,11 @@ def _sigterm_raises() -> Iterator[None]:
 def _outcome(folder: Path) -> str:
     """The last held-out score, KL and loss of a run, if it has them."""
     try:
-        (found,) = read_runs([str(folder)])
+        (run,) = read_runs([str(folder)])
     except (UserError, ValueError):
         return ""
     words = {"score": "eval_score_mean", "KL": "eval_kl_mean", "loss": "eval_loss"}
-    last = {word: list(found.values(key).values())[-1:] for word, key in words.items()}
+    last = {word: list(run.values(key).values())[-1:] for word, key in words.items()}
     return "".join(f", held-out {word} {value[0]:.3f}" for word, value in last.items() if value)
 
 

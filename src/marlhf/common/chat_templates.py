@@ -1,4 +1,4 @@
-"""Chat templates: their date, text that they leave out, and joining of conversations.
+"""Chat templates: their date, text that they omit, and joining of conversations.
 
 A template may ask for today's date (`strftime_now`, Llama 3.1 and later). A run fixes one date when
 it begins, so that its prompts do not change at midnight or on a resume.
@@ -6,6 +6,7 @@ it begins, so that its prompts do not change at midnight or on a resume.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time
@@ -13,28 +14,29 @@ from typing import Any
 
 from marlhf.common.errors import one_line
 from marlhf.common.signals import time_limit
+from marlhf.common.tokenization import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 
-_TEMPLATE_SECONDS = 20.0  # for one conversation; a template can loop for days
+TEMPLATE_SECONDS = 20.0  # for one conversation; a template can loop for days
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZf"
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that datasets use for it
 
 
-def render_chat(tokenizer: Any, messages: Messages, **options: Any) -> str:
+def render_chat(tokenizer: Tokenizer, messages: Messages, **options: Any) -> str:
     """Render a conversation in a tokenizer's chat template, on the date set by `fix_date`.
 
-    options: of `apply_chat_template`. Raises whatever the template raises, and
-    TimeoutError for one that does not end.
+    options: of `apply_chat_template`. Raises any exception of the template, and TimeoutError for
+    one that does not end.
     """
     day = getattr(tokenizer, "template_date", None)
     if day is not None and uses_date(tokenizer):
         options["chat_template"] = _clock(day) + tokenizer.get_chat_template()
-    with time_limit(_TEMPLATE_SECONDS):
+    with time_limit(TEMPLATE_SECONDS):
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 
 
-def uses_date(tokenizer: Any) -> bool:
+def uses_date(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer's chat template asks for today's date."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
@@ -42,7 +44,7 @@ def uses_date(tokenizer: Any) -> bool:
 def fix_date(tokenizer: Any, day: str | None) -> None:
     """Fix a chat template's current time at the beginning of `day` (YYYY-MM-DD).
 
-    None: the clock. The template itself, which is saved with the model, is unchanged.
+    None: the clock. The template, which is saved with the model, is unchanged.
     """
     tokenizer.template_date = day
 
@@ -53,12 +55,12 @@ def _clock(day: str) -> str:
     transformers gives templates data but no functions. Jinja drops the newline after the macro, as
     after all blocks.
     """
-    now = datetime.combine(date.fromisoformat(day), time())
+    midnight = datetime.combine(date.fromisoformat(day), time())
     filters = "|replace('%%', '\\0')"
     for directive in _DIRECTIVES:
         for flag in ("", "-"):  # %-d: without the leading 0
             code = f"%{flag}{directive}"
-            filters += f"|replace({code!r}, {now.strftime(code)!r})"
+            filters += f"|replace({code!r}, {midnight.strftime(code)!r})"
     filters += "|replace('\\0', '%')"
     return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n"
 
@@ -68,12 +70,12 @@ def left_out(text: str, rendered: str) -> str:
     if text.strip() in rendered or _squeezed(text) in _squeezed(rendered):
         return ""
     end = _first(len(text), lambda i: text[i:].rstrip() in rendered)
-    kept = len(text) - _first(len(text), lambda i: text[: len(text) - i].lstrip() in rendered)
+    start = len(text) - _first(len(text), lambda i: text[: len(text) - i].lstrip() in rendered)
     while 0 < end < len(text) and _in_word(text[end - 1 : end + 1]):
         end += 1
-    while 0 < kept < len(text) and _in_word(text[kept - 1 : kept + 1]):
-        kept -= 1
-    return one_line(text[kept:end].strip() or text.strip(), 60)
+    while 0 < start < len(text) and _in_word(text[start - 1 : start + 1]):
+        start -= 1
+    return one_line(text[start:end].strip() or text.strip(), 60)
 
 
 def _in_word(letters: str) -> bool:
@@ -82,7 +84,7 @@ def _in_word(letters: str) -> bool:
 
 
 def reasoning_of(turn: Mapping[str, Any]) -> list[str]:
-    """An assistant's reasoning, where it has a key of its own."""
+    """An assistant's reasoning texts, if the message has a key for them."""
     return [text for key in _REASONING if isinstance(text := turn.get(key), str) and text.strip()]
 
 
@@ -90,13 +92,45 @@ def answer_left_out(messages: Messages, rendered: str) -> str:
     """An excerpt of the assistant's turns missing from a rendered conversation; else empty."""
     for turn in messages:
         if turn["role"] == "assistant":
-            for text in (*reasoning_of(turn), turn["content"]):
+            for text in (*reasoning_of(turn), turn["content"], *_tools_called(turn)):
                 if lost := left_out(text, rendered):
                     return lost
         # the same text before a turn does not count as the turn
-        _, found, rest = rendered.partition(turn["content"].strip())
-        rendered = rest if found else rendered
+        if text := turn["content"].strip():
+            _, content, remainder = rendered.partition(text)
+            rendered = remainder if content else rendered
     return ""
+
+
+def prompt_left_out(messages: Messages, rendered: str) -> str:
+    """Role and excerpt of a turn missing from a rendered prompt; else empty.
+
+    Reasoning of earlier answers does not count: many templates drop it on purpose. Text may be
+    written as JSON, as results of tools often are.
+    """
+    for turn in messages:
+        text = turn["content"]
+        if turn["role"] == "assistant":
+            text = text.rpartition("</think>")[2]
+        for part in (text, *_tools_called(turn)):
+            as_json = json.dumps(part, ensure_ascii=False)[1:-1]
+            if (lost := left_out(part, rendered)) and left_out(as_json, rendered):
+                return f"{turn['role']}: {lost}"
+    return ""
+
+
+def without_answers(messages: Messages) -> list[Mapping[str, Any]]:
+    """The turns that are not the assistant's."""
+    return [turn for turn in messages if turn["role"] != "assistant"]
+
+
+def _tools_called(turn: Mapping[str, Any]) -> list[str]:
+    """Names of the tools that a turn calls, in the usual forms of `tool_calls`."""
+    calls = turn.get("tool_calls")
+    calls = [c for c in calls if isinstance(c, Mapping)] if isinstance(calls, list) else []
+    functions = [call.get("function", call) for call in calls]
+    names = [f.get("name") for f in functions if isinstance(f, Mapping)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def begins(text: str, beginning: str) -> bool:
@@ -107,22 +141,44 @@ def begins(text: str, beginning: str) -> bool:
 def joined(prompt: Messages, turns: Messages) -> tuple[list[dict[str, Any]], int, bool]:
     """`(conversation, number of its turns from the prompt, whether they came twice)`.
 
-    `turns` follow those of the prompt, or begin with them, as in many preference datasets; then
-    they are taken once. A system turn may stand before either.
+    `turns` follow those of the prompt, or contain them, as in many preference datasets: at the
+    start, or later, where the prompt is the question of a longer conversation. Then they count
+    once. A system turn may precede either.
     """
-    asked, said = _without_system(prompt), _without_system(turns)
-    system, other = prompt[: len(prompt) - len(asked)], turns[: len(turns) - len(said)]
-    is_open = bool(asked) and asked[-1]["role"] == "assistant"  # an answer that was begun
-    repeated = (
-        len(said) >= len(asked) + (not is_open)
-        and (bool(asked) or bool(system and other))
-        and (not system or not other or all(map(_same, system, other)))
-        and all(map(_same, asked[:-1], said))
-        and (not asked or _same(asked[-1], said[len(asked) - 1], is_open))
-    )
-    rest = [*(system or other), *said] if repeated else [*prompt, *turns]
-    count = len(system or other) + len(asked) - is_open if repeated else len(prompt)
-    return [dict(turn) for turn in rest], count, repeated
+    question, dialogue = _without_system(prompt), _without_system(turns)
+    system = prompt[: len(prompt) - len(question)]
+    system_of_turns = turns[: len(turns) - len(dialogue)]
+    both_have_system = bool(system and system_of_turns)
+    is_open = bool(question) and question[-1]["role"] == "assistant"  # an answer that was begun
+    start = _start_of_prompt(question, dialogue, is_open)
+    if (
+        start is None
+        or not (question or both_have_system)
+        or (both_have_system and not all(map(_same, system, system_of_turns)))
+    ):
+        return [dict(turn) for turn in (*prompt, *turns)], len(prompt), False
+    system = system or system_of_turns
+    count = len(system) + start + len(question) - is_open
+    return [dict(turn) for turn in (*system, *dialogue)], count, True
+
+
+def _start_of_prompt(question: Messages, dialogue: Messages, is_open: bool) -> int | None:
+    """Index of the prompt's turns in a conversation that contains them; else None.
+
+    They are at the start, or directly before an answer, in a conversation that the user begins.
+    """
+    last = len(dialogue) - len(question) - (not is_open)
+    user_begins = bool(question and dialogue) and dialogue[0]["role"] == "user"
+    later = range(last, 0, -1) if user_begins else ()
+    for start in (0, *later) if last >= 0 else ():
+        twins = dialogue[start : start + len(question)]
+        if (
+            all(map(_same, question[:-1], twins))
+            and (not question or _same(question[-1], twins[-1], is_open))
+            and (not start or is_open or dialogue[start + len(question)]["role"] == "assistant")
+        ):
+            return start
+    return None
 
 
 def _without_system(turns: Messages) -> Messages:
@@ -132,8 +188,9 @@ def _without_system(turns: Messages) -> Messages:
 
 def _same(turn: Mapping[str, Any], twin: Mapping[str, Any], begun: bool = False) -> bool:
     """Whether two turns are equal or, if `begun`, the second continues the first."""
-    text, other = turn["content"].strip(), twin["content"].strip()
-    return turn["role"] == twin["role"] and (other.startswith(text) if begun else text == other)
+    text, twin_text = turn["content"].strip(), twin["content"].strip()
+    is_same = twin_text.startswith(text) if begun else text == twin_text
+    return turn["role"] == twin["role"] and is_same
 
 
 def _squeezed(text: str) -> str:
@@ -141,5 +198,5 @@ def _squeezed(text: str) -> str:
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """The least number up to `count` where a monotone condition (false, then true) holds."""
+    """The lowest number up to `count` where a monotone condition (false, then true) holds."""
     return bisect_left(range(count), True, key=holds)

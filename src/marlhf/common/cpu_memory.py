@@ -1,6 +1,6 @@
-"""Memory of a process on a CPU: reused gradient buffers, and heap trimming.
+"""CPU memory: a reused gradient buffer, and heap trimming.
 
-The C library keeps freed memory, in pieces that later, larger arrays may not fit into, and the
+The C library keeps freed memory in fragments that later, larger arrays may not fit into, and the
 operating system provides fresh pages slowly (about 2 GB/s). docs/performance.md has the figures.
 """
 
@@ -25,8 +25,8 @@ def trim_heap(device: torch.device) -> None:
 def trim_heap_before_embedding_gradients(module: nn.Module) -> None:
     """Trim the heap in each backward pass, just before gradients of embeddings are allocated.
 
-    They are the largest and the last allocations of the pass: without trimming, freed activations
-    would add to the peak, in pieces that they do not fit into.
+    They are the largest and the last allocations of the pass, and do not fit into the fragments of
+    freed activations: without trimming, those would add to the peak.
     """
 
     def register(layer: nn.Module, inputs: object, output: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-_NOT_THEIRS = (str(Path(__file__).parents[1]) + os.sep, importlib.__file__, "<frozen importlib")
+_NOT_PLUG_INS = (str(Path(__file__).parents[1]) + os.sep, importlib.__file__, "<frozen importlib")
 _WRAPPERS = ("_contextlib.py", "contextlib.py")  # a decorator is not the cause
 
 # Characters that control a terminal or reorder its text: C0, DEL, C1, bidi marks, surrogates.
@@ -22,7 +23,7 @@ _COMMANDS = re.compile(
 
 
 class UserError(ValueError):
-    """Invalid user input; the message says what is wrong, and what is possible.
+    """Invalid user input; the message has the fault, and what is possible.
 
     The command line prints it as one line and exits with status 2.
     """
@@ -32,6 +33,10 @@ class ReportedError(RuntimeError):
     """A failure that its message explains; the command line prints no traceback."""
 
 
+class PeerError(ReportedError):
+    """Another rank failed; the message says which and how."""
+
+
 class Stopped(SystemExit):
     """The end of a process on a signal; no plug-in may swallow it."""
 
@@ -39,18 +44,29 @@ class Stopped(SystemExit):
 class Parser(argparse.ArgumentParser):
     """A command's argument parser, whose errors are UserErrors."""
 
+    def __init__(self, **settings: Any) -> None:
+        form = functools.partial(argparse.HelpFormatter, width=100)
+        super().__init__(formatter_class=form, **settings)
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
         name = self.prog.removeprefix("marlhf ")
         raise UserError(f"{name}: {message}; see {self.prog} --help")
 
 
+def at_least_one(word: str) -> int:
+    """Parse a command's argument: a whole number, at least 1. Raises ArgumentTypeError."""
+    if not word.isdecimal() or not 1 <= int(word) < 2**31:
+        raise argparse.ArgumentTypeError(f"given {word}, must be a whole number, at least 1")
+    return int(word)
+
+
 def printable(text: str, keep: str = "") -> str:
     """The text with � for control characters, bidi marks and surrogates not in `keep`.
 
-    All foreign text passes through it before a terminal or a page shows it.
+    All foreign text passes through it before a terminal or a page displays it.
     """
-    return _COMMANDS.sub(lambda found: found[0] if found[0] in keep else "�", text)
+    return _COMMANDS.sub(lambda match: match[0] if match[0] in keep else "�", text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:
@@ -72,7 +88,7 @@ def one_line(text: object, length: int = 300) -> str:
     return words if len(words) <= length else words[: length - 3] + "..."
 
 
-def shown(value: object, length: int = 60) -> str:
+def short_repr(value: object, length: int = 60) -> str:
     """`repr` of any value on a printable line of at most `length` characters."""
     try:
         return one_line(repr(value), length)
@@ -81,22 +97,24 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def raised(error: BaseException) -> str:
-    """A plug-in's exception and its place, for messages.
+    """A plug-in's exception and the line that raised it, for messages.
 
-    The exception's name and message, and the last line reached in the file that this library
+    It has the exception's name and message, and the last line reached in the file that this library
     called, unless the library raised it.
     """
     text = f"raised {one_line(type(error).__name__)}: {one_line(error)}"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
+    plug_in_frames = [
         frame
         for frame in frames
-        if not frame.filename.startswith(_NOT_THEIRS) and Path(frame.filename).name not in _WRAPPERS
+        if not frame.filename.startswith(_NOT_PLUG_INS)
+        and Path(frame.filename).name not in _WRAPPERS
     ]
-    if not theirs:
+    if not plug_in_frames:
         return text
-    line = next(f.lineno for f in reversed(theirs) if f.filename == theirs[0].filename)
-    return f"{text} ({Path(theirs[0].filename).name}, line {line})"
+    file = plug_in_frames[0].filename
+    line = next(frame.lineno for frame in reversed(plug_in_frames) if frame.filename == file)
+    return f"{text} ({Path(file).name}, line {line})"
 
 
 _REQUIREMENTS = {
@@ -126,6 +144,6 @@ def requirement(finding: Mapping[str, Any]) -> str:
     template = _REQUIREMENTS.get(finding["type"])
     if template is None:
         return finding["msg"].removeprefix("Input should be ")
-    bounds = finding.get("ctx", {}).items()
-    whole = {n: int(x) if isinstance(x, float) and x.is_integer() else x for n, x in bounds}
-    return template.format(**whole)
+    context = finding.get("ctx", {}).items()
+    bounds = {n: int(x) if isinstance(x, float) and x.is_integer() else x for n, x in context}
+    return template.format(**bounds)

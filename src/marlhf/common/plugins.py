@@ -1,21 +1,25 @@
 """Isolation of plug-ins: segmenters, rewards, token rewards, parsers, presets.
 
 `called` wraps every call, `copied` copies the arguments, `check_state` checks the state for
-checkpoints. So a plug-in can fail, and change its own objects, but nothing of the run.
+checkpoints. A plug-in can fail, and can change its own objects, but not those of the run.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import locale
 import os
 import random
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Real
 from typing import Any
 
@@ -23,32 +27,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marlhf.common.errors import Stopped, UserError, one_line, raised, shown
-from marlhf.common.tokenization import Span
+from marlhf.common.errors import Stopped, UserError, one_line, raised, short_repr
+from marlhf.common.process_guard import not_ended, streams_kept
+from marlhf.common.tokenization import Span, Tokenizer
 from marlhf.common.types import ResponseBatch
 
 _UNCHANGING = (str, bytes, int, float, bool, type(None))
-_OF_A_TOKENIZER = (
+_TOKENIZER_SETTINGS = (
     *("padding_side", "truncation_side", "model_max_length", "chat_template"),
     *("special_tokens_map", "all_special_ids", "clean_up_tokenization_spaces"),
     *("add_bos_token", "add_eos_token"),
 )
 
 
-# --- calls and what they return
+# --- calls and their return values
 
 
 @contextmanager
 def called(name: str, error: Callable[[str], Exception] = UserError) -> Iterator[None]:
-    """Wrap a call of a plug-in's code: whatever it raises becomes `error` with its name.
+    """Wrap a call of a plug-in's code: any exception becomes `error` with its name.
 
-    SystemExit is a failure too: a plug-in does not end a run, and never with status 0. Exceptions
-    of class `error` pass unchanged. Process settings are restored afterwards, and random numbers
-    come from the plug-ins' own streams.
+    SystemExit is a failure too, and so is `os._exit`: a plug-in does not end a run, and never with
+    status 0. Exceptions of class `error` pass unchanged. Process settings are restored afterwards,
+    and random numbers come from the plug-ins' own streams. A process that a plug-in forks ends
+    where it returns.
     """
+    process, inference = os.getpid(), torch.is_inference_mode_enabled()
     try:
-        with _settings_kept(), _STREAMS:
+        with not_ended(), streams_kept() as closed, _settings_kept(), _STREAMS:
             yield
+            if os.getpid() != process:
+                os._exit(1)
+        if closed:
+            raise RuntimeError(f"closed {', '.join(sorted(closed))}, which the run writes to")
+        if torch.is_inference_mode_enabled() != inference:
+            raise RuntimeError(f"left torch's inference mode {'off' if inference else 'on'}")
     except Stopped:
         raise
     except KeyboardInterrupt as interrupt:
@@ -60,26 +73,44 @@ def called(name: str, error: Callable[[str], Exception] = UserError) -> Iterator
 
 
 def numbers(returned: Any) -> dict[str, float]:
-    """Check a plug-in's metrics. Raises TypeError or whatever its objects raise."""
+    """Check a plug-in's metrics. Raises TypeError, or any exception of its objects."""
     if not isinstance(returned, Mapping):
-        raise TypeError(f"metrics must be a mapping of names to numbers, not {shown(returned)}")
-    found: dict[str, float] = {}
+        raise TypeError(
+            f"metrics must be a mapping of names to numbers, not {short_repr(returned)}"
+        )
+    metrics: dict[str, float] = {}
     for name, value in returned.items():
         number = value.item() if hasattr(value, "item") else value
         if not isinstance(name, str) or not isinstance(number, Real):
-            raise TypeError(f"the metric {shown(name)} must be a number, not {shown(value)}")
-        found[name] = float(number)
-    return found
+            raise TypeError(
+                f"the metric {short_repr(name)} must be a number, not {short_repr(value)}"
+            )
+        metrics[name] = float(number)
+    return metrics
 
 
 def names_required(requires: Any, possible: frozenset[str]) -> frozenset[str]:
     """Check a plug-in's attribute `requires`. Raises UserError without the plug-in's name."""
     possibly = ", ".join(sorted(possible))
     if isinstance(requires, str) or not isinstance(requires, set | frozenset | list | tuple):
-        raise UserError(f"requires: given {shown(requires)}, must be a set of names: {possibly}")
+        raise UserError(
+            f"requires: given {short_repr(requires)}, must be a set of names: {possibly}"
+        )
     if unknown := [name for name in requires if name not in possible]:
         raise UserError(f"requires {', '.join(sorted(map(str, unknown)))}; possible: {possibly}")
     return frozenset(requires)
+
+
+def requirements(
+    plugin: Any, name: str, possible: frozenset[str], default: frozenset[str]
+) -> frozenset[str]:
+    """A plug-in's attribute `requires`, or `default` without one. Raises UserError, by its name."""
+    with called(name):
+        requires = getattr(plugin, "requires", default)
+    try:
+        return names_required(requires, possible)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def check_state(state: Any) -> None:
@@ -97,7 +128,7 @@ def check_state(state: Any) -> None:
 
 
 def _without_tensors(state: Any) -> Any:
-    """The same state with empty tensors: its structure is checked without writing gigabytes."""
+    """The same state with empty tensors, to check its structure without writing gigabytes."""
     if type(state) is Tensor:
         return torch.empty(0)
     if type(state) in (list, tuple):
@@ -149,7 +180,7 @@ def _copied_record(record: Any) -> Any:
 
 
 class _Copy(ResponseBatch):
-    """A copied batch that takes texts and offsets from its original."""
+    """A copied batch that reuses the texts and offsets of its original."""
 
     _original: ResponseBatch | None = None
 
@@ -170,37 +201,39 @@ class _Copy(ResponseBatch):
 def unchanged(
     name: str,
     error: Callable[[str], Exception],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Wrap a call whose arguments are too large to copy: a change to them raises `error`."""
     tensors = tensors or {}
-    before = _facts(tokenizer), {key: _digest(x) for key, x in tensors.items()}
+    settings = _tokenizer_settings(tokenizer)
+    digests = {key: _digest(x) for key, x in tensors.items()}
     yield
-    for key, was in before[0].items():
-        if (now := _facts(tokenizer)[key]) != was:
+    for key, before in settings.items():
+        if (after := _tokenizer_settings(tokenizer)[key]) != before:
+            changed = f"from {short_repr(before)} to {short_repr(after)}"
             raise error(
-                f"{name}: changed the tokenizer's {key} from {shown(was)} to {shown(now)}; it is "
-                "the policy's own: work on copy.deepcopy(tokenizer)"
+                f"{name}: changed the tokenizer's {key} {changed}; it is the policy's own: work on "
+                "copy.deepcopy(tokenizer)"
             )
-    for key, was in before[1].items():
-        if not torch.equal(_digest(tensors[key]), was):
+    for key, before in digests.items():
+        if not torch.equal(_digest(tensors[key]), before):
             raise error(f"{name}: changed {key}, which others read; work on a copy")
 
 
-def _facts(tokenizer: Any) -> dict[str, Any]:
+def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     """The settings of a tokenizer that affect encoding and decoding."""
     if tokenizer is None:
         return {}
-    found = {key: copied(getattr(tokenizer, key, None)) for key in _OF_A_TOKENIZER}
-    return found | {"vocabulary": len(tokenizer) if hasattr(tokenizer, "__len__") else None}
+    settings = {key: copied(getattr(tokenizer, key, None)) for key in _TOKENIZER_SETTINGS}
+    return settings | {"vocabulary": len(tokenizer) if hasattr(tokenizer, "__len__") else None}
 
 
 def _digest(x: Tensor) -> Tensor:
     """Sums of the bits of each vector along the last axis."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    whole = x.shape[-1] * x.element_size() % 8 == 0  # several values per word: far faster
-    return x.contiguous().view(torch.int64 if whole else bits[x.element_size()]).sum(-1)
+    fills_words = x.shape[-1] * x.element_size() % 8 == 0  # several values per word: far faster
+    return x.contiguous().view(torch.int64 if fills_words else bits[x.element_size()]).sum(-1)
 
 
 # --- side effects
@@ -208,7 +241,7 @@ def _digest(x: Tensor) -> Tensor:
 
 @contextmanager
 def _settings_kept() -> Iterator[None]:
-    """Restore process settings that runs need: gradients, dtype, device, folder, signals."""
+    """Restore process settings that runs need, such as gradients, dtype, device and folder."""
     before = [(get(), get, put) for get, put in _settings()]
     try:
         yield
@@ -222,10 +255,28 @@ def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
     yield torch.is_grad_enabled, torch.set_grad_enabled
     yield torch.get_default_dtype, torch.set_default_dtype
     yield torch.get_default_device, _set_default_device
+    yield torch.get_num_threads, torch.set_num_threads
+    yield torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode
+    yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    yield torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly
+    for kind in ("cpu", "cuda"):
+        yield partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind)
+    yield np.geterr, lambda old: np.seterr(**old)
+    yield sys.getrecursionlimit, sys.setrecursionlimit
+    yield gc.isenabled, lambda on: gc.enable() if on else gc.disable()
+    yield _errors_of_warnings, _drop_errors_of_warnings
+    yield partial(locale.setlocale, locale.LC_ALL), partial(locale.setlocale, locale.LC_ALL)
+    # additions of a plug-in are kept
+    yield lambda: dict(os.environ), os.environ.update
+    yield lambda: list(sys.path), _set_path
+    yield lambda: (sys.stdout, sys.stderr), _set_streams
+    yield lambda: sys.excepthook, partial(setattr, sys, "excepthook")
     yield _folder, lambda folder: None if folder is None else os.chdir(folder)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             yield lambda n=number: signal.getsignal(n), lambda old, n=number: _set_handler(n, old)
+        # a plug-in's time limit would end the run afterwards
+        yield lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0, _stop_timer
 
 
 def _set_default_device(device: torch.device) -> None:
@@ -238,6 +289,29 @@ def _set_handler(number: int, handler: Any) -> None:
         signal.signal(number, handler)
 
 
+def _errors_of_warnings() -> list[Any]:
+    return [filter_ for filter_ in warnings.filters if filter_[0] == "error"]
+
+
+def _drop_errors_of_warnings(before: list[Any]) -> None:
+    """Drop new filters that make errors of warnings; others come with imported libraries."""
+    kept = [filter_ for filter_ in warnings.filters if filter_[0] != "error" or filter_ in before]
+    warnings.filters[:] = kept  # pyright: ignore[reportIndexIssue]
+
+
+def _set_path(before: list[str]) -> None:
+    sys.path[:] = [*before, *(folder for folder in sys.path if folder not in before)]
+
+
+def _set_streams(streams: tuple[Any, Any]) -> None:
+    sys.stdout, sys.stderr = streams
+
+
+def _stop_timer(was_running: bool) -> None:
+    if not was_running:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _folder() -> str | None:
     try:
         return os.getcwd()
@@ -248,7 +322,7 @@ def _folder() -> str | None:
 class _Streams:
     """Two sets of global random streams: the run's, and the plug-ins' during their calls.
 
-    So a plug-in that seeds them or draws from them does not change the noise of the run.
+    A plug-in that seeds them or draws from them does not change the noise of the run.
     """
 
     def __init__(self) -> None:

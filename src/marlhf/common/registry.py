@@ -14,20 +14,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from marlhf.common.errors import UserError, one_line, requirement, shown
+from marlhf.common.errors import UserError, one_line, requirement, short_repr
 
 Spec = str | dict[str, Any]
 _MISSING = object()
+_DEFERRED = {  # functions whose call only prepares their work
+    "an async": (inspect.iscoroutinefunction, inspect.isasyncgenfunction),
+    "a generator": (inspect.isgeneratorfunction,),
+}
 
 
 @dataclasses.dataclass
@@ -37,11 +42,13 @@ class Registry:
     kind        what an error message calls them: "segmenter"
     group       the entry point group that other packages register in
     factories   name -> import path of a class or function
+    argument    what `build` checks that a plug-in can be called with; None: not checked
     """
 
     kind: str
     group: str
     factories: dict[str, str]
+    argument: str | None = None
 
     def names(self) -> list[str]:
         """Every short name, built in or installed."""
@@ -56,10 +63,44 @@ class Registry:
 
         Raises UserError when nothing has that name, or it is not callable.
         """
-        found = self._find(name)
-        if not callable(found):
-            raise UserError(f"{self.kind} {name}: is {shown(found)}, must be callable")
-        return found
+        factory = self._find(name)
+        if not callable(factory):
+            raise UserError(f"{self.kind} {name}: is {short_repr(factory)}, must be callable")
+        return factory
+
+    def build(self, spec: Any) -> Any:
+        """Build a plug-in from a name, import path, mapping with `name`, class or callable.
+
+        A class is built with the mapping's other keys, if any; a plain function is used as it is
+        and takes no arguments. Raises UserError.
+        """
+        plugin = self._build(spec)
+        if self.argument is not None:
+            name = spec if isinstance(spec, str) else getattr(plugin, "__name__", None)
+            where = f"{self.kind} {name or type(plugin).__name__}"
+            check_call(plugin, where, [self.argument])
+        return plugin
+
+    def _build(self, spec: Any) -> Any:
+        kind = self.kind
+        if isinstance(spec, type):
+            return construct(spec, {}, f"{kind} {spec.__name__}")
+        if not isinstance(spec, str | dict):
+            if not callable(spec):
+                raise UserError(
+                    f"{kind}: given {short_repr(spec)}, must be a name, a mapping or a callable"
+                )
+            return spec
+        name, arguments = split_spec(spec, kind)
+        factory = self.find(name)
+        if isinstance(factory, type):
+            return construct(factory, arguments, f"{kind} {name}")
+        if arguments:
+            raise UserError(
+                f"{kind} {name}: is not a class and takes no arguments; given "
+                f"{', '.join(arguments)}"
+            )
+        return factory
 
     def _find(self, name: str) -> Any:
         if name in self.factories:
@@ -78,7 +119,7 @@ class Registry:
 
 
 def import_path(path: str, kind: str) -> Any:
-    """Import `package.module.name`; raises UserError that says which part is missing."""
+    """Import `package.module.name`. Raises UserError, naming the part that is missing."""
     module_name, _, attribute = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
         raise UserError(f"{kind}: {path!r} is not an import path such as my_package.module.Name")
@@ -87,10 +128,10 @@ def import_path(path: str, kind: str) -> Any:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise UserError(f"{kind}: cannot import {path!r}: {error}") from error
-        found = getattr(module, attribute, _MISSING)
-    if found is _MISSING:
+        member = getattr(module, attribute, _MISSING)
+    if member is _MISSING:
         raise UserError(f"{kind}: module {module_name!r} has no {attribute!r}")
-    return found
+    return member
 
 
 def _load(entry: EntryPoint, kind: str) -> Any:
@@ -115,8 +156,8 @@ def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
     name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise UserError(
-            f"{kind}: given {one_line(spec, 80)}, but a mapping needs a `name`, a text, beside its "
-            "arguments"
+            f"{kind}: given {one_line(spec, 80)}, but a mapping needs a `name`, a text, in "
+            "addition to its arguments"
         )
     return name, arguments
 
@@ -127,9 +168,39 @@ def spec_label(spec: Any) -> str:
         return f"[{', '.join(map(spec_label, spec))}]"
     if not isinstance(spec, Mapping):
         return str(spec)
-    given = ", ".join(f"{k}={spec_label(v)}" for k, v in spec.items() if k != "name")
+    arguments = ", ".join(f"{k}={spec_label(v)}" for k, v in spec.items() if k != "name")
     name = str(spec.get("name", ""))
-    return f"{name}({given})" if given else name
+    return f"{name}({arguments})" if arguments else name
+
+
+def check_call(
+    function: Any, where: str, positional: Sequence[str], named: Iterable[str] = ()
+) -> None:
+    """Check that a plug-in takes these arguments, and returns its result when it is called.
+
+    A plug-in whose parameters Python cannot inspect passes. Raises UserError, naming `where`.
+    """
+    code = function
+    while isinstance(code, functools.partial):
+        code = code.func
+    if not inspect.isroutine(code):
+        code = type(code).__call__
+    for kind, tests in _DEFERRED.items():
+        if any(test(code) for test in tests):
+            raise UserError(f"{where}: is {kind} function, must return its result when called")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return
+    named = list(named)
+    try:
+        signature.bind(*positional, **dict.fromkeys(named))
+    except TypeError as error:
+        parameters = ", ".join(signature.parameters) or "none"
+        raise UserError(
+            f"{where}: is called with {', '.join([*positional, *named])}, but its parameters are "
+            f"{parameters}: {one_line(error)}"
+        ) from None
 
 
 def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
@@ -141,13 +212,15 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
     try:
         signature = inspect.signature(factory)
     except ValueError:  # a class written in C
-        raise UserError(f"{where}: Python knows no parameters of {shown(factory)}") from None
+        raise UserError(
+            f"{where}: the parameters of {short_repr(factory)} cannot be inspected"
+        ) from None
     try:
         signature.bind(**arguments)
     except TypeError:
-        given = ", ".join(arguments) or "no argument"
-        known = ", ".join(signature.parameters) or "none"
-        raise UserError(f"{where}: given {given}; its parameters are {known}") from None
+        names = ", ".join(arguments) or "no argument"
+        parameters = ", ".join(signature.parameters) or "none"
+        raise UserError(f"{where}: given {names}; its parameters are {parameters}") from None
     from marlhf.common.plugins import called  # which needs torch
 
     with called(where):
@@ -180,7 +253,9 @@ def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = adapter.validate_python(tuple(value) if as_tuple else value)
         except ValidationError as error:
             needs = sorted({requirement(finding) for finding in error.errors()})
-            raise UserError(f"{name}: given {shown(value)}, must be {' or '.join(needs)}") from None
+            raise UserError(
+                f"{name}: given {short_repr(value)}, must be {' or '.join(needs)}"
+            ) from None
     return checked
 
 

@@ -1,7 +1,7 @@
 """Sampling seeds, which fix the noise of each response."""
 
 EVAL_STEP = -1
-"""The step of held-out responses, which are always sampled with the same noise."""
+"""The step for the noise of held-out responses, the same at every evaluation."""
 
 
 def row_seed(seed: int, step: int, row_id: int) -> int:

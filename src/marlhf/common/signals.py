@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -11,8 +12,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from marlhf.common.errors import Stopped, say
+from marlhf.common.reports import claim
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# in a process that a plug-in forks: its parent ends it, and outlives the first Ctrl-C
+_IN_FORKS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN}
 _ONE_KEYSTROKE = 1.0  # seconds; a launcher forwards signals that the terminal also sent to ranks
 
 
@@ -31,6 +35,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+            os.register_at_fork(after_in_child=self._leave_fork)
         return self
 
     def __exit__(
@@ -44,20 +49,28 @@ class StopSignals:
 
     def requested(self) -> int | None:
         """The signal that any rank has received, the same on all ranks; None before."""
-        return next((number for number in self._gather([self._received]) if number), None)
+        received = self._gather([self._received])
+        return next((number for number in received if number), None)
+
+    def _leave_fork(self) -> None:
+        """Handle signals in a forked process as in one that is not a run."""
+        for number, handler in _IN_FORKS.items():
+            if signal.getsignal(number) == self._hear:
+                signal.signal(number, handler)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         if self._received is None:
             self._received, self._at = number, time.monotonic()
             name = signal.Signals(number).name
             line = f"marlhf: {name}: stopping after this update; once more stops at once"
-            say(line)
+            if claim(line):  # the launcher passes it on to all ranks
+                say(line)
         elif time.monotonic() - self._at > _ONE_KEYSTROKE:
             stop(number)
 
 
 def stop(number: int) -> None:
-    """End as the signal would have: KeyboardInterrupt, or SystemExit with status 128 + number."""
+    """Raise KeyboardInterrupt for SIGINT, else SystemExit with status 128 + number."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Stopped(128 + number)

@@ -55,16 +55,16 @@ def check_weights(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) ->
 
 @contextmanager
 def loading_optimizer(optimizer: torch.optim.Optimizer, is_ours: bool = True) -> Iterator[None]:
-    """Wrap loading the state of an AdamW: keeps its settings and checks its moments.
+    """Wrap loading the state of an AdamW: keep its settings and check its moments.
 
     Moments must have their parameters' shapes, and get their strides. Raises UserError.
 
     is_ours   false where DeepSpeed manages it, which may have swapped tensors out
     """
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     yield
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
     for parameter, state in optimizer.state.items():
         if not isinstance(parameter, Tensor) or not isinstance(state, dict):
             raise UserError("the optimiser's state is of other parameters")

@@ -24,7 +24,7 @@ _ENVIRONMENT = {
 
 
 def quiet_libraries() -> None:
-    """Let libraries show errors only; to be called before they are imported."""
+    """Let libraries show errors only; call it before importing them."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # DeepSpeed warns on import that there is no GPU, and sets its own level
@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
     if logging.getLogRecordFactory() is logging.LogRecord:
         logging.setLogRecordFactory(
-            lambda *given, **more: _printable(logging.LogRecord(*given, **more))
+            lambda *args, **kwargs: _printable(logging.LogRecord(*args, **kwargs))
         )
 
 

@@ -14,23 +14,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from marlhf.common.errors import UserError
-from marlhf.common.tokenization import ResponseDecoder, Span
+from marlhf.common.tokenization import ResponseDecoder, Span, Tokenizer
 
 AllReduceSum = Callable[[Tensor], Tensor]
 """The sum of a tensor over all ranks."""
 
-REF_LOGPROBS = frozenset({"ref_logprobs"})  # what segmenters and token rewards may require
+REF_LOGPROBS = frozenset({"ref_logprobs"})  # in `requires` of segmenters and token rewards
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """Responses as segmenters see them, without the prompts.
+    """Responses for segmenters, without the prompts.
 
     token_ids      [B,T] int64, the sampled tokens, arbitrary beyond the mask
     response_mask  [B,T] bool, a prefix of True in each row (an empty response has none)
@@ -40,9 +39,10 @@ class ResponseBatch:
     row_ids        [B] int64, index of each response in the global batch of this step
     step, seed     with a row id they fix every random draw for that response
     tokenizer      needed by segmenters that read text
-    continues      for each response: text comes before it; None: before all. False where the prompt
-                   is empty, so that the response begins a text
-    eos_ids        tokens left out at the end of `texts`, besides the tokenizer's EOS and padding
+    continues      whether each response continues the text of a prompt; None: all do. False for an
+                   empty prompt
+    eos_ids        tokens left out at the end of `texts`, in addition to the tokenizer's EOS and
+                   padding
     skip_special_tokens   leave all special tokens out of `texts`
     """
 
@@ -54,7 +54,7 @@ class ResponseBatch:
     row_ids: Tensor | None = None
     step: int = 0
     seed: int = 0
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     continues: Sequence[bool] | None = None
     eos_ids: Sequence[int] = ()
     skip_special_tokens: bool = False
@@ -94,7 +94,7 @@ class ResponseBatch:
 
     @cached_property
     def rows(self) -> list[int]:
-        """`row_ids` as a list; 0..B-1 where none were given."""
+        """`row_ids` as a list; 0..B-1 where they are None."""
         if self.row_ids is None:
             return list(range(self.token_ids.shape[0]))
         return self.row_ids.tolist()
@@ -107,7 +107,9 @@ class Generation:
     prompt_ids     [B,P] int64, left-padded; prompt_mask [B,P] bool
     response_ids   [B,T] int64, right-padded; response_mask [B,T] bool, from the lengths known at
                    generation, never from comparing tokens with the pad id
-    finished       [B] bool: ended by EOS or a stop string rather than by the length limit
+    finished       [B] bool: by EOS or a stop string rather than by the length limit
+    logprobs       [B,T] fp32, nats, under the distribution that the engine sampled from; None if
+                   the engine does not report them
     """
 
     prompt_ids: Tensor
@@ -115,6 +117,7 @@ class Generation:
     response_ids: Tensor
     response_mask: Tensor
     finished: Tensor
+    logprobs: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -126,20 +129,21 @@ class Generation:
 class Sequences:
     """Prompts concatenated with responses, the models' input.
 
-    input_ids [B,P+T]; attention_mask [B,P+T] bool, True on the tokens of prompt and response;
-    response_mask [B,T].
+    input_ids       [B,P+T] int64
+    attention_mask  [B,P+T] bool, True on the tokens of prompt and response
+    response_mask   [B,T] bool
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
 
-    def rows(self, index: Tensor) -> Sequences:
+    def select(self, index: Tensor) -> Sequences:
         """The sequences at `index`, without columns that are padding in all of them."""
         index = index.to(self.input_ids.device)
         attention, mask = self.attention_mask[index], self.response_mask[index]
-        whole, response = kept_columns(attention, mask)
-        return Sequences(self.input_ids[index][:, whole], attention[:, whole], mask[:, response])
+        full, response = kept_columns(attention, mask)
+        return Sequences(self.input_ids[index][:, full], attention[:, full], mask[:, response])
 
     @staticmethod
     def of(generation: Generation) -> Sequences:
@@ -152,10 +156,31 @@ class Sequences:
         )
 
 
-def kept_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
-    """Columns that are not padding in every sequence, of `[B,P+T]` and of `[B,T]` tensors.
+@dataclass(frozen=True)
+class RewardResult:
+    """Rewards of a batch of B responses.
 
-    At least one response column stays.
+    scores   [B] weighted sum of each response's scalar rewards; 0.0 where there is none
+    spans    [B] each response's weighted `(end_char, reward)` pairs, for `place_spans`
+    by_name  unweighted values of each reward, None where not applicable; rewards inside a
+             response are summed
+    """
+
+    scores: list[float]
+    spans: list[list[tuple[int, float]]]
+    by_name: dict[str, list[float | None]]
+
+    @property
+    def unscored(self) -> list[int]:
+        """Indices of responses to which no reward applied: their score of 0.0 means nothing."""
+        columns = list(self.by_name.values())
+        return [i for i in range(len(self.scores)) if all(c[i] is None for c in columns)]
+
+
+def kept_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
+    """Columns with a token in any sequence, of `[B,P+T]` and of `[B,T]` tensors.
+
+    At least one response column is kept.
     """
     P = attention_mask.shape[1] - response_mask.shape[1]
     first = int(attention_mask[:, :P].any(0).long().argmax())

@@ -8,6 +8,7 @@ of a run, by name, and not as a wrong number hours later.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import importlib.metadata
 import inspect
@@ -68,11 +69,16 @@ _ADVICE = "install a version within the bounds of marlhf's pyproject.toml"
 def _is_set_on_instances(owner: Any, attribute: str) -> bool:
     methods = (vars(part).values() for part in getattr(owner, "__mro__", ()))
     codes = (getattr(method, "__code__", None) for part in methods for method in part)
-    return any(attribute in code.co_names for code in codes if code is not None)
+    return any(
+        (instruction.opname, instruction.argval) == ("STORE_ATTR", attribute)
+        for code in codes
+        if code is not None and attribute in code.co_names
+        for instruction in dis.get_instructions(code)
+    )
 
 
 def _version(module: str) -> str:
-    library = module.partition(".")[0]
+    library = module.removeprefix(f"{__name__}.").partition(".")[0]
     try:
         return f"{library} {importlib.metadata.version(library)}"
     except importlib.metadata.PackageNotFoundError:

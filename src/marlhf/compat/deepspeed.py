@@ -18,6 +18,7 @@ from marlhf.compat.torch import hooks_removed
 _STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _STAGE12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 _OFFLOAD = "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload"
+_PARAMETERS = "deepspeed.runtime.zero.partition_parameters:Init"
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 
 
@@ -35,6 +36,8 @@ def check_names() -> None:
         f"{_OFFLOAD}.release_backward_leftovers(self)",
         "deepspeed.runtime.zero.partitioned_param_coordinator:"
         "PartitionedParameterCoordinator.reset_step(self)",
+        f"{_PARAMETERS}.ds_id",
+        f"{_PARAMETERS}.ds_shape",
         f"{_ENGINE}.set_gradient_accumulation_boundary(self, is_boundary)",
         f"{_ENGINE}.was_step_applied(self)",
         "deepspeed.ops:__compatible_ops__",
@@ -60,7 +63,7 @@ def gradient_norms(engine: Any) -> list[float]:
 # why: zero_grad leaves gradients that ZeRO has already reduced and partitioned
 # remove when: an engine can forget its gradient
 def discard_gradient(engine: Any) -> None:
-    """Forget an engine's gradient, as DeepSpeed does where its norm is not finite."""
+    """Discard an engine's gradient, as DeepSpeed does where its norm is not finite."""
     sharded = engine.zero_optimization_stage() == 3
     name = "_get_norm_groups" if sharded else "scaled_global_norm"
     not_finite = torch.tensor(-1.0)
@@ -73,15 +76,23 @@ def discard_gradient(engine: Any) -> None:
 
 
 # private: Parameter.ds_id (0.19.8)
-# why: nothing public tells a parameter that ZeRO-3 has sharded from another
+# why: no public function tells whether ZeRO-3 has sharded a parameter
 # remove when: deepspeed.zero has a function that does
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has spread a parameter over the ranks."""
+    """Whether ZeRO-3 has sharded a parameter."""
     return hasattr(parameter, "ds_id")
 
 
+# private: Parameter.ds_shape (0.19.8)
+# why: a sharded parameter's own shape is that of its shard
+# remove when: deepspeed.zero has a function that tells it
+def complete_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a parameter as it was before any sharding."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def gathered_parameter(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
-    """Context in which a weight is complete; what `modifier_rank` writes into it is for all."""
+    """Context with a weight gathered; changes by `modifier_rank` are broadcast to all ranks."""
     if not is_sharded(parameter):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -89,12 +100,33 @@ def gathered_parameter(parameter: nn.Parameter, modifier_rank: int | None = None
     return GatheredParameters([parameter], modifier_rank=modifier_rank)
 
 
+# private: DeepSpeedZeroOptimizer_Stage3.parameter_offload (0.19.8)
+# why: an engine for inference has no other handle of the hooks on its sharded weights
+# remove when: GatheredParameters keeps weights for passes within it
+def parameter_offload(engine: Any) -> Any:
+    """The handle of a ZeRO-3 engine's sharded weights and their hooks."""
+    return engine.optimizer.parameter_offload
+
+
+# private: DeepSpeedEngine.set_gradient_accumulation_boundary, .was_step_applied (0.19.8)
+# why: micro-batches have no fixed number per step, and a step can be refused
+# remove when: DeepSpeed documents them
+def set_accumulation_boundary(engine: Any, is_boundary: bool) -> None:
+    """Tell the engine whether an optimiser step follows the next backward pass."""
+    engine.set_gradient_accumulation_boundary(is_boundary)
+
+
+def was_step_applied(engine: Any) -> bool:
+    """Whether the last step changed the weights."""
+    return engine.was_step_applied()
+
+
 # private: DeepSpeedZeRoOffload.fwd_pre_hook, .forward_hooks, get_param_coordinator().reset_step()
 #          (0.19.8)
-# why: DeepSpeed takes a call of the module for the begin of a pass; ours may call its parts
+# why: DeepSpeed takes a call of the module as the start of a pass; ours may call its backbone alone
 # remove when: an engine for inference can be told where passes begin
 def passes_begin_at(offload: Any, module: nn.Module) -> None:
-    """Have the passes of a frozen sharded model begin with `module`."""
+    """Have DeepSpeed count a pass of a frozen sharded model from a call of `module`."""
     offload.fwd_pre_hook.remove()
     start = module.register_forward_pre_hook(
         lambda *_: offload.get_param_coordinator().reset_step()
@@ -103,11 +135,11 @@ def passes_begin_at(offload: Any, module: nn.Module) -> None:
 
 
 # private: DeepSpeedZeRoOffload.forward_hooks, .backward_hooks (0.19.8)
-# why: where weights are gathered for many passes, each layer would still release its own
+# why: where weights are gathered for many passes, each layer would still release its weights
 # remove when: GatheredParameters keeps weights for passes within it
 @contextmanager
 def without_hooks(offload: Any) -> Iterator[None]:
-    """Within, layers neither fetch nor release weights, and talk to no other rank."""
+    """Context in which layers neither gather nor release weights: no communication."""
     with hooks_removed([*offload.forward_hooks, *offload.backward_hooks]):
         yield
 
@@ -122,7 +154,7 @@ def release_gathered(offload: Any) -> None:
 
 # private: deepspeed.ops.__compatible_ops__ (0.19.8)
 # why: compiling takes a compiler and a minute, and a process that is killed meanwhile leaves a lock
-#      for which every later run on the machine would wait, without end
+#      for which every later run on the machine would wait forever
 # remove when: DeepSpeed's CPU accelerator can be told not to compile it
 def without_extension(name: str) -> None:
     """Keep DeepSpeed from compiling one of its extensions at start."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from marlhf.compat import needs
 
@@ -41,20 +42,23 @@ def activate(layer: Any, adapter: str | None) -> None:
 
 
 def enable(layer: Any) -> None:
-    """End what `activate(layer, None)` did."""
+    """Undo `activate(layer, None)`."""
     layer._disable_adapters = False
 
 
-# private: LoraLayer.lora_A, .lora_B, .lora_variant, .get_delta_weight (0.21)
-# why: merging an adapter into a copy of the weight, while the layer itself stays as it is
+# private: LoraLayer.lora_A, .lora_B, .lora_variant, .lora_bias, .get_delta_weight,
+#          BaseTunerLayer.base_layer, lora.layer.ParamWrapper (0.21)
+# why: merging an adapter into a copy of the weight, without changing the layer
 # remove when: PEFT returns a merged weight without changing the layer
 @needs(
     "peft.tuners.lora:LoraLayer.lora_A",
     "peft.tuners.lora:LoraLayer.lora_B",
     "peft.tuners.lora:LoraLayer.lora_variant",
+    "peft.tuners.lora:LoraLayer.lora_bias",
+    "peft.tuners.tuners_utils:BaseTunerLayer.get_base_layer(self)",
     "peft.tuners.lora:Linear.get_delta_weight(self, adapter)",
 )
-def is_plain_lora(layer: nn.Module, adapter: str | None) -> bool:
+def merges(layer: nn.Module, adapter: str | None) -> bool:
     """Whether the adapter is a low-rank update, and nothing else, of the layer's weight."""
     return (
         isinstance(layer, LoraLayer)
@@ -64,3 +68,33 @@ def is_plain_lora(layer: nn.Module, adapter: str | None) -> bool:
         and getattr(layer.lora_B[adapter], "bias", None) is None
         and hasattr(layer, "get_delta_weight")
     )
+
+
+def weight_update(layer: Any, adapter: str) -> Tensor:
+    """Low-rank update `[out,in]` of a layer's weight, transposed where the weight is."""
+    return layer.get_delta_weight(adapter)
+
+
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer that a LoRA layer adapts; any other layer itself."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def is_lora(layer: nn.Module) -> bool:
+    """Whether a layer has low-rank adapters."""
+    return isinstance(layer, LoraLayer)
+
+
+def has_lora_bias(layer: nn.Module) -> bool:
+    """Whether an adapter of a layer changes its bias."""
+    return isinstance(layer, LoraLayer) and any(layer.lora_bias.values())
+
+
+def is_variant(layer: Any) -> bool:
+    """Whether an adapter of a LoRA layer is more than a low-rank update (DoRA, aLoRA)."""
+    return bool(layer.lora_variant)
+
+
+def is_fused(layer: object) -> bool:
+    """Whether a layer adapts one parameter of a module, such as fused experts."""
+    return isinstance(layer, ParamWrapper)

@@ -1,16 +1,21 @@
-"""Undocumented parts of transformers: cache layers, GGUF's bar, dropout in configurations."""
+"""Undocumented parts of transformers: caches, rotary factors, weights in files, dropout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from marlhf.compat import needs
+
+LONGROPE = "longrope"
 
 
 # private: Cache.layers, DynamicLayer.lazy_initialization, .is_initialized (5.0 to 5.23)
@@ -22,30 +27,30 @@ from marlhf.compat import needs
     "transformers.cache_utils:DynamicLayer.is_initialized",
     "transformers.cache_utils:DynamicLayer.reorder_cache(self, beam_idx)",
 )
-def preallocate(cache: Cache, rows: Tensor, room: int) -> None:
-    """Repeat or drop sequences of a cache, and give it room for `room` tokens in all.
+def preallocate(cache: Cache, indices: Tensor, room: int) -> None:
+    """Repeat or drop sequences of a cache, and reserve `room` tokens for each.
 
-    rows   [B] int64, the sequence of the cache that each of the batch starts from
+    indices   [B] int64, for each sequence of the batch the cached one that it starts from
 
-    Layers of other kinds, such as sliding windows, are reordered and grow by themselves.
+    Other kinds of layers, such as sliding windows, are reordered and grow by themselves.
     """
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[i] = _Preallocated(layer, rows, room)
+            cache.layers[i] = _Preallocated(layer, indices, room)
         else:
-            layer.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+            layer.reorder_cache(indices)  # pyright: ignore[reportArgumentType]
 
 
 class _Preallocated(DynamicLayer):
     """Keys and values of full attention, written behind each other into a buffer."""
 
-    def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
+    def __init__(self, layer: DynamicLayer, indices: Tensor, room: int) -> None:
         super().__init__()
         assert layer.keys is not None
         assert layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
         self._length = layer.keys.shape[-2]
-        self._buffers = [_with_room(x, rows, room) for x in (layer.keys, layer.values)]
+        self._buffers = [_with_room(x, indices, room) for x in (layer.keys, layer.values)]
         self._show()
 
     def update(
@@ -70,9 +75,9 @@ class _Preallocated(DynamicLayer):
         return self.keys, self.values
 
 
-def _with_room(x: Tensor, rows: Tensor, room: int) -> Tensor:
-    buffer = x.new_empty(len(rows), *x.shape[1:-2], room, x.shape[-1])
-    torch.index_select(x, 0, rows, out=buffer[..., : x.shape[-2], :])
+def _with_room(x: Tensor, indices: Tensor, room: int) -> Tensor:
+    buffer = x.new_empty(len(indices), *x.shape[1:-2], room, x.shape[-1])
+    torch.index_select(x, 0, indices, out=buffer[..., : x.shape[-2], :])
     return buffer
 
 
@@ -88,11 +93,50 @@ def hide_gguf_bar() -> None:
         gguf.tqdm = partial(gguf.tqdm, disable=True)
 
 
+# private: core_model_loading.spawn_materialize (5.16 to 5.23)
+# why: `from_pretrained` copies all weights into one dtype, and files of bf16 would fill the memory
+#      of the process in fp32; what stays as it is in a file is mapped, and no memory at all
+# remove when: `from_pretrained` can leave weights in the dtypes of the files
+_MATERIALIZE = (
+    "transformers.core_model_loading:spawn_materialize"
+    "(thread_pool, tensor, device, dtype, sharding_op, tensor_idx)"
+)
+
+
+@needs(_MATERIALIZE)
+@contextmanager
+def file_dtypes() -> Iterator[None]:
+    """Within, `from_pretrained` leaves weights as files hold them, also where dtypes are mixed.
+
+    Weights that it computes from several, such as fused experts, get the requested dtype.
+    """
+    from transformers import core_model_loading
+
+    materialize = core_model_loading.spawn_materialize
+
+    def as_in_file(
+        pool: Any,
+        tensor: Any,
+        device: Any = None,
+        dtype: Any = None,
+        sharding_op: Any = None,
+        tensor_idx: int | None = None,
+    ) -> Any:
+        kept = dtype if tensor_idx is not None else None
+        return materialize(pool, tensor, device, kept, sharding_op, tensor_idx)
+
+    core_model_loading.spawn_materialize = as_in_file
+    try:
+        yield
+    finally:
+        core_model_loading.spawn_materialize = materialize
+
+
 # private: transformers.integrations.deepspeed.unset_hf_deepspeed_config (5.0 to 5.23)
-# why: accelerate's plugin announces ZeRO-3, and `from_pretrained` would then shard while it reads
-# remove when: marlhf reads models sharded itself
+# why: accelerate's plugin announces ZeRO-3, and `from_pretrained` would then need all ranks
+# remove when: DeepSpeedPlugin can be made without announcing it
 def load_complete_models() -> None:
-    """Have `from_pretrained` read complete models, also under ZeRO-3."""
+    """Have `from_pretrained` read complete models on the rank that calls it, under ZeRO-3 too."""
     needs("transformers.integrations.deepspeed:unset_hf_deepspeed_config()")
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -112,3 +156,45 @@ def zero_noise(owner: Any) -> None:
     for name, value in list(vars(owner).items()):
         if any(word in name for word in noise) and isinstance(value, float):
             setattr(owner, name, 0.0)
+
+
+# private: core_model_loading.revert_weight_conversion (5.23)
+# why: names and shapes in files differ from those in memory for some families (fused experts), and
+#      `save_pretrained` alone converts them, on a disk
+# remove when: a model gives its weights as files hold them
+@needs("transformers.core_model_loading:revert_weight_conversion(model, state_dict)")
+def as_in_files(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some of a model's weights with the names and shapes that `save_pretrained` gives them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, weights)
+
+
+# private: attributes rope_type and {layer}_inv_freq of rotary modules (instances only, so unchecked
+#          here: tests/models/test_gate.py runs such a model), and ROPE_INIT_FUNCTIONS (5.0 to 5.24)
+# why: the factors follow the longest sequence of each batch, and no setting fixes them
+# remove when: a configuration can fix the factors for a length
+@needs("transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS")
+def fix_rotary(model: nn.Module, longest: int) -> None:
+    """Fix LongRoPE's factors to those of sequences of `longest` tokens.
+
+    transformers chooses them by the longest sequence of a batch: log-probabilities of a sequence
+    would depend on the others, and cached keys could have other factors than the query. (vLLM fixes
+    them too.)
+    """
+
+    def fixed(module: Any, kind: str, layers: str | None = None) -> str:
+        if not kind.startswith(LONGROPE):
+            return kind
+        buffer = getattr(module, f"{layers}_inv_freq" if layers else "inv_freq")
+        rope: Any = ROPE_INIT_FUNCTIONS[LONGROPE]
+        buffer.copy_(rope(module.config, buffer.device, seq_len=longest, layer_type=layers)[0])
+        return f"{LONGROPE}, fixed"  # a name for which transformers does not update the factors
+
+    modules: Any = model.modules()
+    for module in modules:
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            module.rope_type = {name: fixed(module, k, name) for name, k in kind.items()}
+        elif isinstance(kind, str):
+            module.rope_type = fixed(module, kind)

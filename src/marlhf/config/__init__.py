@@ -1,4 +1,4 @@
-"""The configuration of every job, as typed dataclasses; `config_loading` reads them from YAML."""
+"""The configuration of every job, as typed dataclasses; `loading` reads them from YAML."""
 
 from marlhf.config.evaluate import (
     EvaluateConfig,
@@ -20,6 +20,7 @@ from marlhf.config.sections import (
     AdamWSettings,
     CheckpointSettings,
     DataSettings,
+    ImportanceSettings,
     LogSettings,
     LoraSettings,
     MetricsSettings,
@@ -37,6 +38,7 @@ __all__ = [
     "CriticSettings",
     "DataSettings",
     "EvaluateConfig",
+    "ImportanceSettings",
     "JudgeSettings",
     "KLSettings",
     "LoadingSettings",

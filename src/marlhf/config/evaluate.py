@@ -18,8 +18,8 @@ from marlhf.config.sections import (
     DataSettings,
     Minutes,
     Natural,
+    NonEmptyPath,
     NonNegative,
-    Place,
     Positive,
     RolloutSettings,
     Text,
@@ -32,7 +32,7 @@ Label = Annotated[str, Field(min_length=1, pattern=r"\S")]
 class LoadingSettings:
     """How every policy and the reference are loaded."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the matrix products."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model."""
@@ -47,7 +47,7 @@ class PassSettings:
     k: Annotated[list[Count], Field(min_length=1)] = Field(default_factory=lambda: [1])
     """Numbers of tries; none above rollout.responses_per_prompt."""
     reward: str | None = None
-    """Reward that says whether a response passes, by the name it has in the results; default: the
+    """Reward that decides whether a response passes, by its name in the results; default: the
     weighted sum of all rewards."""
     threshold: float = 1.0
     """A response passes when that reward is at least this much."""
@@ -55,7 +55,7 @@ class PassSettings:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class JudgeSettings:
-    """A language model behind an OpenAI-compatible endpoint that says which response is better."""
+    """A language model as judge, behind an OpenAI-compatible endpoint."""
 
     url: Text
     """Address of the API, such as https://api.openai.com/v1."""
@@ -65,7 +65,7 @@ class JudgeSettings:
     """Environment variable with the API key; null: the server wants none. The key itself is never
     written or shown."""
     task: Literal["general", "summarization", "dialogue", "question_answering"] = "general"
-    """What the judge is told to look for."""
+    """The criteria that the judge is told."""
     limit: Count | None = None
     """Judge the first prompts only."""
     temperature: NonNegative | None = 0.0
@@ -75,7 +75,7 @@ class JudgeSettings:
     extra: dict[str, JsonValue] = Field(default_factory=dict)
     """Further keys of the request's body, passed through."""
     concurrency: Count = 8
-    """Requests under way at a time."""
+    """Concurrent requests."""
     timeout_seconds: Positive = 60.0
     """Time for one answer."""
     retries: Natural = 5
@@ -88,9 +88,9 @@ class JudgeSettings:
     price_out: NonNegative | None = None
     """Price of a million tokens written."""
     max_cost: Positive | None = None
-    """Spend no more than this, in the unit of the prices."""
+    """Limit of the cost, in the unit of the prices."""
     max_requests: Count | None = None
-    """Send no more requests than this."""
+    """Limit of the number of requests."""
     ask: bool = True
     """On a terminal, ask before the first request."""
 
@@ -130,13 +130,13 @@ class JudgeSettings:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RaterSettings:
-    """A file for human raters, and the scoring of what they filled in."""
+    """A file for human raters, and the scoring of their ratings."""
 
     format: Literal["csv", "jsonl"] = "csv"
     """Format of the file to fill in; CSV opens in a spreadsheet."""
     limit: Count | None = None
     """Prompts in it, drawn by the seed; default: all."""
-    ratings: list[Place] = Field(default_factory=list)
+    ratings: list[NonEmptyPath] = Field(default_factory=list)
     """Files that raters have filled in, to be scored."""
 
 
@@ -144,12 +144,16 @@ class RaterSettings:
 class EvaluateConfig:
     """Everything a `marlhf evaluate` run needs."""
 
-    policies: Place | Annotated[list[Place], Field(min_length=1)] | dict[Label, Place]
-    """What is evaluated: a run's folder, a model's path or hub name, a list of these, or a mapping
-    {label: path}."""
+    policies: (
+        NonEmptyPath
+        | Annotated[list[NonEmptyPath], Field(min_length=1)]
+        | dict[Label, NonEmptyPath]
+    )
+    """Policies to evaluate: a run's folder, a model's path or hub name, a list of these, or a
+    mapping {label: path}."""
     baseline: str | None = None
     """Label of the policy that the others are compared with; default: the first."""
-    reference: Place | None = None
+    reference: NonEmptyPath | None = None
     """Model or run that KL is measured to; null: no KL."""
     model: LoadingSettings = Field(default_factory=LoadingSettings)
     """How models are loaded."""
@@ -158,7 +162,7 @@ class EvaluateConfig:
     rows of `path`."""
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     """Sampling. Here batch_size is the responses sampled at once over all ranks, and
-    micro_batch_size the rows of a pass that scores them (default: all)."""
+    micro_batch_size the sequences of a log-prob pass (default: all)."""
     temperatures: list[Positive] = Field(default_factory=list)
     """Temperatures to sweep, instead of rollout.temperature; win rates by judge and raters are at
     the first."""
@@ -176,11 +180,11 @@ class EvaluateConfig:
     """Win rates by people."""
     resamples: Annotated[int, Field(ge=100, le=10**6)] = 2000
     """Bootstrap resamples of the prompts behind every 95% interval."""
-    output_dir: Place = "runs/evaluation"
-    """Where results are written; run again to go on where it stopped."""
+    output_dir: NonEmptyPath = "runs/evaluation"
+    """Where results are written; run again to resume where it stopped."""
     overwrite: bool = False
-    """Sample and score again, deleting what output_dir holds. A judge's answers and raters' files
-    stay: they are kept by what was asked."""
+    """Sample and score again, deleting the results in output_dir. A judge's answers and raters'
+    files stay: each answer is stored with its question."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Fixes every random draw."""
     distributed_timeout_minutes: Minutes = 360
@@ -190,6 +194,9 @@ class EvaluateConfig:
     @model_validator(mode="after")
     def _cross_checks(self) -> EvaluateConfig:
         rollout = self.rollout
+        for key in ("importance", "old_logprobs"):
+            if getattr(rollout, key) != getattr(RolloutSettings, key):
+                raise ValueError(f"rollout.{key}: is of ppo alone; nothing is trained here")
         if rollout.min_new_tokens > rollout.max_new_tokens:
             raise ValueError(
                 f"rollout.min_new_tokens: given {rollout.min_new_tokens}, must not exceed "

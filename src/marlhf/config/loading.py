@@ -1,4 +1,4 @@
-"""YAML and dotted overrides -> typed dataclasses, with one clear line for everything that is wrong.
+"""YAML and dotted overrides -> typed dataclasses, with one-line errors.
 
 pydantic checks types, bounds and unknown keys; this module words its findings for users.
 """
@@ -18,24 +18,36 @@ from pydantic import TypeAdapter, ValidationError
 
 from marlhf.common.errors import UserError, one_line, requirement
 from marlhf.common.paths import text_file
+from marlhf.compat.pydantic import fields_of
 from marlhf.config.yaml_text import parse_yaml
 
 Config = TypeVar("Config")
 
 RENAMED = {"critic.trunk": "critic.backbone"}
-"""Keys that were called otherwise in earlier versions."""
+"""Keys that had another name in earlier versions."""
+RENAMED_VALUES = {("preset", "reference"): "paper_code"}
+"""Values that had another name in earlier versions: (key, old value) -> new value."""
+
+
+_LONGEST = 2**20  # characters of a configuration; a command may write without end
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; raises UserError."""
+    """Read a YAML file, or a shell's `<(command)`, that holds a mapping.
+
+    Raises UserError.
+    """
     try:
-        text = text_file(path, "config file").read_text(encoding="utf-8")
+        with text_file(path, "config file", streams=True).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
     except FileNotFoundError:
         raise UserError(f"config file {str(path)!r} does not exist") from None
     except UnicodeDecodeError:
         raise UserError(f"config file {str(path)!r} is not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
+    if len(text) > _LONGEST:
+        raise UserError(f"config file {str(path)!r} has more than {_LONGEST} characters")
     values = parse_yaml(text, str(path))
     if values is None:
         return {}
@@ -49,10 +61,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, mapping by mapping; a mapping that changes its `name` replaces."""
     merged = dict(base)
     for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            changes_name = "name" in value and value["name"] != below.get("name")
-            value = dict(value) if changes_name else merge(below, value)
+        base_value = merged.get(key)
+        if isinstance(base_value, Mapping) and isinstance(value, Mapping):
+            changes_name = "name" in value and value["name"] != base_value.get("name")
+            value = dict(value) if changes_name else merge(base_value, value)
         merged[key] = value
     return merged
 
@@ -66,10 +78,11 @@ def override(
     may be opened up: after `segmenter: ngram` (written, or by default), `segmenter.n=3` makes it
     `{name: ngram, n: 3}`.
     """
+    quoted = one_line(repr(assignment), 80)
     key, equals, text = assignment.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError(f"override {assignment!r}: must look like key.sub=value")
-    value = parse_yaml(text, f"override {assignment!r}")
+        raise UserError(f"override {quoted}: must look like key.sub=value")
+    parsed = parse_yaml(text, f"override {quoted}")
     *parents, leaf = key.split(".")
     result = dict(values)
     node = result
@@ -78,10 +91,11 @@ def override(
         child = node.get(part, (names or {}).get(parent))
         child = {"name": child} if isinstance(child, str) and parent in (names or {}) else child
         if child is not None and not isinstance(child, dict):
-            raise UserError(f"override {assignment!r}: {part!r} is {child!r} and has no sub-keys")
+            value = one_line(repr(child), 60)
+            raise UserError(f"override {quoted}: {part!r} is {value} and has no sub-keys")
         node[part] = dict(child or {})
         node = node[part]
-    node[leaf] = value
+    node[leaf] = parsed
     return result
 
 
@@ -94,8 +108,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
 
 
 def apply_overrides(cls: Any, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Plain data for a configuration class with `key.sub=value` on top, a later one
-    wins. Raises UserError."""
+    """Apply `key.sub=value` overrides to plain data; a later one wins. Raises UserError."""
     names = {
         f.key: json.loads(f.default) if f.default.startswith('"') else None
         for f in config_fields(cls)
@@ -106,8 +119,18 @@ def apply_overrides(cls: Any, values: dict[str, Any], overrides: Sequence[str]) 
     return values
 
 
+def check_kind(config: Any, cls: type) -> None:
+    """Check that a job was given its own configuration. Raises UserError."""
+    if not isinstance(config, cls):
+        name = cls.__name__
+        raise UserError(
+            f"config: given a {type(config).__name__}, must be a {name}; "
+            f"load_config({name}, 'my_run.yaml') reads a file, config_from_dict a dict"
+        )
+
+
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """Plain data -> configuration; raises UserError."""
+    """Plain data -> configuration. Raises UserError."""
     try:
         text = json.dumps(values, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -119,7 +142,7 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         return TypeAdapter(cls).validate_json(text)
     except ValidationError as error:
-        raise UserError(_explain(cls, error)) from None
+        raise UserError(_abridged(_explain(cls, error))) from None
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -128,18 +151,28 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that an earlier version wrote, its keys called as they are today."""
+    """Rename the keys and values of a configuration from an earlier version."""
     current = json.loads(json.dumps(data))
     for old, new in RENAMED.items():
         (section, before), (_, after) = old.split("."), new.split(".")
-        if before in (current.get(section) or {}):
+        if isinstance(current.get(section), dict) and before in current[section]:
             current[section][after] = current[section].pop(before)
+    for (key, old), new in RENAMED_VALUES.items():
+        if current.get(key) == old:
+            current[key] = new
     return current
 
 
+def _abridged(text: str) -> str:
+    """Shorten a long message in the middle, so that key and possible values remain."""
+    return text if len(text) <= 800 else f"{text[:300]}...{text[-300:]}"
+
+
 def _explain(cls: Any, error: ValidationError) -> str:
-    """The first, most telling finding as one line."""
+    """Describe the most telling finding in one line."""
     findings = error.errors()
+    if findings[0]["type"] == "json_invalid":  # pydantic's parser has a limit
+        return "config: lists and mappings in it are nested too deeply"
     unknown = [f for f in findings if f["type"] == "unexpected_keyword_argument"]
     of_one_key = [f for f in findings if f["loc"][:1] == findings[0]["loc"][:1]]
     telling = [f for f in of_one_key if f["type"] == "value_error"]  # in one form of several
@@ -163,16 +196,23 @@ def _explain(cls: Any, error: ValidationError) -> str:
         return f"{key}: missing; it must be given ({fields[key].description})"
     if finding["type"] == "value_error":
         message = str(finding.get("ctx", {})["error"])
-        named = not key or message.startswith(f"{key}.")
-        return message if named else f"{key}: {message}"
-    given = finding["input"]
-    shown = json.dumps(given) if not isinstance(given, str) else repr(given)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    here = [f for f in findings if [str(part) for part in f["loc"]][: len(location)] == location]
-    needs = {requirement(f) for f in here if repr(f["input"]) == repr(given)}
-    below = _siblings(fields, location) if finding["type"] == "dataclass_type" else []
-    keys = f": {', '.join(below)}" if below else ""
-    return f"{key}: given {shown}, must be {' or '.join(sorted(needs))}{keys}"
+        if not key or message.startswith(f"{key}."):
+            return message
+        inside = f"{key}.{message.partition(':')[0]}" in fields
+        return f"{key}.{message}" if inside else f"{key}: {message}"
+    value = finding["input"]
+    if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+        return f"{key}: {value!r} is called {RENAMED_VALUES[key, value]!r} now"
+    quoted = json.dumps(value) if not isinstance(value, str) else repr(value)
+    quoted = quoted if len(quoted) <= 80 else quoted[:77] + "..."
+    at_key = [f for f in findings if [str(part) for part in f["loc"]][: len(location)] == location]
+    kind, text = type(value), repr(value)
+    needs = {
+        requirement(f) for f in at_key if type(f["input"]) is kind and repr(f["input"]) == text
+    }
+    subkeys = _siblings(fields, location) if finding["type"] == "dataclass_type" else []
+    keys = f": {', '.join(subkeys)}" if subkeys else ""
+    return f"{key}: given {quoted}, must be {' or '.join(sorted(needs))}{keys}"
 
 
 def _siblings(fields: Mapping[str, ConfigField], parent: Sequence[str]) -> list[str]:
@@ -194,7 +234,7 @@ class ConfigField:
 def config_fields(cls: Any, prefix: str = "") -> Iterator[ConfigField]:
     """Every key of a configuration class, sections before their keys."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    for name, field in cls.__pydantic_fields__.items():
+    for name, field in fields_of(cls).items():
         key = f"{prefix}{name}"
         nested = _nested(hints[name])
         if field.is_required():
@@ -205,17 +245,17 @@ def config_fields(cls: Any, prefix: str = "") -> Iterator[ConfigField]:
             value = field.get_default(call_default_factory=True)
             default = json.dumps(value)
         description = " ".join(_description(cls, name).split())
-        shown = "section" if nested else _type_name(hints[name], field)
-        yield ConfigField(key, shown, default, description)
+        type_name = "section" if nested else _type_name(hints[name], field)
+        yield ConfigField(key, type_name, default, description)
         if nested:
             yield from config_fields(nested, f"{key}.")
 
 
 def _description(cls: Any, name: str) -> str:
     """The docstring under a field; pydantic forgets those of fields that a class inherits."""
-    declared = (vars(owner).get("__pydantic_fields__", {}) for owner in cls.__mro__)
-    found = (fields[name].description for fields in declared if name in fields)
-    return next((text for text in found if text), "")
+    declared = (fields_of(owner) for owner in cls.__mro__)
+    texts = (fields[name].description for fields in declared if name in fields)
+    return next((text for text in texts if text), "")
 
 
 def _nested(hint: Any) -> Any:
@@ -245,17 +285,17 @@ def _type_name(hint: Any, field: Any = None) -> str:
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    """Bounds of a number or of a list's length; those of the machine's integers are not shown."""
+    """Bounds of a number or of a list's length, without those of 32-bit integers."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found = []
+    bounded = []
     for item in metadata:
         for constraint in (item, *getattr(item, "metadata", ())):
             bounds = {name: getattr(constraint, name, None) for name in signs}
-            found += [
+            bounded += [
                 f" {signs[name]}{bound:g}"
                 for name, bound in bounds.items()
                 if isinstance(bound, int | float) and abs(bound) < 2**31
             ]
             if isinstance(length := getattr(constraint, "max_length", None), int):
-                found.append(f", {length} of them")
-    return "".join(found)
+                bounded.append(f", {length} of them")
+    return "".join(bounded)

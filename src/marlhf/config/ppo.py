@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
-from marlhf.common.registry import Spec
+from marlhf.common.registry import Spec, split_spec
+from marlhf.compat.pydantic import call_arguments
 from marlhf.config.loading import merge, read_yaml
 from marlhf.config.sections import (
     STRICT,
@@ -20,17 +20,16 @@ from marlhf.config.sections import (
     DataSettings,
     Fraction,
     LogSettings,
-    Minutes,
     ModelSettings,
     Natural,
+    NonEmptyPath,
     NonNegative,
     OptimizerSettings,
-    Place,
     Positive,
     RewardSettings,
     RolloutSettings,
     Text,
-    check_resume,
+    TrainingConfig,
 )
 
 
@@ -39,11 +38,11 @@ class CriticSettings:
     """The value function."""
 
     init: Literal["auto", "policy", "reward"] = "auto"
-    """Start from the policy or from the reward model (the paper); `auto`: the reward model where
-    one is given that is a decoder with the policy's tokens, and with `model.lora` only one that is
-    an adapter of the same base (any other would be a second model in memory: ask for it by
-    `reward`). The run says which it was."""
-    path: Place | None = None
+    """Start from the policy or from the reward model (the paper); `auto`: the reward model, if it
+    is a decoder with the policy's tokens and, with `model.lora`, an adapter of the same base (any
+    other would be a second model in memory: set `reward` for it), else the policy. The run prints
+    its choice."""
+    path: NonEmptyPath | None = None
     """Start from this sequence-classification model instead."""
     warmup_steps: Natural = 0
     """Updates at the start that train the critic alone."""
@@ -52,7 +51,7 @@ class CriticSettings:
     minimise the policy's loss plus `coef` times the critic's, whose gradient moves the policy's
     weights (or adapter) too. Half the time and memory of training, but no critic of its own."""
     coef: Positive = 0.1
-    """Weight of the critic's loss beside the policy's, for `backbone: policy`."""
+    """Weight of the critic's loss relative to the policy's, for `backbone: policy`."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -82,28 +81,39 @@ class MacroSettings:
 class PPOSettings:
     """Advantages and the policy update."""
 
-    estimator: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
-    """`gae` trains a critic; the others compare responses and load none."""
+    estimator: Spec = "gae"
+    """Advantages: `gae` trains a critic; `rloo`, `grpo` and `reinforce` compare responses and load
+    none; an import path, or a mapping with `name` and arguments."""
     gamma: Fraction = 1.0
-    """Discount a token (or a macro action, see `macro.discount`)."""
-    lam: Fraction = 0.95
-    """GAE lambda, over macro actions."""
+    """Discount per token (or per macro action, see `macro.discount`)."""
+    lam: Fraction | Spec = 0.95
+    """GAE lambda per macro action: a number, `{name: per_token, lam: 0.99}` (lam^w for w tokens),
+    `{name: length_adaptive, alpha: 0.05}` (VAPO), or an import path."""
+    critic_lam: Fraction | Spec | None = None
+    """Lambda of the critic's targets alone (VC-PPO); null: that of the advantages."""
     bootstrap_truncated: bool = False
     """Use the critic's value after the last token of a response cut at the limit; else 0."""
     epochs: Count = 1
     """Passes over each rollout."""
     minibatches: Count = 1
-    """Optimiser steps in a pass."""
-    clip_range: Positive = 0.2
-    """The ratio is clipped to [1 - clip_range, 1 + clip_range]."""
+    """Optimiser steps per pass."""
+    clip_range: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 0.2
+    """The ratio is clipped to [1 - clip_range, 1 + clip_range]; two numbers: how far below and
+    above 1 (`[0.2, 0.28]`: DAPO's clip-higher)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Where the advantage is negative, the loss grows with the ratio up to this one only; null:
+    without bound."""
+    aggregate: Literal["token", "response", "constant"] = "token"
+    """Policy loss: mean over all tokens; or over the tokens of each response, then over responses
+    (GRPO's paper); or sums over responses, divided by `rollout.max_new_tokens` (Dr. GRPO)."""
     value_clip_range: Positive | None = 0.2
     """Values are clipped to this distance from the old ones; null: not at all."""
     logprob_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature of log-probabilities: that of sampling, or 1 (the released code)."""
     target_kl: Positive | None = None
-    """Take no further policy step in an update once `approx_kl`, the new policy's KL from the one
-    that sampled, is above this (nats) at the start of a step; a critic that is no head on the
-    policy goes on."""
+    """Stop the policy's steps in an update once `approx_kl`, the new policy's KL from the sampling
+    policy, is above this (nats) at the start of a step; a critic with its own backbone
+    continues."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -117,8 +127,8 @@ class KLSettings:
     """`reward`: -coef * log(pi/ref) on each token (k1); `loss`: coef times the k3 estimate;
     `auto`: `loss` for grpo, `reward` otherwise."""
     target: Positive | None = None
-    """Steer the coefficient, which starts at `coef`, so that `kl_mean` (nats a response) stays
-    here."""
+    """Adapt the coefficient, which starts at `coef`, to keep `kl_mean` (nats per response) at
+    this value."""
     horizon: Count = 10_000
     """Responses over which the coefficient may change by 20%; for `target`."""
 
@@ -127,7 +137,7 @@ class KLSettings:
 class PTXSettings:
     """Mix language modelling of other texts into every policy step (InstructGPT's PPO-ptx)."""
 
-    path: Place
+    path: NonEmptyPath
     """The texts: a file, a folder or a hub name, as `data.path`."""
     name: str | None = None
     """Configuration of a hub dataset."""
@@ -140,62 +150,50 @@ class PTXSettings:
     prompt_column: Text | None = None
     """Column with a prompt that the text completes, which is not modelled itself."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 512
-    """Tokens in a row. A longer text is cut at the end, a prompt before it on the left."""
+    """Tokens per sequence. A longer text is cut at the end, a prompt before it on the left."""
     batch_size: Count = 8
-    """Rows in a policy step, over all ranks."""
+    """Sequences per policy step, over all ranks."""
     coef: Positive = 1.0
-    """Weight of their loss (nats a token) beside the policy's loss."""
+    """Weight of their loss (nats per token) relative to the policy's loss."""
 
 
 _MOST_RESPONSES = 2**20  # an update keeps all of them in memory
 
-# Without a critic every macro action of a response has the same advantage, and these have no say.
-_OF_THE_CRITIC = (
+# keys that an estimator without a critic does not use
+_CRITIC_KEYS = (
     "critic.init",
     "critic.path",
     "critic.warmup_steps",
     "critic.backbone",
     "critic.coef",
     "macro.value",
-    "macro.reward",
-    "macro.discount",
     "macro.value_loss",
-    "ppo.gamma",
-    "ppo.lam",
+    "ppo.critic_lam",
     "ppo.bootstrap_truncated",
     "ppo.value_clip_range",
     "optimizer.critic_learning_rate",
 )
+_MACRO_REWARD_KEYS = ("macro.reward", "macro.discount", "ppo.gamma")
+# nor one that gives all macro actions of a response the same advantage
+_RESPONSE_LEVEL = (*_CRITIC_KEYS, *_MACRO_REWARD_KEYS, "ppo.lam")
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class PPOConfig:
+class PPOConfig(TrainingConfig):
     """Everything a `marlhf ppo` run needs."""
 
     model: ModelSettings
     """The policy."""
     data: DataSettings = Field(default_factory=DataSettings)
     """The prompts."""
-    preset: Literal["reference"] | None = None
-    """`reference`: the formulas of the paper's released code; other keys still override it."""
-    output_dir: Place = "runs/ppo"
+    preset: Literal["paper_code"] | None = None
+    """`paper_code`: the formulas of the paper's released code; other keys still override it."""
+    output_dir: NonEmptyPath = "runs/ppo"
     """Where the run writes."""
-    overwrite: bool = False
-    """Start again in an output_dir that already holds a run, deleting its files."""
-    resume: Place | None = None
-    """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
-    a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
-    resume_changed: bool = False
-    """Go on from a checkpoint although data, weights or code of plug-ins have changed since."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    """Fixes every random draw."""
-    distributed_timeout_minutes: Minutes = 360
-    """How long a rank waits for the others, as while one writes a checkpoint, before the run
-    fails."""
     steps: Count = 100
     """PPO updates."""
     segmenter: Spec = "ngram"
-    """What a macro action is: a name, an import path, or a mapping with `name` and arguments."""
+    """Rule of the macro actions: a name, an import path, or a mapping with `name` and arguments."""
     critic: CriticSettings = Field(default_factory=CriticSettings)
     """The value function; estimators other than `gae` have none and use nothing of this."""
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
@@ -209,7 +207,7 @@ class PPOConfig:
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     """The update."""
     ptx: PTXSettings | None = None
-    """Language modelling of other texts beside PPO."""
+    """Language modelling of other texts in addition to PPO (PTX)."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     """AdamW."""
     log: LogSettings = Field(default_factory=LogSettings)
@@ -219,25 +217,29 @@ class PPOConfig:
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, given: Any) -> Any:
-        values = dict(given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
+    def _apply_preset(cls, arguments: Any) -> Any:
+        values = call_arguments(arguments)
         if not isinstance(values, Mapping) or not isinstance(values.get("preset"), str):
-            return given
-        path = Path(__file__).parent / "presets" / f"{values['preset']}.yaml"
-        if not path.is_file():
-            return given  # the field's own check names what is possible
-        preset = read_yaml(path)
+            return arguments
+        presets = {path.stem: path for path in (Path(__file__).parent / "presets").glob("*.yaml")}
+        if values["preset"] not in presets:
+            return arguments  # the field's own check names what is possible
+        preset = read_yaml(presets[values["preset"]])
         for section in preset.keys() & values.keys():
             if is_dataclass(values[section]):
                 raise ValueError(
-                    f"{section}: given as an object, of which preset={values['preset']!r} cannot "
-                    "tell what to keep; give one of the two, or use config_from_dict"
+                    f"{section}: given as an object, which preset={values['preset']!r} cannot "
+                    "merge with its own values; give one of the two, or use config_from_dict"
                 )
         return merge(preset, values)
 
     @model_validator(mode="after")
     def _cross_checks(self) -> PPOConfig:
-        check_resume(self.resume, self.overwrite)
+        if self.rollout.old_logprobs == "engine" and self.rollout.importance is not None:
+            raise ValueError(
+                "rollout.importance: given with rollout.old_logprobs=engine, where the ratio "
+                "divides by the engine's probabilities already; leave one of them out"
+            )
         if self.rollout.batch_size % self.ppo.minibatches:
             raise ValueError(
                 f"ppo.minibatches: given {self.ppo.minibatches}, must divide "
@@ -247,28 +249,15 @@ class PPOConfig:
             raise ValueError(
                 f"rollout.batch_size: given {self.rollout.batch_size}, with "
                 f"rollout.responses_per_prompt={self.rollout.responses_per_prompt} must make at "
-                f"most {_MOST_RESPONSES} responses an update"
+                f"most {_MOST_RESPONSES} responses per update"
             )
-        grouped = self.ppo.estimator in ("rloo", "grpo")
-        if grouped and self.rollout.responses_per_prompt < 2:
-            raise ValueError(
-                f"rollout.responses_per_prompt: given {self.rollout.responses_per_prompt}, must be "
-                f"at least 2 for ppo.estimator={self.ppo.estimator}"
-            )
-        for key in _OF_THE_CRITIC if self.ppo.estimator != "gae" else ():
-            section_name, name = key.split(".")
-            section = getattr(self, section_name)
-            given = getattr(section, name)
-            if given != getattr(type(section)(), name):
-                raise ValueError(
-                    f"{key}: given {given!r}, but ppo.estimator={self.ppo.estimator} has no critic "
-                    "and does not use it; leave it out"
-                )
+        if fault := self._unused_by_estimator():
+            raise ValueError(fault)
         self._check_kl()
         self._check_backbone()
         if self.critic.path is not None and self.critic.init != "auto":
             raise ValueError(
-                f"critic.init: given {self.critic.init!r} beside critic.path; give only one of them"
+                f"critic.init: given {self.critic.init!r} with critic.path; give only one of them"
             )
         if self.rollout.min_new_tokens > self.rollout.max_new_tokens:
             raise ValueError(
@@ -276,6 +265,40 @@ class PPOConfig:
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
         return self
+
+    def _unused_by_estimator(self) -> str | None:
+        """A line on a key that a built-in estimator does not use, or lacks."""
+        name, arguments = split_spec(self.ppo.estimator, "ppo.estimator")
+        if name in ("rloo", "grpo", "reinforce", "prefix_tree"):
+            to_go = _MACRO_REWARD_KEYS if arguments.get("return_to_go") else ()
+            groups = name != "reinforce"
+            unused = [key for key in _RESPONSE_LEVEL if key not in to_go]
+            return self.estimator_fault(name, groups=groups, unused=unused)
+        return None
+
+    def estimator_fault(
+        self, name: str, *, groups: bool, unused: Sequence[str] = _CRITIC_KEYS
+    ) -> str | None:
+        """A line on what does not fit an estimator without a critic, or None.
+
+        groups   whether it compares the responses to a prompt
+        unused   keys that it does not use
+        """
+        if groups and self.rollout.responses_per_prompt < 2:
+            return (
+                f"rollout.responses_per_prompt: given {self.rollout.responses_per_prompt}, must be "
+                f"at least 2 for ppo.estimator={name}"
+            )
+        for key in unused:
+            section_name, field = key.split(".")
+            section = getattr(self, section_name)
+            setting = getattr(section, field)
+            if setting != getattr(type(section)(), field):
+                return (
+                    f"{key}: given {setting!r}, but ppo.estimator={name} has no critic and does "
+                    "not use it; leave it out"
+                )
+        return None
 
     def _check_backbone(self) -> None:
         critic = self.critic
@@ -286,17 +309,17 @@ class PPOConfig:
                     "a step of its own; leave it out, or set critic.backbone=policy"
                 )
             return
-        alone = {
-            "critic.init": critic.init == "reward" and critic.init,
+        unused = {
+            "critic.init": "reward" if critic.init == "reward" else None,
             "critic.path": critic.path,
             "critic.warmup_steps": critic.warmup_steps,
             "optimizer.critic_learning_rate": self.optimizer.critic_learning_rate,
         }
-        for key, given in alone.items():
-            if given not in (None, False, 0):
+        for key, setting in unused.items():
+            if setting not in (None, False, 0):
                 raise ValueError(
-                    f"{key}: given {given!r}, but with critic.backbone=policy the critic is a head "
-                    "on the policy, which starts at 0 and steps with it; leave it out"
+                    f"{key}: given {setting!r}, but with critic.backbone=policy the critic is a "
+                    "head on the policy, which starts at 0 and steps with it; leave it out"
                 )
 
     def _check_kl(self) -> None:
@@ -306,7 +329,9 @@ class PPOConfig:
                 f"kl.horizon: given {kl.horizon}, but without kl.target the coefficient is fixed"
             )
         if kl.target is not None and kl.coef == 0:
-            raise ValueError("kl.coef: given 0 beside kl.target; it is where the steering starts")
+            raise ValueError(
+                "kl.coef: given 0 with kl.target, must be above 0: it is adapted from there"
+            )
         if kl.target is not None and kl.horizon < responses:
             raise ValueError(
                 f"kl.horizon: given {kl.horizon}, must be at least the {responses} responses of "
@@ -320,10 +345,10 @@ class PPOConfig:
             )
 
     @property
-    def sampled_from(self) -> dict[str, Any]:
-        """What makes the distribution of every log-probability, as arguments of `Policy`."""
-        one = self.ppo.logprob_temperature == "one"
-        temperature = 1.0 if one else self.rollout.temperature
+    def logprob_settings(self) -> dict[str, Any]:
+        """Arguments of `Policy` that fix the distribution of every log-probability."""
+        samples = self.ppo.logprob_temperature == "sampling"
+        temperature = self.rollout.temperature if samples else 1.0
         return {"temperature": temperature, "min_tokens": self.rollout.min_new_tokens}
 
     @property
@@ -337,13 +362,8 @@ class PPOConfig:
         return max(self.rollout.longest, 0 if self.ptx is None else self.ptx.max_length)
 
     @property
-    def has_critic_model(self) -> bool:
-        """Whether the critic is a model beside the policy."""
-        return self.ppo.estimator == "gae" and not self.has_head
-
-    @property
     def kl_in_loss(self) -> bool:
         """Whether the KL penalty is part of the policy's loss, and not of the rewards."""
         if self.kl.where == "auto":
-            return self.ppo.estimator == "grpo"
+            return split_spec(self.ppo.estimator, "ppo.estimator")[0] == "grpo"
         return self.kl.where == "loss"

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from marlhf.config.sections import (
     STRICT,
     AdamWSettings,
-    CheckpointSettings,
     Count,
     DataSettings,
-    MetricsSettings,
-    Minutes,
     ModelSettings,
+    NonEmptyPath,
     NonNegative,
     PathText,
-    Place,
-    Positive,
-    check_resume,
 )
-from marlhf.config.sft import check_early_stopping
+from marlhf.config.supervised import SupervisedConfig
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -51,11 +44,11 @@ class RewardOptimizerSettings(AdamWSettings):
     """AdamW."""
 
     learning_rate: NonNegative = 1e-5
-    """At its highest, after the warm-up."""
+    """The highest, after the warm-up."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(SupervisedConfig):
     """Everything a `marlhf reward` run needs."""
 
     model: ModelSettings
@@ -63,50 +56,25 @@ class RewardConfig:
     reward model."""
     data: PairDataSettings = Field(default_factory=PairDataSettings)
     """The preference pairs."""
-    output_dir: Place = "runs/reward"
+    output_dir: NonEmptyPath = "runs/reward"
     """Where the run writes."""
-    overwrite: bool = False
-    """Start again in an output_dir that already holds a run, deleting its files."""
-    resume: Place | None = None
-    """`auto`: go on from the latest whole checkpoint in output_dir, or begin where there is no run;
-    a path: go on from that checkpoint; null: refuse an output_dir that holds a run."""
-    resume_changed: bool = False
-    """Go on from a checkpoint although data, weights or code of plug-ins have changed since."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    """Fixes every random draw."""
-    distributed_timeout_minutes: Minutes = 360
-    """How long a rank waits for the others, as while one writes a checkpoint, before the run
-    fails."""
-    epochs: Positive = 1.0
-    """Passes over the data, rounded up to whole batches."""
-    steps: Count | None = None
-    """Optimiser steps; default: those of `epochs`."""
     batch_size: Count = 64
-    """Pairs in an optimiser step, over all ranks."""
+    """Pairs per optimiser step, over all ranks."""
     max_length: Count = 1024
     """Tokens of prompt and answer; longer texts lose their start, and are counted in
     `truncated_fraction`."""
     centring: NonNegative = 0.0
     """Weight of (chosen + rejected)^2 in the loss, which keeps scores around 0; 0.01 is usual."""
-    early_stopping: Count | None = None
-    """Stop after this many evaluations in a row without a lower held-out loss; `final/` is then the
-    model with the lowest."""
     optimizer: RewardOptimizerSettings = Field(default_factory=RewardOptimizerSettings)
     """AdamW; `micro_batch_size` counts pairs."""
-    log: MetricsSettings = Field(default_factory=MetricsSettings)
-    """Outputs."""
-    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
-    """Checkpoints."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RewardConfig:
-        check_resume(self.resume, self.overwrite)
-        check_early_stopping(self.early_stopping, self.log, self.data)
         data, defaults = self.data, PairDataSettings()
         for key in ("prompt_column", "prompt_template", "apply_chat_template"):
             if data.full_texts and getattr(data, key) != getattr(defaults, key):
                 raise ValueError(
-                    f"data.{key}: given {getattr(data, key)!r} beside data.full_texts, which has "
+                    f"data.{key}: given {getattr(data, key)!r} with data.full_texts, which has "
                     "no prompts; give only one of them"
                 )
         return self

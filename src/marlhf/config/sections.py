@@ -27,7 +27,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(checked_path)]  # which a hub name is too
-Place = Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
+NonEmptyPath = Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
 
 # YAML reads a date where no quotes tell it otherwise
 Day = Annotated[str, BeforeValidator(lambda day: str(day) if type(day) is date else day)]
@@ -57,8 +57,9 @@ class ModelSettings:
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the matrix products; trainable weights are fp32 in either case."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the matrix products (`tf32`: of NVIDIA GPUs since Ampere); trainable weights are
+    fp32 in every case."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraSettings | None = None
@@ -66,6 +67,8 @@ class ModelSettings:
     the reference is that base with the adapters off."""
     chat_template: str | None = None
     """A Jinja chat template, for a tokenizer that has none."""
+    final_dtype: Literal["fp32", "bf16", "checkpoint"] = "fp32"
+    """Dtype of the weights in `final/`; `checkpoint`: that of the model in `path`."""
 
 
 _WITH_PRESET = ("part", "part_seed", "min_good_rows")
@@ -83,7 +86,7 @@ class DataSettings:
 
     path: PathText | None = None
     """File, folder or hub name. Must be given, unless Python code passes `train_dataset` or
-    `preset` knows it; beside `preset`, a copy in the same schema."""
+    `preset` knows it; with `preset`, a copy in the same schema."""
     preset: Spec | None = None
     """A dataset of the paper, or yours by import path, that knows its columns, prompts and parts:
     openai/summarize_from_feedback, Dahoas/full-hh-rlhf, openai/webgpt_comparisons,
@@ -91,9 +94,9 @@ class DataSettings:
     part: Literal["auto", "sft", "reward", "ppo", "all", "held_out"] = "auto"
     """Documents of `preset` to use; `auto`: those of the job, for evaluation the held-out ones."""
     part_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 1234
-    """Which documents are in which part of `preset`; the same in all jobs, or parts overlap."""
+    """Seed of the division of `preset` into parts; the same in all jobs, or parts overlap."""
     min_good_rows: Fraction = 0.95
-    """Go on where this share of `preset`'s rows fits its schema; the others are left out."""
+    """Least share of `preset`'s rows that must fit its schema; the others are left out."""
     name: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
@@ -107,8 +110,8 @@ class DataSettings:
     apply_chat_template: bool = False
     """Wrap plain-text prompts as one user message in the model's chat template."""
     template_date: Day | None = None
-    """The day that chat templates take for today, YYYY-MM-DD. Default: the day on which the run
-    began, kept on a resume, where a template asks for it (`strftime_now`)."""
+    """Today's date for chat templates that ask for it (`strftime_now`), YYYY-MM-DD. Default: the
+    day on which the run began, kept on a resume."""
     limit: Count | None = None
     """Use the first rows only."""
     shuffle: bool = True
@@ -132,23 +135,35 @@ class DataSettings:
         return self
 
     @model_validator(mode="after")
-    def _preset_and_the_rest(self) -> DataSettings:
+    def _check_preset(self) -> DataSettings:
         default = {f.name: f.default for f in fields(self)}
-        given = self.preset is not None
-        for key in default.keys() & {*(_NOT_WITH_PRESET if given else _WITH_PRESET)}:
+        has_preset = self.preset is not None
+        for key in default.keys() & {*(_NOT_WITH_PRESET if has_preset else _WITH_PRESET)}:
             unset = {} if key == "columns" else default[key]
             if getattr(self, key) != unset:
-                why = "preset makes the prompts itself" if given else "it belongs to data.preset"
-                raise ValueError(f"data.{key}: given {getattr(self, key)!r}, but {why}")
+                reason = (
+                    "preset makes the prompts itself" if has_preset else "it belongs to data.preset"
+                )
+                raise ValueError(f"data.{key}: given {getattr(self, key)!r}, but {reason}")
         return self
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ImportanceSettings:
+    """Truncated importance weights of the policy loss."""
+
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RolloutSettings:
     """Sampling responses."""
 
+    engine: Spec = "transformers"
+    """What samples: a name, an import path, or a mapping with `name` and arguments."""
     batch_size: Count = 64
-    """Prompts an update, over all ranks."""
+    """Prompts per update, over all ranks."""
     responses_per_prompt: Annotated[int, Field(ge=1, le=2**16)] = 1
     """Responses sampled for each prompt; at least 2 for `rloo` and `grpo`."""
     max_prompt_length: Count = 512
@@ -160,8 +175,8 @@ class RolloutSettings:
     temperature: Positive = 1.0
     """Divides the logits, in sampling and in every log-probability alike."""
     top_k: Natural = 0
-    """Sample from the k most likely tokens; 0: from all. Log-probabilities stay those of all, so
-    that the probability of what is never drawn drifts: keep a KL penalty."""
+    """Sample from the k most likely tokens; 0: from all. Log-probabilities are over all tokens, so
+    that the probability of tokens that are never drawn drifts: keep a KL penalty."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens with this probability. See `top_k`."""
     stop_strings: list[Text] = Field(default_factory=list)
@@ -170,8 +185,19 @@ class RolloutSettings:
     """Leave all special tokens out of the text that rewards, segmenters and samples see. By default
     only EOS and padding at its end are, so that <think> or <tool_call> are there."""
     micro_batch_size: Count | None = None
-    """Rows in one scoring pass; default: those of a training pass, so that old and new
+    """Sequences in one log-prob pass; default: those of a training pass, so that old and new
     log-probabilities come from batches of the same shape (in bf16 other shapes round otherwise)."""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Denominator of the ratio: log-probabilities of the policy's own pass, or those that the
+    engine sampled with (after `top_k` and `top_p`). KL and entropy are of the policy in both."""
+    importance: ImportanceSettings | None = None
+    """Weigh each term of the policy loss by min(policy / engine, `cap`), which corrects for an
+    engine that rounds otherwise and for `top_k` and `top_p`; null: not at all."""
+
+    @property
+    def needs_sampling_logprobs(self) -> bool:
+        """Whether the update needs the log-probabilities that the engine sampled with."""
+        return self.importance is not None or self.old_logprobs == "engine"
 
     @property
     def longest(self) -> int:
@@ -181,7 +207,7 @@ class RolloutSettings:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RewardSettings:
-    """Where scores come from, and what is done to them."""
+    """Sources of scores, and their processing."""
 
     models: Spec | list[Spec] = Field(default_factory=list)
     """A reward-model path, a reward's name, an import path, a mapping with `name`, arguments and
@@ -195,7 +221,7 @@ class RewardSettings:
     whiten: bool = False
     """Divide scores by their standard deviation over the batch, after subtracting the mean."""
     missing_eos_penalty: NonNegative = 0.0
-    """Taken off the score of a response cut at the length limit."""
+    """Subtracted from the score of a response cut at the length limit."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -209,10 +235,10 @@ class AdamWSettings:
     warmup_steps: Natural = 0
     """Updates over which the learning rate rises from 0."""
     micro_batch_size: Count = 8
-    """Rows in one forward and backward pass on a rank; gradients accumulate over the batch of an
-    optimiser step."""
+    """Sequences in one forward and backward pass on a rank; gradients accumulate over the batch of
+    an optimiser step."""
     max_grad_norm: Positive | None = 1.0
-    """Clip the gradient norm, that of policy and critic each by itself."""
+    """Clip the gradient norm, of policy and critic separately."""
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field(
         default_factory=lambda: [0.9, 0.95]
     )
@@ -222,8 +248,8 @@ class AdamWSettings:
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     max_skipped_steps: Count = 5
-    """Optimiser steps whose loss or gradient is not finite are skipped; stop after this many in a
-    row, the last batch saved in output_dir."""
+    """Optimiser steps whose loss or gradient is not finite are skipped; stop after this many
+    consecutive ones, the last batch saved in output_dir."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -233,10 +259,16 @@ class OptimizerSettings(AdamWSettings):
     critic_learning_rate: NonNegative | None = None
     """Of the critic; default: the policy's."""
 
+    @property
+    def critic_rate(self) -> float:
+        """The critic's learning rate."""
+        rate = self.critic_learning_rate
+        return self.learning_rate if rate is None else rate
+
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class MetricsSettings:
-    """What a run writes besides metrics.jsonl."""
+    """Outputs of a run in addition to metrics.jsonl."""
 
     eval_every: Natural = 10
     """Evaluate on held-out rows every this many updates, and before the first and after the
@@ -251,33 +283,54 @@ class MetricsSettings:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class LogSettings(MetricsSettings):
-    """What a run writes besides metrics.jsonl."""
+    """Outputs of a run in addition to metrics.jsonl."""
 
     samples: Natural = 4
-    """Responses an update written to samples.jsonl."""
+    """Responses per update written to samples.jsonl."""
     warnings: bool = True
-    """Print a line when metrics look as if training goes wrong; docs/metrics.md lists when."""
+    """Print a line when metrics show that training goes wrong; docs/metrics.md lists the signs."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class CheckpointSettings:
-    """What a run writes to go on from after it was stopped."""
+    """Checkpoints, from which a stopped run resumes."""
 
     every: Natural = 50
     """Write a checkpoint every this many updates, after the last one, and when SIGTERM or Ctrl-C
     stops the run; 0: never."""
     keep: Count = 2
-    """Keep the last this many checkpoints."""
+    """Number of recent checkpoints to keep."""
     keep_best: bool = True
-    """Keep the one with the highest held-out score (of `sft` and `reward`: the lowest held-out
-    loss) too; only checkpoints of a step that was evaluated have one, so let `log.eval_every`
-    divide `every`."""
+    """Also keep the one with the highest held-out score (of `sft` and `reward`: the lowest held-out
+    loss); only checkpoints of an evaluated step have one, so let `log.eval_every` divide
+    `every`."""
 
 
-def check_resume(resume: str | None, overwrite: bool) -> None:
-    """`overwrite` begins again, `resume` goes on. Raises ValueError where both are given."""
-    if resume is not None and overwrite:
-        raise ValueError(
-            f"resume: given {resume!r} beside overwrite=true, which deletes what there is to "
-            "resume; give only one of them"
-        )
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TrainingConfig:
+    """Keys that every job which trains has; their order is that of `--help`."""
+
+    model: ModelSettings
+    data: DataSettings = Field(default_factory=DataSettings)
+    output_dir: NonEmptyPath
+    overwrite: bool = False
+    """Start again in an output_dir that already holds a run, deleting its files."""
+    resume: NonEmptyPath | None = None
+    """`auto`: resume from the latest complete checkpoint in output_dir, or begin where there is no
+    run; a path: resume from that checkpoint; null: refuse an output_dir that holds a run."""
+    resume_changed: bool = False
+    """Resume from a checkpoint although data, weights or code of plug-ins have changed since."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    """Fixes every random draw."""
+    distributed_timeout_minutes: Minutes = 360
+    """How long a rank waits for the others, as while one writes a checkpoint, before the run
+    fails."""
+
+    @model_validator(mode="after")
+    def _overwrite_or_resume(self) -> TrainingConfig:
+        if self.resume is not None and self.overwrite:
+            raise ValueError(
+                f"resume: given {self.resume!r} with overwrite=true, which deletes what there is "
+                "to resume; give only one of them"
+            )
+        return self

@@ -7,31 +7,31 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from marlhf.config.sections import STRICT, Count, Place, Text
+from marlhf.config.sections import STRICT, Count, NonEmptyPath, Text
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SweepConfig:
-    """Everything a `marlhf sweep` needs: every arm with every point of the grid and every seed."""
+    """A `marlhf sweep`: every arm at every point of the grid with every seed."""
 
-    config: Place
+    config: NonEmptyPath
     """The configuration file that all runs start from."""
     job: Literal["ppo", "sft", "reward"] = "ppo"
-    """What to run on it."""
+    """Job to run with it."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Keys of that configuration for all runs: {steps: 200}."""
     arms: dict[Text, dict[str, Any]] = Field(default_factory=dict)
-    """Named sets of keys, of which each run has one: {token: {segmenter: token},
+    """Named sets of keys, one per run: {token: {segmenter: token},
     five: {segmenter: {name: ngram, n: 5}, kl.coef: 0.04}}."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    """Lists of values of single keys, of which each run has one each: {kl.coef: [0.02, 0.05]}."""
+    """Values of single keys, one of each per run: {kl.coef: [0.02, 0.05]}."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
-    """Every one of these with each of the above."""
-    output_dir: Place = "runs/sweep"
-    """Each run writes in a folder of its own below this one."""
+    """Seeds of every arm at every point of the grid."""
+    output_dir: NonEmptyPath = "runs/sweep"
+    """Folder of the sweep; each run writes in its own folder below it."""
     parallel: Count = 1
-    """Runs at a time."""
+    """Concurrent runs."""
     threads: Count | None = None
-    """CPU threads of a run; default: the cores of the machine divided by `parallel`."""
+    """CPU threads per run; default: the cores of the machine divided by `parallel`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.data.file_formats import parse_json
 
 Messages = list[dict[str, Any]]
 
+_MAYBE = re.compile(r"""\s*(\[\s*)?\{(?=.*"role"\s*:)(?=.*"content"\s*:)""", re.S)
 # the start of a list of messages written as text: as JSON, or as Python prints it
 _WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*(?P<quote>["'])(role|content)(?P=quote)\s*:""")
 
@@ -39,20 +40,20 @@ def text_or_messages(value: Any, where: str, what: str = "prompt") -> tuple[str,
 
 def _parsed(value: Any, where: str, what: str) -> Any:
     """Parse a text that is the JSON of messages; return any other value unchanged."""
-    if not isinstance(value, str) or not _WRITTEN.match(value):
+    if not isinstance(value, str) or not (_WRITTEN.match(value) or _MAYBE.match(value)):
         return value
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        if value.rstrip()[-1:] not in "]}":  # a text that happens to start like messages
-            return value
+        parsed = parse_json(value)
+    except (ValueError, RecursionError) as error:
+        if value.rstrip()[-1:] not in "]}" or not _WRITTEN.match(value):
+            return value  # a text that happens to start like messages
         raise UserError(
             f"{where}: the {what} is the text {one_line(repr(value), 60)}, which is no JSON; "
-            "messages written as text must be JSON"
+            f"messages written as text must be JSON ({one_line(error, 100)})"
         ) from None
-    if isinstance(found, list):
-        return found if all(isinstance(m, dict) and "role" in m for m in found) else value
-    return found if {"role", "content"} <= found.keys() else value
+    if isinstance(parsed, list):
+        return parsed if all(isinstance(m, dict) and "role" in m for m in parsed) else value
+    return parsed if {"role", "content"} <= parsed.keys() else value
 
 
 def _turns(value: Any) -> list[Any] | None:
@@ -70,7 +71,12 @@ def _turns(value: Any) -> list[Any] | None:
 
 
 def _message(message: Any, position: int, where: str) -> dict[str, Any]:
-    """Check a chat message and drop its null keys, which tables fill in."""
+    """Check a chat message and drop its null keys, which tables fill in.
+
+    A message that only calls tools may have null as its content, as OpenAI's do.
+    """
+    if isinstance(message, Mapping) and message.get("tool_calls"):
+        message = {**message, "content": message.get("content") or ""}
     fine = (
         isinstance(message, Mapping)
         and isinstance(message.get("role"), str)

@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-import bisect
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
-from marlhf.common.chat_templates import answer_left_out, begins, joined, reasoning_of
+import numpy as np
+import pyarrow as pa
+
+from marlhf.common.chat_templates import (
+    answer_left_out,
+    begins,
+    joined,
+    prompt_left_out,
+    reasoning_of,
+    without_answers,
+)
 from marlhf.common.errors import UserError
-from marlhf.common.tokenization import continuation_ids, encode_texts
+from marlhf.common.tokenization import (
+    Tokenizer,
+    continuation_ids,
+    encode_texts,
+    end_of_text,
+    with_eos,
+)
 from marlhf.config import SFTConfig, SFTDataSettings
+from marlhf.config.loading import config_to_dict
 from marlhf.data.conversations import Messages, text_or_messages
-from marlhf.data.encoding import encode, shortened
+from marlhf.data.encoding import encode, shortened, tokenised_key
 from marlhf.data.files import Row
 from marlhf.data.prompts import (
+    PromptMaker,
     apply_template,
     fill_template,
     load_records,
-    prompts_of,
     source_labels,
     template_parts,
 )
-from marlhf.data.template_checks import LEFT_OUT, REPEATED, RowNotes
+from marlhf.data.rows import (
+    DataSource,
+    Derived,
+    RowDigest,
+    Rows,
+    batches_of,
+    list_lengths,
+)
+from marlhf.data.store import Writer, stored
+from marlhf.data.template_checks import (
+    LEFT_OUT,
+    REPEATED,
+    TOOLS_IGNORED,
+    TURN_LEFT_OUT,
+    RowNotes,
+    ignores_tools,
+)
 from marlhf.rewards.learned import with_completion
 
-Span = tuple[str, bool]  # a piece of text, and whether it is in the loss
+TrainedSpan = tuple[str, bool]  # a piece of text, and whether it is in the loss
 
 _UNLIMITED = 2**31
+_SCHEMA = pa.schema(
+    [("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("prompt", pa.int32())]
+)
 _ADDED = (
     "the chat template puts text before the answer that the prompt does not end with, so that the "
     "model learns to write it"
@@ -35,11 +72,12 @@ _ADDED = (
 
 
 @dataclass(frozen=True)
-class Example:
-    """Token ids, and for each whether it is in the loss.
+class SFTExample:
+    """An SFT example: token ids, and whether each token is in the loss.
 
-    The first one never is. `prompt` is the number of tokens at the start that truncation may
-    remove.
+    ids       [L]
+    trained   [L]; the first token never is in the loss
+    prompt    number of tokens at the start that truncation may remove
     """
 
     ids: list[int]
@@ -51,23 +89,25 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Examples ready for training.
+class SFTExamples:
+    """Tokenised examples of an SFT job.
 
-    rows        the examples
-    truncated   number of examples truncated, left out or not
+    rows        the examples, memory-mapped
+    lengths     numbers of tokens, int64 [N]
+    truncated   number of examples truncated, including those left out
     left_out    number of examples left out, as none of their tokens is in the loss
     notes       lines about repeated turns, and text that the chat template dropped or added
     """
 
-    rows: list[Example]
+    rows: Sequence[SFTExample]
+    lengths: np.ndarray
     truncated: int
     left_out: int
     notes: Sequence[str] = ()
 
 
-def load_examples(config: SFTConfig, tokenizer: Any) -> tuple[Examples, Examples]:
-    """`(examples to train on, held-out examples)`. Raises UserError."""
+def load_examples(config: SFTConfig, tokenizer: Tokenizer) -> tuple[SFTExamples, SFTExamples]:
+    """Load `(examples to train on, held-out examples)`. Raises UserError."""
     if tokenizer.eos_token_id is None:
         raise UserError("model.path: the tokenizer has no EOS token, which must end a completion")
     rows, held_out = load_records(config.data, "sft")
@@ -79,137 +119,180 @@ def load_examples(config: SFTConfig, tokenizer: Any) -> tuple[Examples, Examples
 
 
 def as_examples(
-    rows: Sequence[Row], config: SFTConfig, tokenizer: Any, where: str = "data", first_row: int = 0
-) -> Examples:
+    rows: Sequence[Row],
+    config: SFTConfig,
+    tokenizer: Tokenizer,
+    where: str = "data",
+    first_row: int = 0,
+) -> SFTExamples:
     """Examples of at most `config.max_length` tokens. Raises UserError, naming the row.
 
     where, first_row   name of the data and number of its first row, in messages
     """
-    make = _from_text if config.data.text_column is not None else _from_prompts
-    notes = RowNotes()
-    whole = make(rows, config, tokenizer, where, first_row, notes)
-    if config.loss_on == "all":
-        whole = [Example(e.ids, [False] + [True] * (len(e) - 1), e.prompt) for e in whole]
-    bos = tokenizer.bos_token_id
-    cut = [_shortened(example, config.max_length, bos) for example in whole]
-    kept = [example for example in cut if any(example.trained)]
-    if rows and not kept:
+
+    def build(writer: Writer) -> dict[str, Any]:
+        return _encode_all(rows, DataSource.of(rows, where, first_row), config, tokenizer, writer)
+
+    settings = [config_to_dict(config.data), config.max_length, config.loss_on]
+    entry = stored("examples", tokenised_key(rows, tokenizer, settings, where, first_row), build)
+    facts = entry.facts
+    examples = Derived(Rows(entry.tables), lambda row, _: SFTExample(**row), facts, entry.key)
+    lengths = list_lengths(entry.tables, "ids")
+    return SFTExamples(examples, lengths, facts["truncated"], facts["left_out"], facts["notes"])
+
+
+def _encode_all(
+    rows: Sequence[Row],
+    source: DataSource,
+    config: SFTConfig,
+    tokenizer: Tokenizer,
+    writer: Writer,
+) -> dict[str, Any]:
+    """Write the examples of all rows; returns facts about them."""
+    notes, digest, bos = RowNotes(), RowDigest(), tokenizer.bos_token_id
+    kind = _Texts if config.data.text_column is not None else _Completions
+    examples_of = kind(source, config, tokenizer, notes)
+    truncated = left_out = 0
+    writer.new_table(_SCHEMA)
+    for first, batch in batches_of(rows):
+        examples = examples_of(batch, first)
+        if config.loss_on == "all":
+            examples = [
+                SFTExample(e.ids, [False] + [True] * (len(e) - 1), e.prompt) for e in examples
+            ]
+        short = [_shortened(example, config.max_length, bos) for example in examples]
+        kept = [example for example in short if any(example.trained)]
+        truncated += sum(len(a) > len(b) for a, b in zip(examples, short, strict=True))
+        left_out += len(short) - len(kept)
+        for example in kept:
+            digest.add(example)
+        writer.write(pa.RecordBatch.from_pylist([vars(e) for e in kept], _SCHEMA))
+    if rows and left_out == len(rows):
         raise UserError(
-            f"{where}: no row has a token to train on within max_length={config.max_length}"
+            f"{source.name}: no row has a token to train on within max_length={config.max_length}"
         )
-    truncated = sum(len(a) > len(b) for a, b in zip(whole, cut, strict=True))
-    return Examples(kept, truncated, len(cut) - len(kept), notes.lines())
+    counts = {"truncated": truncated, "left_out": left_out}
+    return {"fact": digest.fact, **counts, "notes": notes.lines()}
 
 
-def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Pack examples into groups of at most `length` tokens, by best-fit decreasing."""
-    groups: list[list[Example]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, group), sorted
-    for example in sorted(examples, key=len, reverse=True):
-        place = bisect.bisect_left(room, (len(example), -1))
-        if place == len(room):
-            left, group = length, len(groups)
-            groups.append([])
+def pack(lengths: np.ndarray, size: int) -> np.ndarray:
+    """Pack examples into groups of at most `size` tokens, by best-fit decreasing.
+
+    lengths   int64 [N], each at most `size`
+
+    Returns the group of each example, int64 [N], numbered by its longest example. An example goes
+    into the group with the least room for it, the first of several.
+    """
+    groups = np.empty(len(lengths), int)
+    with_room: defaultdict[int, list[int]] = defaultdict(list)  # tokens left -> heap of groups
+    rooms = count = 0  # bit n of `rooms`: some group has n tokens left
+    for index in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[index])
+        left, group = size, count
+        if fitting := rooms >> length:
+            left = length + (fitting & -fitting).bit_length() - 1
+            group = heappop(with_room[left])
+            if not with_room[left]:
+                rooms ^= 1 << left
         else:
-            left, group = room.pop(place)
-        groups[group].append(example)
-        bisect.insort(room, (left - len(example), group))
+            count += 1
+        groups[index] = group
+        heappush(with_room[left - length], group)
+        rooms |= 1 << (left - length)
     return groups
 
 
-def _from_prompts(
-    rows: Sequence[Row],
-    config: SFTConfig,
-    tokenizer: Any,
-    where: str,
-    first_row: int,
-    notes: RowNotes,
-) -> list[Example]:
-    """Examples of prompt and completion: both text, or either in messages."""
-    data = config.data
-    names = _check_columns(rows, data, where)
-    prompts = prompts_of(rows, data, where, first_row)
-    heads: list[tuple[int, str, str]] = []
-    examples: dict[int, Example] = {}
-    for i, prompt in enumerate(prompts):
-        label = f"{where}: row {first_row + i}"
+class _Completions:
+    """Makes examples of prompt and completion: both text, or either in messages."""
+
+    def __init__(
+        self, source: DataSource, config: SFTConfig, tokenizer: Tokenizer, notes: RowNotes
+    ) -> None:
+        source.check_columns(*_completion_columns(config.data, source.columns))
+        self._source, self._data, self._tokenizer = source, config.data, tokenizer
+        self._notes = notes
+        self._prompt = PromptMaker(source, config.data)
+
+    def __call__(self, rows: Sequence[Row], first: int) -> list[SFTExample]:
+        """Examples of rows; `first` is the index of the first one."""
+        tokenizer = self._tokenizer
+        heads: list[tuple[int, str, str]] = []
+        examples: dict[int, SFTExample] = {}
+        for i, row in enumerate(rows):
+            label, prompt = self._source.label(first + i), self._prompt(row, first + i)
+            completion, turns = self._completion(row, label)
+            if prompt.messages is None and turns is None:
+                heads.append((i, prompt.text, completion))
+            else:
+                messages = prompt.messages or [{"role": "user", "content": prompt.text}]
+                self._notes.add_if(TOOLS_IGNORED, label, ignores_tools(tokenizer, row))
+                spans = _answer_spans(messages, completion, turns, tokenizer, label, self._notes)
+                examples[i] = _example(spans, tokenizer)
+        prompt_ids, _ = encode([text for _, text, _ in heads], tokenizer, _UNLIMITED)
+        for (i, _, completion), head in zip(heads, prompt_ids, strict=True):
+            tail = with_eos(continuation_ids(completion, tokenizer), tokenizer)
+            trained = [False] * len(head) + [True] * len(tail)
+            examples[i] = SFTExample(head + tail, trained, len(head))
+        return [examples[i] for i in range(len(rows))]
+
+    def _completion(self, row: Row, label: str) -> tuple[str, Messages | None]:
+        data = self._data
         if data.completion_template is None:
-            value = rows[i].get(data.completion_column)
-            completion, turns = text_or_messages(value, label, "completion")
-        else:
-            columns, turns = dict.fromkeys(names) | rows[i], None
-            completion = fill_template(data.completion_template, columns, label, "completion")
-            if not completion.strip():
-                raise UserError(f"{label}: the completion is empty")
-        if prompt.messages is None and turns is None:
-            heads.append((i, prompt.text, completion))
-        else:
-            messages = prompt.messages or [{"role": "user", "content": prompt.text}]
-            spans = _answer_spans(messages, completion, turns, tokenizer, label, notes)
-            examples[i] = _example(spans, tokenizer)
-    prompt_ids, _ = encode([text for _, text, _ in heads], tokenizer, _UNLIMITED)
-    for (i, _, completion), head in zip(heads, prompt_ids, strict=True):
-        tail = [*continuation_ids(completion, tokenizer), tokenizer.eos_token_id]
-        trained = [False] * len(head) + [True] * len(tail)
-        examples[i] = Example(head + tail, trained, len(head))
-    return [examples[i] for i in range(len(prompts))]
+            return text_or_messages(row.get(data.completion_column), label, "completion")
+        columns = dict.fromkeys(self._source.columns) | row
+        completion = fill_template(data.completion_template, columns, label, "completion")
+        if not completion.strip():
+            raise UserError(f"{label}: the completion is empty")
+        return completion, None
 
 
-def _check_columns(rows: Sequence[Row], data: SFTDataSettings, where: str) -> list[str]:
-    """Names of all columns. Raises UserError where one of the completion is missing."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    key, wanted = "completion_column", [data.completion_column]
-    if data.completion_template is not None:
-        key = "completion_template"
-        wanted = [name for _, name in template_parts(data.completion_template, names) if name]
-    for name in wanted:
-        if rows and name not in names:
-            raise UserError(
-                f"data.{key}: no column is called {name!r}; the {where} has {', '.join(names)}"
-            )
-    return names
+def _completion_columns(data: SFTDataSettings, names: Sequence[str]) -> tuple[str, list[str]]:
+    """The key that names the columns of the completion, and these columns."""
+    if data.completion_template is None:
+        return "completion_column", [data.completion_column]
+    parts = template_parts(data.completion_template, names)
+    return "completion_template", [name for _, name in parts if name]
 
 
-def _from_text(
-    rows: Sequence[Row],
-    config: SFTConfig,
-    tokenizer: Any,
-    where: str,
-    first_row: int,
-    notes: RowNotes,
-) -> list[Example]:
-    """Examples of one column: full texts, or conversations."""
-    column, examples = config.data.text_column, []
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if rows and column not in names:
-        raise UserError(
-            f"data.text_column: no column is called {column!r}; the {where} has {', '.join(names)}"
-        )
-    for number, row in enumerate(rows, first_row):
-        label = f"{where}: row {number}"
-        text, messages = text_or_messages(row.get(str(column)), label, "text")
+class _Texts:
+    """Makes examples of one column: full texts, or conversations."""
+
+    def __init__(
+        self, source: DataSource, config: SFTConfig, tokenizer: Tokenizer, notes: RowNotes
+    ) -> None:
+        self._column = str(config.data.text_column)
+        source.check_columns("text_column", [self._column])
+        self._source, self._tokenizer, self._notes = source, tokenizer, notes
+        self._trains_all = config.loss_on == "all"
+
+    def __call__(self, rows: Sequence[Row], first: int) -> list[SFTExample]:
+        """Examples of rows; `first` is the index of the first one."""
+        return [self._example(row, self._source.label(i)) for i, row in enumerate(rows, first)]
+
+    def _example(self, row: Row, label: str) -> SFTExample:
+        tokenizer, notes = self._tokenizer, self._notes
+        text, messages = text_or_messages(row.get(self._column), label, "text")
         if messages is None:
             (ids,), _ = encode([text], tokenizer, _UNLIMITED)
-            ids = [*ids, tokenizer.eos_token_id]
-            examples.append(Example(ids, [False] + [True] * (len(ids) - 1)))
-        elif config.loss_on == "all":
+            ids = with_eos(ids, tokenizer)
+            return SFTExample(ids, [False] + [True] * (len(ids) - 1))
+        notes.add_if(TOOLS_IGNORED, label, ignores_tools(tokenizer, row))
+        if self._trains_all:
             rendered = apply_template(messages, tokenizer, where=label)
             notes.add_if(LEFT_OUT, label, answer_left_out(messages, rendered))
-            examples.append(_example([(rendered, True)], tokenizer))
-        else:
-            spans = _assistant_spans(messages, tokenizer, label, notes)
-            examples.append(_example(spans, tokenizer))
-    return examples
+            notes.add_if(TURN_LEFT_OUT, label, prompt_left_out(without_answers(messages), rendered))
+            return _example([(rendered, True)], tokenizer)
+        return _example(_assistant_spans(messages, tokenizer, label, notes), tokenizer)
 
 
 def _answer_spans(
     messages: Messages,
     completion: str,
     turns: Messages | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     where: str,
     notes: RowNotes,
-) -> list[Span]:
+) -> list[TrainedSpan]:
     """Prompt and completion in the chat template.
 
     The completion is the assistant's turn, the end of that turn, or several turns, which may begin
@@ -220,6 +303,7 @@ def _answer_spans(
         notes.add_if(REPEATED, where, repeated)
         return _assistant_spans(conversation, tokenizer, where, notes, first)
     before = apply_template(messages, tokenizer, for_answer=True, where=where)
+    notes.add_if(TURN_LEFT_OUT, where, prompt_left_out(messages, before))
     conversation = with_completion(messages, completion)
     answer = _rest(conversation, before, conversation, tokenizer, where)
     _compare({"role": "assistant", "content": completion}, answer, where, notes)
@@ -227,10 +311,11 @@ def _answer_spans(
 
 
 def _assistant_spans(
-    messages: Messages, tokenizer: Any, where: str, notes: RowNotes, first: int = 0
-) -> list[Span]:
-    """Split a templated conversation into assistant turns, from message `first` on, and the rest.
+    messages: Messages, tokenizer: Tokenizer, where: str, notes: RowNotes, first: int = 0
+) -> list[TrainedSpan]:
+    """Split a templated conversation into trained assistant turns and the rest.
 
+    Assistant turns before message `first` are not trained.
     A turn includes the text that the template writes after it. Spans are found by rendering the
     conversation up to each turn: exact for every template that renders a conversation's beginning
     as a prefix of the full conversation. Raises UserError for other templates.
@@ -240,12 +325,13 @@ def _assistant_spans(
         raise UserError(f"{where}: has no turn of the assistant to train on")
     if answers[0] == 0:
         raise UserError(f"{where}: begins with a turn of the assistant, must begin with the user's")
-    whole = apply_template(messages, tokenizer, where=where)
+    full_text = apply_template(messages, tokenizer, where=where)
+    notes.add_if(TURN_LEFT_OUT, where, prompt_left_out(without_answers(messages), full_text))
     spans, position = [], 0
     for i in answers:
         before = apply_template(messages[:i], tokenizer, for_answer=True, where=where)
         answer = _rest(messages[: i + 1], before, messages, tokenizer, where)
-        if not whole.startswith(before + answer):
+        if not full_text.startswith(before + answer):
             raise _changes(messages, tokenizer, where)
         _compare(messages[i], answer, where, notes)
         spans += [(before[position:], False), (answer, True)]
@@ -254,7 +340,7 @@ def _assistant_spans(
 
 
 def _rest(
-    messages: Messages, beginning: str, conversation: Messages, tokenizer: Any, where: str
+    messages: Messages, beginning: str, conversation: Messages, tokenizer: Tokenizer, where: str
 ) -> str:
     """The template's text of messages after the text `beginning`. Raises UserError."""
     text = apply_template(messages, tokenizer, where=where)
@@ -263,7 +349,7 @@ def _rest(
     return text[len(beginning) :]
 
 
-def _changes(conversation: Messages, tokenizer: Any, where: str) -> UserError:
+def _changes(conversation: Messages, tokenizer: Tokenizer, where: str) -> UserError:
     """The error for a conversation that cannot be split into turns, with advice."""
     advice = "give another template, or conversations in data.text_column and loss_on=all"
     lost = answer_left_out(conversation, apply_template(conversation, tokenizer))
@@ -283,7 +369,7 @@ def _compare(turn: dict[str, Any], answer: str, where: str, notes: RowNotes) -> 
         notes.add(_ADDED, where, answer.partition(turn["content"].strip())[0])
 
 
-def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
+def _example(spans: Sequence[TrainedSpan], tokenizer: Tokenizer) -> SFTExample:
     """Tokenise the spans of a conversation.
 
     A trained span is in the loss up to its last EOS. The last span ends there; an EOS is appended
@@ -294,21 +380,21 @@ def _example(spans: Sequence[Span], tokenizer: Any) -> Example:
     trained: list[bool] = []
     for number, (text, is_trained) in enumerate(spans):
         if ids:
-            own = continuation_ids(text, tokenizer)
+            span_ids = continuation_ids(text, tokenizer)
         else:
-            (own,) = encode_texts(tokenizer, [text], [False])
-        end = len(own) - own[::-1].index(eos) if eos in own else len(own)
+            (span_ids,) = encode_texts(tokenizer, [text], [False])
+        end = end_of_text(span_ids, tokenizer)
         if number == len(spans) - 1:
-            own = own[:end] if eos in own else [*own, eos]
-            end = len(own)
-        ids += own
-        trained += [is_trained and i < end for i in range(len(own))]
+            span_ids = [*span_ids, eos] if end is None else span_ids[:end]
+        end = len(span_ids) if end is None else end
+        ids += span_ids
+        trained += [is_trained and i < end for i in range(len(span_ids))]
     trained[0] = False
-    prompt = trained.index(True) if len(spans) == 2 else 0
-    return Example(ids, trained, prompt)
+    prompt = trained.index(True) if len(spans) == 2 and any(trained) else 0
+    return SFTExample(ids, trained, prompt)
 
 
-def _shortened(example: Example, length: int, bos: int | None) -> Example:
+def _shortened(example: SFTExample, length: int, bos: int | None) -> SFTExample:
     """Truncate the prompt on its left, to at least one token, then the example's end."""
     excess = len(example) - length
     if excess <= 0:
@@ -318,4 +404,4 @@ def _shortened(example: Example, length: int, bos: int | None) -> Example:
     head = shortened(example.ids[: example.prompt], kept, bos) if kept else []
     ids = (head + example.ids[example.prompt :])[:length]
     trained = example.trained[lost:][:length]
-    return Example(ids, [False, *trained[1:]], kept)
+    return SFTExample(ids, [False, *trained[1:]], kept)

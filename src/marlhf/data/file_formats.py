@@ -1,4 +1,4 @@
-"""Reads one data file: JSON Lines, JSON, CSV, TSV or Parquet, plain or compressed.
+"""Reads one data file, row by row: JSON Lines, JSON, CSV, TSV or Parquet, plain or compressed.
 
 Every cell of CSV and TSV is text, since such a file has no types: `007` is not 7.
 """
@@ -16,12 +16,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.paths import local_path
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped: UTF-8 has no raw surrogates
 _LONG_NUMBER = re.compile(r"\d{4301}")  # over the default limit of `int`
@@ -33,11 +37,23 @@ def _open_zstd(file: Path, mode: str) -> IO[bytes]:
     return io.BufferedReader(CompressedInputStream(file, "zstd"))
 
 
+def _open_streams(file: Path, decompressor: Callable[[], Any]) -> IO[bytes]:
+    """Read all compressed streams in a file; the modules' readers stop at a bad one."""
+    packed, parts = file.read_bytes(), []
+    while packed.strip(b"\0") or not parts:  # zeros may fill up the last block
+        stream = decompressor()
+        parts.append(stream.decompress(packed))
+        if not stream.eof:
+            raise EOFError("the compressed file is cut short")
+        packed = stream.unused_data
+    return io.BytesIO(b"".join(parts))
+
+
 _OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".lzma": lzma.open,
+    ".bz2": lambda file, mode: _open_streams(file, bz2.BZ2Decompressor),
+    ".xz": lambda file, mode: _open_streams(file, lzma.LZMADecompressor),
+    ".lzma": lambda file, mode: _open_streams(file, lzma.LZMADecompressor),
     ".zst": _open_zstd,
 }
 _UNREADABLE = (".zip", ".7z", ".lz4", ".br", ".rar", ".tar", ".tgz")
@@ -51,17 +67,20 @@ def data_format(name: str) -> str | None:
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     while suffixes and suffixes[-1] in (*_OPENERS, *_UNREADABLE):
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
 def is_archive(name: str) -> bool:
     """Whether a file is in an unsupported archive or compression format."""
-    return Path(name).suffix.lower() in _UNREADABLE
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    while suffixes and suffixes[-1] in _OPENERS:
+        suffixes.pop()
+    return bool(suffixes) and suffixes[-1] in _UNREADABLE
 
 
 def suffixes() -> str:
     """Supported suffixes of data files, for messages."""
-    return f"{', '.join(sorted(_READERS))} (or one of these and {', '.join(_OPENERS)})"
+    return f"{', '.join(sorted(FORMATS))} (or one of these and {', '.join(_OPENERS)})"
 
 
 def parse_json(text: str) -> Any:
@@ -71,18 +90,21 @@ def parse_json(text: str) -> Any:
 
     Raises ValueError.
     """
-    value = json.loads(text, object_pairs_hook=_object)
+    value = _DECODER.decode(text)
     if _SURROGATE.search(text):
-        whole = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-        value = json.loads(whole)
+        replaced = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        value = _DECODER.decode(replaced.decode())
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise ValueError(f"the key {_twice(key for key, _ in pairs)!r} is given twice")
-    return found
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one per text
 
 
 def _twice(names: Iterable[Any]) -> Any:
@@ -91,7 +113,7 @@ def _twice(names: Iterable[Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _OpenFile:
     """An open file, with its path and key for messages."""
 
     data: IO[bytes]
@@ -108,21 +130,45 @@ class _Source:
         return UserError(f"{self.key}: {self.file}{where}: {one_line(what)}")
 
 
-def read_file(file: Path, key: str, columns: Sequence[str] | None = None) -> list[Row]:
-    """Read the rows of a file; `columns` are those to keep, None: all. Raises UserError."""
-    reader = _READERS.get(data_format(file.name) or "")
+def read_file(file: Path, key: str, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a text file; `columns` are those to keep, None: all. Raises UserError."""
+    for row in _read(file, key, _READERS[check_format(file, key)]):
+        yield row if columns is None else {name: row[name] for name in columns if name in row}
+
+
+def read_parquet(
+    file: Path, key: str, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield a Parquet file in batches. Raises UserError."""
+    yield from _read(file, key, lambda source: _parquet_batches(source, columns))
+
+
+def is_parquet(file: Path) -> bool:
+    """Whether a file, by its name, is read by `read_parquet`."""
+    return data_format(file.name) == PARQUET and not is_archive(file.name)
+
+
+def check_format(file: Path, key: str) -> str:
+    """The format of a file. Raises UserError for one that is not read."""
     if is_archive(file.name):
         packings = ", ".join(_OPENERS)
         raise UserError(
             f"{key}: {str(file)!r} is packed in a way that is not read; unpack it (read are "
             f"{packings})"
         )
-    if reader is None:
+    suffix = data_format(file.name)
+    if suffix is None:
         raise UserError(f"{key}: given {str(file)!r}; a file must end in {suffixes()}")
+    return suffix
+
+
+def _read(file: Path, key: str, read: Callable[[_OpenFile], Iterator[Item]]) -> Iterator[Item]:
+    """Yield what `read` yields of the open file. Raises UserError."""
+    check_format(file, key)
     local_path(file, key)
     try:
         with _OPENERS.get(file.suffix.lower(), open)(file, "rb") as data:
-            rows = reader(_Source(data, file, key), columns)
+            yield from read(_OpenFile(data, file, key))
     except UnicodeDecodeError as error:
         line = _line_of_bad_bytes(file)
         raise UserError(
@@ -133,9 +179,6 @@ def read_file(file: Path, key: str, columns: Sequence[str] | None = None) -> lis
         if isinstance(error, UserError):
             raise
         raise UserError(f"{key}: {file} cannot be read: {one_line(error)}") from None
-    if columns is None or reader is _read_parquet:
-        return rows
-    return [{name: row[name] for name in columns if name in row} for row in rows]
 
 
 def _line_of_bad_bytes(file: Path) -> int:
@@ -146,11 +189,11 @@ def _line_of_bad_bytes(file: Path) -> int:
         return next(bad, 1)
 
 
-def _read_jsonl(source: _Source, columns: Sequence[str] | None = None) -> list[Row]:
-    return list(_parse_lines(source.lines(), source))
+def _read_jsonl(source: _OpenFile) -> Iterator[Row]:
+    return _parse_lines(source.lines(), source)
 
 
-def _parse_lines(lines: Iterable[str], source: _Source) -> Iterator[Row]:
+def _parse_lines(lines: Iterable[str], source: _OpenFile) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -169,14 +212,14 @@ def _parse_lines(lines: Iterable[str], source: _Source) -> Iterator[Row]:
         yield row
 
 
-def _read_json(source: _Source, columns: Sequence[str] | None = None) -> list[Row]:
+def _read_json(source: _OpenFile) -> Iterator[Row]:
     """Read a list of objects; accepts JSON lines under the wrong suffix too."""
     text = source.lines().read()
     try:
         rows = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return list(_parse_lines(io.StringIO(text), source))
+            return _parse_lines(io.StringIO(text), source)
         fault = f"not valid JSON: {error.msg}, column {error.colno}"
         raise source.fault(fault, error.lineno) from None
     except ValueError as error:
@@ -186,57 +229,76 @@ def _read_json(source: _Source, columns: Sequence[str] | None = None) -> list[Ro
     rows = [rows] if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{source.key}: {source.file} must hold a list of objects")
-    return rows
+    return iter(rows)
 
 
-def _read_csv(source: _Source, columns: Sequence[str] | None = None) -> list[Row]:
+def _read_csv(source: _OpenFile) -> Iterator[Row]:
     return _read_cells(source, ",")
 
 
-def _read_tsv(source: _Source, columns: Sequence[str] | None = None) -> list[Row]:
+def _read_tsv(source: _OpenFile) -> Iterator[Row]:
     return _read_cells(source, "\t")
 
 
-def _read_cells(source: _Source, delimiter: str) -> list[Row]:
-    """Read lines of cells under a header, as spreadsheets write them (RFC 4180)."""
+def _read_cells(source: _OpenFile, delimiter: str) -> Iterator[Row]:
+    try:
+        yield from read_cells(source.lines(newline=""), delimiter)
+    except CellError as error:
+        raise source.fault(error, error.line) from None
+
+
+class CellError(ValueError):
+    """A fault in a line of cells."""
+
+    def __init__(self, fault: object, line: int) -> None:
+        super().__init__(fault)
+        self.line = line
+
+
+def read_cells(lines: Iterable[str], delimiter: str) -> Iterator[Row]:
+    """Yield lines of cells under a header, as spreadsheets write them (RFC 4180).
+
+    Raises CellError for a quotation mark that is not closed, cells too many or too few, and a
+    duplicate column.
+    """
     before = csv.field_size_limit(2**31 - 1)  # process-wide, and 128 KB by default
-    reader = csv.reader(source.lines(newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     start = 1  # line number of the row's start
-    rows: list[Row] = []
     header: list[str] | None = None
     try:
         for cells in reader:
             if cells and header is None:
                 header = cells
                 if len(set(header)) < len(header):
-                    raise source.fault(f"the column {_twice(header)!r} is given twice", start)
+                    raise CellError(f"the column {_twice(header)!r} is given twice", start)
             elif cells:
                 assert header is not None
                 if len(cells) != len(header):
                     fault = f"has {len(cells)} cells, the header has {len(header)}"
-                    raise source.fault(fault, start)
-                rows.append(dict(zip(header, cells, strict=True)))
+                    raise CellError(fault, start)
+                yield dict(zip(header, cells, strict=True))
             start = reader.line_num + 1
     except csv.Error as error:
         unclosed = "unexpected end of data" in str(error)
         fault = "a quotation mark that is opened here is never closed" if unclosed else error
-        raise source.fault(fault, start if unclosed else reader.line_num) from None
+        raise CellError(fault, start if unclosed else reader.line_num) from None
     finally:
         csv.field_size_limit(before)
-    return rows
 
 
-def _read_parquet(source: _Source, columns: Sequence[str] | None = None) -> list[Row]:
+def _parquet_batches(
+    source: _OpenFile, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
     from pyarrow import parquet
 
     table = parquet.ParquetFile(source.data)
     schema = table.schema_arrow
     _check_fields(schema, source)
     present = [c for c in columns if c in schema.names] if columns else None
-    return table.read(columns=present).to_pylist()
+    yield from table.iter_batches(columns=present)
 
 
-def _check_fields(fields: Iterable[Any], source: _Source) -> None:
+def _check_fields(fields: Iterable[Any], source: _OpenFile) -> None:
     """Raise UserError for duplicate names of columns, or of fields inside one."""
     from pyarrow import types
 
@@ -251,11 +313,11 @@ def _check_fields(fields: Iterable[Any], source: _Source) -> None:
             _check_fields(inside, source)
 
 
-_READERS: dict[str, Callable[[_Source, Sequence[str] | None], list[Row]]] = {
-    ".parquet": _read_parquet,
+_READERS: dict[str, Callable[[_OpenFile], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
 }
-FORMATS = tuple(_READERS)  # by priority: a folder's format is the first that it has
+PARQUET = ".parquet"
+FORMATS = (PARQUET, *_READERS)  # by priority: a folder's format is the first that it has

@@ -1,4 +1,4 @@
-"""Reads rows from files, folders of files, `save_to_disk` folders, and the hub.
+"""Opens rows of files, folders of files, `save_to_disk` folders, and the hub.
 
 Every fault of the data is a one-line UserError. Local paths are never looked up on the hub.
 """
@@ -6,25 +6,45 @@ Every fault of the data is a one-line UserError. Local paths are never looked up
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from marlhf.common.errors import UserError, one_line
-from marlhf.common.paths import local_path, reading, special_kind
-from marlhf.data.file_formats import FORMATS, Row, data_format, is_archive, read_file, suffixes
+from marlhf.common.paths import digest_of_file, local_path, reading, special_kind
+from marlhf.data.file_formats import (
+    FORMATS,
+    Row,
+    check_format,
+    data_format,
+    is_archive,
+    is_parquet,
+    read_file,
+    read_parquet,
+    suffixes,
+)
+from marlhf.data.rows import TEXT_SCHEMA, Rows, rows_of_dataset
+from marlhf.data.store import Writer, batched, stored
 
 __all__ = ["Files", "Row", "local_splits", "looks_local", "number_in", "read_rows"]
 
-_SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
+_SPLITS = {
+    *("train", "training", "test", "testing", "validation", "valid", "val", "dev"),
+    *("eval", "evaluation", "heldout", "holdout"),
+}
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 _ABOUT_DATA = re.compile(r"(readme|licen[cs]e|citation|dataset_infos?\.json)|.*\.md$", re.I)
 _NAMED = 5  # number of skipped files that a message names
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _log = logging.getLogger(__name__)
 
 
@@ -50,8 +70,8 @@ def read_rows(
     key: str = "data.path",
     split_key: str = "data.split",
     files: Files = Files(),
-) -> list[Row]:
-    """Read rows `{column: value}` of a local file or folder, or of a hub dataset.
+) -> Rows:
+    """Open rows `{column: value}` of a local file or folder, or of a hub dataset.
 
     split       a file has only `train`; a folder has those in its files' names
     name        configuration of a hub dataset
@@ -70,15 +90,15 @@ def read_rows(
         )
     if source.is_file():
         _check_split(split, ["train"], split_key, path)
-        rows = read_file(source, key, files.columns)
+        rows = _read_files([source], key, files.columns)
     elif source.is_dir():
-        rows = _read_folder(source, split, key, split_key, limit, files.columns)
+        rows = _read_folder(source, split, key, split_key, files.columns)
     elif (kind := special_kind(source)) is not None:
         raise UserError(f"{key}: given {path!r}, which is {kind}, must be a file or a folder")
     elif looks_local(path):
         raise UserError(f"{key}: given {path!r}, which does not exist")
     else:
-        rows = _read_hub(path, name, split, key, limit, files)
+        rows = _read_hub(path, name, split, key, files)
     if not rows:
         raise UserError(f"{key}: {path!r} has no rows")
     return rows[:limit]
@@ -108,7 +128,11 @@ def local_files(path: str) -> list[Path]:
 
 def number_in(value: Any) -> float | int | None:
     """Parse the number in a cell, which CSV has as text; None without one."""
+    if isinstance(value, Decimal):
+        return float(value)
     if isinstance(value, str):
+        if "_" in value:  # Python's own way to write 1000
+            return None
         try:
             number = float(value)
         except ValueError:
@@ -142,11 +166,10 @@ def _read_folder(
     split: str,
     key: str,
     split_key: str,
-    limit: int | None,
     columns: Sequence[str] | None,
-) -> list[Row]:
+) -> Rows:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _first_rows(_load_saved(folder, split, key, split_key), limit, columns)
+        return _of_dataset(_load_saved(folder, split, key, split_key), columns)
     by_split, left_out = _by_split(folder, key, split)
     if not by_split:
         others = f", but {_some(left_out)}" if left_out else ""
@@ -158,7 +181,55 @@ def _read_folder(
     if left_out and os.environ.get("RANK", "0") == "0":  # every rank reads the same rows
         which = _some(left_out)
         _log.warning("%s: files in %r that are not read: %s", key, str(folder), which)
-    return [row for file in by_split[split] for row in read_file(file, key, columns)]
+    return _read_files(by_split[split], key, columns)
+
+
+def _read_files(files: Sequence[Path], key: str, columns: Sequence[str] | None) -> Rows:
+    """Open the rows of data files of one format, through a copy in the cache.
+
+    Raises UserError for a file that cannot be read, or changes meanwhile.
+    """
+    contents, states = [], {}
+    for file in files:
+        check_format(file, key)
+        with reading(key, file):
+            states[file] = _state(file)
+            contents.append([digest_of_file(file), "".join(file.suffixes).lower()])
+    entry = stored(
+        "rows", [contents, columns], lambda writer: _copy_rows(files, key, columns, writer)
+    )
+    for file, state in states.items():
+        with reading(key, file):
+            if _state(file) != state:
+                raise UserError(f"{key}: {str(file)!r} changed while it was read")
+    return Rows(entry.tables, entry.key, entry.facts["names"])
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def _copy_rows(
+    files: Sequence[Path], key: str, columns: Sequence[str] | None, writer: Writer
+) -> dict[str, Any]:
+    """Write a table per file; returns the column names if all rows have the same."""
+    orders: dict[tuple[str, ...], None] = {}
+    for file in files:
+        if is_parquet(file):
+            for number, batch in enumerate(read_parquet(file, key, columns)):
+                if number == 0:
+                    writer.new_table(batch.schema)
+                orders[tuple(batch.schema.names)] = None
+                writer.write(batch)
+            continue
+        writer.new_table(TEXT_SCHEMA)
+        for rows in batched(read_file(file, key, columns)):
+            orders |= dict.fromkeys(map(tuple, rows))
+            texts = [_ENCODER.encode(row) for row in rows]
+            writer.write(pa.record_batch([pa.array(texts, pa.large_string())], TEXT_SCHEMA))
+    same = len(set(map(frozenset, orders))) == 1
+    return {"names": list(next(iter(orders))) if same else None}
 
 
 def _by_split(
@@ -192,10 +263,16 @@ def _by_split(
         left_out += [str(file.relative_to(folder)) for file in by_format[suffix]]
     by_split: dict[str, list[Path]] = {}
     for file in by_format[formats[0]] if formats else []:
-        words = re.split(r"[\W_]+", str(file.relative_to(folder).with_suffix("")))
-        own = next((w for w in words if w == split or w in _SPLITS), "train")
-        by_split.setdefault(own, []).append(file)
+        by_split.setdefault(_split_in(str(file.relative_to(folder)), split), []).append(file)
     return by_split, [name for name in left_out if not _is_about(name)]
+
+
+def _split_in(name: str, split: str | None) -> str:
+    """The split in a file's name: `test` for `Test-1.jsonl`, `test2.csv` and `test/a.csv`."""
+    words = re.split(r"[\W_]+", str(Path(name).with_suffix("")))
+    known = [word.lower().rstrip("0123456789") for word in words]
+    pairs = zip(words, known, strict=True)
+    return next((w if w == split else k for w, k in pairs if w == split or k in _SPLITS), "train")
 
 
 def _names_below(folder: Path, key: str) -> list[str]:
@@ -207,12 +284,12 @@ def _names_below(folder: Path, key: str) -> list[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
+    paths = []
     with reading(key, folder):
-        for place, folders, files in os.walk(folder, onerror=fail):
-            links = [name for name in folders if (Path(place) / name).is_symlink()]
-            found += [(Path(place) / name).relative_to(folder) for name in (*files, *links)]
-    return [str(path) for path in sorted(found)]
+        for parent, folders, files in os.walk(folder, onerror=fail):
+            links = [name for name in folders if (Path(parent) / name).is_symlink()]
+            paths += [(Path(parent) / name).relative_to(folder) for name in (*files, *links)]
+    return [str(path) for path in sorted(paths)]
 
 
 def _is_hidden(name: str) -> bool:
@@ -244,12 +321,12 @@ def _load_saved(folder: Path, split: str, key: str, split_key: str) -> Any:
     return saved
 
 
-def _read_hub(
-    path: str, name: str | None, split: str, key: str, limit: int | None, files: Files
-) -> list[Row]:
+def _read_hub(path: str, name: str | None, split: str, key: str, files: Files) -> Rows:
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
+
+    from marlhf.compat.huggingface import offline
 
     where: dict[str, Any] = {"data_dir": files.folder, "revision": files.revision}
     where = {key: value for key, value in where.items() if value is not None}
@@ -265,9 +342,8 @@ def _read_hub(
     except Exception:  # of any HTTP library: the dataset may still be cached
         reachable = False
     try:
-        with contextlib.nullcontext() if reachable else _offline():
-            found = datasets.load_dataset(path, name, split=split, **where)
-            return _first_rows(found, limit, files.columns)
+        with contextlib.nullcontext() if reachable else offline():
+            dataset = datasets.load_dataset(path, name, split=split, **where)
     except Exception as error:
         if not reachable:
             raise UserError(
@@ -275,25 +351,10 @@ def _read_hub(
                 "cannot be reached, and its cache here has no such dataset"
             ) from error
         raise UserError(f"{key}: cannot load {path!r}: {one_line(error)}") from error
+    return _of_dataset(dataset, files.columns)
 
 
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Restrict `datasets` to its cache."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-def _first_rows(dataset: Any, limit: int | None, columns: Sequence[str] | None = None) -> list[Row]:
-    if columns is not None:  # unused columns can be most of the data
+def _of_dataset(dataset: Any, columns: Sequence[str] | None) -> Rows:
+    if columns is not None:
         dataset = dataset.select_columns([c for c in columns if c in dataset.column_names])
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    return dataset.to_list()
+    return rows_of_dataset(dataset, files_are_content=True)

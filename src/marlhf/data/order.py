@@ -41,8 +41,8 @@ class PromptStream(Generic[Item]):
     def batch(self, step: int, size: int) -> list[Item]:
         """Prompts `step * size` to `(step + 1) * size` of the stream; steps from 0."""
         count = len(self.prompts)
-        places = (divmod(i, count) for i in range(step * size, (step + 1) * size))
-        return [self.prompts[self._order(epoch)[place]] for epoch, place in places]
+        positions = (divmod(i, count) for i in range(step * size, (step + 1) * size))
+        return [self.prompts[self._order(epoch)[index]] for epoch, index in positions]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The permutation of a pass; the last two are cached."""

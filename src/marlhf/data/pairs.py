@@ -3,25 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from marlhf.common.chat_templates import answer_left_out, joined
+import numpy as np
+import pyarrow as pa
+
+from marlhf.common.chat_templates import (
+    answer_left_out,
+    joined,
+    prompt_left_out,
+    without_answers,
+)
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.tokenization import Tokenizer
 from marlhf.config import PairDataSettings, RewardConfig
+from marlhf.config.loading import config_to_dict
 from marlhf.data.conversations import text_or_messages
+from marlhf.data.encoding import tokenised_key
 from marlhf.data.files import Row, number_in, read_rows
 from marlhf.data.prompts import (
     Prompt,
+    PromptMaker,
     check_template,
     load_records,
-    prompts_of,
     source_labels,
 )
-from marlhf.data.template_checks import LEFT_OUT, REPEATED, RowNotes
+from marlhf.data.rows import (
+    DataSource,
+    Derived,
+    RowDigest,
+    Rows,
+    batches_of,
+    list_lengths,
+)
+from marlhf.data.store import Stored, Writer, stored
+from marlhf.data.template_checks import (
+    LEFT_OUT,
+    REPEATED,
+    TOOLS_IGNORED,
+    TURN_LEFT_OUT,
+    RowNotes,
+    ignores_tools,
+)
 from marlhf.rewards.learned import encode_for_reward, reward_texts, with_completion
 
+Item = TypeVar("Item")
+
+_IDS = pa.list_(pa.int32())
+_PAIRS = pa.schema([("chosen", _IDS), ("rejected", _IDS), ("margin", pa.float64())])
+_DEMONSTRATIONS = pa.schema([("demonstrations", _IDS)])
 _BEGINS_WITH_PROMPT = (
     "data: every answer begins with its prompt, which the model therefore reads twice; set "
     "data.full_texts=true where the columns hold both"
@@ -30,7 +63,7 @@ _THE_SAME = "the model reads the same text for both answers, and learns nothing 
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenizedPair:
     """Token ids of the two texts, and the margin of the ranking loss."""
 
     chosen: list[int]
@@ -43,89 +76,136 @@ class Pair:
 
 @dataclass(frozen=True)
 class Preferences:
-    """Data to train, evaluate and centre a reward model on.
+    """Data to train, evaluate and centre a reward model on; sequences are memory-mapped.
 
     demonstrations   token ids of the texts whose mean score becomes 0
     truncated        number of texts of training pairs that were truncated on the left
+    longest          tokens of the longest text
+    tokens           every token id that occurs
     notes            lines about repeated turns, dropped text, and pairs of equal texts
     """
 
-    pairs: list[Pair]
-    held_out: list[Pair]
-    demonstrations: list[list[int]]
+    pairs: Sequence[TokenizedPair]
+    held_out: Sequence[TokenizedPair]
+    demonstrations: Sequence[list[int]]
     truncated: int
+    longest: int
+    tokens: set[int]
     notes: Sequence[str] = ()
 
 
-def load_preferences(config: RewardConfig, tokenizer: Any) -> Preferences:
+def load_preferences(config: RewardConfig, tokenizer: Tokenizer) -> Preferences:
     """Load the pairs and demonstrations of a configuration. Raises UserError, naming the row."""
-    data, reader = config.data, _Decoder(config, tokenizer)
+    data = config.data
     if data.apply_chat_template:
         check_template(tokenizer)
     rows, held_out = load_records(data, "reward")
     train_label, held_out_label = source_labels(data, len(rows))
-    pairs = reader.pairs(rows, *train_label)
-    truncated = reader.truncated
-    column = data.demonstrations_column or data.chosen_column
+    encoded = partial(_stored, config, tokenizer)
+    pairs = encoded(_PAIRS, rows, *train_label)
+    entries = [pairs, encoded(_PAIRS, held_out, *held_out_label)]
     if data.demonstrations_path is not None:
-        shown = read_rows(data.demonstrations_path, key="data.demonstrations_path")
-        demonstrations = reader.texts(shown, column, "demonstrations_column", "demonstrations", 0)
+        separate = read_rows(data.demonstrations_path, key="data.demonstrations_path")
+        entries.append(encoded(_DEMONSTRATIONS, separate, "demonstrations", 0))
     elif data.demonstrations_column is not None:
-        demonstrations = reader.texts(rows, column, "demonstrations_column", *train_label)
-    else:
-        demonstrations = [pair.chosen for pair in pairs]
-    held_out_pairs = reader.pairs(held_out, *held_out_label)
-    return Preferences(pairs, held_out_pairs, demonstrations, truncated, reader.notes())
+        entries.append(encoded(_DEMONSTRATIONS, rows, *train_label))
+    column = _DEMONSTRATIONS.names[0] if len(entries) > 2 else "chosen"
+    facts = [entry.facts for entry in entries]
+    notes = RowNotes(note for part in facts for note in part["notes"]).lines()
+    plain, repeating = (sum(part[name] for part in facts) for name in ("plain", "repeating"))
+    return Preferences(
+        pairs=_items(pairs, _pair, "chosen", "rejected"),
+        held_out=_items(entries[1], _pair, "chosen", "rejected"),
+        demonstrations=_items([pairs, *entries[2:]][-1], lambda row, _: row[column], column),
+        truncated=pairs.facts["truncated"],
+        longest=max(part["longest"] for part in facts),
+        tokens={token for part in facts for token in part["tokens"]},
+        notes=[*notes, *([_BEGINS_WITH_PROMPT] if 0 < plain == repeating else [])],
+    )
 
 
-class _Decoder:
+def _pair(row: Row, _: int) -> TokenizedPair:
+    return TokenizedPair(**row)
+
+
+def _items(entry: Stored, make: Callable[[Row, int], Item], *columns: str) -> Derived[Item]:
+    """The items of an entry, whose token ids are in `columns`."""
+    lengths = np.max([list_lengths(entry.tables, column) for column in columns], axis=0)
+    return Derived(Rows(entry.tables), make, entry.facts, entry.key, lengths)
+
+
+def _stored(
+    config: RewardConfig,
+    tokenizer: Tokenizer,
+    schema: pa.Schema,
+    rows: Sequence[Row],
+    where: str,
+    first_row: int,
+) -> Stored:
+    """The rows' pairs or demonstrations, tokenised unless they are in the cache."""
+
+    def build(writer: Writer) -> dict[str, Any]:
+        source = DataSource.of(rows, where, first_row)
+        return _Encoder(config, tokenizer, source).write(rows, schema, writer)
+
+    settings = [config_to_dict(config.data), config.max_length, schema.names]
+    return stored("pairs", tokenised_key(rows, tokenizer, settings, where, first_row), build)
+
+
+class _Encoder:
     """Tokenises rows for a reward model, exactly as `RewardModel` does."""
 
-    def __init__(self, config: RewardConfig, tokenizer: Any) -> None:
-        self._data, self._tokenizer = config.data, tokenizer
+    def __init__(self, config: RewardConfig, tokenizer: Tokenizer, source: DataSource) -> None:
+        self._data, self._tokenizer, self._source = config.data, tokenizer, source
         self._max_length = config.max_length
-        self.truncated = 0
         self._notes = RowNotes()
+        self._tokens: set[int] = set()
+        self._truncated = self._longest = 0
         self._plain_texts = self._repeating = 0  # all answers; those that repeat the prompt
 
-    def notes(self) -> list[str]:
-        """Lines about problems of the texts."""
-        begin = 0 < self._plain_texts == self._repeating
-        return [*self._notes.lines(), *([_BEGINS_WITH_PROMPT] if begin else [])]
+    def write(self, rows: Sequence[Row], schema: pa.Schema, writer: Writer) -> dict[str, Any]:
+        """Write all rows; returns facts about them. Raises UserError, naming the row."""
+        data, digest, source = self._data, RowDigest(), self._source
+        columns = {"chosen": data.chosen_column, "rejected": data.rejected_column}
+        if schema is _DEMONSTRATIONS:
+            columns = {"demonstrations": data.demonstrations_column or data.chosen_column}
+        for name, column in columns.items():
+            source.check_columns(f"{name}_column", [column])
+        prompt_of = None if data.full_texts else PromptMaker(source, data)
+        writer.new_table(schema)
+        for first, batch in batches_of(rows):
+            encoded = []
+            for index, row in enumerate(batch, first):
+                prompt = None if prompt_of is None else prompt_of(row, index)
+                label = source.label(index)
+                item: Any = {name: self._text(row, c, prompt, label) for name, c in columns.items()}
+                if schema is _PAIRS:
+                    item["margin"] = _margin(row, data, label)
+                    self._notes.add_if(_THE_SAME, label, item["chosen"] == item["rejected"])
+                    digest.add(TokenizedPair(**item))
+                else:
+                    digest.add(item["demonstrations"])
+                encoded.append(item)
+            writer.write(pa.RecordBatch.from_pylist(encoded, schema))
+        return {
+            "fact": digest.fact,
+            "truncated": self._truncated,
+            "longest": self._longest,
+            "tokens": sorted(self._tokens),
+            "plain": self._plain_texts,
+            "repeating": self._repeating,
+            "notes": self._notes.facts(),
+        }
 
-    def pairs(self, rows: Sequence[Row], where: str, first_row: int) -> list[Pair]:
-        """Preference pairs of the rows."""
-        data = self._data
-        chosen = self.texts(rows, data.chosen_column, "chosen_column", where, first_row)
-        rejected = self.texts(rows, data.rejected_column, "rejected_column", where, first_row)
-        margins = [
-            _margin(row, data, f"{where}: row {number}")
-            for number, row in enumerate(rows, first_row)
-        ]
-        pairs = [Pair(*pair) for pair in zip(chosen, rejected, margins, strict=True)]
-        for number, pair in enumerate(pairs, first_row):
-            same = pair.chosen == pair.rejected
-            self._notes.add_if(_THE_SAME, f"{where}: row {number}", same)
-        return pairs
-
-    def texts(
-        self, rows: Sequence[Row], column: str, key: str, where: str, first_row: int
-    ) -> list[list[int]]:
-        """Token ids of each row's prompt with the answer in a column."""
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        if rows and column not in names:
-            raise UserError(
-                f"data.{key}: no column is called {column!r}; the {where} has {', '.join(names)}"
-            )
-        prompts: list[Prompt | None] = [None] * len(rows)
-        if not self._data.full_texts:
-            prompts = [*prompts_of(rows, self._data, where, first_row)]
-        found = []
-        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), first_row):
-            label = f"{where}: row {number}"
-            answer, turns = text_or_messages(row.get(column), label, f"column {column!r}")
-            found.append(self._ids(prompt, answer, turns, label))
-        return found
+    def _text(self, row: Row, column: str, prompt: Prompt | None, label: str) -> list[int]:
+        """Token ids of a row's prompt with the answer in a column."""
+        answer, turns = text_or_messages(row.get(column), label, f"column {column!r}")
+        is_chat = turns is not None or (prompt is not None and prompt.messages is not None)
+        self._notes.add_if(TOOLS_IGNORED, label, is_chat and ignores_tools(self._tokenizer, row))
+        ids = self._ids(prompt, answer, turns, label)
+        self._tokens.update(ids)
+        self._longest = max(self._longest, len(ids))
+        return ids
 
     def _ids(self, prompt: Prompt | None, answer: str, turns: Any, where: str) -> list[int]:
         messages = prompt.messages if prompt is not None else None
@@ -149,10 +229,12 @@ class _Decoder:
         if messages and templated[0]:
             lost = answer_left_out(with_completion(messages, answer), texts[0])
             self._notes.add_if(LEFT_OUT, where, lost)
+            lost = prompt_left_out(without_answers(messages), texts[0])
+            self._notes.add_if(TURN_LEFT_OUT, where, lost)
         (ids,) = encode_for_reward(self._tokenizer, texts, templated)
         if len(ids) <= self._max_length:
             return ids
-        self.truncated += 1
+        self._truncated += 1
         return encode_for_reward(self._tokenizer, texts, templated, self._max_length)[0]
 
 
@@ -166,8 +248,8 @@ def _margin(row: Row, data: PairDataSettings, where: str) -> float:
         )
     margin = number_in(row[data.margin_column])
     if margin is None or not 0 <= margin < math.inf:
-        given = one_line(repr(row[data.margin_column]), 60)
-        raise UserError(f"{where}: the margin is {given}, must be a number of at least 0")
+        value = one_line(repr(row[data.margin_column]), 60)
+        raise UserError(f"{where}: the margin is {value}, must be a number of at least 0")
     return float(margin)
 
 

@@ -10,10 +10,13 @@ from typing import Any
 
 from marlhf.common.chat_templates import render_chat
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.tokenization import Tokenizer
 from marlhf.config import DataSettings
 from marlhf.data.conversations import Messages, text_or_messages
 from marlhf.data.files import Row, read_rows
 from marlhf.data.presets import Stage, preset_records
+from marlhf.data.rows import DataSource, Derived, RowDigest, Rows, rows_of_dataset
+from marlhf.data.store import stored
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -34,7 +37,9 @@ class Prompt:
     where: str = field(default="", compare=False, repr=False)
 
 
-def load_records(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Row], list[Row]]:
+def load_records(
+    settings: DataSettings, stage: Stage = "ppo"
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """Load `(rows to train on, held-out rows)`, columns renamed.
 
     stage: the job; with `data.preset` it determines the shape of the rows, and the part.
@@ -49,13 +54,13 @@ def load_records(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Row
     rows = _renamed(rows, settings.columns)
     count = settings.eval_rows
     if settings.eval_path is not None or settings.eval_split is not None:
-        own = settings.eval_path is None
+        same_path = settings.eval_path is None
         held_out = read_rows(
             settings.eval_path or settings.path,
             settings.eval_split or "train",
-            settings.name if own else None,
+            settings.name if same_path else None,
             max(count, 1),
-            key="data.path" if own else "data.eval_path",
+            key="data.path" if same_path else "data.eval_path",
             split_key="data.eval_split",
         )
         return rows, _renamed(held_out, settings.columns)[:count]
@@ -67,7 +72,9 @@ def load_records(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Row
     return rows[: len(rows) - count], rows[len(rows) - count :]
 
 
-def load_rows(settings: DataSettings, stage: Stage = "ppo") -> tuple[list[Prompt], list[Prompt]]:
+def load_rows(
+    settings: DataSettings, stage: Stage = "ppo"
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Load `(prompts to train on, held-out prompts)`. Raises UserError."""
     rows, held_out = load_records(settings, stage)
     train, eval_ = source_labels(settings, len(rows))
@@ -82,7 +89,7 @@ def source_labels(settings: DataSettings, rows: int) -> tuple[tuple[str, int], t
 
 def prompt_sets(
     train: Any, held_out: Any, settings: DataSettings
-) -> tuple[list[Prompt], list[Prompt]]:
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Prompts to train on and held-out ones: as given in Python, else as configured."""
     if train is not None:
         return as_prompts(train, settings), as_prompts(held_out or [], settings)
@@ -90,8 +97,8 @@ def prompt_sets(
     return train, configured if held_out is None else as_prompts(held_out, settings)
 
 
-def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> list[Prompt]:
-    """Convert Python data to prompts.
+def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> Sequence[Prompt]:
+    """Convert Python data to prompts, lazily for a `datasets.Dataset`.
 
     data: texts, lists of messages, rows (`{column: value}`) or Prompts; also a `datasets.Dataset`.
     Texts and messages are complete prompts: `prompt_template` applies to rows only.
@@ -100,26 +107,25 @@ def as_prompts(data: Iterable[Any], settings: DataSettings | None = None) -> lis
     return prompts_of(data, settings or DataSettings(), "data", 0)
 
 
-def render(prompt: Prompt, tokenizer: Any, settings: DataSettings | None = None) -> str:
+def render(prompt: Prompt, tokenizer: Tokenizer) -> str:
     """Text of a prompt for the policy: a conversation in the tokenizer's chat template.
 
     A conversation that ends with the assistant's turn is continued in that turn. Raises UserError.
     """
-    messages = chat_of(prompt, settings)
-    if messages is None:
+    if prompt.messages is None:
         return prompt.text
-    return apply_template(messages, tokenizer, for_answer=True, where=prompt.where)
-
-
-def chat_of(prompt: Prompt, settings: DataSettings | None) -> Messages | None:
-    """The prompt as a conversation; None for plain text."""
-    if prompt.messages is None and settings is not None and settings.apply_chat_template:
-        return [{"role": "user", "content": prompt.text}]
-    return prompt.messages
+    text = apply_template(prompt.messages, tokenizer, for_answer=True, where=prompt.where)
+    if not text.strip():
+        where = f"{prompt.where}: " if prompt.where else ""
+        raise UserError(
+            f"model.chat_template: {where}the chat template writes nothing for the prompt "
+            f"{excerpt(prompt.text)}"
+        )
+    return text
 
 
 def apply_template(
-    messages: Messages, tokenizer: Any, for_answer: bool = False, where: str = ""
+    messages: Messages, tokenizer: Tokenizer, for_answer: bool = False, where: str = ""
 ) -> str:
     """Render a conversation in the tokenizer's chat template.
 
@@ -144,7 +150,7 @@ def apply_template(
         ) from error
 
 
-def check_template(tokenizer: Any) -> None:
+def check_template(tokenizer: Tokenizer) -> None:
     """Raise UserError where a tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -153,11 +159,11 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
-def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
+def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     """Rename columns by `{new: old}`. Raises UserError."""
     if not columns:
         return rows
-    present = _names(rows)
+    present = rows.names
     old_names = set(columns.values())
     for new, old in columns.items():
         if old not in present:
@@ -167,14 +173,10 @@ def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
             )
         if new in present and new not in old_names:
             raise UserError(f"data.columns.{new}: the data already has a column of that name")
-    return [
-        {n: v for n, v in row.items() if n not in old_names}
-        | {new: row.get(old) for new, old in columns.items()}
-        for row in rows
-    ]
+    return rows.with_names(columns)
 
 
-def prompts_of(data: Any, settings: DataSettings, where: str, first_row: int) -> list[Prompt]:
+def prompts_of(data: Any, settings: DataSettings, where: str, first_row: int) -> Sequence[Prompt]:
     """Convert data as `as_prompts` does; messages count rows from `first_row`."""
     if isinstance(data, str | Mapping):
         hint = "; choose one of its splits" if isinstance(data, Mapping) else ""
@@ -186,43 +188,73 @@ def prompts_of(data: Any, settings: DataSettings, where: str, first_row: int) ->
             twice = data.columns[data.columns.duplicated()][0]
             raise UserError(f"{where}: the column {twice!r} is given twice")
         data = data.to_dict("records")
-    elif hasattr(data, "to_list"):  # a datasets.Dataset, much slower row by row
-        data = data.to_list()
-    items = list(data)
-    mappings = [item for item in items if isinstance(item, Mapping)]
-    names = _names(mappings)
-    if mappings:
-        _check_names(names, settings, where)
-    return [
-        _prompt(item, names, settings, f"{where}: row {row}")
-        for row, item in enumerate(items, first_row)
-    ]
+    elif hasattr(data, "with_format") and hasattr(data, "to_list"):  # a datasets.Dataset
+        data = rows_of_dataset(data)
+    items = data if isinstance(data, Rows) else list(data)
+    mappings = items if isinstance(items, Rows) else [x for x in items if isinstance(x, Mapping)]
+    make = PromptMaker(DataSource.of(mappings, where, first_row), settings)
+    if not isinstance(items, Rows):
+        return [make(item, index) for index, item in enumerate(items)]
+    prompts = Derived(items, make, {})
+    key = None if items.key is None else [items.key, *make.key]
+    survey = stored("prompts", key, lambda _: _survey(prompts))
+    return Derived(items, make, survey.facts, survey.key)
 
 
-def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+def _survey(prompts: Iterable[Prompt]) -> dict[str, Any]:
+    """Facts about all prompts, from one pass; see `survey_of`."""
+    digest, columns, kinds, longest = RowDigest(), {}, {}, 0
+    for index, prompt in enumerate(prompts):
+        digest.add(prompt)
+        columns |= dict.fromkeys(prompt.columns)
+        kinds.setdefault(kind_of(prompt), index)
+        longest = max(longest, len(prompt.text.encode("utf-8", "surrogatepass")))
+    return {
+        "fact": digest.fact,
+        "columns": list(columns),
+        "kinds": list(kinds.values()),
+        "bytes": longest,
+    }
 
 
-def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> None:
+def survey_of(prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+    """Facts about all prompts.
+
+    fact      their `RowDigest`
+    columns   names of all columns
+    kinds     index of the first prompt of each kind; see `kind_of`
+    bytes     those of the longest prompt, of a conversation without its template
+    """
+    return prompts.facts if isinstance(prompts, Derived) else _survey(prompts)
+
+
+def kind_of(prompt: Prompt) -> tuple[tuple[str, ...], ...] | None:
+    """Roles and keys of a conversation's messages, in order; None for a text.
+
+    Chat templates refuse conversations by them.
+    """
+    if prompt.messages is None:
+        return None
+    return tuple((message["role"], *sorted(message)) for message in prompt.messages)
+
+
+def kinds_of(*sets: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of each kind, in each set; see `kind_of`."""
+    return [prompts[index] for prompts in sets for index in survey_of(prompts)["kinds"]]
+
+
+def _check_columns(source: DataSource, settings: DataSettings) -> None:
     """Raise UserError where the data lacks a column that the settings name."""
-    present = ", ".join(map(str, names)) or "none"
     template, column = settings.prompt_template, settings.prompt_column
     if template is None:
-        if column not in names:
-            raise UserError(
-                f"data.prompt_column: no column is called {column!r}; the {where} has {present}"
-            )
+        source.check_columns("prompt_column", [column])
         return
-    fields = [name for _, name in template_parts(template, names) if name is not None]
-    for name in fields:
-        if name not in names:
-            raise UserError(
-                f"data.prompt_template: no column is called {name!r}; the {where} has {present}"
-            )
+    fields = [name for _, name in template_parts(template, source.columns) if name is not None]
+    source.check_columns("prompt_template", fields)
     if not fields:
         raise UserError(
             f"data.prompt_template: names no column, so that every prompt would be the same; "
-            f"the {where} has {present}"
+            f"the {source.name} has {', '.join(map(str, source.columns)) or 'none'}"
         )
     if column != "prompt" and column not in fields:
         raise UserError(
@@ -231,38 +263,59 @@ def _check_names(names: Sequence[str], settings: DataSettings, where: str) -> No
         )
 
 
-def _prompt(item: Any, names: Sequence[str], settings: DataSettings, where: str) -> Prompt:
-    """Convert one item to a prompt; `where` names its row."""
-    if isinstance(item, Prompt):
-        if item.messages is None and not isinstance(item.text, str):
-            kind = type(item.text).__name__
-            raise UserError(f"{where}: the text of the Prompt is {kind}, must be text")
-        given = item.messages
-        messages = None if given is None else text_or_messages(given, where)[1]
-        prompt = replace(item, messages=messages, where=item.where or where)
-    elif isinstance(item, Mapping):
-        columns = {name: item.get(name) for name in names}
+class PromptMaker:
+    """Makes the prompt of an item: a text, messages, a Prompt or a row.
+
+    Raises UserError where the settings name other columns, and for an unsuitable item.
+    """
+
+    def __init__(self, source: DataSource, settings: DataSettings) -> None:
+        if source.has_rows:
+            _check_columns(source, settings)
+        self._source, self._settings = source, settings
+
+    @property
+    def key(self) -> list[Any]:
+        """Everything that prompts depend on, in addition to their rows."""
+        settings, source = self._settings, self._source
+        keys = settings.prompt_column, settings.prompt_template, settings.apply_chat_template
+        return [list(source.columns), *keys, source.name, source.first_row]
+
+    def __call__(self, item: Any, index: int) -> Prompt:
+        where, settings = self._source.label(index), self._settings
+        if isinstance(item, Prompt):
+            if item.messages is None and not isinstance(item.text, str):
+                kind = type(item.text).__name__
+                raise UserError(f"{where}: the text of the Prompt is {kind}, must be text")
+            unchecked = item.messages
+            messages = None if unchecked is None else text_or_messages(unchecked, where)[1]
+            prompt = replace(item, messages=messages, where=item.where or where)
+        elif isinstance(item, Mapping):
+            prompt = self._of_row(item, where)
+        else:
+            prompt = Prompt(*text_or_messages(item, where), {}, where)
+        if settings.apply_chat_template and prompt.messages is None:
+            return replace(prompt, messages=[{"role": "user", "content": prompt.text}])
+        return prompt
+
+    def _of_row(self, row: Mapping[str, Any], where: str) -> Prompt:
+        settings = self._settings
+        columns = {name: row.get(name) for name in self._source.columns}
         if settings.prompt_template is not None:
             text = fill_template(settings.prompt_template, columns, where)
             if not text.strip():
                 raise UserError(f"{where}: the prompt is empty")
-            prompt = Prompt(text, None, columns, where)
-        else:
-            value = columns.pop(settings.prompt_column)
-            prompt = Prompt(*text_or_messages(value, where), columns, where)
-    else:
-        prompt = Prompt(*text_or_messages(item, where), {}, where)
-    if settings.apply_chat_template and prompt.messages is None:
-        return replace(prompt, messages=[{"role": "user", "content": prompt.text}])
-    return prompt
+            return Prompt(text, None, columns, where)
+        value = columns.pop(settings.prompt_column)
+        return Prompt(*text_or_messages(value, where), columns, where)
 
 
 def template_parts(template: str, names: Sequence[str]) -> list[tuple[str, str | None]]:
     """Parse a template into `(literal text, column after it or None)` pairs.
 
-    The syntax is that of Python's `str.format`, with `{{` for a brace. In a template that is not
-    valid so, because it has braces around anything but names (JSON, code), only `{column}`s are
-    fields, and the rest is literal.
+    The syntax is that of Python's `str.format`, with `{{` for a brace. In a template that this
+    syntax does not allow, as it has braces around anything but names (JSON, code), only `{column}`s
+    are fields, and the rest is literal.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -273,12 +326,12 @@ def template_parts(template: str, names: Sequence[str]) -> list[tuple[str, str |
         for _, name, spec, conversion in parts
     ):
         return [(literal, name) for literal, name, _, _ in parts]
-    found, position = [], 0
+    fields, position = [], 0
     for match in _BRACES.finditer(template):
         if match[1] in names or match[1].isidentifier():
-            found.append((template[position : match.start()], match[1]))
+            fields.append((template[position : match.start()], match[1]))
             position = match.end()
-    return [*found, (template[position:], None)]
+    return [*fields, (template[position:], None)]
 
 
 def fill_template(

@@ -16,6 +16,20 @@ cannot share sharded weights, and sharding adapters, a hundredth of the model, w
 they stay replicated, and DDP sums their gradients.
 """
 
-from marlhf.distributed.ranks import Distributed, PeerError, in_bf16, linear_layers, reading
+from marlhf.common.errors import PeerError
+from marlhf.distributed.placement import ALONE, Placement, multiplied
+from marlhf.distributed.ranks import Distributed
+from marlhf.distributed.shutdown import lost_peer
+from marlhf.distributed.zero import in_bf16, linear_layers, replaced_parameters
 
-__all__ = ["Distributed", "PeerError", "in_bf16", "linear_layers", "reading"]
+__all__ = [
+    "ALONE",
+    "Distributed",
+    "PeerError",
+    "Placement",
+    "in_bf16",
+    "linear_layers",
+    "lost_peer",
+    "multiplied",
+    "replaced_parameters",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
 from accelerate import DeepSpeedPlugin
 from accelerate.utils import str_to_bool
 from packaging.version import Version
@@ -28,13 +29,13 @@ _OURS = {
 }
 _NO_ACCUMULATION = ("gradient_accumulation_steps", 1)  # accelerate's default
 
-# number of processes, as given by launchers that do not set WORLD_SIZE
+# number of processes, as set by launchers that do not set WORLD_SIZE
 _NOT_OF_TORCH = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _HOW_TO_START = (
     "`accelerate launch --multi_gpu --num_processes N -m marlhf ...` (without GPUs it starts CPU "
     "processes) or `torchrun --nproc_per_node N -m marlhf ...`"
 )
-# ways of accelerate to spread models that this library does not support
+# sharding methods of accelerate that this library does not support
 _NOT_SUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -52,6 +53,28 @@ def _flag(name: str) -> bool:
         return bool(str_to_bool(os.environ.get(name) or "false"))
     except ValueError:
         raise UserError(f"{name}: given {os.environ[name]!r}, must be true or false") from None
+
+
+def launched_processes() -> int:
+    """Number of processes that the launcher announces; 1 without a launcher. Raises UserError."""
+    world = _number("WORLD_SIZE", 1)
+    if world > 1:
+        for name in ("RANK", "LOCAL_RANK"):
+            if not 0 <= _number(name, -1) < world:
+                raise UserError(
+                    f"{name}: given {os.environ.get(name)!r}, must be 0 to {world - 1} where "
+                    f"WORLD_SIZE is {world}; start with {_HOW_TO_START}"
+                )
+    return world
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.removeprefix("-").isdecimal():
+        raise UserError(f"{name}: given {text!r}, must be a whole number, set by the launcher")
+    if name == "WORLD_SIZE" and int(text) < 1:
+        raise UserError(f"{name}: given {text}, must be at least 1")
+    return int(text)
 
 
 def lone_process() -> str | None:
@@ -107,7 +130,7 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
     _check_deepspeed_version()
     if uses_cpu():
         raise UserError(
-            "ACCELERATE_USE_CPU: given true beside DeepSpeed, must be left out, or accelerate "
+            "ACCELERATE_USE_CPU: given true with DeepSpeed, must be left out, or accelerate "
             "leaves out DeepSpeed; without GPUs the ranks are CPU processes anyway"
         )
     if "LOCAL_RANK" not in os.environ:
@@ -121,8 +144,8 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
     check_names()
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true":
         raise UserError(
-            "accelerate's zero3_init_flag: given true, must be false; weights are read whole by "
-            "each rank and sharded then"
+            "accelerate's zero3_init_flag: given true, must be false; marlhf shards weights while "
+            "it reads them, by itself"
         )
     try:
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
@@ -130,14 +153,23 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
         raise UserError(f"accelerate's DeepSpeed configuration: {one_line(error)}") from error
     config = plugin.deepspeed_config
     for key, owner in _OURS.items():
-        given = config.pop(key, "auto")
-        enabled = given.get("enabled") if isinstance(given, dict) and "enabled" in given else given
-        if enabled not in ("auto", False, None) and (key, given) != _NO_ACCUMULATION:
-            raise UserError(f"DeepSpeed's {key}: given {given!r}, must be left to {owner}")
+        value = config.pop(key, "auto")
+        enabled = value.get("enabled") if isinstance(value, dict) and "enabled" in value else value
+        if enabled not in ("auto", False, None) and (key, value) != _NO_ACCUMULATION:
+            raise UserError(f"DeepSpeed's {key}: given {value!r}, must be left to {owner}")
     stage = config["zero_optimization"]["stage"]
     if stage not in (1, 2, 3):
         raise UserError(f"DeepSpeed's zero stage: given {stage!r}, must be 1, 2 or 3")
     return plugin
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """A line for a run in fp32 on a GPU."""
+    if precision != "fp32" or device.type != "cuda":
+        return None
+    return (
+        "model.precision is fp32: on a GPU bf16 is about ten times as fast, and tf32 several times"
+    )
 
 
 def check_precision(precision: str) -> None:
@@ -145,9 +177,9 @@ def check_precision(precision: str) -> None:
 
     accelerate's default is "no".
     """
-    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if given not in ("no", precision):
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", precision):
         raise UserError(
-            f"model.precision: given {precision!r}, but accelerate's mixed_precision is {given!r}; "
-            "leave that out"
+            f"model.precision: given {precision!r}, but accelerate's mixed_precision is "
+            f"{launched!r}; leave that out"
         )

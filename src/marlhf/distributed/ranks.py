@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import atexit
 import copy
-import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -21,21 +17,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from marlhf.common.cpu_memory import GradientBuffer
-from marlhf.common.errors import ReportedError, UserError, one_line
-from marlhf.compat.deepspeed import (
-    gathered_parameter,
-    is_engine,
-    is_sharded,
-    passes_begin_at,
-    without_hooks,
-)
+from marlhf.common.errors import PeerError, ReportedError, UserError, one_line
+from marlhf.common.types import AllReduceSum
+from marlhf.compat.deepspeed import is_engine, is_sharded, parameter_offload, passes_begin_at
+from marlhf.compat.torch import autocast_experts
+from marlhf.distributed import zero
+from marlhf.distributed.placement import OneByOne, Placement
 from marlhf.distributed.profile import (
     check_precision,
     deepspeed_plugin,
+    launched_processes,
     lone_process,
+    precision_note,
     uses_cpu,
 )
-from marlhf.distributed.trained import Engine, Replicated, Trained
+from marlhf.distributed.shutdown import disconnect, remember, this_process
+from marlhf.distributed.trained import Replicated, Sharded, Trained
 
 # Buffer sizes in elements. DeepSpeed's defaults are 5 to 10 times as large, and ZeRO-3 saves
 # memory only for models larger than its buffers.
@@ -48,39 +45,6 @@ _BUFFERS = {
 Result = TypeVar("Result")
 
 
-def linear_layers(module: nn.Module) -> list[nn.Linear]:
-    """All linear layers in a module."""
-    return [part for part in module.modules() if isinstance(part, nn.Linear)]
-
-
-def in_bf16(parameter: nn.Parameter) -> nn.Parameter:
-    """A frozen bf16 copy of a parameter."""
-    return nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
-
-
-@contextmanager
-def reading(
-    parts: Iterable[nn.Module], others: Mapping[nn.Parameter, nn.Parameter]
-) -> Iterator[None]:
-    """Replace the direct parameters of `parts` by those that `others` maps them to, within.
-
-    Another module that shares a parameter, as embeddings may, keeps the original.
-    """
-    replaced = [
-        (part, name, parameter)
-        for part in parts
-        for name, parameter in part.named_parameters(recurse=False)
-        if parameter in others
-    ]
-    for part, name, parameter in replaced:
-        setattr(part, name, others[parameter])
-    try:
-        yield
-    finally:
-        for part, name, parameter in replaced:
-            setattr(part, name, parameter)
-
-
 def _set_default_timeout(timeout: timedelta) -> None:
     """Set the timeout of process groups that DeepSpeed creates: it passes none on."""
     constants: Any = torch.distributed.distributed_c10d
@@ -88,23 +52,19 @@ def _set_default_timeout(timeout: timedelta) -> None:
     constants.default_pg_nccl_timeout = timeout  # NCCL's default: 10
 
 
-class PeerError(ReportedError):
-    """Another rank failed; the message says which and how."""
-
-
 class Distributed:
-    """This process among its peers. One process runs the same code with a world size of 1.
+    """This process and its collectives with the other ranks; one process has world size 1.
 
-    precision         "bf16" runs matrix products under autocast; weights keep their dtype
+    precision         "bf16" runs matrix products under autocast, and "tf32" those of GPUs in TF32
     timeout_minutes   how long a rank waits for the others before it fails
 
     Raises UserError where the configuration of `accelerate launch` contradicts the job's.
     """
 
     def __init__(
-        self, precision: Literal["fp32", "bf16"] = "fp32", timeout_minutes: float = 360
+        self, precision: Literal["fp32", "tf32", "bf16"] = "fp32", timeout_minutes: float = 360
     ) -> None:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world = launched_processes()
         on_cpu = uses_cpu() or not torch.cuda.is_available()
         plugin = deepspeed_plugin(on_cpu)
         check_precision(precision)
@@ -117,20 +77,33 @@ class Distributed:
             timeout = timedelta(minutes=timeout_minutes)
             handlers.append(InitProcessGroupKwargs(backend, timeout=timeout))
             _set_default_timeout(timeout)
-        self._accelerator = Accelerator(
-            mixed_precision="no",
-            # excludes Apple's GPU, which has no float64; `cpu` would exclude DeepSpeed too
-            cpu=on_cpu and plugin is None,
-            deepspeed_plugin=plugin,
-            kwargs_handlers=handlers,
-        )
+        try:
+            self._accelerator = Accelerator(
+                mixed_precision="no",
+                # excludes Apple's GPU, which has no float64; `cpu` would exclude DeepSpeed too
+                cpu=on_cpu and plugin is None,
+                deepspeed_plugin=plugin,
+                kwargs_handlers=handlers,
+            )
+        except torch.distributed.DistError as error:
+            raise ReportedError(
+                f"ranks: the {world} processes could not connect (MASTER_ADDR, MASTER_PORT, "
+                f"distributed_timeout_minutes={timeout_minutes:g}): {one_line(error, 150)}"
+            ) from error
         self._precision = precision
+        if precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        elif precision == "bf16":
+            autocast_experts(self.device.type)
+        if (line := precision_note(precision, self.device)) is not None and self.is_main:
+            print(f"marlhf: {line}", file=sys.stderr)
         if plugin is not None:
             from marlhf.compat.transformers import load_complete_models
 
             load_complete_models()
         self._deepspeed: dict[str, Any] | None = None if plugin is None else plugin.deepspeed_config
         self._offloads: list[Any] = []  # `DeepSpeedZeRoOffload` handles of sharded weights
+        self._placed: list[Any] = []  # engines without an optimiser, around what was sharded
         self._gradients = GradientBuffer()
         kind = self._accelerator.distributed_type
         connected = torch.distributed.is_initialized()
@@ -141,7 +114,8 @@ class Distributed:
                 "start with `accelerate launch` or torchrun, which set RANK and LOCAL_RANK too"
             )
         if connected:
-            atexit.register(_disconnect, self._accelerator)
+            atexit.register(disconnect, self._accelerator)
+            remember(self.gather_objects([this_process()]), timeout_minutes)
 
     @property
     def rank(self) -> int:
@@ -164,9 +138,19 @@ class Distributed:
         return self._accelerator.device
 
     @property
+    def precision(self) -> str:
+        """Precision of the matrix products, "fp32", "tf32" or "bf16"."""
+        return self._precision
+
+    @property
     def zero_stage(self) -> int:
         """ZeRO stage: 1, 2 or 3 under DeepSpeed, else 0."""
         return self._deepspeed["zero_optimization"]["stage"] if self._deepspeed else 0
+
+    @property
+    def needs_peers(self) -> bool:
+        """Whether a forward pass needs all ranks, as under ZeRO-3."""
+        return self.zero_stage == 3
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over ranks; device and dtype are those of `x`."""
@@ -184,15 +168,15 @@ class Distributed:
         torch.distributed.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
 
-    def fail_together(self, work: Callable[[], Result], waits: bool = False) -> Result:
+    def fail_together(self, work: Callable[[], Result], blocks_on_peers: bool = False) -> Result:
         """Run `work` on every rank; if it raises on one, all raise and none hangs.
 
         The rank that failed raises its own error, the others PeerError. `work` may differ per rank.
 
-        waits   `work` itself waits for other ranks, such as for weights that they hold. Then a rank
-                that fails exits alone, and the launcher ends the others.
+        blocks_on_peers   `work` has collectives of its own, such as gathers of sharded weights;
+                          then a rank that fails exits alone, and the launcher ends the others
         """
-        if self.world_size == 1 or waits:
+        if self.world_size == 1 or blocks_on_peers:
             return work()
         result, failure = None, None
         try:
@@ -207,6 +191,54 @@ class Distributed:
                 raise PeerError(f"rank {rank} failed: {text}")
         return cast("Result", result)
 
+    def reduce_together(self, name: str, work: Callable[[AllReduceSum], Result]) -> Result:
+        """Run `work(all_reduce)` on every rank, as `fail_together`.
+
+        name   of the plug-in that it calls
+
+        Calls of `all_reduce` in which the ranks differ raise UserError on all.
+        """
+        if self.world_size == 1:
+            return work(self.all_reduce)
+        fault: Exception | None = None  # kept, as `work` may catch it
+
+        def meet(step: str, failure: str | None = None) -> None:
+            nonlocal fault
+            try:
+                self._meet(name, step, failure)
+            except Exception as error:
+                fault = error
+                raise
+
+        def all_reduce(x: Tensor) -> Tensor:
+            meet(f"all_reduce of {str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
+            return self.all_reduce(x)
+
+        result, failure = None, None
+        try:
+            result = work(all_reduce)
+        except Exception as error:
+            failure = error
+        if fault is None:
+            meet("no further all_reduce", None if failure is None else one_line(failure))
+        if (error := fault or failure) is not None:
+            raise error
+        return cast("Result", result)
+
+    def _meet(self, name: str, step: str, failure: str | None) -> None:
+        """Compare what the ranks do next. Raises PeerError or UserError unless this one failed."""
+        steps = self.gather_objects([(step, failure)])
+        if failure is not None:
+            return
+        for rank, (other_step, other_failure) in enumerate(steps):
+            if other_failure is not None:
+                raise PeerError(f"rank {rank} failed: {other_failure}")
+            if other_step != steps[0][0]:
+                raise UserError(
+                    f"{name}: {other_step} on rank {rank}, {steps[0][0]} on rank 0; all ranks "
+                    "must call all_reduce equally often, with tensors of the same shape and type"
+                )
+
     def autocast(self) -> Any:
         """Context of a forward pass at the configured precision."""
         # the cache would keep a bf16 copy of every weight that ZeRO-3 releases
@@ -217,107 +249,79 @@ class Distributed:
             cache_enabled=self.zero_stage < 3,
         )
 
-    def train(
+    def placement(self, sharded: bool = True) -> Placement:
+        """Puts models on the ranks: sharded under ZeRO-3, unless `sharded` is false."""
+        return Placement(self, shard=self._shard if sharded and self.zero_stage == 3 else None)
+
+    def prepare(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> Trained:
         """Prepare a model and its optimiser for training on all ranks."""
-        if self.zero_stage == 0 or self._is_sharded(module):
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        on_sharded_base = zero.has_shards(module) and not any(map(is_sharded, trained))
+        if self.zero_stage == 0 or on_sharded_base:
             return Replicated(
                 module.to(self.device), optimizer, max_grad_norm, self._offloads, self._gradients
             )
+        self._release(module)
         engine = self._engine(module, optimizer, max_grad_norm)
         if self.zero_stage == 3:
-            self._offloads.append(engine.optimizer.parameter_offload)
-        return Engine(engine)
+            self._offloads.append(parameter_offload(engine))
+        return Sharded(engine)
 
-    def shard(self, module: Any, backbone: nn.Module) -> Any:
-        """Place a frozen model: sharded under ZeRO-3, unsharded on this rank's device otherwise.
-
-        backbone   the part of it that every forward pass begins with
+    def _shard(
+        self, module: nn.Module, backbone: nn.Module, put: Callable[[nn.Parameter], None]
+    ) -> None:
+        """Shard a module over the ranks, for forward passes. See `Placement`.
 
         Adapters added later stay replicated.
         """
-        if self.zero_stage < 3:
-            return module.to(self.device)
-        offload = self._engine(module.requires_grad_(False)).optimizer
-        passes_begin_at(offload, backbone)
-        self._offloads.append(offload)
-        return module
+        import deepspeed
 
-    @contextmanager
-    def gathered(self, module: nn.Module) -> Iterator[None]:
-        """Under ZeRO-3, gather all weights of a module; elsewhere a no-op.
+        deepspeed.zero.Init(
+            module=OneByOne(module, put), config_dict_or_path=self._config(trains=False)
+        )
+        engine = self._engine(module)
+        passes_begin_at(engine.optimizer, backbone)
+        self._placed.append(engine)
+        self._offloads.append(engine.optimizer)
 
-        Forward passes within need no other rank. Must be entered on all ranks.
-        At bf16 precision, weights of linear layers are bf16 copies, rounded as by autocast.
-        """
-        parameters = {p for p in module.parameters() if is_sharded(p)}
-        if not parameters:
-            yield
-            return
-        from deepspeed.runtime.zero import GatheredParameters
+    def _release(self, module: nn.Module) -> None:
+        """Undo what makes a module's forward passes work, before an engine trains it."""
+        parameters = set(module.parameters())
+        for engine in [e for e in self._placed if not parameters.isdisjoint(e.module.parameters())]:
+            self._placed.remove(engine)
+            self._offloads.remove(engine.optimizer)
+            engine.empty_partition_cache()
+            engine.destroy()
 
-        linear = linear_layers(module) if self._precision == "bf16" else []
-        rounded: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter in (p for layer in linear for p in layer.parameters(recurse=False)):
-            if parameter in parameters:
-                with gathered_parameter(parameter):  # one at a time
-                    rounded[parameter] = in_bf16(parameter)
-        with ExitStack() as stack:
-            for offload in self._offloads:
-                if not parameters.isdisjoint(offload.module.parameters()):
-                    stack.enter_context(without_hooks(offload))
-            stack.enter_context(reading(linear, rounded))
-            others = [p for p in module.parameters() if p in parameters]
-            stack.enter_context(GatheredParameters(others))
-            yield
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Under ZeRO-3, gather all weights of a module; elsewhere a no-op. See `zero.gathered`."""
+        return zero.gathered(module, self._offloads, self._precision == "bf16")
 
-    @contextmanager
-    def whole_on_cpu(self, module: nn.Module) -> Iterator[None]:
+    def unsharded_on_cpu(self, module: nn.Module) -> AbstractContextManager[None]:
         """Under ZeRO-3, gather a module's weights on the first rank's CPU, to write them.
 
-        No device need hold all of them. Elsewhere a no-op. Must be entered on all ranks.
+        Elsewhere a no-op. Must be entered on all ranks.
         """
-        copies: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter in module.parameters() if self._is_sharded(module) else ():
-            with gathered_parameter(parameter):
-                if self.is_main:
-                    whole = parameter.detach().to("cpu", copy=True)
-                    copies[parameter] = nn.Parameter(whole, parameter.requires_grad)
-        with reading(module.modules(), copies):
-            yield
+        return zero.unsharded_on_cpu(module, self.is_main)
 
-    @torch.no_grad()
     def trained_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """A copy of the trained weights on the first rank's CPU; empty on the others.
 
         Must be called on all ranks.
         """
-        found = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                with gathered_parameter(parameter):
-                    if self.is_main:
-                        copied = torch.clone(parameter.cpu(), memory_format=torch.contiguous_format)
-                        found[name] = copied
-        return found
+        return zero.trained_weights(module, self.is_main)
 
-    @torch.no_grad()
     def set_trained_weights(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Restore the first rank's copy from `trained_weights`, on all ranks.
 
         The optimiser is not updated: only for use after training.
         """
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                with gathered_parameter(parameter, modifier_rank=0):
-                    if self.is_main:
-                        parameter.copy_(weights[name])
-                    if self.world_size > 1 and not is_sharded(parameter):
-                        torch.distributed.broadcast(parameter, 0)
+        zero.set_trained_weights(module, weights, self.is_main)
 
     def unwrap(self, model: Any) -> Any:
-        """The module that was given to `train`."""
+        """The module that was passed to `prepare`."""
         is_wrapped = isinstance(model, DistributedDataParallel) or is_engine(model)
         return model.module if is_wrapped else model
 
@@ -325,22 +329,13 @@ class Distributed:
         """Wait for all ranks."""
         self._accelerator.wait_for_everyone()
 
-    def _is_sharded(self, module: nn.Module) -> bool:
-        return any(is_sharded(p) for p in module.parameters())
-
-    def _engine(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        max_grad_norm: float | None = None,
-    ) -> Any:
-        import deepspeed
-
+    def _config(self, trains: bool, max_grad_norm: float | None = None) -> dict[str, Any]:
+        """DeepSpeed's configuration of an engine."""
         assert self._deepspeed is not None
         config = copy.deepcopy(self._deepspeed)
         # DeepSpeed would manage everything in its leaf modules (experts), adapters in a frozen base
         # included. Experts need that only where each is a module, which some ranks may skip.
-        frozen = {"leaf_module": {"classes": []}} if optimizer is None else {}
+        frozen = {} if trains else {"leaf_module": {"classes": []}}
         config["zero_optimization"] = {**_BUFFERS, **frozen, **config["zero_optimization"]}
         config |= {
             # DeepSpeed requires values; our losses are already divided by global counts
@@ -358,30 +353,18 @@ class Distributed:
                 "dtype": "bfloat16",
                 "lower_precision_safe_modules": [],
             }
+        return config
+
+    def _engine(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Any:
+        import deepspeed
+
+        config = self._config(optimizer is not None, max_grad_norm)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         assert is_engine(engine)
         assert engine.zero_optimization_stage() == self.zero_stage
         return engine
-
-
-def _disconnect(accelerator: Accelerator) -> None:
-    """Destroy the process group at exit, and wait until its threads are idle.
-
-    A thread that frees its last tensor during interpreter shutdown cannot take the GIL and aborts
-    the process: a complete run would fail.
-    """
-    accelerator.end_training()
-    patience = time.monotonic() + 5
-    time.sleep(0.1)
-    while _others_run() and time.monotonic() < patience:
-        time.sleep(0.01)
-
-
-def _others_run() -> bool:
-    """Whether another thread of this process is running or blocked on I/O; False without /proc."""
-    for task in Path("/proc/self/task").glob("[0-9]*"):
-        with suppress(OSError):  # the thread has exited
-            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-            if state in "RD" and int(task.name) != threading.get_native_id():
-                return True
-    return False

@@ -16,7 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from marlhf.common.cpu_memory import GradientBuffer
 from marlhf.common.errors import UserError
 from marlhf.common.state_files import check_weights, loading_optimizer, read_tensors
-from marlhf.compat.deepspeed import discard_gradient, gradient_norms, release_gathered
+from marlhf.compat.deepspeed import (
+    discard_gradient,
+    gradient_norms,
+    release_gathered,
+    set_accumulation_boundary,
+    was_step_applied,
+)
 from marlhf.compat.torch import ignore_in_ddp
 
 
@@ -37,8 +43,8 @@ class Replicated:
         offloads: list[Any],
         memory: GradientBuffer,
     ) -> None:
-        held = {p: None for group in optimizer.param_groups for p in group["params"]}
-        self._weights = {name: p for name, p in module.named_parameters() if p in held}
+        optimized = {p: None for group in optimizer.param_groups for p in group["params"]}
+        self._weights = {name: p for name, p in module.named_parameters() if p in optimized}
         self._max_grad_norm = max_grad_norm or float("inf")
         self._offloads = offloads
         self._memory = memory
@@ -50,7 +56,7 @@ class Replicated:
             # Reduce only gradients of the optimiser's parameters. DDP would wait for all others,
             # such as those of the critic's adapter in a base shared with the policy.
             named = module.named_parameters(remove_duplicate=False)
-            ignore_in_ddp(module, [name for name, parameter in named if parameter not in held])
+            ignore_in_ddp(module, [name for name, parameter in named if parameter not in optimized])
             # gradients are views of the all-reduce buckets, not a second copy
             self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
 
@@ -100,15 +106,15 @@ class Replicated:
         for name, weight in self._weights.items():
             weight.copy_(saved[name])
         state = read_tensors(folder / "optimizer.pt")["optimizer"]
-        own = self.optimizer.state_dict()["param_groups"]
-        counts = [[len(group["params"]) for group in x] for x in (state["param_groups"], own)]
+        groups = self.optimizer.state_dict()["param_groups"]
+        counts = [[len(group["params"]) for group in x] for x in (state["param_groups"], groups)]
         if counts[0] != counts[1]:
             raise UserError("the optimiser's state is of other parameters")
         with loading_optimizer(self.optimizer):
-            self.optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+            self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-class Engine:
+class Sharded:
     """A model with at least its optimiser sharded by DeepSpeed; interface of `Replicated`."""
 
     def __init__(self, engine: Any) -> None:
@@ -120,7 +126,7 @@ class Engine:
 
     def accumulate(self, last: bool) -> Any:
         """Context of one micro-batch: an optimiser step follows the last one."""
-        self.model.set_gradient_accumulation_boundary(last)
+        set_accumulation_boundary(self.model, last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -134,7 +140,7 @@ class Engine:
     def step(self) -> None:
         """Apply an optimiser step with the clipped gradient, and discard the gradient."""
         self.model.step()
-        assert self.model.was_step_applied()
+        assert was_step_applied(self.model)
 
     def discard(self) -> None:
         """Discard the gradient."""
@@ -169,4 +175,4 @@ def combined_norm(norms: Iterable[float]) -> float:
     return math.hypot(*parts)
 
 
-Trained = Replicated | Engine
+Trained = Replicated | Sharded

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,36 +21,47 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from marlhf.algorithm.kl import reads_reference
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.registry import split_spec
 from marlhf.compat.torch import FakeTensorMode, TorchDispatchMode, tree_leaves
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
-from marlhf.distributed import in_bf16, linear_layers, reading
-from marlhf.estimate.memory_model import Generation, Moment, Run, Training, Weights
+from marlhf.distributed import in_bf16, linear_layers, multiplied, replaced_parameters
+from marlhf.estimate.memory_model import (
+    FP32,
+    Interval,
+    RunSizes,
+    SamplingBytes,
+    Training,
+    Weights,
+)
 from marlhf.models import building, loading
 from marlhf.models.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
-from marlhf.models.decoding import KeysAndValues
+from marlhf.models.decoding import Decoder
 from marlhf.models.policy import (
     Critic,
     Policy,
     backbone_forward,
     backbone_of,
+    head_states,
     target_logprobs,
+    unwrapped,
     use_adapter,
 )
 from marlhf.rewards import build_token_rewards, reward_models
 from marlhf.rewards.learned import sequence_scores
+from marlhf.rollout.transformers_engine import Sampler
 from marlhf.segmenters import build_segmenter, segmenter_requires
 
 
 class LiveBytes(TorchDispatchMode):
     """Counter of the bytes of storages created within, for as long as they live.
 
-    known   tensors allocated before; views of them are not counted
+    allocated   tensors allocated before; views of them are not counted
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, allocated: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in allocated)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -74,27 +85,27 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def backward_moments(
-    parameters: Iterable[nn.Parameter], known: Iterable[Tensor], loss: Callable[[], Tensor]
-) -> tuple[Moment, ...]:
-    """Allocations of a forward and backward pass beyond `known`, one `Moment` per gradient.
+def backward_intervals(
+    parameters: Iterable[nn.Parameter], allocated: Iterable[Tensor], loss: Callable[[], Tensor]
+) -> tuple[Interval, ...]:
+    """Allocations of a forward and backward pass beyond `allocated`, one `Interval` per gradient.
 
     Each gradient is freed once it is complete.
     """
-    moments: list[Moment] = []
+    intervals: list[Interval] = []
 
     def complete(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        moments.append(Moment(count.peak, count.live, parameter.grad.nbytes))
+        intervals.append(Interval(count.peak, count.live, parameter.grad.nbytes))
         parameter.grad = None
         count.peak = count.live
 
     hooks = [p.register_post_accumulate_grad_hook(complete) for p in parameters if p.requires_grad]
-    with LiveBytes(known) as count:
+    with LiveBytes(allocated) as count:
         loss().backward()
     for hook in hooks:
         hook.remove()
-    return tuple(moments)
+    return tuple(intervals)
 
 
 _MOST_LAYERS = 500  # no model has more, and each takes a second
@@ -118,8 +129,8 @@ def fake_models(config: PPOConfig) -> FakeModels:
         loading.load_classifier_config(_reward_settings(spec), "reward.models", weights=False)
         for spec in specs
     ]
-    for key, found in (("model.path", lm_config), *(("reward.models", c) for c in reward_configs)):
-        layers = getattr(found.get_text_config(), "num_hidden_layers", 0)
+    for key, family in (("model.path", lm_config), *(("reward.models", c) for c in reward_configs)):
+        layers = getattr(family.get_text_config(), "num_hidden_layers", 0)
         if layers > _MOST_LAYERS:
             raise UserError(
                 f"{key}: its config.json says {layers} layers; estimate counts them one by one, "
@@ -130,45 +141,59 @@ def fake_models(config: PPOConfig) -> FakeModels:
         policy = Policy(_meta(AutoModelForCausalLM, settings, lm_config, "model.path"))
         critic = _meta_critic(config, policy, first)
         rewards = {}
-        for i, (spec, own) in enumerate(zip(specs, reward_configs, strict=True)):
+        for i, (spec, reward_config) in enumerate(zip(specs, reward_configs, strict=True)):
             name = "reward model" if len(specs) == 1 else f"reward model {i + 1}"
             if settings.lora is not None and is_adapter_of(spec["path"], settings.path):
                 model = _on_shared_base(policy.model, spec["path"], f"reward_{i}")
                 for parameter in trainable_parameters(model, f"reward_{i}"):
                     parameter.requires_grad_(False)
             else:
-                own_settings = _reward_settings(spec)
                 model = _meta(
-                    AutoModelForSequenceClassification, own_settings, own, "reward.models"
+                    AutoModelForSequenceClassification,
+                    _reward_settings(spec),
+                    reward_config,
+                    "reward.models",
                 ).requires_grad_(False)
             rewards[name] = model.eval(), spec.get("batch_size", 16)
-    models = [policy, critic, *(model for model, _ in rewards.values())]
-    mode = _fill([model for model in models if model is not None])
+    scorers = [model for model, _ in rewards.values()]
+    models = [model for model in (policy, critic, *scorers) if model is not None]
+    if settings.precision == "bf16":
+        # files of a base are taken to have the dtype that the configuration names
+        in_files = settings.lora is not None and lm_config.dtype == torch.bfloat16
+        _round(models if in_files else [model for model in scorers if hasattr(model, "score")])
+    mode = _fill(models)
     return FakeModels(policy, critic, rewards, mode)
+
+
+def _round(models: Sequence[nn.Module]) -> None:
+    """Bring frozen weights to the dtype in which `Placement` keeps them under bf16."""
+    for parameter in (parameter for model in models for parameter in multiplied(model)):
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
 
 
 def _fill(models: Sequence[nn.Module]) -> FakeTensorMode:
     """Replace "meta" tensors by fake CPU tensors; shared tensors stay shared."""
-    mode, made = FakeTensorMode(), {}
+    mode, fakes = FakeTensorMode(), {}
     for module in (module for model in models for module in model.modules()):
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
         buffers = module.named_buffers(recurse=False, remove_duplicate=False)
         for name, old in (*parameters, *buffers):
             if not old.is_meta:  # replaced in another model already
                 continue
-            if old not in made:
+            if old not in fakes:
                 with mode:
                     new = torch.empty(old.shape, dtype=old.dtype)
                 trains = isinstance(old, nn.Parameter)
-                made[old] = nn.Parameter(new, old.requires_grad) if trains else new
-            setattr(module, name, made[old])
+                fakes[old] = nn.Parameter(new, old.requires_grad) if trains else new
+            setattr(module, name, fakes[old])
     return mode
 
 
 def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> Critic | None:
     """Build the critic, and add the policy's adapter: the critic may share its base."""
     settings = config.model
-    lm_config = _causal_lm(policy).config
+    lm_config = unwrapped(policy.model).config
     start = building.critic_start(config, lm_config, None, reward_path, weights=False)
     adapter, source = start.adapter, start.source
     if settings.gradient_checkpointing:
@@ -176,19 +201,20 @@ def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> 
     if settings.lora is not None:
         policy.model = add_adapter(policy.model, settings.lora, "policy")
         policy.adapter = "policy"
-    if not config.has_critic_model:
+    if not start.is_model:
+        policy.head = building.zero_head(unwrapped(policy.model)) if config.has_head else None
         return None
     if adapter is not None:
         return _on_shared_base(policy.model, adapter, "critic")
     if source is not None:
-        own = loading.load_classifier_config(source, "critic.path", weights=False)
-        model = _meta(AutoModelForSequenceClassification, source, own, "critic.path")
+        classifier_config = loading.load_classifier_config(source, "critic.path", weights=False)
+        model = _meta(AutoModelForSequenceClassification, source, classifier_config, "critic.path")
         if settings.gradient_checkpointing:
             loading.enable_checkpointing(model)
         return building.critic_from_classifier(model, settings.lora)
     if settings.lora is not None:
         return building.critic_on_shared_base(policy.model, settings.lora)
-    return building.critic_from_policy(_causal_lm(policy))
+    return building.critic_from_policy(copy.deepcopy(unwrapped(policy.model)))
 
 
 def _on_shared_base(model: Any, folder: str, name: str) -> Critic:
@@ -228,34 +254,33 @@ class PassCounter:
         if models.critic is not None:
             self._trainees["critic"] = models.critic
         frozen = [model for model, _ in models.rewards.values()]
-        self._known = [
+        self._allocated = [
             tensor
             for model in (*self._trainees.values(), *frozen)
             for tensor in (*model.parameters(), *model.buffers())
         ]
         self._weights = _weights(config, models)
+        self._unmapped = _unmapped(config, self._weights)
         self._counted: dict[tuple[Any, ...], Any] = {}
 
-    def run(self, ranks: int, sharded: bool = False) -> Run:
+    def run(self, ranks: int, sharded: bool = False) -> RunSizes:
         """All passes of one of `ranks` ranks, at maximal prompt and response lengths.
 
         sharded   weights are sharded, as under ZeRO-3; then autocast caches no bf16 copies of them
         """
-        rows, cache = (
-            _rows(self._config, ranks),
-            not sharded or self._config.model.precision == "fp32",
-        )
+        responses = _responses(self._config, ranks)
+        cache = not sharded or self._config.model.precision == "fp32"
         training = {name: self._training(name, ranks, cache) for name in self._trainees}
         limit = self._config.rollout.micro_batch_size or self._config.optimizer.micro_batch_size
         scoring = {
-            name: self._once(self._scoring, name, min(limit, rows), cache)
+            name: self._once(self._scoring, name, min(limit, responses), cache)
             for name in self._trainees
         } | {
-            name: self._once(self._reward, name, min(batch, rows))
+            name: self._once(self._reward, name, min(batch, responses), cache)
             for name, (_, batch) in self._models.rewards.items()
         }
-        generation = self._once(self._generation, rows, cache)
-        return Run(self._weights, training, scoring, generation)
+        sampling = self._once(self._sampling, _sampled_at_once(self._config, responses), cache)
+        return RunSizes(self._weights, training, scoring, sampling, self._unmapped)
 
     def _once(self, count: Callable[..., Any], *arguments: Any) -> Any:
         key = (count.__name__, *arguments)
@@ -265,9 +290,9 @@ class PassCounter:
         return self._counted[key]
 
     @contextmanager
-    def _counting(self, cache: bool, beside: Sequence[Tensor] = ()) -> Iterator[LiveBytes]:
-        known = [*self._known, *beside]
-        with torch.no_grad(), LiveBytes(known) as count, self._autocast(cache):
+    def _counting(self, cache: bool, rounded: Sequence[Tensor] = ()) -> Iterator[LiveBytes]:
+        allocated = [*self._allocated, *rounded]
+        with torch.no_grad(), LiveBytes(allocated) as count, self._autocast(cache):
             yield count
 
     def _autocast(self, cache: bool) -> Any:
@@ -276,82 +301,84 @@ class PassCounter:
 
     def _training(self, name: str, ranks: int, cache: bool) -> Training:
         config, limit = self._config, self._config.optimizer.micro_batch_size
-        rows = max(1, _rows(config, ranks) // config.ppo.minibatches)
+        responses = max(1, _responses(config, ranks) // config.ppo.minibatches)
         # sequences, tokens per sequence, and tokens per sequence that have a loss
-        shapes = [(min(limit, rows), _length(config), config.rollout.max_new_tokens)]
+        shapes = [(min(limit, responses), _length(config), config.rollout.max_new_tokens)]
         if name == "policy" and config.ptx is not None:
             texts = max(1, config.ptx.batch_size // ranks)
             shapes.append((min(limit, texts), config.ptx.max_length, config.ptx.max_length - 1))
         passes = [self._once(self._backward, name, shape, cache) for shape in shapes]
-        largest = max(passes, key=lambda moments: max(moment.peak for moment in moments))
-        return Training(largest, rows > limit or len(shapes) > 1)
+        largest = max(passes, key=lambda intervals: max(interval.peak for interval in intervals))
+        return Training(largest, responses > limit or len(shapes) > 1)
 
-    def _backward(self, name: str, shape: tuple[int, int, int], cache: bool) -> tuple[Moment, ...]:
+    def _backward(
+        self, name: str, shape: tuple[int, int, int], cache: bool
+    ) -> tuple[Interval, ...]:
         model = self._trainees[name]
         model.train()
 
         def loss() -> Tensor:
             with self._autocast(cache):
-                return _forward(model, self._config, *shape).sum()
+                outputs = _forward(model, self._config, *shape)
+                return torch.stack([output.sum() for output in outputs]).sum()
 
         trained = trainable_parameters(model, name if self._config.model.lora else None)
-        return backward_moments(trained, self._known, loss)
+        return backward_intervals(trained, self._allocated, loss)
 
-    def _scoring(self, name: str, rows: int, cache: bool) -> int:
+    def _scoring(self, name: str, responses: int, cache: bool) -> int:
         config = self._config
         with self._counting(cache) as count:
             T = config.rollout.max_new_tokens
-            _forward(self._trainees[name], config, rows, _length(config), T, ("entropy",))
+            _forward(self._trainees[name], config, responses, _length(config), T, ("entropy",))
         return count.peak
 
-    def _reward(self, name: str, rows: int) -> int:
-        with torch.no_grad(), LiveBytes(self._known) as count:
-            sequence_scores(self._models.rewards[name][0], *_tokens(rows, _length(self._config)))
+    def _reward(self, name: str, responses: int, cache: bool) -> int:
+        model, _ = self._models.rewards[name]
+        is_decoder = isinstance(model, Critic) or hasattr(model, "score")
+        autocast = self._autocast(cache) if is_decoder else nullcontext()
+        with torch.no_grad(), LiveBytes(self._allocated) as count, autocast:
+            sequence_scores(model, *_tokens(responses, _length(self._config)))
         return count.peak
 
-    def _generation(self, rows: int, cache: bool) -> Generation:
+    def _sampling(self, responses: int, cache: bool) -> SamplingBytes:
         """Bytes of the prefill, and of the last decoding step of the longest responses.
 
-        Weights are as `Distributed.gathered` has them where autocast must not cache copies.
+        Where autocast must not cache copies, weights are rounded as by `Distributed.gathered`.
         """
         policy, config = self._models.policy, self._config
-        lm = _causal_lm(policy).eval()
+        lm = unwrapped(policy.model).eval()
         base = {p for p in lm.parameters() if not (config.model.lora and p.requires_grad)}
         linear = [] if cache else linear_layers(lm)
         weights = (p for layer in linear for p in layer.parameters(recurse=False) if p in base)
         rounded = {p: in_bf16(p) for p in weights}
 
-        def read(ids: Tensor, mask: Tensor, past: KeysAndValues) -> Any:
-            return lm(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                past_key_values=past,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-
         counting = partial(self._counting, cache, list(rounded.values()))
-        with use_adapter(policy.model, policy.adapter), reading(linear, rounded):
+        with use_adapter(policy.model, policy.adapter), replaced_parameters(linear, rounded):
             gathered = sum(p.nbytes for p in lm.parameters() if p in base.union(rounded.values()))
             with counting() as first:
-                read(
-                    *_tokens(rows, config.rollout.max_prompt_length),
-                    KeysAndValues(config=lm.config),
-                )
+                Decoder(lm, *_tokens(responses, config.rollout.max_prompt_length))
             with counting() as last:
-                past: Any = KeysAndValues(config=lm.config)
-                read(*_tokens(rows, _length(config) - 1), past)
-                kept = sum(x.nbytes for layer in past.layers for x in (layer.keys, layer.values))
+                decoder = Decoder(lm, *_tokens(responses, _length(config) - 1))
+                cache_bytes = decoder.cache_bytes
                 last.peak = last.live
-                ids, mask = _tokens(rows, _length(config))
-                _sample(read(ids[:, -1:], mask, past).logits, config)
-        return Generation(kept, max(first.peak, last.peak) - kept, gathered)
+                # stop strings read token ids alone, and EOS ids have no size to speak of
+                settings = replace(config.rollout, stop_strings=[])
+                sampler = Sampler(range(responses), [], settings, None)
+                last_tokens = torch.zeros(responses, dtype=torch.int64)
+                sampler(decoder.step(last_tokens), range(responses), 0)
+        return SamplingBytes(cache_bytes, max(first.peak, last.peak) - cache_bytes, gathered)
 
 
-def _rows(config: PPOConfig, ranks: int) -> int:
+def _responses(config: PPOConfig, ranks: int) -> int:
     """Responses per update on one rank."""
     responses = config.rollout.batch_size * config.rollout.responses_per_prompt
     return max(1, -(-responses // ranks))
+
+
+def _sampled_at_once(config: PPOConfig, responses: int) -> int:
+    """Of the responses of a rank, those in one KV cache of the engine `transformers`."""
+    _, arguments = split_spec(config.rollout.engine, "engine")
+    return min(responses, int(arguments.get("batch_size") or responses))
 
 
 def _length(config: PPOConfig) -> int:
@@ -359,55 +386,59 @@ def _length(config: PPOConfig) -> int:
     return config.rollout.longest
 
 
-def _tokens(rows: int, length: int) -> tuple[Tensor, Tensor]:
+def _tokens(sequences: int, length: int) -> tuple[Tensor, Tensor]:
     return (
-        torch.zeros(rows, length, dtype=torch.int64),
-        torch.ones(rows, length, dtype=torch.bool),
+        torch.zeros(sequences, length, dtype=torch.int64),
+        torch.ones(sequences, length, dtype=torch.bool),
     )
 
 
 def _forward(
     model: Policy | Critic,
     config: PPOConfig,
-    rows: int,
+    sequences: int,
     length: int,
     T: int,
     extras: Collection[str] = (),
-) -> Tensor:
-    """Log-probabilities or values of the last T tokens, none of them masked."""
-    ids, mask = _tokens(rows, length)
+) -> list[Tensor]:
+    """Log-probabilities and values of the last T tokens, unmasked.
+
+    The outputs of `Policy.forward` [sequences*T] and of its head, if it has one, [sequences,T+1];
+    or those of `Critic.forward`.
+    """
+    ids, mask = _tokens(sequences, length)
     if isinstance(model, Critic):
-        return model(ids, mask, mask[:, -T:])[0]
-    lm = _causal_lm(model)
+        return list(model(ids, mask, mask[:, -T:]))
+    lm = unwrapped(model.model)
     with use_adapter(model.model, model.adapter):
         hidden = backbone_forward(backbone_of(lm), ids, mask)
         # `Policy.forward` picks these by the mask, which fake tensors cannot do
         before, targets = hidden[:, -T - 1 : -1].flatten(0, 1), ids[:, -T:].flatten()
-        temperature = config.sampled_from["temperature"]
-        return target_logprobs(lm, before, targets, temperature, extras)[0]
-
-
-def _causal_lm(policy: Policy) -> Any:
-    model: Any = policy.model
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def _sample(logits: Tensor, config: PPOConfig) -> None:
-    """Allocate as `generation.generate` does for the logits [B,1,V] of one step."""
-    scores = logits[:, -1].to(torch.float32, copy=True)
-    scores = scores / config.rollout.temperature
-    if config.rollout.top_p < 1:
-        ordered, index = scores.sort(-1)
-        beyond = ordered.softmax(-1).cumsum(-1) > config.rollout.top_p
-        scores = scores.masked_fill(beyond.scatter(1, index, beyond), float("-inf"))
-        del ordered, index, beyond
-    noise = torch.stack([torch.rand(scores.shape[1], dtype=torch.float64) for _ in scores])
-    torch.argmax(scores + noise.log_().neg_().log_().neg_().to(torch.float32), -1)
+        temperature = config.logprob_settings["temperature"]
+        values = [] if model.head is None else [head_states(model.head, hidden[:, -T - 1 :])]
+        return [target_logprobs(lm, before, targets, temperature, extras)[0], *values]
 
 
 def _has_reference(config: PPOConfig) -> bool:
     required = segmenter_requires(build_segmenter(config.segmenter))
     return reads_reference(config.kl, required | build_token_rewards(config.reward.tokens).requires)
+
+
+def _unmapped(config: PPOConfig, weights: Mapping[str, Weights]) -> int:
+    """fp32 bytes of the largest model that is not read as it lies in files.
+
+    These are models in GGUF, and reward models whose adapters are merged into another base.
+    """
+    sizes = [0]
+    if "gguf_file" in loading.model_source(config.model.path, "model.path"):
+        sizes.append(weights["policy"].used)
+    specs = reward_models(config.reward.models)
+    rewards = [model for name, model in weights.items() if name.startswith("reward model")]
+    for spec, model in zip(specs, rewards, strict=True):
+        # one on the policy's base has no weights of its own but the adapter's
+        if saved_adapter(spec["path"]) is not None and model.frozen == model.used:
+            sizes.append(model.used)
+    return FP32 * max(sizes)
 
 
 def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
@@ -417,25 +448,30 @@ def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
     adapters = config.model.lora is not None
 
     def size(module: nn.Module, adapter: str | None, trains: bool = True) -> Weights:
-        own = {id(p): p for p in module.parameters()}
+        parameters = {id(p): p for p in module.parameters()}
         trained = trainable_parameters(module, adapter) if trains else []
-        mine = {id(p) for p in trained}
-        base = {i: p for i, p in own.items() if i not in mine and not p.requires_grad}
-        frozen = sum(p.numel() for i, p in base.items() if i not in counted)
+        trained_ids = {id(p) for p in trained}
+        base = {i: p for i, p in parameters.items() if i not in trained_ids and not p.requires_grad}
+        own = base.keys() - counted
+        frozen = sum(base[i].numel() for i in own)
+        halves = sum(base[i].numel() for i in own if base[i].dtype == torch.bfloat16)
         counted.update(base)
-        read = base if adapters and trains else own
+        read = base if adapters and trains else parameters
         return Weights(
             frozen=frozen,
             trained=sum(p.numel() for p in trained),
-            reads=sum(p.numel() for p in read.values()),
+            used=sum(p.numel() for p in read.values()),
             largest=max(p.numel() for p in read.values()),
             adapters=adapters and trains,
+            halves=halves,
         )
 
     sizes = {"policy": size(policy, "policy" if adapters else None)}
     if not adapters and _has_reference(config):
-        whole = sizes["policy"]
-        sizes["reference"] = Weights(whole.trained, 0, whole.reads, whole.largest)
+        copied = sizes["policy"]
+        is_bf16 = config.model.precision == "bf16"
+        halves = sum(p.numel() for p in multiplied(policy.model)) if is_bf16 else 0
+        sizes["reference"] = Weights(copied.trained, 0, copied.used, copied.largest, halves=halves)
     if critic is not None:
         sizes["critic"] = size(critic, "critic" if adapters else None)
     for name, (model, _) in models.rewards.items():

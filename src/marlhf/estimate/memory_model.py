@@ -10,7 +10,8 @@ The profiles in configs/accelerate say how weights are sharded. N ranks; bytes p
     zero3           4/N          8/N          4/N                     4/N
     zero3_offload   host: 4/N    host: 12/N   host: 8/N               host: 4/N
 
-Adam has two fp32 moments. ZeRO-1 and 2 step an fp32 copy of this rank's shard, ZeRO-3 the shard
+Under bf16 linear layers of frozen models have 2 bytes instead of 4 (`distributed.placement`). Adam
+has two fp32 moments. ZeRO-1 and 2 step an fp32 copy of this rank's shard, ZeRO-3 the shard
 itself, unless that is offloaded. DeepSpeed reduces gradients in a bucket of fixed size, one each
 for policy and critic (ZeRO-1 and 2: during a backward pass), counted only as far as gradients fill
 it: untouched CPU pages are never resident. Adapters over weights that ZeRO-3 shards are replicated
@@ -27,7 +28,7 @@ Profile = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 STAGES: dict[Profile, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
-FP32 = 4
+FP32, BF16 = 4, 2
 _MOMENTS = 2 * FP32
 # bytes that `distributed.ranks._BUFFERS` lets DeepSpeed hold
 _BUCKET, _REUSED, _PREFETCHED = FP32 * 50_000_000, FP32 * 20_000_000, FP32 * 20_000_000
@@ -40,20 +41,22 @@ class Weights:
 
     frozen     without an optimiser
     trained    in an optimiser
-    reads      base parameters that a pass uses, shared ones included
+    used       base parameters that a pass uses, shared ones included
     largest    size of the largest tensor among these
     adapters   whether adapters are trained, over a frozen base
+    halves     of the frozen ones, in bf16
     """
 
     frozen: int
     trained: int
-    reads: int
+    used: int
     largest: int
     adapters: bool = False
+    halves: int = 0
 
 
 @dataclass(frozen=True)
-class Moment:
+class Interval:
     """Interval up to the next complete gradient of a backward pass.
 
     It begins with the forward pass, or when the gradient before it is freed.
@@ -75,42 +78,44 @@ class Training:
     accumulates  whether a pass adds to the gradients of earlier ones
     """
 
-    moments: Sequence[Moment]
+    intervals: Sequence[Interval]
     accumulates: bool
 
 
 @dataclass(frozen=True)
-class Generation:
+class SamplingBytes:
     """Bytes for sampling responses.
 
     cache      KV cache of all sequences
-    rest       peak of everything else
+    other      peak of everything else
     gathered   the policy's weights, where ZeRO-3 gathers them for sampling
     """
 
     cache: int
-    rest: int
+    other: int
     gathered: int
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSizes:
     """Models and passes of one rank.
 
     models     name -> weights, of `policy`, `critic`, `reference` and reward models
     training   `policy` and `critic` -> their largest micro-batches
     scoring    name of a model -> most bytes alive in one log-prob, value or scoring pass
+    unmapped   fp32 bytes of the largest model that the first rank holds complete while it reads it
     """
 
     models: Mapping[str, Weights]
     training: Mapping[str, Training]
     scoring: Mapping[str, int]
-    generation: Generation
+    sampling: SamplingBytes
+    unmapped: int = 0
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes of one phase, in addition to those of `Estimate.stays`."""
+    """Bytes of one phase, in addition to those of `MemoryEstimate.permanent`."""
 
     gathered: int = 0
     gradients: int = 0
@@ -123,10 +128,12 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes on one rank: permanent on the device, added by each phase, on the host.
 
     buffers   gradient buffers that stay between passes: DDP's buckets, DeepSpeed's under ZeRO-3
+    loading   the largest tensor, which a device holds beyond what stays while models are loaded
+    reading   the same on the host of the first rank, which alone reads
     """
 
     weights: int
@@ -134,20 +141,22 @@ class Estimate:
     buffers: int
     phases: Mapping[str, Phase] = field(repr=False)
     host: int = 0
+    loading: int = 0
+    reading: int = 0
 
     @property
-    def stays(self) -> int:
+    def permanent(self) -> int:
         """Bytes on the device in every phase."""
         return self.weights + self.optimizer + self.buffers
 
     @property
     def peak(self) -> int:
         """Most bytes on the device at any time."""
-        return self.stays + max(phase.total for phase in self.phases.values())
+        return self.permanent + max(phase.total for phase in self.phases.values())
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Permanent:
     """Permanent bytes of one model."""
 
     weights: float = 0
@@ -156,24 +165,27 @@ class _Held:
     host: float = 0
 
 
-def estimate(run: Run, profile: Profile, ranks: int) -> Estimate:
+def estimate(run: RunSizes, profile: Profile, ranks: int) -> MemoryEstimate:
     """Memory of each of `ranks` ranks."""
-    held = [_held(model, profile, ranks) for model in run.models.values()]
+    permanent = [_permanent_bytes(model, profile, ranks) for model in run.models.values()]
     scorings = [
         Phase(_gathered(run.models[name], profile), 0, size) for name, size in run.scoring.items()
     ]
-    whole = run.generation.gathered if is_sharded(profile) else 0
-    sampling = Phase(whole, 0, run.generation.cache + run.generation.rest)
+    gathered = run.sampling.gathered if is_sharded(profile) else 0
+    sampling = Phase(gathered, 0, run.sampling.cache + run.sampling.other)
     phases = {"generate": sampling, "score": max(scorings, key=_total)} | {
         f"train {name}": _training(run.models[name], size, profile, ranks)
         for name, size in run.training.items()
     }
-    return Estimate(
-        weights=round(sum(each.weights for each in held)),
-        optimizer=round(sum(each.optimizer for each in held)),
-        buffers=round(sum(each.buffers for each in held)),
+    largest = max(FP32 * model.largest for model in run.models.values())
+    return MemoryEstimate(
+        weights=round(sum(model.weights for model in permanent)),
+        optimizer=round(sum(model.optimizer for model in permanent)),
+        buffers=round(sum(model.buffers for model in permanent)),
         phases=phases,
-        host=round(sum(each.host for each in held)),
+        host=round(sum(model.host for model in permanent)),
+        loading=largest,
+        reading=max(largest, run.unmapped),
     )
 
 
@@ -188,10 +200,11 @@ def _stage_of_trained(model: Weights, profile: Profile) -> int:
     return 0 if model.adapters and stage == 3 else stage
 
 
-def _held(model: Weights, profile: Profile, ranks: int) -> _Held:
+def _permanent_bytes(model: Weights, profile: Profile, ranks: int) -> _Permanent:
     """Permanent bytes of one model, on the device and on the host."""
-    frozen = FP32 * model.frozen / (ranks if is_sharded(profile) else 1)
-    trained, each = model.trained, model.trained / ranks
+    frozen = FP32 * model.frozen - (FP32 - BF16) * model.halves
+    frozen /= ranks if is_sharded(profile) else 1
+    trained, share = model.trained, model.trained / ranks
     on_host = frozen if profile == "zero3_offload" else 0.0
     on_device = frozen - on_host
     bucket = min(_BUCKET, FP32 * trained)
@@ -199,22 +212,22 @@ def _held(model: Weights, profile: Profile, ranks: int) -> _Held:
         profile = "ddp"
     match profile:
         case "single":
-            return _Held(on_device + FP32 * trained, _MOMENTS * trained)
+            return _Permanent(on_device + FP32 * trained, _MOMENTS * trained)
         case "ddp":
-            return _Held(
+            return _Permanent(
                 on_device + FP32 * trained, _MOMENTS * trained, FP32 * trained, host=on_host
             )
         case "zero1" | "zero2":
-            return _Held(on_device + FP32 * trained, (FP32 + _MOMENTS) * each)
+            return _Permanent(on_device + FP32 * trained, (FP32 + _MOMENTS) * share)
         case "zero3":
-            return _Held(on_device + FP32 * each, _MOMENTS * each, FP32 * each + bucket)
+            return _Permanent(on_device + FP32 * share, _MOMENTS * share, FP32 * share + bucket)
         case "zero3_offload":  # weights, their copy, moments, two copies of gradients
-            return _Held(on_device, 0, bucket, on_host + (4 * FP32 + _MOMENTS) * each)
+            return _Permanent(on_device, 0, bucket, on_host + (4 * FP32 + _MOMENTS) * share)
 
 
 def _gathered(model: Weights, profile: Profile) -> int:
     """Bytes of unsharded weights on this rank in the middle of a pass."""
-    alive = min(FP32 * model.reads, _REUSED + _PREFETCHED + FP32 * model.largest)
+    alive = min(FP32 * model.used, _REUSED + _PREFETCHED + FP32 * model.largest)
     return alive if is_sharded(profile) else 0
 
 
@@ -226,12 +239,12 @@ def _training(model: Weights, size: Training, profile: Profile, ranks: int) -> P
     gathered = _gathered(model, profile)
     match _stage_of_trained(model, profile):
         case 0:
-            return Phase(gathered, trained, _kept(size) - trained)
+            return Phase(gathered, trained, _peak_of_all_gradients(size) - trained)
         case 1:
             gradients = trained + min(trained, _BUCKET)
-            return Phase(0, gradients, max(_kept(size) - gradients, part))
+            return Phase(0, gradients, max(_peak_of_all_gradients(size) - gradients, part))
         case 2:
-            backward = _reduced(size.moments, _BUCKET, part, size.accumulates)
+            backward = _reduced(size.intervals, _BUCKET, part, size.accumulates)
             # a flat copy of the part; before that, its norm in float64
             step = part + max(part, 2 * slice_)
             gradients = min(part * (1 + size.accumulates), backward)
@@ -239,22 +252,22 @@ def _training(model: Weights, size: Training, profile: Profile, ranks: int) -> P
         case _:
             stepped = min(trained, _STEPPED_AT_ONCE) // ranks
             step = max(2 * FP32 * model.largest // ranks, stepped)
-            backward = Phase(gathered, 0, _reduced(size.moments, _BUCKET))
+            backward = Phase(gathered, 0, _reduced(size.intervals, _BUCKET))
             return max(backward, Phase(0, 0 if profile == "zero3_offload" else step), key=_total)
 
 
-def _kept(size: Training) -> int:
+def _peak_of_all_gradients(size: Training) -> int:
     """Most bytes alive if all gradients stay until the optimiser step."""
-    done = sum(moment.gradient for moment in size.moments) if size.accumulates else 0
-    most = 0
-    for moment in size.moments:
-        most = max(most, done + moment.peak)
-        done += 0 if size.accumulates else moment.gradient
-    return max(most, done)
+    accumulated = sum(interval.gradient for interval in size.intervals) if size.accumulates else 0
+    peak = 0
+    for interval in size.intervals:
+        peak = max(peak, accumulated + interval.peak)
+        accumulated += 0 if size.accumulates else interval.gradient
+    return max(peak, accumulated)
 
 
 def _reduced(
-    moments: Sequence[Moment], bucket: int, part: int | None = None, accumulates: bool = False
+    intervals: Sequence[Interval], bucket: int, part: int | None = None, accumulates: bool = False
 ) -> int:
     """Most bytes alive if DeepSpeed reduces gradients through a bucket of `bucket` bytes.
 
@@ -266,19 +279,19 @@ def _reduced(
     is_new = part is not None
     part = part or 0
     held = part * accumulates
-    most = waiting = in_bucket = too_large = 0
-    for moment in moments:
-        most = max(most, held + in_bucket + too_large + moment.peak)
-        if waiting and waiting + moment.gradient > bucket:
+    peak = waiting = in_bucket = too_large = 0
+    for interval in intervals:
+        peak = max(peak, held + in_bucket + too_large + interval.peak)
+        if waiting and waiting + interval.gradient > bucket:
             held = part * (1 + accumulates)
-            most = max(most, held + in_bucket + too_large + waiting + moment.live)
+            peak = max(peak, held + in_bucket + too_large + waiting + interval.live)
             waiting = too_large = 0
-        waiting += moment.gradient
-        if moment.gradient > bucket:
-            too_large = moment.gradient
+        waiting += interval.gradient
+        if interval.gradient > bucket:
+            too_large = interval.gradient
         elif is_new:
             in_bucket = max(in_bucket, waiting)
-    return max(most, part * (1 + accumulates) + in_bucket + too_large + waiting)
+    return max(peak, part * (1 + accumulates) + in_bucket + too_large + waiting)
 
 
 def _total(phase: Phase) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 from marlhf.config import EvaluateConfig
 from marlhf.data.prompts import Prompt
 from marlhf.distributed import Distributed
-from marlhf.evaluation.policies import Source
-from marlhf.evaluation.records import Key, Line, Records
+from marlhf.evaluation.policies import PolicySource
+from marlhf.evaluation.records import JsonLine, Key, Records
+from marlhf.rollout.engine import EngineFactory
 
 SAMPLE_KEY = ("policy", "temperature", "row", "sample")
 MEASURE_KEY = (*SAMPLE_KEY, "measure")
@@ -28,14 +29,15 @@ class Bench:
 
     config: EvaluateConfig
     prompts: Sequence[Prompt]
-    sources: Sequence[Source]
+    sources: Sequence[PolicySource]
     samples: Records
     measures: Records
     distributed: Distributed
+    engine: EngineFactory
     track: Callable[[Sequence[Any], str], Iterator[Any]]
 
-    def response_keys(self, sources: Sequence[Source] | None = None) -> list[Key]:
-        """Keys of all wanted responses, in order."""
+    def response_keys(self, sources: Sequence[PolicySource] | None = None) -> list[Key]:
+        """Keys of all responses of the evaluation, in order."""
         return [
             (source.label, temperature, row, sample)
             for source in (self.sources if sources is None else sources)
@@ -44,28 +46,28 @@ class Bench:
             for sample in range(self.config.rollout.responses_per_prompt)
         ]
 
-    def as_main_sees(self, value: Any) -> Any:
+    def from_main(self, value: Any) -> Any:
         """The main rank's value, on every rank."""
         return self.distributed.gather_objects([value] if self.distributed.is_main else [])[0]
 
-    def work_off(
-        self, records: Records, keys: Sequence[Key], what: str, work: Callable[[list[Key]], list]
+    def record_all(
+        self, records: Records, keys: Sequence[Key], label: str, work: Callable[[list[Key]], list]
     ) -> None:
         """Make a record for each key, in batches that all ranks share.
 
         Each batch is on disk before the next; it has one policy and one temperature. `work` returns
-        the lines of this rank's share, without the key's own fields.
+        the lines of this rank's share, without the fields of the key; `label` names the batches.
         """
         size = self.config.rollout.batch_size
         batches = [
             group[start : start + size]
-            for group in (list(same) for _, same in groupby(keys, key=lambda key: key[:2]))
+            for group in (list(run) for _, run in groupby(keys, key=lambda key: key[:2]))
             for start in range(0, len(group), size)
         ]
-        for batch in self.track(batches, what):
-            mine = list(batch[self.distributed.rank :: self.distributed.world_size])
-            lines: list[Line] = work(mine) if mine else []
-            names = zip(mine, lines, strict=True)
+        for batch in self.track(batches, label):
+            share = list(batch[self.distributed.rank :: self.distributed.world_size])
+            lines: list[JsonLine] = work(share) if share else []
+            names = zip(share, lines, strict=True)
             records.append(dict(zip(SAMPLE_KEY, key, strict=True)) | line for key, line in names)
 
     def measure(
@@ -88,10 +90,10 @@ class Bench:
             return
         values_of = prepare()
 
-        def work(keys: list[Key]) -> list[Line]:
+        def work(keys: list[Key]) -> list[JsonLine]:
             return [
                 {"measure": name, "value": value, "fingerprint": fingerprints[key]}
                 for key, value in zip(keys, values_of(keys), strict=True)
             ]
 
-        self.work_off(self.measures, pending, name, work)
+        self.record_all(self.measures, pending, name, work)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
+import functools
 import json
 import os
 import random
-import socket
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from functools import partial
-from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
+
+import httpx
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.config import JudgeSettings
@@ -26,11 +23,10 @@ from marlhf.config import JudgeSettings
 Messages = Sequence[Mapping[str, str]]
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 300.0  # seconds between tries
-REQUEST = "judge request"  # the name of its thread
 _LARGEST_REPLY = 2**20  # bytes
-_MOST_TOKENS = 2**32  # per request; a server's larger count is not believed
+_MOST_TOKENS = 2**32  # per request; a server's larger count is ignored
 _RETRIED = {408, 409, 429}
-_HOPELESS = {401, 403, 404, 405}  # no other request will fare better
+_HOPELESS = {401, 403, 404, 405}  # other requests would fail too
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -98,9 +94,7 @@ class Endpoint:
         self._key = api_key(settings)
         address = settings.url.rstrip("/")
         self._address = address.removesuffix("/chat/completions") + "/chat/completions"
-        local = urlsplit(address).hostname in _LOOPBACK
-        proxies = [urllib.request.ProxyHandler({})] if local else []
-        self._opener = urllib.request.build_opener(_NoRedirects, _Handler, _SecureHandler, *proxies)
+        self._local = urlsplit(address).hostname in _LOOPBACK  # without a proxy
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def stop(self) -> None:
@@ -108,7 +102,7 @@ class Endpoint:
         self._stop.set()
 
     def body(self, messages: Messages) -> dict[str, Any]:
-        """Body of a request: with the address, all that an answer depends on."""
+        """Body of a request; with the address it determines the answer."""
         settings = self.settings
         body: dict[str, Any] = {"model": settings.model, "messages": list(messages)}
         body["max_tokens"] = settings.max_tokens
@@ -121,8 +115,8 @@ class Endpoint:
     def longest_answer(self) -> int:
         """Token limit of an answer, as the body of a request sets it."""
         limits = map(self.body([]).get, ("max_tokens", "max_completion_tokens"))
-        given = [limit for limit in limits if isinstance(limit, int)]
-        return max(given, default=self.settings.max_tokens)
+        set_limits = [limit for limit in limits if isinstance(limit, int)]
+        return max(set_limits, default=self.settings.max_tokens)
 
     def price(self, tokens_in: int, tokens_out: int) -> float:
         """Price of these tokens; 0 without prices."""
@@ -150,13 +144,13 @@ class Endpoint:
         estimate = token_estimate(messages)
         reserved = self.price(estimate, self.longest_answer)
         with self._lock:
-            cap, most = self.settings.max_cost, self.settings.max_requests
+            max_cost, max_requests = self.settings.max_cost, self.settings.max_requests
             if self._stop.is_set():
                 raise StoppedError("stopped")
-            if most is not None and self.requests >= most:
-                raise StoppedError(f"judge.max_requests={most} is reached")
-            if cap is not None and self.cost + reserved > cap:
-                raise StoppedError(f"judge.max_cost={cap:g} is reached")
+            if max_requests is not None and self.requests >= max_requests:
+                raise StoppedError(f"judge.max_requests={max_requests} is reached")
+            if max_cost is not None and self.cost + reserved > max_cost:
+                raise StoppedError(f"judge.max_cost={max_cost:g} is reached")
             self.requests += 1
             self.cost += reserved
         spent = 0.0
@@ -170,41 +164,44 @@ class Endpoint:
 
     def _post(self, body: Mapping[str, Any]) -> bytes:
         """Post a request and return the body of a successful answer."""
+        timeout = self.settings.timeout_seconds
+        exchange = asyncio.wait_for(self._exchange(json.dumps(body).encode()), timeout)
+        try:
+            answer = asyncio.run_coroutine_threadsafe(exchange, _loop()).result()
+        except (asyncio.TimeoutError, TimeoutError):
+            raise _RetryError(f"no answer within {timeout:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
+            raise _RetryError(f"connection failed: {self._one_line(_cause(error))}") from None
+        if answer.status < 300:
+            return answer.body
+        reason = answer.body.decode("utf-8", "replace") or answer.reason
+        message = f"status {answer.status} {self._one_line(reason)}"
+        if answer.status in _RETRIED or answer.status >= 500:
+            raise _RetryError(message, _retry_after(answer.retry_after))
+        raise RequestError(message, hopeless=answer.status in _HOPELESS or answer.status < 400)
+
+    async def _exchange(self, data: bytes) -> _Answer:
+        """Send a request; return the answer of any status, its body bounded."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
-        data = json.dumps(body).encode()
-        request = _Request(self._address, data, headers, method="POST")
-        timeout = self.settings.timeout_seconds
-        try:
-            status, reason, answer_headers, answer = _within(
-                timeout, partial(self._exchange, request, timeout), request.close
+        parts, size = [], 0
+        # a redirect would carry the key to another address; `_post` bounds the time of all phases
+        async with (
+            httpx.AsyncClient(
+                follow_redirects=False, timeout=None, trust_env=not self._local
+            ) as client,
+            client.stream("POST", self._address, content=data, headers=headers) as response,
+        ):
+            async for part in response.aiter_bytes(65536):
+                parts.append(part)
+                size += len(part)
+                if size > _LARGEST_REPLY:
+                    raise httpx.DecodingError("the answer is too large")
+            retry_after = response.headers.get("Retry-After")
+            return _Answer(
+                response.status_code, response.reason_phrase, retry_after, b"".join(parts)
             )
-        except TimeoutError:
-            raise _RetryError(f"no answer within {timeout:g} s") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise _RetryError(f"no answer within {timeout:g} s") from None
-            raise _RetryError(f"connection failed: {self._shown(reason)}") from None
-        if status < 300:
-            return answer
-        message = f"status {status} {self._shown(answer.decode('utf-8', 'replace') or reason)}"
-        if status in _RETRIED or status >= 500:
-            raise _RetryError(message, _retry_after(answer_headers.get("Retry-After")))
-        raise RequestError(message, hopeless=status in _HOPELESS or status < 400)
-
-    def _exchange(self, request: _Request, timeout: float) -> tuple[int, str, Any, bytes]:
-        """Status, reason, headers and body of whatever the server answers."""
-        try:
-            with self._opener.open(request, timeout=timeout) as response:
-                return response.status, response.reason, response.headers, _read(response)
-        except urllib.error.HTTPError as error:
-            try:
-                said = _read(error)
-            except (OSError, http.client.HTTPException, ValueError):
-                said = b""
-            return error.code, error.reason, error.headers, said
 
     def _parsed(self, data: bytes, estimate: int) -> Reply:
         """Parse the server's answer. A malformed body is retried: the next may be valid."""
@@ -218,7 +215,7 @@ class Endpoint:
             text, body = None, None
         if not isinstance(text, str) or not isinstance(body, dict):
             raise _RetryError(
-                f"no chat completion: {self._shown(data[:500].decode(errors='replace'))}"
+                f"no chat completion: {self._one_line(data[:500].decode(errors='replace'))}"
             )
         text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates
         usage = body.get("usage")
@@ -235,106 +232,35 @@ class Endpoint:
         """The text without the key, should the server have sent it back."""
         return text if self._key is None else text.replace(self._key, "***")
 
-    def _shown(self, value: Any) -> str:
+    def _one_line(self, value: Any) -> str:
         return one_line(self.without_key(str(value) or type(value).__name__), 160)
 
 
-class _Request(urllib.request.Request):
-    """A request that another thread can end, in any phase."""
-
-    connection: http.client.HTTPConnection | None = None
-    sock: socket.socket | None = None  # urllib takes it from the connection before the body is read
-    is_over = False
-
-    def connect(self, cls: Any, *arguments: Any, **keywords: Any) -> http.client.HTTPConnection:
-        """Create the request's connection, as urllib's handlers do."""
-        made = cls(*arguments, **keywords)
-        made.request_of_ours, self.connection = self, made
-        return made
-
-    def close(self) -> None:
-        """Send nothing more, and wake the thread that waits for the server."""
-        self.is_over = True
-        sock = self.sock or (self.connection and self.connection.sock)
-        if sock is not None:
-            with suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own, which another reads
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    reason: str
+    retry_after: str | None
+    body: bytes
 
 
-class _Closable:
-    """A connection that does not begin to send once its `_Request` is over."""
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all requests, in a thread of its own.
 
-    request_of_ours: _Request
-
-    def connect(self) -> None:
-        super().connect()  # pyright: ignore[reportAttributeAccessIssue]
-        self.request_of_ours.sock = self.sock  # pyright: ignore[reportAttributeAccessIssue]
-        if self.request_of_ours.is_over:
-            raise TimeoutError
-
-
-class _Connection(_Closable, http.client.HTTPConnection):
-    pass
-
-
-class _SecureConnection(_Closable, http.client.HTTPSConnection):
-    pass
-
-
-class _Handler(urllib.request.HTTPHandler):
-    def http_open(self, req: Any) -> Any:
-        return self.do_open(partial(req.connect, _Connection), req)
-
-
-class _SecureHandler(urllib.request.HTTPSHandler):
-    def https_open(self, req: Any) -> Any:
-        return self.do_open(partial(req.connect, _SecureConnection), req)
-
-
-def _within(seconds: float, work: Callable[[], Any], end: Callable[[], None]) -> Any:
-    """Run `work` with a time limit; past it, call `end` and raise TimeoutError.
-
-    A socket's own time-out covers each wait alone: one address of several, one byte of the headers.
-    None covers name resolution.
+    Requests past their timeout are cancelled there, name resolution included, without a wait.
     """
-    results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put((work(), None))
-        except BaseException as error:
-            results.put((None, error))
-
-    threading.Thread(target=run, name=REQUEST, daemon=True).start()
-    try:
-        found, error = results.get(timeout=seconds)
-    except Empty:
-        end()
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return found
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="judge requests", daemon=True).start()
+    return loop
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error, as it would carry the key to another address."""
-
-    def redirect_request(self, *arguments: Any, **keywords: Any) -> None:
-        return None
-
-
-def _read(response: Any) -> bytes:
-    """Read a body of bounded size."""
-    parts, size = [], 0
-    while part := response.read1(65536):
-        parts.append(part)
-        size += len(part)
-        if size > _LARGEST_REPLY:
-            raise http.client.HTTPException("the answer is too large")
-    expected = response.headers.get("Content-Length", "")
-    if expected.isdecimal() and size < int(expected):
-        raise http.client.HTTPException("the answer is cut short")
-    return b"".join(parts)
+def _cause(error: BaseException) -> BaseException | str:
+    """The system's error behind those of the client, or the last of them."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    code = error.errno if isinstance(error, OSError) else None
+    return os.strerror(code) if code is not None and code > 0 else error
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -345,9 +271,9 @@ def _retry_after(value: str | None) -> float | None:
         seconds = float(value)
     except ValueError:
         try:
-            when = parsedate_to_datetime(value)
+            date = parsedate_to_datetime(value)
         except (ValueError, OverflowError):
             return None
-        when = when if when.tzinfo is not None else when.replace(tzinfo=timezone.utc)
-        seconds = (when - datetime.now(timezone.utc)).total_seconds()
+        date = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+        seconds = (date - datetime.now(timezone.utc)).total_seconds()
     return max(0.0, seconds) if seconds == seconds else None

@@ -11,7 +11,7 @@ from typing import Any
 from marlhf.common.errors import UserError, one_line
 from marlhf.config import JudgeSettings
 from marlhf.evaluation.endpoint import Endpoint, RequestError, StoppedError, token_estimate
-from marlhf.evaluation.records import Line, Records, fingerprint
+from marlhf.evaluation.records import JsonLine, Records, fingerprint
 from marlhf.evaluation.statistics import win_rate
 
 _GIVE_UP_AFTER = 5  # consecutive questions without an answer: the server is gone
@@ -66,19 +66,19 @@ _VERDICT = re.compile(r"\W*verdict\W*(?:response\s+)?(a|b|tie)\W*", re.IGNORECAS
 
 
 @dataclass(frozen=True)
-class Pair:
+class ResponsePair:
     """Responses of a policy and of the baseline to one prompt."""
 
     policy: str
     row: int
     prompt: str
-    ours: str
-    theirs: str
+    response: str
+    baseline_response: str
 
     @property
     def identical(self) -> bool:
-        """Whether the responses are equal but for outer blanks: a tie that needs no judge."""
-        return self.ours.strip() == self.theirs.strip()
+        """Whether the responses are equal up to outer blanks: a tie that needs no judge."""
+        return self.response.strip() == self.baseline_response.strip()
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ def judge_messages(task: str, prompt: str, first: str, second: str) -> list[dict
 def verdict(answer: str) -> str | None:
     """`A`, `B` or `tie`; None for an answer without a verdict or with contradictory ones."""
     matches = (_VERDICT.fullmatch(line) for line in answer.splitlines())
-    found = {match[1].lower() for match in matches if match is not None}
-    if not found and (bare := answer.strip(" \t\r\n.*\"'`").lower()) in ("a", "b", "tie"):
-        found = {bare}
-    if len(found) != 1:
+    verdicts = {match[1].lower() for match in matches if match is not None}
+    if not verdicts and (bare := answer.strip(" \t\r\n.*\"'`").lower()) in ("a", "b", "tie"):
+        verdicts = {bare}
+    if len(verdicts) != 1:
         return None
-    (word,) = found
+    (word,) = verdicts
     return word if word == "tie" else word.upper()
 
 
@@ -121,11 +121,11 @@ class Judge:
         self.endpoint = Endpoint(settings)
         self._cache = cache
 
-    def questions(self, pair: Pair) -> tuple[Question, Question]:
+    def questions(self, pair: ResponsePair) -> tuple[Question, Question]:
         """Both orders of a pair: the policy's response first, then the baseline's."""
         return (
-            self._question(pair.prompt, pair.ours, pair.theirs),
-            self._question(pair.prompt, pair.theirs, pair.ours),
+            self._question(pair.prompt, pair.response, pair.baseline_response),
+            self._question(pair.prompt, pair.baseline_response, pair.response),
         )
 
     def _question(self, prompt: str, first: str, second: str) -> Question:
@@ -133,20 +133,20 @@ class Judge:
         address = self.settings.url.rstrip("/").removesuffix("/chat/completions")
         return Question(fingerprint(address, self.endpoint.body(messages)), messages)
 
-    def open_questions(self, pairs: Sequence[Pair]) -> list[Question]:
+    def open_questions(self, pairs: Sequence[ResponsePair]) -> list[Question]:
         """Questions without an answer in the cache.
 
-        An answer without a verdict counts if it was asked for as often as is wanted now.
+        An answer without a verdict counts once it was asked for as often as `reasks` allows.
         """
-        found = {}
+        questions = {}
         for pair in pairs:
             for question in self.questions(pair) if not pair.identical else ():
                 line = self._cache.lines.get((question.key,))
                 if line is None or (
                     line["verdict"] is None and line["asked"] <= self.settings.reasks
                 ):
-                    found[question.key] = question
-        return list(found.values())
+                    questions[question.key] = question
+        return list(questions.values())
 
     def estimate(self, questions: Sequence[Question]) -> str:
         """Estimated requests, tokens and cost, before anything is asked."""
@@ -161,8 +161,8 @@ class Judge:
         caps = {"max_cost": self.settings.max_cost, "max_requests": self.settings.max_requests}
         if self.settings.reasks:
             text += f"; each up to {self.settings.reasks} times more while it gets no verdict"
-        given = [f"judge.{name}={cap:g}" for name, cap in caps.items() if cap is not None]
-        return text + (f" (capped by {', '.join(given)})" if given else "")
+        set_caps = [f"judge.{name}={cap:g}" for name, cap in caps.items() if cap is not None]
+        return text + (f" (capped by {', '.join(set_caps)})" if set_caps else "")
 
     def ask(
         self, questions: Sequence[Question], track: Callable[[Sequence[Any], str], Iterator[Any]]
@@ -175,11 +175,11 @@ class Judge:
         failed, in_a_row, capped, last = 0, 0, None, ""
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             futures = [pool.submit(self._answer, question) for question in questions]
-            done: Iterator[Future[Line]] = as_completed(futures)
+            completed: Iterator[Future[JsonLine]] = as_completed(futures)
             unseen = set(futures)
             try:
                 for _ in track(futures, "judging"):
-                    future = next(done)
+                    future = next(completed)
                     unseen.remove(future)
                     fault = future.exception()
                     if isinstance(fault, StoppedError):
@@ -189,7 +189,7 @@ class Judge:
                         if fault.hopeless or in_a_row >= _GIVE_UP_AFTER:
                             raise UserError(
                                 f"judge.url: {self.settings.url!r} gives no answers: {fault}; "
-                                "those given are kept, run again to go on"
+                                "those given are kept, run again to resume"
                             ) from fault
                     else:
                         self._cache.append([future.result()])
@@ -202,15 +202,15 @@ class Judge:
         faults = [f"{failed} requests failed, the last with: {last}"] if failed else []
         return "; ".join([*faults, *([capped] if capped else [])]) or None
 
-    def _answer(self, question: Question) -> Line:
+    def _answer(self, question: Question) -> JsonLine:
         """Ask until there is a verdict, at most 1 + `reasks` times."""
         messages, tokens, reply = list(question.messages), [0, 0], None
-        for asked in range(1, self.settings.reasks + 2):
+        for times_asked in range(1, self.settings.reasks + 2):
             reply = self.endpoint.ask(messages)
             tokens = [tokens[0] + reply.tokens_in, tokens[1] + reply.tokens_out]
-            found = verdict(reply.text)
-            if found is not None or asked > self.settings.reasks:
-                line = {"key": question.key, "verdict": found, "asked": asked}
+            decision = verdict(reply.text)
+            if decision is not None or times_asked > self.settings.reasks:
+                line = {"key": question.key, "verdict": decision, "asked": times_asked}
                 return line | {
                     "answer": reply.text,
                     "tokens_in": tokens[0],
@@ -223,13 +223,14 @@ class Judge:
             ]
         raise AssertionError("the loop returns")
 
-    def result(self, pairs: Sequence[Pair], resamples: int, seed: int) -> dict[str, Any]:
+    def result(self, pairs: Sequence[ResponsePair], resamples: int, seed: int) -> dict[str, Any]:
         """Win rate over the pairs that have a verdict in both orders.
 
         A pair's outcome is the mean of the two orders, which cancels position bias.
 
-        invalid      pairs with an answer but no verdict in it; unanswered  pairs short of an answer
-        identical    ties that needed no judge
+        invalid         pairs with an answer that holds no verdict
+        unanswered      pairs that lack an answer
+        identical       ties that needed no judge
         contradictory   ties because each order preferred the other response
         first_position  share of decided answers that preferred the response shown first
         """
@@ -248,13 +249,13 @@ class Judge:
             decided += sum(word != "tie" for word in words)
             for_first += words.count("A")
             contradictory += words in (["A", "A"], ["B", "B"])
-            ours = {"A": 1.0, "B": 0.0, "tie": 0.5}
-            outcomes.append((ours[words[0]] + 1 - ours[words[1]]) / 2)
-        found = asdict(win_rate([[x] for x in outcomes], resamples, seed))
+            outcome_of = {"A": 1.0, "B": 0.0, "tie": 0.5}
+            outcomes.append((outcome_of[words[0]] + 1 - outcome_of[words[1]]) / 2)
+        win_rates = asdict(win_rate([[x] for x in outcomes], resamples, seed))
         share = for_first / decided if decided else None
-        return found | counts | {"contradictory": contradictory, "first_position": share}
+        return win_rates | counts | {"contradictory": contradictory, "first_position": share}
 
-    def usage(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+    def usage(self, pairs: Sequence[ResponsePair]) -> dict[str, Any]:
         """The judge, and tokens and cost of all its answers about these pairs."""
         keys = {(q.key,) for pair in pairs if not pair.identical for q in self.questions(pair)}
         lines = [self._cache.lines[key] for key in keys if key in self._cache.lines]

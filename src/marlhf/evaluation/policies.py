@@ -1,4 +1,4 @@
-"""Models to evaluate: labels, paths, and all that is known before loading weights."""
+"""Models to evaluate: labels, paths, and everything that needs no weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 from marlhf.common.chat_templates import fix_date
 from marlhf.common.errors import UserError
 from marlhf.common.paths import local_path
+from marlhf.common.tokenization import Tokenizer
 from marlhf.config import EvaluateConfig, ModelSettings
 from marlhf.data.encoding import check_prompts, encode
 from marlhf.data.prompts import Prompt, render
+from marlhf.distributed import Placement
 from marlhf.evaluation.records import identity
 from marlhf.models import loading
 
 
 @dataclass(frozen=True)
-class Source:
+class PolicySource:
     """A model that is not loaded yet.
 
     label       its name in results
@@ -32,15 +34,15 @@ class Source:
     key: str
     settings: ModelSettings
     lm_config: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     longest: int
     prompt_ids: list[list[int]]
     identity: list[Any]
 
-    def load(self) -> Any:
+    def load(self, placement: Placement) -> Any:
         """Load the weights. Raises UserError."""
         return loading.load_policy(
-            self.settings, self.tokenizer, self.lm_config, self.key, self.longest
+            self.settings, self.tokenizer, self.lm_config, self.key, self.longest, placement
         )
 
 
@@ -49,21 +51,21 @@ def labelled(policies: str | Sequence[str] | dict[str, str]) -> dict[str, str]:
     if isinstance(policies, dict):
         return policies
     paths = [policies] if isinstance(policies, str) else list(policies)
-    found: dict[str, str] = {}
+    by_label: dict[str, str] = {}
     for path in paths:
         parts = [part for part in Path(path).expanduser().parts if part not in ("final", "/")]
         label = parts[-1] if parts else path
-        if label in found:
+        if label in by_label:
             raise UserError(
-                f"policies: {found[label]!r} and {path!r} would both be called {label!r}; give a "
-                "mapping {label: path}"
+                f"policies: {by_label[label]!r} and {path!r} would both be called {label!r}; give "
+                "a mapping {label: path}"
             )
-        found[label] = path
-    return found
+        by_label[label] = path
+    return by_label
 
 
 def model_folder(path: str) -> str:
-    """Path of a model: of a run's folder, the policy in its `final/`."""
+    """Path of a model; for the folder of a run, the policy in its `final/`."""
     folder = local_path(path, "policies")
     final = folder / "final"
     return str(final) if final.is_dir() and not (folder / "config.json").is_file() else path
@@ -71,14 +73,14 @@ def model_folder(path: str) -> str:
 
 def source(
     label: str, path: str, key: str, config: EvaluateConfig, prompts: Sequence[Prompt]
-) -> Source:
-    """Load all of a model but its weights, and check the prompts with it. Raises UserError."""
-    own = config.model
+) -> PolicySource:
+    """Load a model without its weights, and check the prompts with it. Raises UserError."""
+    loading_settings = config.model
     settings = ModelSettings(
         path=model_folder(path),
-        precision=own.precision,
-        trust_remote_code=own.trust_remote_code,
-        chat_template=own.chat_template,
+        precision=loading_settings.precision,
+        trust_remote_code=loading_settings.trust_remote_code,
+        chat_template=loading_settings.chat_template,
     )
     lm_config = loading.load_model_config(settings, key)
     tokenizer = loading.load_tokenizer(settings, key)
@@ -86,15 +88,15 @@ def source(
     loading.check_tokenizer(tokenizer, lm_config, key)
     loading.check_architecture(lm_config, settings, key)
     positions = loading.position_limit(lm_config)
-    check_prompts(prompts, tokenizer, config.data, config.rollout, positions)
-    texts = [render(prompt, tokenizer, config.data) for prompt in prompts]
+    check_prompts([prompts], tokenizer, config.rollout, positions)
+    texts = [render(prompt, tokenizer) for prompt in prompts]
     special = [prompt.messages is None for prompt in prompts]
     ids, _ = encode(texts, tokenizer, config.rollout.max_prompt_length, special)
     longest, files = config.rollout.longest, identity(settings.path)
-    return Source(label, key, settings, lm_config, tokenizer, longest, ids, files)
+    return PolicySource(label, key, settings, lm_config, tokenizer, longest, ids, files)
 
 
-def check_same_tokens(reference: Source, policies: Sequence[Source]) -> None:
+def check_same_tokens(reference: PolicySource, policies: Sequence[PolicySource]) -> None:
     """Check that policies have the reference's tokens: KL compares token by token.
 
     Raises UserError where they differ.

@@ -1,4 +1,4 @@
-"""Append-only JSONL files with keys, from which an interrupted evaluation resumes."""
+"""Append-only JSONL files with keys; an interrupted evaluation resumes from them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from marlhf.runs.directory import notice
 from marlhf.runs.json_lines import tidy
 from marlhf.runs.provenance import base_of, commit_of, model_files
 
-Line = dict[str, Any]
+JsonLine = dict[str, Any]
 Key = tuple[Any, ...]
-GO_ON = "; what is there is kept, and the same command goes on from it"
+RESUME_HINT = "; complete records are kept: run the same command again to resume"
 
 
 class Sample(BaseModel):
@@ -59,8 +59,8 @@ class Judged(BaseModel):
 class Records:
     """Lines of a JSONL file by key; the last line of a key counts.
 
-    Every rank holds all lines; the main rank writes them. A last line that was cut off while being
-    written is dropped and overwritten; any other that is no record is moved to `NAME.bad`.
+    Every rank holds all lines; the main rank writes them. An incomplete last line is dropped and
+    overwritten; any other line that is no record is moved to `NAME.bad`.
 
     key      fields that make the key
     schema   what a line must hold in addition
@@ -79,17 +79,17 @@ class Records:
         self._names = tuple(key)
         self._distributed = distributed
         self._is_main = distributed is None or distributed.is_main
-        mine = read_lines(path, self._names, schema) if self._is_main else []
-        self.lines: dict[Key, Line] = {self.key(line): line for line in self._shared(mine)}
+        lines = read_lines(path, self._names, schema) if self._is_main else []
+        self.lines: dict[Key, JsonLine] = {self.key(line): line for line in self._shared(lines)}
 
     def key(self, line: Mapping[str, Any]) -> Key:
         """The key of a line."""
         return tuple(line[name] for name in self._names)
 
-    def append(self, lines: Iterable[Line]) -> None:
+    def append(self, lines: Iterable[JsonLine]) -> None:
         """Add lines, written before this returns. Every rank calls it, with lines of its own.
 
-        Where the disk refuses, none of them is on it: batches are atomic. Raises UserError.
+        Batches are atomic: if the disk is full, none of the lines is written. Raises UserError.
         """
         new = self._shared(list(lines))
         if self._distributed is None:
@@ -98,33 +98,33 @@ class Records:
             self._distributed.fail_together(lambda: self._write(new))
         self.lines.update((self.key(line), line) for line in new)
 
-    def _write(self, lines: list[Line]) -> None:
+    def _write(self, lines: list[JsonLine]) -> None:
         if self._is_main and lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            with writing("output_dir", self.path.parent, GO_ON):
+            with writing("output_dir", self.path.parent, RESUME_HINT):
                 _append(self.path, text.encode("utf-8"))
 
-    def _shared(self, lines: list[Line]) -> list[Line]:
+    def _shared(self, lines: list[JsonLine]) -> list[JsonLine]:
         return lines if self._distributed is None else self._distributed.gather_objects(lines)
 
 
 def _append(path: Path, text: bytes) -> None:
     """Append a complete text to a file, or nothing. Raises OSError."""
     with path.open("ab", buffering=0) as file:
-        size, rest = file.seek(0, os.SEEK_END), memoryview(text)
+        size, remaining = file.seek(0, os.SEEK_END), memoryview(text)
         try:
-            while rest:
-                rest = rest[file.write(rest) :]
+            while remaining:
+                remaining = remaining[file.write(remaining) :]
         except OSError:
             file.truncate(size)
             raise
 
 
-def read_lines(path: Path, names: Sequence[str], schema: type[BaseModel] | None) -> list[Line]:
+def read_lines(path: Path, names: Sequence[str], schema: type[BaseModel] | None) -> list[JsonLine]:
     """Read a file's records, removing all else; see `json_lines.tidy`. Raises UserError."""
-    lines: list[Line] = []
+    lines: list[JsonLine] = []
 
-    def is_kept(line: Line) -> bool | None:
+    def is_kept(line: JsonLine) -> bool | None:
         scalars = (str, int, float, type(None))
         if not all(name in line and isinstance(line[name], scalars) for name in names):
             return None

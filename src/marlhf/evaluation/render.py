@@ -36,51 +36,51 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         [f"distinct_{n} of all", *(_number(entry["distinct"][n]) for entry in policies)]
         for n in policies[0]["distinct"]
     ]
-    found = [Table(f"Means over {results['prompts']} prompts", ["", *names], metrics)]
+    rendered = [Table(f"Means over {results['prompts']} prompts", ["", *names], metrics)]
     for key, title in (("pass_at_k", "pass@k"), ("best_of_n", "Score of the best of n")):
         if key in policies[0]:
             rows = [[k, *(_point(entry[key][k]) for entry in policies)] for k in policies[0][key]]
-            found.append(Table(title, [title[-1], *names], rows))
+            rendered.append(Table(title, [title[-1], *names], rows))
     comparisons = results["comparisons"]
     if not comparisons:
-        return found
+        return rendered
     names = [_name(entry, several) for entry in comparisons]
     baseline = comparisons[0]["baseline"]
     rows = [
         [label, *(_cell(entry["differences"][label], "+.3f") for entry in comparisons)]
         for label in comparisons[0]["differences"]
     ]
-    found.append(Table(f"Difference to {baseline}, paired", ["", *names], rows))
+    rendered.append(Table(f"Difference to {baseline}, paired", ["", *names], rows))
     rows = [
         [
             name,
-            by,
+            measure,
             _cell(won["rate"]),
             *(str(won[k]) for k in ("wins", "ties", "losses")),
             _out(won),
         ]
         for name, entry in zip(names, comparisons, strict=True)
-        for by, won in entry["win_rates"].items()
+        for measure, won in entry["win_rates"].items()
     ]
     headings = ["policy", "by", "win rate", "wins", "ties", "losses", "left out"]
     if rows:
-        found.append(Table(f"Win rates against {baseline}, a tie counts half", headings, rows))
-    return found
+        rendered.append(Table(f"Win rates against {baseline}, a tie counts half", headings, rows))
+    return rendered
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
     """Print every table."""
     for table in tables(results):
-        shown = RichTable(box=box.SIMPLE_HEAD, title=_text(table.title), title_justify="left")
+        rich_table = RichTable(box=box.SIMPLE_HEAD, title=_text(table.title), title_justify="left")
         for i, heading in enumerate(table.headings):
-            shown.add_column(_text(heading), justify="right" if i else "left")
+            rich_table.add_column(_text(heading), justify="right" if i else "left")
         for row in table.rows:
-            shown.add_row(*map(_text, row))
-        console.print(shown)
+            rich_table.add_row(*map(_text, row))
+        console.print(rich_table)
 
 
 def _text(cell: str) -> Text:
-    """A cell without markup or terminal commands, whatever a policy is called."""
+    """A cell without markup or terminal commands, which a policy's name may contain."""
     return Text(printable(cell))
 
 

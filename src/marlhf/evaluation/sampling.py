@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -13,26 +13,30 @@ from marlhf.common.seeds import EVAL_STEP, row_seed
 from marlhf.common.tokenization import ResponseDecoder, has_text
 from marlhf.common.types import Generation, Sequences
 from marlhf.evaluation.bench import Bench
-from marlhf.evaluation.policies import Source
-from marlhf.evaluation.records import Key, Line, fingerprint
+from marlhf.evaluation.policies import PolicySource
+from marlhf.evaluation.records import JsonLine, Key, fingerprint
 from marlhf.models.policy import Policy, forward
 from marlhf.rewards.learned import right_pad
 from marlhf.rollout.batching import micro_batches
-from marlhf.rollout.generation import generate, left_pad
+from marlhf.rollout.engine import Engine, EngineContext, start_engine
+from marlhf.rollout.policy_weights import policy_weights
+from marlhf.rollout.transformers_engine import left_pad
 
-# Settings that change no response: batch sizes, and those that are in the key.
-_FREE = ("batch_size", "micro_batch_size", "responses_per_prompt", "temperature")
+# settings that change no response: batch sizes, and those that are part of the key
+_WITHOUT_EFFECT = ("batch_size", "micro_batch_size", "responses_per_prompt", "temperature")
 
 
-def fingerprints(bench: Bench, source: Source) -> list[str]:
-    """Fingerprint per prompt of all that decides its responses, the key aside."""
+def fingerprints(bench: Bench, source: PolicySource) -> list[str]:
+    """Fingerprint per prompt of everything that its responses depend on except their key."""
     config = bench.config
-    settings = {k: v for k, v in asdict(config.rollout).items() if k not in _FREE}
+    settings = {k: v for k, v in asdict(config.rollout).items() if k not in _WITHOUT_EFFECT}
+    if config.rollout.engine == "transformers":
+        del settings["engine"]  # responses recorded before there were engines remain valid
     common = [source.identity, settings, config.seed, config.model.precision]
-    return bench.as_main_sees([fingerprint(common, ids) for ids in source.prompt_ids])
+    return bench.from_main([fingerprint(common, ids) for ids in source.prompt_ids])
 
 
-def pending_samples(bench: Bench, source: Source, prints: Sequence[str]) -> list[Key]:
+def pending_samples(bench: Bench, source: PolicySource, prints: Sequence[str]) -> list[Key]:
     """Keys of the responses still to be sampled.
 
     Raises UserError where recorded ones are by other settings, another model or other data.
@@ -48,31 +52,38 @@ def pending_samples(bench: Bench, source: Source, prints: Sequence[str]) -> list
     return [key for key in keys if key not in lines]
 
 
-def sample_policy(bench: Bench, source: Source, prints: Sequence[str]) -> None:
-    """Sample the missing responses. The policy is in memory no longer than that takes."""
-    pending = pending_samples(bench, source, prints)
-    if pending:
-        what = f"responses of {source.label}"
-        bench.work_off(bench.samples, pending, what, _sampler(bench, source, prints))
+def sample_policy(bench: Bench, source: PolicySource, prints: Sequence[str]) -> None:
+    """Sample the missing responses; the policy is in memory only meanwhile."""
+    if pending := pending_samples(bench, source, prints):
+        _sample_keys(bench, source, prints, pending)
         free_memory()
 
 
-def _sampler(
-    bench: Bench, source: Source, prints: Sequence[str]
-) -> Callable[[list[Key]], list[Line]]:
-    """Load the policy and return the function that makes records of keys."""
-    policy = source.load().to(bench.distributed.device)
+def _sample_keys(
+    bench: Bench, source: PolicySource, prints: Sequence[str], pending: list[Key]
+) -> None:
+    policy = source.load(bench.distributed.placement(sharded=False))
+    context = EngineContext(
+        policy, source.tokenizer, bench.distributed, bench.config.rollout.longest
+    )
+    engine = start_engine(bench.engine, context)
 
-    def sample(keys: list[Key]) -> list[Line]:
-        lines = _sampled(bench, policy, source, keys)
+    def sample(keys: list[Key]) -> list[JsonLine]:
+        lines = _sampled(bench, policy, engine, source, keys)
         for line, (_, _, row, _) in zip(lines, keys, strict=True):
             line |= {"prompt": bench.prompts[row].text, "fingerprint": prints[row]}
         return lines
 
-    return sample
+    try:
+        engine.update_weights(policy_weights(policy))
+        bench.record_all(bench.samples, pending, f"responses of {source.label}", sample)
+    finally:
+        engine.close()
 
 
-def _sampled(bench: Bench, policy: Policy, source: Source, keys: Sequence[Key]) -> list[Line]:
+def _sampled(
+    bench: Bench, policy: Policy, engine: Engine, source: PolicySource, keys: Sequence[Key]
+) -> list[JsonLine]:
     """Records of responses sampled at one temperature.
 
     Noise depends on seed, row and sample alone: policies and temperatures are compared on the same
@@ -81,8 +92,7 @@ def _sampled(bench: Bench, policy: Policy, source: Source, keys: Sequence[Key]) 
     settings = replace(bench.config.rollout, temperature=keys[0][1])
     ids = [source.prompt_ids[row] for _, _, row, _ in keys]
     seeds = [row_seed(bench.config.seed, EVAL_STEP - sample, row) for _, _, row, sample in keys]
-    with bench.distributed.autocast():
-        generation = generate(policy, source.tokenizer, ids, seeds, settings)
+    generation = engine.generate(ids, seeds, settings)
     logprobs = sequence_logprobs(bench, policy, generation, settings.temperature)
     lengths, finished = generation.lengths.tolist(), generation.finished.tolist()
     decoder = ResponseDecoder(source.tokenizer, policy.eos_ids, settings.skip_special_tokens)
@@ -101,22 +111,25 @@ def sequence_logprobs(
 ) -> list[float]:
     """[B] log pi(response | prompt) as sampled at `temperature`, nats, by a log-prob pass."""
     sequences = Sequences.of(generation)
-    found = [0.0] * len(sequences.input_ids)
+    totals = [0.0] * len(sequences.input_ids)
     settings = bench.config.rollout
-    size, least = settings.micro_batch_size or len(found), settings.min_new_tokens
-    for rows in micro_batches(sequences.attention_mask, size):
+    size = settings.micro_batch_size or len(totals)
+    for index in micro_batches(sequences.attention_mask, size):
         with bench.distributed.autocast():
             logprobs, _ = forward(
-                policy, sequences.rows(rows), temperature=temperature, min_tokens=least
+                policy,
+                sequences.select(index),
+                temperature=temperature,
+                min_tokens=settings.min_new_tokens,
             )
-        for row, value in zip(rows.tolist(), logprobs.double().sum(1).tolist(), strict=True):
-            found[row] = value
-    return found
+        for i, total in zip(index.tolist(), logprobs.double().sum(1).tolist(), strict=True):
+            totals[i] = total
+    return totals
 
 
-def measure_kl(bench: Bench, reference: Source) -> None:
+def measure_kl(bench: Bench, reference: PolicySource) -> None:
     """Record the k1 KL of every response, log(policy / reference) at its temperature, nats."""
-    samples, identity = bench.samples.lines, bench.as_main_sees(reference.identity)
+    samples, identity = bench.samples.lines, bench.from_main(reference.identity)
     prints = {
         key: fingerprint(identity, samples[key]["fingerprint"], samples[key]["tokens"])
         for key in bench.response_keys()
@@ -124,7 +137,7 @@ def measure_kl(bench: Bench, reference: Source) -> None:
     prompt_ids = {source.label: source.prompt_ids for source in bench.sources}
 
     def prepare():
-        policy = reference.load().to(bench.distributed.device)
+        policy = reference.load(bench.distributed.placement(sharded=False))
 
         def values_of(keys: list[Key]) -> list[float | None]:
             rows = [prompt_ids[label][row] for label, _, row, _ in keys]
@@ -138,7 +151,7 @@ def measure_kl(bench: Bench, reference: Source) -> None:
     free_memory()
 
 
-def _generation(bench: Bench, prompts: list[list[int]], lines: Sequence[Line]) -> Generation:
+def _generation(bench: Bench, prompts: list[list[int]], lines: Sequence[JsonLine]) -> Generation:
     """Recorded responses as a batch."""
     tensors = (
         *left_pad(prompts, 0),

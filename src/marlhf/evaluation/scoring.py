@@ -16,7 +16,7 @@ from marlhf.rewards import (
     RewardModel,
     build_rewards,
 )
-from marlhf.rollout.worker import reward_columns
+from marlhf.rollout.scores import reward_columns
 from marlhf.runs.provenance import code_of
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
@@ -26,8 +26,8 @@ ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 class Measure:
     """A reward and its name in the results.
 
-    weight     in `score`; None for what is no part of it
-    identity   changes when the reward does, as far as its configuration and files tell
+    weight     in `score`; None if it is no part of it
+    identity   changes with the reward's configuration and files
     """
 
     name: str
@@ -40,7 +40,7 @@ def build_measures(config: EvaluateConfig) -> list[Measure]:
     """The configured rewards, then ROUGE. Raises UserError."""
     specs = config.rewards if isinstance(config.rewards, list) else [config.rewards]
     rewards = build_rewards(specs).rewards if specs else ()
-    found = [
+    measures = [
         Measure(
             f"reward_{reward.name}", reward, reward.weight, [spec, *_files(reward), *code_of(spec)]
         )
@@ -49,8 +49,8 @@ def build_measures(config: EvaluateConfig) -> list[Measure]:
     column = config.rouge_column
     for name, metric in ROUGE.items() if column is not None else ():
         (reward,) = build_rewards({"name": "rouge", "metric": metric, "column": column}).rewards
-        found.append(Measure(name, reward, None, [column]))
-    return found
+        measures.append(Measure(name, reward, None, [column]))
+    return measures
 
 
 def _files(reward: NamedReward) -> list[Any]:
@@ -63,15 +63,18 @@ def _files(reward: NamedReward) -> list[Any]:
 def apply_measure(bench: Bench, measure: Measure) -> None:
     """Score every response. Raises RewardError and UserError."""
     prompts, samples = bench.prompts, bench.samples.lines
-    rows = [fingerprint(prompt.text, prompt.columns, prompt.messages) for prompt in prompts]
-    about = bench.as_main_sees(measure.identity)
+    prompt_prints = [
+        fingerprint(prompt.text, prompt.columns, prompt.messages) for prompt in prompts
+    ]
+    about = bench.from_main(measure.identity)
     prints = {
-        key: fingerprint(about, samples[key]["response"], rows[key[2]])
+        key: fingerprint(about, samples[key]["response"], prompt_prints[key[2]])
         for key in bench.response_keys()
     }
 
     def prepare():
-        reward = CombinedReward((measure.reward,)).load().to(bench.distributed.device)
+        placement = bench.distributed.placement(sharded=False)
+        reward = CombinedReward((measure.reward,)).to(placement.device).load(placement)
 
         def values_of(keys: list[Key]) -> list[float | None]:
             chosen = [prompts[row] for _, _, row, _ in keys]
@@ -86,9 +89,9 @@ def apply_measure(bench: Bench, measure: Measure) -> None:
 
 def total_score(values: Mapping[str, float | None], measures: Sequence[Measure]) -> float | None:
     """The weighted sum of a response's rewards; None where none is applicable."""
-    given = [
+    applicable = [
         (measure.weight, value)
         for measure in measures
         if measure.weight is not None and (value := values[measure.name]) is not None
     ]
-    return sum(weight * value for weight, value in given) if given else None
+    return sum(weight * value for weight, value in applicable) if applicable else None

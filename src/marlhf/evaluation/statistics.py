@@ -63,7 +63,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def best_of_n(scores: Sequence[float], n: int, values: Sequence[float] | None = None) -> float:
     """Expected value of the best of n samples by `scores`, drawn without replacement.
 
-    values   what is averaged, by default the scores themselves: score by one reward, report another
+    values   values to average, by default the scores: choose by one reward, report another
 
     Unbiased for the best of n fresh samples. The i-th smallest of N scores is the best of n with
     probability C(i-1, n-1) / C(N, n); equal scores share theirs (random ties).
@@ -82,7 +82,7 @@ def best_of_n(scores: Sequence[float], n: int, values: Sequence[float] | None = 
 def best_of_n_kl(n: int) -> float:
     """Upper bound, in nats, of best-of-n's KL to plain sampling: log n - (n-1)/n.
 
-    (Beirami et al. 2024.) It compares the curve with a trained policy's KL.
+    For comparing the curve with the KL of a trained policy. Source: Beirami et al. 2024.
     """
     return math.log(n) - (n - 1) / n
 
@@ -91,7 +91,7 @@ def best_of_n_kl(n: int) -> float:
 class WinRate:
     """Wins of a policy over a baseline.
 
-    rate             a tie counts one half
+    rate                 a tie counts one half
     wins, ties, losses   numbers of pairs
     """
 
@@ -112,9 +112,9 @@ def win_rate(outcomes: Sequence[Sequence[float]], resamples: int = 2000, seed: i
     )
 
 
-def outcome(ours: float, theirs: float) -> float:
+def outcome(value: float, baseline: float) -> float:
     """1 for a win, one half for a tie, 0 for a loss."""
-    return 0.5 if ours == theirs else float(ours > theirs)
+    return 0.5 if value == baseline else float(value > baseline)
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:

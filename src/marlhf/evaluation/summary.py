@@ -43,14 +43,14 @@ def summarise(bench: Bench, measures: Sequence[Measure]) -> dict[str, Any]:
         "models": {source.label: source.settings.path for source in bench.sources},
         "reference": config.reference,
         "policies": [
-            {"policy": label, "temperature": temperature, **_policy(bench, found)}
+            {"policy": label, "temperature": temperature, **_policy(bench, measured)}
             | {"distinct": _distinct(bench, label, temperature)}
-            for (label, temperature), found in values.items()
+            for (label, temperature), measured in values.items()
         ],
         "comparisons": [
             {"policy": label, "baseline": baseline, "temperature": temperature}
-            | _comparison(bench, found, values[baseline, temperature], comparable)
-            for (label, temperature), found in values.items()
+            | _comparison(bench, measured, values[baseline, temperature], comparable)
+            for (label, temperature), measured in values.items()
             if label != baseline
         ],
     }
@@ -60,7 +60,7 @@ def _values(bench: Bench, measures: Sequence[Measure], label: str, temperature: 
     """All measures of each response of a policy at one temperature."""
     names = [measure.name for measure in measures]
     names += ["kl"] if bench.config.reference is not None else []
-    found: Values = {}
+    values_by_measure: Values = {}
     for row in range(len(bench.prompts)):
         for sample in range(bench.config.rollout.responses_per_prompt):
             key = (label, temperature, row, sample)
@@ -69,30 +69,30 @@ def _values(bench: Bench, measures: Sequence[Measure], label: str, temperature: 
             score = {}
             if any(measure.weight is not None for measure in measures):
                 score = {"score": total_score(of_rewards, measures)}
-            own = {"length": len(line["tokens"]), "finished": float(line["finished"])}
-            own |= {f"distinct_{n}": distinct([line["response"]], n) for n in (1, 2, 3)}
-            for name, value in (score | of_rewards | own).items():
-                rows = found.setdefault(name, [[] for _ in bench.prompts])
+            of_text = {"length": len(line["tokens"]), "finished": float(line["finished"])}
+            of_text |= {f"distinct_{n}": distinct([line["response"]], n) for n in (1, 2, 3)}
+            for name, value in (score | of_rewards | of_text).items():
+                rows = values_by_measure.setdefault(name, [[] for _ in bench.prompts])
                 rows[row].append(value)
-    return found
+    return values_by_measure
 
 
 def _policy(bench: Bench, values: Values) -> dict[str, Any]:
     """Means, pass@k and best-of-n of one policy at one temperature."""
     config = bench.config
-    found: dict[str, Any] = {"metrics": {n: _mean(bench, rows) for n, rows in values.items()}}
+    summary: dict[str, Any] = {"metrics": {n: _mean(bench, rows) for n, rows in values.items()}}
     if config.pass_at is not None:
         name = f"reward_{config.pass_at.reward}" if config.pass_at.reward else "score"
-        found["pass_at_k"] = {
+        summary["pass_at_k"] = {
             str(k): _passes(bench, values[name], k) for k in sorted(set(config.pass_at.k))
         }
     if config.best_of:
-        found["best_of_n"] = {
+        summary["best_of_n"] = {
             str(n): {"kl_bound": best_of_n_kl(n)}
             | {name: _best(bench, values["score"], rows, n) for name, rows in values.items()}
             for n in sorted(set(config.best_of))
         }
-    return found
+    return summary
 
 
 def _distinct(bench: Bench, label: str, temperature: float) -> dict[str, float | None]:
@@ -103,14 +103,14 @@ def _distinct(bench: Bench, label: str, temperature: float) -> dict[str, float |
 
 
 def _comparison(
-    bench: Bench, ours: Values, theirs: Values, comparable: Sequence[str]
+    bench: Bench, values: Values, baseline: Values, comparable: Sequence[str]
 ) -> dict[str, Any]:
     """Paired differences of every measure, and win rates by those in `comparable`."""
     differences, win_rates = {}, {}
-    for name in ours:
+    for name in values:
         pairs = [
             [(a, b) for a, b in zip(*rows, strict=True) if a is not None and b is not None]
-            for rows in zip(ours[name], theirs[name], strict=True)
+            for rows in zip(values[name], baseline[name], strict=True)
         ]
         differences[name] = _mean(bench, [[a - b for a, b in row] for row in pairs])
         if name in comparable:
@@ -121,8 +121,8 @@ def _comparison(
 
 def _mean(bench: Bench, rows: Sequence[Sequence[float | None]]) -> dict[str, Any] | None:
     """Mean over prompts of their samples' mean; prompts without values are left out."""
-    given = [[x for x in row if x is not None] for row in rows]
-    return _estimate(bench, [float(np.mean(row)) for row in given if row])
+    present = [[x for x in row if x is not None] for row in rows]
+    return _estimate(bench, [float(np.mean(row)) for row in present if row])
 
 
 def _passes(bench: Bench, rows: Sequence[Sequence[float | None]], k: int) -> dict[str, Any] | None:
@@ -139,16 +139,16 @@ def _best(
     n: int,
 ) -> dict[str, Any] | None:
     """Expected measure of the response with the best score of n."""
-    found = []
+    expected = []
     for row_scores, row in zip(scores, rows, strict=True):
         pairs = [
             (s, v) for s, v in zip(row_scores, row, strict=True) if s is not None and v is not None
         ]
         if len(pairs) >= n:
-            found.append(best_of_n([s for s, _ in pairs], n, [v for _, v in pairs]))
-    return _estimate(bench, found)
+            expected.append(best_of_n([s for s, _ in pairs], n, [v for _, v in pairs]))
+    return _estimate(bench, expected)
 
 
 def _estimate(bench: Bench, values: Sequence[float]) -> dict[str, Any] | None:
-    found = bootstrap(values, bench.config.resamples, bench.config.seed)
-    return asdict(found) if found is not None else None
+    estimate = bootstrap(values, bench.config.resamples, bench.config.seed)
+    return None if estimate is None else asdict(estimate)

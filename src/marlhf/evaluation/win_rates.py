@@ -1,6 +1,6 @@
 """Win rates by a judge and by human raters.
 
-They are of the first response to each prompt, at the first temperature.
+Both compare the first response to each prompt, at the first temperature.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from marlhf.common.errors import say
 from marlhf.data.prompts import Prompt
 from marlhf.evaluation.bench import Bench
-from marlhf.evaluation.judge import Judge, Pair
+from marlhf.evaluation.judge import Judge, ResponsePair
 from marlhf.evaluation.raters import read_ratings, score, write_file
 from marlhf.evaluation.records import Judged, Records
 
 JUDGEMENTS = "judgements.jsonl"
 
 
-def pairs_of(bench: Bench, baseline: str, rows: Sequence[int]) -> dict[str, list[Pair]]:
+def pairs_of(bench: Bench, baseline: str, rows: Sequence[int]) -> dict[str, list[ResponsePair]]:
     """Pair every other policy's responses with the baseline's."""
     temperature, lines = bench.config.swept_temperatures[0], bench.samples.lines
 
@@ -30,7 +30,7 @@ def pairs_of(bench: Bench, baseline: str, rows: Sequence[int]) -> dict[str, list
 
     return {
         source.label: [
-            Pair(
+            ResponsePair(
                 source.label,
                 row,
                 _readable(bench.prompts[row]),
@@ -59,19 +59,19 @@ def judge_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
     judge = Judge(settings, Records(folder / JUDGEMENTS, ["key"], schema=Judged))
     rows = range(min(settings.limit or len(bench.prompts), len(bench.prompts)))
     pairs = pairs_of(bench, _baseline(results), rows)
-    every = [pair for of_policy in pairs.values() for pair in of_policy]
-    questions = judge.open_questions(every)
+    all_pairs = [pair for of_policy in pairs.values() for pair in of_policy]
+    questions = judge.open_questions(all_pairs)
     try:
         if questions:
             say(judge.estimate(questions))
             notice = judge.ask(questions, bench.track) if _agreed(settings.ask) else "not asked"
             if notice is not None:
-                say(f"judge: {notice}; {len(judge.open_questions(every))} answers are missing")
+                say(f"judge: {notice}; {len(judge.open_questions(all_pairs))} answers are missing")
     finally:
-        results["judge"] = judge.usage(every)
+        results["judge"] = judge.usage(all_pairs)
         for policy, of_policy in pairs.items():
-            found = judge.result(of_policy, bench.config.resamples, bench.config.seed)
-            _add(bench, results, policy, "judge", found)
+            win_rates = judge.result(of_policy, bench.config.resamples, bench.config.seed)
+            _add(bench, results, policy, "judge", win_rates)
 
 
 def rate_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
@@ -82,22 +82,22 @@ def rate_pairs(bench: Bench, results: dict[str, Any], folder: Path) -> None:
     if settings.limit is not None and settings.limit < len(rows):
         rows = sorted(random.Random(seed).sample(rows, settings.limit))
     pairs = pairs_of(bench, _baseline(results), rows)
-    every = [pair for of_policy in pairs.values() for pair in of_policy]
-    path = write_file(every, settings, folder, seed)
+    all_pairs = [pair for of_policy in pairs.values() for pair in of_policy]
+    path = write_file(all_pairs, settings, folder, seed)
     if not settings.ratings:
         say(f"raters: fill in copies of {path}, then run again with raters.ratings=[FILE, ...]")
         return
     ratings = {name: read_ratings(name) for name in settings.ratings}
     for policy, of_policy in pairs.items():
-        found = score(of_policy, ratings, folder, bench.config.resamples, seed)
-        _add(bench, results, policy, "raters", found)
+        win_rates = score(of_policy, ratings, folder, bench.config.resamples, seed)
+        _add(bench, results, policy, "raters", win_rates)
 
 
 def _agreed(ask: bool) -> bool:
-    """Whether the user at the terminal, if there is one, wants to continue."""
+    """Ask at a terminal whether to continue; without one, continue."""
     if not (ask and sys.stdin.isatty() and sys.stderr.isatty()):
         return True
-    print("go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    print("continue? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -105,9 +105,11 @@ def _baseline(results: Mapping[str, Any]) -> str:
     return results["comparisons"][0]["baseline"]
 
 
-def _add(bench: Bench, results: Mapping[str, Any], policy: str, by: str, found: Any) -> None:
+def _add(
+    bench: Bench, results: Mapping[str, Any], policy: str, source: str, win_rates: Any
+) -> None:
     """Put a win rate in the entry of its comparison."""
-    at = (policy, bench.config.swept_temperatures[0])
+    compared = (policy, bench.config.swept_temperatures[0])
     for entry in results["comparisons"]:
-        if (entry["policy"], entry["temperature"]) == at:
-            entry["win_rates"][by] = found
+        if (entry["policy"], entry["temperature"]) == compared:
+            entry["win_rates"][source] = win_rates

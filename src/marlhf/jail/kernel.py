@@ -1,6 +1,6 @@
-"""Linux's own means of confinement, by ctypes: namespaces, mounts, capabilities, system calls.
+"""Confinement by Linux, through ctypes: namespaces, mounts, capabilities, seccomp.
 
-Every function raises OSError where the system refuses.
+All functions raise OSError where the system refuses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _CAPBSET_DROP, _SET_NO_NEW_PRIVS = 1, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 _NOBODY = 65534
 
-# System calls denied to programs, by their numbers on x86-64 and arm64 (None: not there).
+# System calls denied to programs: numbers on x86-64 and arm64 (None: does not exist there).
 _DENIED = {
     # other processes: signals, debugging
     "kill": (62, 129),
@@ -53,7 +53,7 @@ _DENIED = {
     "vfork": (58, None),
     "execve": (59, 221),
     "execveat": (322, 281),
-    # the network, whose names `socketpair` could reach too, and namespaces with capabilities
+    # the network (abstract sockets are reachable from `socketpair` too), and new namespaces
     "socket": (41, 198),
     "connect": (42, 203),
     "bind": (49, 200),
@@ -79,7 +79,7 @@ _DENIED = {
     "semtimedop": (220, 192),
     "semctl": (66, 191),
     "mq_open": (240, 180),
-    # parts of the kernel that are large and of no use to a program under test
+    # large parts of the kernel that no program under test needs
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -87,9 +87,9 @@ _DENIED = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
     "io_uring_setup": (425, 425),
-    # by which a program could outlive the process that watches it
+    # a program could use it to outlive the process that watches it
     "prctl": (157, 167),
-    # files of the host: locks that hold it out, news of what it opens, names of its mounts
+    # files of the host: locks that block it, notifications of its accesses, names of its mounts
     "flock": (73, 32),
     "inotify_init": (253, None),
     "inotify_init1": (294, 26),
@@ -98,9 +98,9 @@ _DENIED = {
     "listmount": (458, 458),
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
-    # timers without number
+    # any number of timers
     "timer_create": (222, 107),
-    # the superuser's, whom the weak sandbox lets be
+    # calls of the superuser, whom the weak sandbox does not demote
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
@@ -134,9 +134,9 @@ _DENIED = {
     "ioperm": (173, None),
     "vhangup": (153, 58),
 }
-# System calls judged by their arguments: numbers, and conditions that must all hold, each an
-# argument's place and the values that it alone may have ("only"), may not have ("not"), or bits
-# that it may not have ("without"). SELF stands for the program's own process.
+# System calls judged by their arguments: numbers, and conditions that must all hold, each with an
+# argument's index and the only values allowed ("only"), values denied ("not"), or bits denied
+# ("without"). SELF is the program's process.
 SELF = -1
 _JUDGED = {
     # limits and priorities of other processes
@@ -146,11 +146,11 @@ _JUDGED = {
     "sched_setparam": ((142, 118), [(0, "only", (0, SELF))]),
     "sched_setscheduler": ((144, 119), [(0, "only", (0, SELF))]),
     "sched_setattr": ((314, 274), [(0, "only", (0, SELF))]),
-    # signals by way of a file: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY; memory in
+    # signals through a file: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY; memory in
     # pipes: F_SETPIPE_SZ
     "fcntl": ((72, 25), [(1, "not", (8, 10, 15, 1024, 1026, 1031))]),
-    # but those that ask about a terminal or a stream, or set its blocking and inheritance: others
-    # signal, write a terminal's input or reach devices
+    # allowed are queries of a terminal or stream, and settings of its blocking and inheritance;
+    # others signal, write a terminal's input or reach devices
     "ioctl": (
         (16, 29),
         [(1, "only", (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A))],
@@ -177,7 +177,7 @@ def _check(result: int, action: str) -> int:
 
 
 def _call(name: str, *arguments: object) -> int:
-    """A libc function that returns -1 on failure; whole numbers are passed as longs."""
+    """Call a libc function that returns -1 on failure; integers are passed as longs."""
     if not hasattr(_libc, name):
         raise OSError(f"{name}: this system does not have it")
     wide = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
@@ -190,7 +190,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def _index() -> int:
-    """The column of this machine in the tables of system calls."""
+    """This machine's column in the tables of system calls."""
     machine = platform.machine()
     if sys.platform != "linux" or machine not in _AUDIT_ARCH or sys.maxsize < 2**32:
         raise OSError(f"no table of system calls for {sys.platform} on {machine}")
@@ -213,7 +213,7 @@ def enter_namespaces(python_folders: list[str]) -> None:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-        _call("prctl", _SET_DUMPABLE, 1, 0, 0, 0)  # or /proc/self would stay the superuser's
+        _call("prctl", _SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self would still belong to root
     uid, gid = os.geteuid(), os.getegid()
     _call("unshare", everything)
     for file, text in {
@@ -229,10 +229,10 @@ def enter_namespaces(python_folders: list[str]) -> None:
 
 
 def _build_root(python_folders: list[str]) -> None:
-    """Change to a root that holds only what a Python program needs, read-only."""
+    """Change to a read-only root with only what a Python program needs."""
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
-    wanted = sorted({f for f in (*system, *python_folders) if os.path.isdir(f)})
-    folders = {f: os.path.realpath(f) for f in wanted if not _inside(f, wanted)}
+    existing = sorted({f for f in (*system, *python_folders) if os.path.isdir(f)})
+    folders = {f: os.path.realpath(f) for f in existing if not _inside(f, existing)}
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID, "size=1m,mode=755")
     os.mkdir("/tmp/old")
@@ -270,8 +270,10 @@ def _mount_points(mountinfo: str) -> list[str]:
 
 
 def clone_namespaces() -> int:
-    """`os.fork()` whose child is the first process of a new pid namespace, with new mount and IPC
-    namespaces: when it ends, the kernel kills all that it has left behind."""
+    """Fork a child into new pid, mount and IPC namespaces; returns as `os.fork` does.
+
+    The child is the first process of its pid namespace: when it exits, the kernel kills the rest.
+    """
     flags = _NEWPID | _NEWNS | _NEWIPC | signal.SIGCHLD
     number = _CLONE[_index()]
     ctypes.pythonapi.PyOS_BeforeFork()
@@ -284,20 +286,20 @@ def clone_namespaces() -> int:
 
 
 def mount_scratch(folder: str, megabytes: int) -> None:
-    """An empty file system in memory, gone with its mount namespace."""
+    """Mount an empty in-memory file system, which disappears with its mount namespace."""
     options = f"size={megabytes}m,nr_inodes=1024,mode=700"
     _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
 
 
 def die_with_parent() -> None:
-    """Have this process killed when the one that made it ends."""
+    """Have the kernel kill this process when its parent exits."""
     if sys.platform == "linux":
         _call("prctl", _PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def drop_capabilities() -> None:
-    """Give up every capability for good, and the right to be debugged or to leave a core dump."""
-    with suppress(OSError):  # past the last one that this kernel knows
+    """Drop all capabilities irrevocably; also forbids debugging and core dumps."""
+    with suppress(OSError):  # beyond the last one that this kernel knows
         for capability in range(64):
             _call("prctl", _CAPBSET_DROP, capability, 0, 0, 0)
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
@@ -306,11 +308,10 @@ def drop_capabilities() -> None:
 
 
 def deny_system_calls() -> None:
-    """Have the kernel refuse, for good, the system calls of `_DENIED`, those of `_JUDGED` with
-    arguments other than they may have, and every new process.
+    """Install a seccomp filter, irrevocably: no new process, and no call in `_DENIED`.
 
-    A seccomp filter: classic BPF over a system call's number and arguments. It needs no privilege.
-    Threads are still possible.
+    Calls in `_JUDGED` are refused for the arguments that are not allowed. The filter is classic BPF
+    over a system call's number and arguments, and needs no privilege. Threads remain possible.
     """
     index = _index()
     eperm, enosys = 0x00050000 | 1, 0x00050000 | 38
@@ -324,7 +325,7 @@ def deny_system_calls() -> None:
         (load, 0, 0, number),
         (at_least, 0, 1, _X32_BIT),
         (answer, 0, 0, eperm),
-        # libc falls back on `clone`, whose flags a filter can read
+        # libc falls back to `clone`, whose flags a filter can read
         (equal, 0, 1, _CLONE3[index]),
         (answer, 0, 0, enosys),
     ]
@@ -335,12 +336,13 @@ def deny_system_calls() -> None:
         if numbers[index] is None:
             continue
         body = []
-        for place, kind, values in conditions:
+        for index_of_argument, kind, values in conditions:
             values = [os.getpid() if value == SELF else value for value in values]
-            body.append((load, 0, 0, arguments + int(8 * place)))  # half a place on: the upper half
+            offset = int(8 * index_of_argument)  # an index plus a half: the argument's upper half
+            body.append((load, 0, 0, arguments + offset))
             if kind == "only":
-                past = range(len(values), 0, -1)
-                body += [(equal, jump, 0, v) for jump, v in zip(past, values, strict=True)]
+                jumps = range(len(values), 0, -1)
+                body += [(equal, jump, 0, v) for jump, v in zip(jumps, values, strict=True)]
                 body.append((answer, 0, 0, eperm))
             else:
                 compare = equal if kind == "not" else any_bit

@@ -1,4 +1,4 @@
-"""Removing what a program has left in its folder, however deep, long or locked it is."""
+"""Removal of scratch folders, however deep, long or locked their contents are."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import suppress
 
 
 def remove(folder: str, seconds: float = 30.0) -> bool:
-    """Remove a folder and all in it; False where that is not possible now.
+    """Remove a folder and its contents; False where that is not possible now.
 
-    Folders inside folders are moved up to the first level, so that no path grows longer than the
-    system takes, and nothing here recurses.
+    Nested folders are moved up to the first level, so that no path is longer than the system
+    allows, and nothing recurses.
     """
     deadline = time.monotonic() + seconds
     prefix, moved = os.urandom(8).hex(), 0
@@ -53,7 +53,7 @@ def _unlink_all(folder: str, deadline: float) -> None:
 
 
 def remove_all(folder: str, seconds: float = 10.0) -> int:
-    """Remove what is in a folder; the number of things that could not be removed."""
+    """Remove the contents of a folder; returns the number of entries left."""
     deadline, left = time.monotonic() + seconds, 0
     with suppress(OSError):
         for name in os.listdir(folder):

@@ -1,17 +1,18 @@
-"""How values cross between a program and its test: as data, written in JSON's types.
+"""Serialisation of values between a program and its test, in JSON's types.
 
-Nothing that is read runs code of the other side: a value is built from types that this side knows,
-a class by its name among them. What has no such type comes out as `Opaque`.
+Decoding runs no code of the other side: a value is built from types that this side knows, among
+them classes by name. A value of another type becomes `Opaque`.
 """
 
 from __future__ import annotations
 
 import builtins
 import enum
+import functools
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -21,7 +22,7 @@ from uuid import UUID
 
 
 class Opaque:
-    """Stands for a value of an unknown type, with its plain attributes, and equals nothing."""
+    """Placeholder for a value of an unknown type, with its plain attributes; equals nothing."""
 
     def __eq__(self, other: object) -> bool:
         return False
@@ -29,7 +30,7 @@ class Opaque:
     __hash__ = object.__hash__
 
 
-# types whose values are made from a few others: name -> (type, its values' parts, maker)
+# types whose values are made from a few others: name -> (type, value -> parts, parts -> value)
 _MADE: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[..., Any]]] = {
     "fraction": (Fraction, lambda x: [x.numerator, x.denominator], Fraction),
     "decimal": (Decimal, lambda x: [str(x)], Decimal),
@@ -58,17 +59,20 @@ _CHANGEABLE = {
     "error": BaseException,
 }
 _MADE_NAMES = {kind: name for name, (kind, _, _) in _MADE.items()}
-_OWN_MODULES = ("program", "__main__")  # of classes that a program or a test defines
+_DEEPEST = 50_000  # frames
+OWN_MODULES = ("program", "__main__")  # of classes that a program or a test defines
 _DICTS: dict[str, type[dict]] = {"counter": Counter, "ordered": OrderedDict, "dict": dict}
 
 
 class Encoder:
-    """Writes values in JSON's types.
+    """Encodes values in JSON's types.
 
-    numbered: numbers what can change in the order of its first appearance, so that what appears
-        twice, in itself even, is one thing to the reader too; else values are written as trees.
-    known: objects that came from the reader, which are to be the reader's own again.
-    export: a number for what cannot be written, such as a function, by which the reader can use it.
+    numbered: number mutable objects in order of first appearance, so that an object that appears
+        twice, or within itself, is one object for the reader too; else values are written as trees.
+    known: objects that came from the reader, which map back to the reader's originals.
+    export: a reference by which the reader can use an object that cannot be encoded, such as a
+        function.
+    shared: names of classes that writer and reader both define; their objects are copied.
     """
 
     def __init__(
@@ -76,18 +80,21 @@ class Encoder:
         numbered: bool = False,
         known: Iterable[Any] = (),
         export: Callable[[Any], dict[str, Any] | None] = lambda _: None,
+        shared: frozenset[str] = frozenset(),
     ) -> None:
+        self.shared = shared
         self.numbered = numbered
         self.known = {id(thing): number for number, thing in enumerate(known)}
         self.export = export
         self.numbers: dict[int, int] = {}
-        self.objects: list[Any] = []  # kept, so that no other gets the id of one
+        self.objects: list[Any] = []  # kept alive, so that no other object gets its id
 
     def encode(self, value: Any) -> Any:
         """A value in JSON's types."""
         if value is None or isinstance(value, bool):
             return value
-        if isinstance(value, enum.Enum) and self.numbered:
+        copied = self._is_shared(type(value))
+        if isinstance(value, enum.Enum) and copied:
             return {"member": [type(value).__name__, value.name, self.encode(value.value)]}
         if isinstance(value, str):
             return str(value)
@@ -117,13 +124,15 @@ class Encoder:
             return self._changeable(value, self._error)
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
             return {"type": value.__name__}
-        own = type(value).__module__ in _OWN_MODULES and not isinstance(value, type)
-        if self.numbered and own and not callable(value) and not hasattr(value, "__next__"):
+        if copied and not callable(value) and not hasattr(value, "__next__"):
             return self._changeable(value, self._object)
         exported = self.export(value) if self.numbered else None
         if exported is not None:
             return exported
         return {"opaque": type(value).__name__}
+
+    def _is_shared(self, kind: type) -> bool:
+        return self.numbered and kind.__module__ in OWN_MODULES and kind.__name__ in self.shared
 
     def _changeable(self, value: Any, write: Callable[[Any], Any]) -> Any:
         if not self.numbered:
@@ -154,8 +163,7 @@ class Encoder:
         return {next(kinds) if self.numbered else "dict": items}
 
     def _object(self, value: Any) -> Any:
-        lent = self.export(value) if hasattr(value, "__iter__") else None
-        return {"object": [type(value).__name__, self._attributes(value), lent]}
+        return {"object": [type(value).__name__, self._attributes(value)]}
 
     def _error(self, value: BaseException) -> Any:
         kinds = [(kind.__module__, kind.__qualname__) for kind in type(value).__mro__]
@@ -173,9 +181,10 @@ class Encoder:
 
     def _attributes(self, value: Any) -> list[Any]:
         slots = [n for kind in type(value).__mro__ for n in _names(getattr(kind, "__slots__", ()))]
-        found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-        found |= getattr(value, "__dict__", {})
-        return [[name, self.encode(x)] for name, x in found.items() if not name.startswith("__")]
+        attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        attributes |= getattr(value, "__dict__", {})
+        public = {name: x for name, x in attributes.items() if not name.startswith("__")}
+        return [[name, self.encode(x)] for name, x in public.items()]
 
 
 def _names(slots: Any) -> list[str]:
@@ -183,21 +192,25 @@ def _names(slots: Any) -> list[str]:
 
 
 class Decoder:
-    """Reads what an `Encoder` has written; ValueError for anything else.
+    """Decodes the output of an `Encoder`. Raises ValueError for anything else.
 
-    classes: names that the reader's own code defines: objects become theirs where there is one.
-    given: the objects that the writer's `known` were, to be changed to what they have become.
-    imported: what the writer exported, or what it was given of the reader's own.
+    classes: names that the reader's code defines; objects of a class of that name become its own.
+    originals: the reader's objects behind the writer's `known`, changed in place as the writer's.
+    imported: resolves a reference that the writer exported, or one to an object of the reader.
+    untrusted: whether the writer is untrusted; then nothing callable, such as `bool`, is accepted
+        under a name that could be a method's.
     """
 
     def __init__(
         self,
         classes: Mapping[str, Any] | None = None,
-        given: list[Any] | None = None,
+        originals: list[Any] | None = None,
         imported: Callable[[str, Any], Any] | None = None,
+        untrusted: bool = False,
     ) -> None:
+        self.untrusted = untrusted
         self.classes = classes or {}
-        self.given = given or []
+        self.originals = originals or []
         self.imported = imported
         self.objects: list[Any] = []
 
@@ -233,14 +246,14 @@ class Decoder:
         if kind == "member":
             return self._member(*content)
         if kind == "type":
-            found = getattr(builtins, content)
-            return found if isinstance(found, type) else Opaque()
+            builtin = getattr(builtins, content)
+            return builtin if isinstance(builtin, type) else Opaque()
         if kind == "opaque":
             return Opaque()
         if kind == "same":
             return self.objects[content]
         if kind == "was":
-            return self._again(*content)
+            return self._changed(*content)
         if kind == "error":
             return self._new_error(*content)
         if kind in ("set", "bytearray", "deque", "defaultdict", "object", *_DICTS):
@@ -256,22 +269,21 @@ class Decoder:
             return defaultdict(self.decode(content[0]))
         if kind == "object":
             known = self.own_class(content[0])
-            if known is not None:
-                return object.__new__(known)
-            return Opaque() if content[2] is None else self.decode(content[2])
+            return Opaque() if known is None else object.__new__(known)
         return {"set": set, "bytearray": bytearray, **_DICTS}[kind]()
 
-    def _again(self, number: int, content: Any) -> Any:
-        """One of the reader's own objects, changed as the writer has changed it."""
-        own = self.given[number]
+    def _changed(self, number: int, content: Any) -> Any:
+        """One of the reader's objects, changed in place as the writer changed its copy."""
+        original = self.originals[number]
         kind = "list" if isinstance(content, list) else next(iter(content))
-        wanted = _CHANGEABLE.get(kind, dict)
-        if not isinstance(own, wanted) or (wanted is object and isinstance(own, _CONTAINERS)):
+        expected = _CHANGEABLE.get(kind, dict)
+        is_container = isinstance(original, _CONTAINERS)
+        if not isinstance(original, expected) or (expected is object and is_container):
             raise ValueError(kind)
-        return self._fill(own, content)
+        return self._fill(original, content)
 
     def _fill(self, thing: Any, content: Any) -> Any:
-        """Give an object that is numbered here its content, which may hold the object itself."""
+        """Number an object, then set its content, which may contain the object itself."""
         self.objects.append(thing)
         if isinstance(content, list):
             thing[:] = [self.decode(x) for x in content]
@@ -298,47 +310,63 @@ class Decoder:
         return thing
 
     def _set_attributes(self, thing: Any, attributes: Any) -> None:
-        """Plain attributes alone: none may take the place of a method of the reader's."""
+        """Set plain attributes; none may replace a method of the reader's class."""
         for name, content in attributes:
             item = self.decode(content)
             taken = callable(getattr(type(thing), name, None)) or name.startswith("__")
-            if not taken and (not callable(item) or isinstance(item, type)):
+            declared = not self.untrusted or name in getattr(
+                type(thing), "__dataclass_fields__", ()
+            )
+            if not taken and (not callable(item) or (declared and isinstance(item, type))):
                 object.__setattr__(thing, name, item)
 
     def _new_error(self, kinds: Any, arguments: Any, attributes: Any, cause: Any) -> BaseException:
-        """An exception of the nearest class that is known here."""
-        place = len(self.objects)
+        """An exception of the nearest class that this side knows."""
+        index = len(self.objects)
         self.objects.append(None)
         values = [self.decode(x) for x in arguments]
-        kind = next(filter(None, (self._error_class(*names) for names in kinds)))
+        kind = self._nearest_error_class(kinds)
         error = None
-        if kind.__module__ not in _OWN_MODULES:
-            with suppress(Exception):  # some take other arguments than they keep
+        if kind.__module__ not in (*OWN_MODULES, __name__):
+            with suppress(Exception):  # some take other arguments than those in `args`
                 error = kind(*values)
         if error is None:
             error = kind.__new__(kind, *values)
             error.args = tuple(values)
-        self.objects[place] = error
+        self.objects[index] = error
         self._set_attributes(error, attributes)
         error.__cause__ = self.decode(cause)
         return error
 
+    def _nearest_error_class(self, kinds: list[list[str]]) -> type[BaseException]:
+        """The class itself if known, else one of its name on the nearest known base."""
+        nearest = next(filter(None, (self._error_class(*names) for names in kinds)))
+        (module, name), *_ = kinds
+        if module not in OWN_MODULES or self._error_class(module, name) is not None:
+            return nearest
+        return _class_of_error(name.rpartition(".")[2], nearest)
+
     def _error_class(self, module: str, name: str) -> type[BaseException] | None:
         other = getattr(sys.modules.get(module), "__dict__", {})
-        known = (self.classes if module in _OWN_MODULES else other).get(name)
+        known = (self.classes if module in OWN_MODULES else other).get(name)
         return known if isinstance(known, type) and issubclass(known, BaseException) else None
 
     def own_class(self, name: str) -> type | None:
-        """A class of the reader's own code, and not one that it imports."""
+        """A class that the reader's code defines, rather than imports; None without one."""
         known = self.classes.get(name)
-        own = isinstance(known, type) and known.__module__ in _OWN_MODULES
-        return known if own else None
+        is_own = isinstance(known, type) and known.__module__ in OWN_MODULES
+        return known if is_own else None
 
     def _namedtuple(self, name: str, fields: list[str], items: list[Any]) -> Any:
         kind: Any = self.own_class(name)
         if list(getattr(kind, "_fields", ())) != fields:
             kind = namedtuple(name, fields)
-        return tuple.__new__(kind, map(self.decode, items))
+        values = map(self.decode, items)
+        return tuple.__new__(kind, (self.uncalled(value) for value in values))
+
+    def uncalled(self, value: Any) -> Any:
+        """The value, or `Opaque` for a callable of an untrusted writer: a test could call it."""
+        return Opaque() if self.untrusted and callable(value) else value
 
     def _member(self, name: str, member: str, value: Any) -> Any:
         kind = self.own_class(name)
@@ -346,6 +374,22 @@ class Decoder:
             return kind[member]
         plain = self.decode(value)
         return plain if isinstance(plain, int | str) else Opaque()
+
+
+@functools.lru_cache(1024)
+def _class_of_error(name: str, base: type[BaseException]) -> type[BaseException]:
+    return type(name, (base,), {"__module__": __name__})
+
+
+@contextmanager
+def deeply() -> Iterator[None]:
+    """Context with a recursion limit high enough for deeply nested values, such as linked lists."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, _DEEPEST))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def encode(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from marlhf.common.errors import UserError, one_line
 from marlhf.config import LoraSettings
 
-_OWN_LORA_KEYS = {
+_RESERVED_LORA_KEYS = {
     "r": "must be given as model.lora.r",
     "lora_alpha": "must be given as model.lora.alpha",
     "target_modules": "must be given as model.lora.target_modules",
@@ -53,14 +53,13 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
 def _check_merging(base: Any, config: Any) -> None:
     """Check that the adapter can be merged. Raises UserError.
 
-    An adapter with a bias needs layers with one. A weight shared by other layers cannot take an
+    An adapter with a bias needs layers with one. A weight shared by several layers cannot have an
     adapter, as merging would change them all.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from marlhf.compat.peft import AuxiliaryTrainingWrapper, BaseTunerLayer, is_lora
 
     modules = base.named_modules() if config.lora_bias else ()
-    layers = [(n, m.get_base_layer()) for n, m in modules if hasattr(m, "lora_A")]
+    layers = [(n, m.get_base_layer()) for n, m in modules if is_lora(m)]
     for name, layer in layers:
         if getattr(layer, "bias", None) is None:
             raise UserError(f"model.lora.extra.lora_bias: given true, but {name} has no bias")
@@ -98,11 +97,11 @@ def check_shared(base: Any, key: str) -> None:
 def _lora_config(lora: LoraSettings, task: str) -> Any:
     from peft import LoraConfig
 
-    known = {field.name for field in fields(LoraConfig)} - _OWN_LORA_KEYS.keys()
-    for key in lora.extra.keys() - known:
-        close = difflib.get_close_matches(key, known, 1)
+    allowed = {field.name for field in fields(LoraConfig)} - _RESERVED_LORA_KEYS.keys()
+    for key in lora.extra.keys() - allowed:
+        close = difflib.get_close_matches(key, allowed, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        fault = _OWN_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
+        fault = _RESERVED_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
         raise UserError(f"model.lora.extra.{key}: {fault}")
     if lora.extra.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         raise UserError(
@@ -120,7 +119,7 @@ def _lora_config(lora: LoraSettings, task: str) -> Any:
 
 
 def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
-    """Parameters for an optimiser: all that require a gradient, or one adapter and the head."""
+    """Parameters for an optimiser: all that require a gradient, or an adapter's and the head's."""
     return [
         parameter
         for name, parameter in module.named_parameters()
@@ -144,15 +143,18 @@ def saved_adapter(folder: Path | str) -> Any | None:
 def is_adapter_of(folder: Path | str, base: str) -> bool:
     """Whether a folder holds an adapter on `base` that can share the base with others.
 
-    It must have been trained on the model in `base`, and change none of its weights.
+    The adapter must have been trained on the model in `base`, and change none of its weights.
     """
     config = saved_adapter(folder)
     if config is None or not config.base_model_name_or_path:
         return False
     if {*(config.modules_to_save or ())} - _HEADS or config.trainable_token_indices:
         return False
-    own = config.base_model_name_or_path
-    return own == base or Path(own).expanduser().resolve() == Path(base).expanduser().resolve()
+    trained_on = config.base_model_name_or_path
+    return (
+        trained_on == base
+        or Path(trained_on).expanduser().resolve() == Path(base).expanduser().resolve()
+    )
 
 
 def save_adapter(model: Any, folder: Path, name: str) -> None:
@@ -164,10 +166,9 @@ def save_adapter(model: Any, folder: Path, name: str) -> None:
 
 
 def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
-    """Add a saved adapter to a PEFT model on the same base.
+    """Add a saved adapter to a PEFT model on the same base, ready for training.
 
-    It is trainable, as a new one. Returns the weight of its scalar head `[1,H]`, None without one.
-    Raises UserError.
+    Returns the weight of its scalar head `[1,H]`, None without one. Raises UserError.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -182,12 +183,12 @@ def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
         head = weights.pop(CLASSIFIER_HEAD, None)
         _drop_embeddings(weights, model.get_base_model(), folder)
         model.add_adapter(name, config)
-        left = set_peft_model_state_dict(model, weights, adapter_name=name)
+        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
     except Exception as error:
         raise UserError(f"cannot read the adapter {str(folder)!r}: {one_line(error)}") from error
-    if left.unexpected_keys:
+    if loaded.unexpected_keys:
         raise UserError(
-            f"the adapter {str(folder)!r} does not fit the base: it has {left.unexpected_keys[0]}"
+            f"the adapter {str(folder)!r} does not fit the base: it has {loaded.unexpected_keys[0]}"
         )
     model.set_adapter(name)
     for parameter in trained_before:
@@ -196,7 +197,7 @@ def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
 
 
 def merged(model: Any, folder: Path | str) -> Any:
-    """Merge a saved adapter into a model's weights, in place. Raises UserError."""
+    """Merge a saved adapter into a model's weights, in place, in fp32. Raises UserError."""
     from peft import PeftModel, load_peft_weights
 
     config: Any = saved_adapter(folder)
@@ -210,7 +211,7 @@ def merged(model: Any, folder: Path | str) -> Any:
         sizes = [len(weights[name]) for name in _embeddings(model) if name in weights]
         if sizes and sizes[0] != model.get_input_embeddings().weight.shape[0]:
             grow(model, sizes[0])
-        adapted = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
+        adapted = PeftModel.from_pretrained(model.float(), str(Path(folder).expanduser()))
         check_shared(adapted.get_base_model(), f"the adapter {str(folder)!r}")
         return adapted.merge_and_unload()
     except UserError:
@@ -235,20 +236,22 @@ def _embeddings(model: Any) -> list[str]:
     return [
         f"base_model.model.{name}.weight"
         for name, module in model.named_modules()
-        if any(module is one for one in modules if one is not None)
+        if any(module is embedding for embedding in modules if embedding is not None)
     ]
 
 
 def _drop_embeddings(weights: dict[str, Tensor], base: Any, folder: Path | str) -> None:
     """Drop embeddings that PEFT saved only because their number had changed in training.
 
-    Those of the base's tokens equal the base's; those of new tokens are never used with it. Raises
-    UserError if they were trained.
+    Embeddings of the base's tokens equal the base's; those of new tokens are never used with it.
+    Raises UserError if they were trained.
     """
     for name in _embeddings(base):
         saved = weights.pop(name, None)
-        own = base.get_parameter(name.removeprefix("base_model.model."))
-        if saved is not None and not torch.allclose(saved[: len(own)].to(own), own, atol=1e-2):
+        base_weight = base.get_parameter(name.removeprefix("base_model.model."))
+        if saved is not None and not torch.allclose(
+            saved[: len(base_weight)].to(base_weight), base_weight, atol=1e-2
+        ):
             raise UserError(
                 f"the adapter {str(folder)!r} has embeddings of its own, and cannot share the base"
             )

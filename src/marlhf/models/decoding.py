@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from marlhf.common.errors import UserError
+from marlhf.common.tokenization import Tokenizer
 from marlhf.compat.transformers import preallocate
 from marlhf.models.policy import backbone_of, head_of
 
 
-def eos_token_ids(lm: Any, tokenizer: Any, key: str = "model.path") -> list[int]:
-    """All EOS ids, from the generation config and the tokenizer.
+def eos_token_ids(lm: Any, tokenizer: Tokenizer, key: str = "model.path") -> list[int]:
+    """All EOS ids of the generation config and the tokenizer.
 
     Ids without a logit in the model are omitted. Raises UserError.
     """
@@ -33,21 +34,30 @@ def eos_token_ids(lm: Any, tokenizer: Any, key: str = "model.path") -> list[int]
 
 
 class Decoder:
-    """Incremental decoding of a causal LM with a cache: prefill, then one token per step."""
+    """Incremental decoding of a causal LM with a KV cache: prefill, then one token per call."""
 
     def __init__(self, lm: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         """Prefill `prompt_ids [U,P]`, left-padded according to `prompt_mask`."""
         self._lm, self._backbone, self._head = lm, backbone_of(lm), head_of(lm)
         self._cache: Cache = KeysAndValues(config=lm.config)
-        taken = inspect.signature(self._backbone.forward).parameters
-        # recurrent families name their cache so, and silently ignore any other name
-        self._is_stateful = "cache_params" in taken and "past_key_values" not in taken
+        parameters = inspect.signature(self._backbone.forward).parameters
+        # recurrent families have a name of their own for the cache (`cache` in transformers 5.24)
+        # and silently ignore any other
+        layers = getattr(lm.config.get_text_config(), "layer_types", None) or ()
+        self._cache_name = "past_key_values"
+        if "cache_params" in parameters and "past_key_values" not in parameters:
+            self._cache_name = "cache_params"
+        elif "cache" in parameters and set(layers) == {"linear_attention"}:
+            self._cache_name = "cache"
+        self._is_stateful = self._cache_name != "past_key_values"
         self._mask = prompt_mask.long()
         self._next = prompt_mask.sum(1)  # position of the next token
-        self._logits = self._read(prompt_ids, (self._mask.cumsum(1) - 1).clamp(min=0))
+        self._logits = self._forward(prompt_ids, (self._mask.cumsum(1) - 1).clamp(min=0))
 
     def expand(self, prompt_of: Tensor, tokens: int) -> Tensor:
-        """Start sequence i of a batch from the prompt `prompt_of[i]`, with room for `tokens` more.
+        """Start sequence i of a batch after the prompt `prompt_of[i]`.
+
+        tokens   the maximum number of tokens to decode, for which memory is reserved
 
         Returns the logits [B,V] of the first token.
         """
@@ -56,27 +66,32 @@ class Decoder:
         self._mask, self._next = self._mask[prompt_of], self._next[prompt_of]
         return self._logits[prompt_of]
 
-    def keep(self, rows: Tensor) -> None:
-        """Continue with these sequences of the batch."""
-        self._cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
-        self._mask, self._next = self._mask[rows], self._next[rows]
+    def keep(self, indices: Tensor) -> None:
+        """Continue with the sequences at `indices`; drop the others."""
+        self._cache.reorder_cache(indices)  # pyright: ignore[reportArgumentType]
+        self._mask, self._next = self._mask[indices], self._next[indices]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each sequence [B]; returns the logits [B,V] of the next one."""
+        """Decode one token per sequence [B]; returns the logits [B,V] of the next one."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
         self._next = self._next + 1
-        return self._read(tokens[:, None], self._next[:, None] - 1)
+        return self._forward(tokens[:, None], self._next[:, None] - 1)
 
-    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
-        cached: dict[str, Any] = {"past_key_values": self._cache}
-        if self._is_stateful:  # their mask covers the current tokens alone
-            cached = {"cache_params": self._cache}
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        layers: Any = self._cache.layers
+        return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        # the mask of recurrent families covers the current tokens alone
+        mask = self._mask[:, -ids.shape[1] :] if self._is_stateful else self._mask
         output = self._backbone(
             input_ids=ids,
-            attention_mask=self._mask[:, -ids.shape[1] :] if self._is_stateful else self._mask,
+            attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            **cached,
+            **{self._cache_name: self._cache},
         )
         return self._head(output.last_hidden_state[:, -1]).float()
 
@@ -84,13 +99,13 @@ class Decoder:
 class KeysAndValues(DynamicCache):
     """KV cache in the autocast dtype.
 
-    Rotary embeddings return keys in fp32, which attention would cast again at every step.
+    Rotary embeddings return keys in fp32, which attention would cast again for every token.
     """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values to a layer's cache; returns its full keys and values."""
+        """Append keys and values to a layer's cache, and return its full keys and values."""
         kind = key_states.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

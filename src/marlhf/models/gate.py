@@ -1,8 +1,8 @@
 """A gate at load: refuses models that the library would not compute exactly.
 
-Outputs as computed for sampling and training are compared with the model's own forward on the same
-tokens alone, without padding or cache: a dozen passes over two sequences of twelve tokens. The
-model, its modes and the random state are left unchanged.
+Outputs as computed for sampling and training are compared with the reference outputs: the model's
+forward on the same tokens alone, without padding or cache. It takes a dozen passes over two
+sequences of twelve tokens. The model, its modes and the random state are left unchanged.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.compat.torch import TorchDispatchMode
 from marlhf.models.decoding import Decoder
 from marlhf.models.policy import backbone_forward, backbone_of, head_of
 
@@ -36,8 +36,7 @@ def check_model(
 
     Raises UserError for any error of the model.
     """
-    check_finite(model, key)
-    with _left_as_it_was(model), torch.no_grad():
+    with _restored(model), torch.no_grad(), as_computed(model):
         faults = (_fault(_Case(model, attempt), longest, samples) for attempt in range(_ATTEMPTS))
         if all(fault := f for f in faults):
             raise UserError(f"{key}: {type(model).__name__} {fault}")
@@ -47,7 +46,7 @@ def check_adapter(model: Any, samples: bool = False) -> None:
     """Refuse adapters that a PEFT model cannot run with, or bypasses.
 
     `F.linear(x, self.proj.weight)` bypasses the adapter of `proj`: it has no effect and gets no
-    gradient, but would have an effect once merged. Layers that no token reaches, such as unused
+    gradient, but would have an effect once merged. Layers that get no token, such as unused
     experts, are not checked.
 
     samples   whether the model will be sampled from
@@ -55,10 +54,11 @@ def check_adapter(model: Any, samples: bool = False) -> None:
     Raises UserError.
     """
     base = model.get_base_model()
-    with _left_as_it_was(model), torch.no_grad(), _PastAdapters(base) as past:
+    passes = _restored(model), torch.no_grad(), as_computed(base)
+    with passes[0], passes[1], passes[2], _BypassedAdapters(base) as bypassed:
         try:
             case = _Case(model.train().get_base_model(), 0)
-            case.read()
+            case.padded()
             if samples:
                 case.model.eval()
                 case.causal()
@@ -68,8 +68,8 @@ def check_adapter(model: Any, samples: bool = False) -> None:
                 f"model.lora: {type(base).__name__} cannot run with adapters on these layers, "
                 f"choose others in target_modules: {_raised(error)}"
             ) from error
-    if past.layers:
-        names = ", ".join(past.layers)
+    if bypassed.layers:
+        names = ", ".join(bypassed.layers)
         raise UserError(
             f"model.lora: {type(base).__name__} reads weights past their adapters, in {names}; "
             "leave these layers out of target_modules, or give model.lora.extra.exclude_modules="
@@ -99,12 +99,12 @@ def _outcome(case: _Case, compute: Callable[[], _Pairs]) -> str | None:
     """The error raised, "" where the sides of a pair differ, None if all agree."""
     case.model.eval()
     try:
-        return None if all(_close(ours, own) for ours, own in compute()) else ""
+        return None if all(is_close(*pair) for pair in compute()) else ""
     except Exception as error:  # any error of the model's code
         return _raised(error)
 
 
-_Pairs = list[tuple[Tensor, Tensor]]  # (computed by the library, by the model's own forward)
+_Pairs = list[tuple[Tensor, Tensor]]  # (the library's output, the reference output)
 
 
 def _checks(
@@ -114,8 +114,15 @@ def _checks(
     yield "at a forward pass", "reads tokens to come: it is no causal language model", case.causal
     yield (
         "at a forward pass",
-        "changes its logits, or reads padding, in a way that is not supported; please report it",
-        case.read,
+        "makes its logits from its last hidden states in a way that is not supported; please "
+        "report it",
+        case.alone,
+    )
+    yield (
+        "with padding",
+        "reads padding on the left, as families do that are recurrent without a mask, or that "
+        "count positions from the padding",
+        case.padded,
     )
     yield (
         "in training mode",
@@ -126,9 +133,9 @@ def _checks(
     if longest is not None:
         yield (
             f"with {longest} tokens",
-            f"reads a row in another way in the company of one of {longest} tokens, as rotary "
-            "factors switch before; must be limits on lengths below the switch",
-            lambda: case.in_company(longest),
+            f"computes a sequence differently in a batch with one of {longest} tokens, as rotary "
+            "factors switch below it; must be limits on lengths below the switch",
+            lambda: case.batched_with_longest(longest),
         )
     if samples:
         yield (
@@ -144,40 +151,50 @@ class _Case:
     def __init__(self, model: Any, attempt: int) -> None:
         self.model, self._backbone = model, None
         vocabulary = model.config.get_text_config().vocab_size
-        places = torch.arange(1, _TOKENS + 1, dtype=torch.float64) * 0.6180339887 + attempt / 7
-        ids = ((places % 1) * vocabulary).long().to(model.device)
-        self._rows = [ids, ids[_PADDING:].flip(0)]
-        self._batch = torch.stack([ids, nn.functional.pad(self._rows[1], (_PADDING, 0))])
+        fractions = torch.arange(1, _TOKENS + 1, dtype=torch.float64) * 0.6180339887 + attempt / 7
+        ids = ((fractions % 1) * vocabulary).long().to(model.device)
+        self._sequences = [ids, ids[_PADDING:].flip(0)]
+        self._batch = torch.stack([ids, nn.functional.pad(self._sequences[1], (_PADDING, 0))])
         self._mask = torch.ones_like(self._batch)
         self._mask[1, :_PADDING] = 0
         self._is_lm = model.get_output_embeddings() is not None
-        self._own: list[Tensor] = []
+        self._reference: list[Tensor] = []
 
-    def _itself(self, row: Tensor) -> Tensor:
-        """The model's own logits [t,V] for one sequence alone; for a classifier, hidden states."""
-        reads = self.model if self._is_lm else backbone_of(self.model)
-        output = reads(input_ids=row[None], use_cache=False)
+    def _reference_output(self, ids: Tensor) -> Tensor:
+        """The model's logits [t,V] for one sequence alone; for a classifier, hidden states."""
+        module = self.model if self._is_lm else backbone_of(self.model)
+        output = module(input_ids=ids[None], use_cache=False)
         return (output.logits if self._is_lm else output.last_hidden_state)[0]
 
-    def read(self) -> _Pairs:
+    def alone(self) -> _Pairs:
+        """Compare the head's logits of the first sequence, without padding."""
+        ids = self._sequences[0][None]
+        hidden = backbone_forward(backbone_of(self.model), ids, torch.ones_like(ids))[0]
+        return [(head_of(self.model)(hidden) if self._is_lm else hidden, self._reference[0])]
+
+    def padded(self) -> _Pairs:
         """Compare a padded pass, as for log-probabilities and values."""
         hidden = backbone_forward(backbone_of(self.model), self._batch, self._mask)
-        read = head_of(self.model)(hidden) if self._is_lm else hidden
-        return list(zip((read[0], read[1, _PADDING:]), self._own, strict=False))
+        output = head_of(self.model)(hidden) if self._is_lm else hidden
+        return list(zip((output[0], output[1, _PADDING:]), self._reference, strict=False))
 
     def causal(self) -> _Pairs:
-        self._own = [self._itself(row) for row in self._rows]
-        assert all(own.isfinite().all() for own in self._own), "its outputs are not finite"
-        return [(self._itself(self._rows[0][:_STEPS]), self._own[0][:_STEPS])]
+        """Compute the reference outputs, and compare those of a prefix."""
+        self._reference = [self._reference_output(ids) for ids in self._sequences]
+        is_finite = all(output.isfinite().all() for output in self._reference)
+        assert is_finite, "its outputs are not finite"
+        prefix = self._sequences[0][:_STEPS]
+        return [(self._reference_output(prefix), self._reference[0][:_STEPS])]
 
     def trained(self) -> _Pairs:
+        """Compare a padded pass in training mode, and count its random draws."""
         self.model.train()
         with _Draws() as draws:
-            pairs = self.read()
+            pairs = self.padded()
         # random routing may change few tokens, and none of these
         return [*pairs, (torch.full((2,), draws.count), torch.zeros(2))]
 
-    def in_company(self, longest: int) -> _Pairs:
+    def batched_with_longest(self, longest: int) -> _Pairs:
         """Compare the first sequence, batched with one that reaches the run's last position."""
         positions = torch.arange(_TOKENS, device=self._batch.device).repeat(2, 1)
         positions[1, -1] = max(longest, _TOKENS) - 1
@@ -188,25 +205,25 @@ class _Case:
             use_cache=False,
         )
         hidden = output.last_hidden_state[0]
-        return [(head_of(self.model)(hidden) if self._is_lm else hidden, self._own[0])]
+        return [(head_of(self.model)(hidden) if self._is_lm else hidden, self._reference[0])]
 
     def sampled(self) -> _Pairs:
         """Compare decoding, token by token, from prompts of two lengths, one of them repeated.
 
         Half-way one sequence leaves the batch.
         """
-        start, rows = _TOKENS - _STEPS, torch.tensor([0, 1, 1], device=self._batch.device)
-        reader, pairs = Decoder(self.model, self._batch[:, :start], self._mask[:, :start]), []
-        logits = reader.expand(rows, _STEPS + 1)
+        start, prompts = _TOKENS - _STEPS, torch.tensor([0, 1, 1], device=self._batch.device)
+        decoder, pairs = Decoder(self.model, self._batch[:, :start], self._mask[:, :start]), []
+        logits = decoder.expand(prompts, _STEPS + 1)
         for t in range(start, _TOKENS + 1):
-            own = [self._own[i][t - 1 - i * _PADDING] for i in rows.tolist()]
-            pairs += zip(logits, own, strict=True)
+            expected = [self._reference[i][t - 1 - i * _PADDING] for i in prompts.tolist()]
+            pairs += zip(logits, expected, strict=True)
             if t == start + _STEPS // 2:
-                left = torch.tensor([0, 2], device=rows.device)
-                rows = rows[left]
-                reader.keep(left)
+                unfinished = torch.tensor([0, 2], device=prompts.device)
+                prompts = prompts[unfinished]
+                decoder.keep(unfinished)
             if t < _TOKENS:
-                logits = reader.step(self._batch[rows, t])
+                logits = decoder.step(self._batch[prompts, t])
         return pairs
 
 
@@ -214,7 +231,7 @@ class _Draws(TorchDispatchMode):
     """Counts operations that draw random numbers for the elements of a tensor.
 
     Attention is exempt, as randomness would show in its outputs; so are single numbers, which
-    decide on dropping entire layers, with probability 0 here.
+    decide on dropping entire layers: the library sets that probability to 0.
     """
 
     def __init__(self) -> None:
@@ -229,14 +246,14 @@ class _Draws(TorchDispatchMode):
         return result
 
 
-class _PastAdapters(TorchDispatchMode):
-    """Finds adapted layers whose base weight is read outside their forward.
+class _BypassedAdapters(TorchDispatchMode):
+    """Records adapted layers whose base weight is read outside their forward.
 
     layers   their names, once for all blocks, in the form of `target_modules`
     """
 
     def __init__(self, base: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        from marlhf.compat.peft import BaseTunerLayer, has_lora_bias
 
         super().__init__()
         self.layers: dict[str, None] = {}
@@ -247,7 +264,7 @@ class _PastAdapters(TorchDispatchMode):
             if not isinstance(layer, BaseTunerLayer) or name.endswith(".base_layer"):
                 continue  # with nested wrappers, one per parameter, only the outer one runs
             assert isinstance(layer, nn.Module)
-            has_bias = any(getattr(layer, "lora_bias", {}).values())
+            has_bias = has_lora_bias(layer)
             for key, weight in layer.get_base_layer().named_parameters(recurse=False):
                 if key != "bias" or has_bias:
                     self._names[id(weight)] = name
@@ -283,11 +300,24 @@ def _suffix(name: str) -> str:
     return ".".join(parts[words[-1] :])
 
 
-def _close(ours: Tensor, own: Tensor) -> bool:
-    is_whole = own.dtype in (torch.float32, torch.float64)
-    ours, own = ours.double(), own.double()
-    tolerance = (_TOLERANCE if is_whole else _TOLERANCE_IN_HALF) * own.std()
-    return bool((ours - own).abs().max() <= tolerance + 1e-5 * own.abs().max())
+def as_computed(model: Any) -> Any:
+    """Autocast, for a model with bf16 weights among others in fp32; without, products would raise.
+
+    Its cache stays empty: copies would outlive weights that ZeRO-3 releases.
+    """
+    dtypes = {p.dtype for p in model.parameters()}
+    is_mixed = {torch.bfloat16, torch.float32} <= dtypes
+    kind = model.device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=is_mixed, cache_enabled=False)
+
+
+def is_close(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs agree, up to what kernels of their precision differ by."""
+    is_half = torch.is_autocast_enabled(expected.device.type)
+    is_full_precision = expected.dtype in (torch.float32, torch.float64) and not is_half
+    actual, expected = actual.double(), expected.double()
+    tolerance = (_TOLERANCE if is_full_precision else _TOLERANCE_IN_HALF) * expected.std()
+    return bool((actual - expected).abs().max() <= tolerance + 1e-5 * expected.abs().max())
 
 
 def _raised(error: Exception) -> str:
@@ -295,7 +325,7 @@ def _raised(error: Exception) -> str:
 
 
 @contextmanager
-def _left_as_it_was(model: Any) -> Iterator[None]:
+def _restored(model: Any) -> Iterator[None]:
     """Restore every module's mode and the random state on exit."""
     modes = {module: module.training for module in model.modules()}
     devices = [model.device] if model.device.type == "cuda" else []

@@ -1,7 +1,7 @@
 """Model files -> policy, reference, critic and tokenizer, and back.
 
-A path is a hub name, a directory of safetensors, or a directory with one GGUF file. All faults but
-those in the weights' values are found before any weight is read.
+A path is a hub name, a directory of safetensors, or a directory with one GGUF file. Every fault but
+one in the weights' values is reported before any weight is read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,23 @@ from transformers import (
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.paths import local_path, special_kind, text_file
-from marlhf.compat.transformers import zero_noise
+from marlhf.common.tokenization import Tokenizer
+from marlhf.compat.transformers import file_dtypes, fix_rotary, zero_noise
 from marlhf.config import LoraSettings, ModelSettings
+from marlhf.distributed import ALONE, Placement, replaced_parameters
+from marlhf.distributed.placement import Use
 from marlhf.models.adapters import add_adapter, grow, merged, save_adapter, saved_adapter
 from marlhf.models.decoding import eos_token_ids
-from marlhf.models.gate import check_adapter, check_finite, check_model
-from marlhf.models.policy import Policy, backbone_forward, backbone_of, fix_rotary
+from marlhf.models.gate import (
+    as_computed,
+    check_adapter,
+    check_finite,
+    check_model,
+    is_close,
+)
+from marlhf.models.policy import Policy, backbone_forward, backbone_of
 
-# (frozen module, the part of it that every forward pass begins with) -> the module, placed
-Shard = Callable[[Any, nn.Module], Any]
-# transformers reports an unreadable one as missing
+# an unreadable one is reported here, as transformers would call it missing
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -63,13 +70,18 @@ def model_source(path: str, key: str) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return {"pretrained_model_name_or_path": str(folder)}
     files = sorted(folder.glob("*.gguf"))
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{key}: directory {path!r} holds an adapter alone; must hold a complete model, which "
+            f"`marlhf merge {path} OUT` writes"
+        )
     if len(files) != 1:
-        found = ", ".join(f.name for f in files) or "neither"
+        names = ", ".join(f.name for f in files) or "neither"
         final = folder / "final"
         hint = f"; did you mean {str(final)!r}?" if (final / "config.json").is_file() else ""
         raise UserError(
             f"{key}: directory {path!r} must hold a config.json or exactly one .gguf "
-            f"file; found {found}{hint}"
+            f"file; found {names}{hint}"
         )
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{key}: reading {files[0].name} needs: pip install 'marlhf[gguf]'")
@@ -81,8 +93,8 @@ def load_model_config(
 ) -> Any:
     """The model's configuration, with dropout and router jitter set to zero.
 
-    Also checks that its weights exist and their files are complete, unless `weights` is false (they
-    will not be needed). Raises UserError.
+    Checks that the weights exist and their files are complete, unless `weights` is false because
+    they will not be read. Raises UserError.
     """
     config = _from_pretrained(AutoConfig, settings, key)
     if weights:
@@ -93,7 +105,7 @@ def load_model_config(
 
 
 def load_classifier_config(settings: ModelSettings, key: str, weights: bool = True) -> Any:
-    """The configuration of a one-label model, as `load_model_config`. Raises UserError."""
+    """As `load_model_config`, for a classifier with one label. Raises UserError."""
     config = load_model_config(settings, key, weights)
     if config.num_labels != 1:
         kind = "".join(f"is a {n}, " for n in config.architectures or [] if "CausalLM" in n)
@@ -104,33 +116,56 @@ def load_classifier_config(settings: ModelSettings, key: str, weights: bool = Tr
     return config
 
 
-def load_tokenizer(settings: ModelSettings, key: str = "model.path") -> Any:
+def load_tokenizer(settings: ModelSettings, key: str = "model.path") -> Tokenizer:
     """The model's tokenizer. Raises UserError."""
     tokenizer = _from_pretrained(AutoTokenizer, settings, key, what="the tokenizer of ")
+    try:
+        tokenizer("a")
+    except Exception as error:  # of any type: loading does not check what the files hold
+        raise UserError(
+            f"{key}: the tokenizer of {settings.path!r} encodes no text: {one_line(error)}"
+        ) from None
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
     return tokenizer
 
 
 def load_causal_lm(
-    settings: ModelSettings, config: Any | None = None, key: str = "model.path"
+    settings: ModelSettings,
+    config: Any | None = None,
+    key: str = "model.path",
+    placement: Placement = ALONE,
+    use: Use = "trained",
 ) -> PreTrainedModel:
-    """A causal LM with fp32 weights, whatever the checkpoint's dtype. Raises UserError."""
+    """A causal LM in the dtypes of `Placement`, whatever the checkpoint's. Raises UserError."""
     config = config if config is not None else load_model_config(settings, key)
-    model = _load_weights(AutoModelForCausalLM, settings, config, key)
+    lm = placement.read(lambda: read_causal_lm(settings, config, key))
+    return placement.place(lm, backbone_of(lm), use)
+
+
+def read_causal_lm(
+    settings: ModelSettings, config: Any, key: str = "model.path"
+) -> PreTrainedModel:
+    """A causal LM as its files hold it, for `Placement.place`. Raises UserError."""
+    model = _read_weights(AutoModelForCausalLM, settings, config, key)
     if "gguf_file" in model_source(settings.path, key):
         model = _without_quantization(model)
     return model
 
 
 def load_policy(
-    settings: ModelSettings, tokenizer: Any, config: Any, key: str, longest: int | None = None
+    settings: ModelSettings,
+    tokenizer: Tokenizer,
+    config: Any,
+    key: str,
+    longest: int | None = None,
+    placement: Placement = ALONE,
 ) -> Policy:
     """A frozen policy, to sample from; `longest` as in `admit`.
 
     Raises UserError.
     """
-    model = load_causal_lm(settings, config, key).requires_grad_(False).eval()
+    model = load_causal_lm(settings, config, key, placement, "frozen").requires_grad_(False).eval()
     eos_ids = eos_token_ids(model, tokenizer, key)
     admit(model, longest, key)
     return Policy(model, eos_ids=eos_ids)
@@ -145,15 +180,20 @@ def admit(
 
     Raises UserError for a family that the library does not compute exactly.
     """
-    positions = position_limit(model.config)
-    longest = min((n for n in (longest, positions) if n is not None), default=None)
+    check_model(model, key, fix_positions(model, longest), samples)
+
+
+def fix_positions(model: Any, longest: int | None) -> int | None:
+    """Fix rotary factors for the longest sequence, and return its length, if there is a limit."""
+    limits = (longest, position_limit(model.config))
+    longest = min((n for n in limits if n is not None), default=None)
     if longest is not None:
         fix_rotary(model, longest)
-    check_model(model, key, longest, samples)
+    return longest
 
 
-def load_classifier(settings: ModelSettings, key: str, base: str | None = None) -> PreTrainedModel:
-    """A one-label sequence classifier (a reward model) with fp32 weights.
+def read_classifier(settings: ModelSettings, key: str, base: str | None = None) -> PreTrainedModel:
+    """A one-label sequence classifier as its files hold it, for `Placement.place`.
 
     An adapter is merged into `base`, by default the base that it names. Raises UserError.
     """
@@ -165,7 +205,7 @@ def load_classifier(settings: ModelSettings, key: str, base: str | None = None) 
             raise UserError(f"{key}: the adapter {settings.path!r} does not name its base")
         of_base = replace(settings, path=path, revision=None)
         base_key = "base" if base else f"{key}: the adapter's base"
-        model = _load_weights(
+        model = _read_weights(
             AutoModelForSequenceClassification,
             of_base,
             _as_large_as(load_model_config(of_base, base_key), config),
@@ -177,7 +217,7 @@ def load_classifier(settings: ModelSettings, key: str, base: str | None = None) 
             grow(model, config.get_text_config().vocab_size)
         model.config = config
         return model.requires_grad_(True)  # PEFT froze the base
-    return _load_weights(AutoModelForSequenceClassification, settings, config, key)
+    return _read_weights(AutoModelForSequenceClassification, settings, config, key)
 
 
 def _as_large_as(base: Any, config: Any) -> Any:
@@ -207,25 +247,26 @@ def _from_pretrained(
             **arguments,
         )
     except Exception as error:  # from transformers, safetensors, the hub, or a model's own code
-        here = Path(settings.path).expanduser().exists()
-        source = "" if here else ", which is no folder here, from the hub"
-        given = f"{what}{settings.path!r}{source}"
-        raise UserError(f"{key}: cannot load {given}: {one_line(error)}") from error
+        is_local = Path(settings.path).expanduser().exists()
+        source = "" if is_local else ", which is no folder here, from the hub"
+        described = f"{what}{settings.path!r}{source}"
+        raise UserError(f"{key}: cannot load {described}: {one_line(error)}") from error
 
 
-def _load_weights(
+def _read_weights(
     auto: Any, settings: ModelSettings, config: Any, key: str, except_for: str = ""
 ) -> Any:
-    """A model with fp32 weights, all from its files but `except_for`. Raises UserError."""
-    model, report = _from_pretrained(
-        auto,
-        settings,
-        key,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported instead: no weight stays random
-    )
+    """A model with its files' weights, but for `except_for`. Raises UserError."""
+    with file_dtypes():
+        model, report = _from_pretrained(
+            auto,
+            settings,
+            key,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported instead: no weight stays random
+        )
     missing = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if set(missing) - {except_for}:
         raise UserError(
@@ -247,11 +288,11 @@ def _check_surplus(model: Any, keys: Collection[str], settings: ModelSettings, k
     extra = getattr(text, "num_nextn_predict_layers", None) or 0
     stacks = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     for surplus in sorted(keys):
-        for place in re.finditer(r"\.(\d+)\.", surplus):
-            stack = surplus[: place.start()]
+        for number in re.finditer(r"\.(\d+)\.", surplus):
+            stack = surplus[: number.start()]
             names = [n for n in stacks if n == stack or n.endswith(f".{stack}")]
             layers = min((stacks[n] for n in names), default=None)
-            if layers is not None and int(place[1]) >= layers + extra:
+            if layers is not None and int(number[1]) >= layers + extra:
                 raise UserError(
                     f"{key}: the weights in {settings.path!r} have more layers than its "
                     f"config.json, which says {layers}: {surplus} is not among them"
@@ -273,11 +314,10 @@ def _check_files(folder: Path, key: str) -> None:
         raise UserError(f"{key}: cannot read {str(file)!r}: {one_line(error)}") from error
 
 
-def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
-    """Bring a model given as an object into a loaded one's state, in place.
+def as_loaded(model: Any, argument: str) -> Any:
+    """Prepare a model object in place, as loading prepares one from files.
 
-    Without dropout or router jitter, and with fp32 weights unless they stay frozen under adapters.
-    Raises UserError.
+    Sets dropout and router jitter to zero. Raises UserError, also for weights that are not finite.
     """
     if hasattr(model, "peft_config"):
         raise UserError(
@@ -293,46 +333,56 @@ def as_loaded(model: Any, lora: LoraSettings | None, argument: str) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model if lora is not None else model.float()
+    check_finite(model, argument)
+    return model
+
+
+def place_object(model: Any, lora: LoraSettings | None, argument: str, placement: Placement) -> Any:
+    """Place a model given as an object: the first rank's, on all.
+
+    Weights get fp32, unless they stay frozen under adapters. Raises UserError.
+    """
+    model = placement.read(lambda: as_loaded(model, argument))
+    return placement.place(model, backbone_of(model), as_given=lora is not None)
 
 
 def build_policy(
     settings: ModelSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     lm_config: Any,
     model: Any = None,
-    shard: Shard = lambda module, backbone: module,
+    placement: Placement = ALONE,
     longest: int | None = None,
     samples: bool = True,
 ) -> Policy:
     """The causal LM to train, with its adapter if it has one.
 
-    model     used instead of loading one
-    shard     places the frozen base of an adapter on the ranks
-    longest   as in `admit`
-    samples   whether the model will be sampled from
+    model       used instead of loading one
+    placement   where it lives
+    longest     as in `admit`
+    samples     whether the model will be sampled from
 
     Raises UserError, where possible before any weight is read.
     """
     check_tokenizer(tokenizer, lm_config)
     if model is None:
         check_architecture(lm_config, settings)
-        lm = load_causal_lm(settings, lm_config)
+        use = "trained" if settings.lora is None else "base"
+        lm = load_causal_lm(settings, lm_config, placement=placement, use=use)
     else:
-        lm = as_loaded(model, settings.lora, "model")
+        lm = place_object(model, settings.lora, "model", placement)
     policy = Policy(lm, eos_ids=eos_token_ids(lm, tokenizer))
     admit(lm, longest, samples=samples)
     if settings.gradient_checkpointing:
         enable_checkpointing(lm)
     if settings.lora is not None:
-        shard(policy, backbone_of(lm))
         policy.model = add_adapter(lm, settings.lora, "policy")
         policy.adapter = "policy"
         check_adapter(policy.model, samples)
     return policy
 
 
-def check_tokenizer(tokenizer: Any, lm_config: Any, key: str = "model.path") -> None:
+def check_tokenizer(tokenizer: Tokenizer, lm_config: Any, key: str = "model.path") -> None:
     """Check that the model has every token of the tokenizer. Raises UserError."""
     vocabulary = lm_config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
@@ -353,14 +403,6 @@ def check_architecture(lm_config: Any, settings: ModelSettings, key: str = "mode
         add_adapter(model, settings.lora, "policy")
 
 
-def reference_of(policy: Policy, shard: Shard = lambda module, backbone: module) -> Policy:
-    """A frozen copy of the current policy; with LoRA, the shared base without adapter."""
-    if hasattr(policy.model, "peft_config"):
-        return Policy(policy.model, adapter=None, eos_ids=policy.eos_ids)
-    reference = Policy(copy.deepcopy(policy.model), eos_ids=policy.eos_ids)
-    return shard(reference.requires_grad_(False).eval(), backbone_of(reference.model))
-
-
 def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass (works in `train()` mode only).
 
@@ -374,16 +416,36 @@ def enable_checkpointing(model: Any) -> None:
         ) from error
 
 
-def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
+def final_dtype(settings: ModelSettings, model_config: Any) -> torch.dtype:
+    """Dtype of the weights in `final/`."""
+    of_checkpoint = getattr(model_config, "dtype", None) or torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "checkpoint": of_checkpoint}
+    return dtypes[settings.final_dtype]
+
+
+def save_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model's weights and configuration, in a dtype; the model stays as it is."""
+    cast = {
+        p: nn.Parameter(p.detach().to("cpu", dtype), requires_grad=False)
+        for p in model.parameters()
+        if p.is_floating_point() and p.dtype != dtype
+    }
+    with replaced_parameters(model.modules(), cast):
+        model.save_pretrained(folder)
+
+
+def save_policy(
+    policy: Policy, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
     """Write a plain `from_pretrained` directory; adapters are merged, and also saved alone."""
     model: Any = policy.model
     if hasattr(model, "peft_config"):
         assert policy.adapter is not None
         save_adapter(model, folder / "adapter", policy.adapter)
-        model = copy.deepcopy(model)
+        model = copy.deepcopy(model).float()
         model.set_adapter(policy.adapter)  # merging takes modules_to_save of the active adapter
         model = model.merge_and_unload(adapter_names=[policy.adapter])
-    model.save_pretrained(folder)
+    save_model(model, folder, dtype)
     tokenizer.save_pretrained(folder)
 
 
@@ -394,9 +456,9 @@ def position_limit(model_config: Any) -> int | None:
 
 @torch.no_grad()
 def check_packing(policy: Policy) -> None:
-    """Check that two examples packed in one row get the hidden states of each alone.
+    """Check that two examples packed in one row have the hidden states of separate rows.
 
-    Raises UserError for a family that does not keep them apart.
+    Raises UserError for a family in which one example sees another.
     """
     model: Any = policy.model
     lm = model.get_base_model() if policy.adapter else model
@@ -405,19 +467,21 @@ def check_packing(policy: Policy) -> None:
     positions = [torch.arange(part.shape[1], device=lm.device)[None] for part in parts]
     backbone, fault = backbone_of(lm), "does not keep examples in one row apart"
     try:
-        apart = [
-            backbone_forward(backbone, i, None, p) for i, p in zip(parts, positions, strict=True)
-        ]
-        together = backbone_forward(backbone, ids, None, torch.cat(positions, 1))
-        if torch.allclose(together, torch.cat(apart, 1), rtol=1e-3, atol=1e-3):
-            return
+        with as_computed(lm):
+            apart = [
+                backbone_forward(backbone, i, None, p)
+                for i, p in zip(parts, positions, strict=True)
+            ]
+            together = backbone_forward(backbone, ids, None, torch.cat(positions, 1))
+            if is_close(together, torch.cat(apart, 1)):
+                return
     except Exception as error:  # of the model's code
         fault = f"cannot read several examples in one row ({one_line(error)})"
     raise UserError(f"packing: given true, but {type(lm).__name__} {fault}; must be false")
 
 
 def _without_quantization(model: Any) -> Any:
-    """The same weights in a model without GGUF quantization config, which can be saved."""
+    """The same weights in a model without GGUF quantization config, to be saved."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from marlhf.common.errors import UserError
 from marlhf.common.types import Sequences
 
-_LONGROPE = "longrope"
-_LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the vocabulary
+LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the vocabulary
 
 
 class PolicyOutput(NamedTuple):
@@ -90,7 +89,7 @@ class Policy(nn.Module):
         """
         T = response_mask.shape[1]
         with use_adapter(self.model, self.adapter):
-            causal_lm = _causal_lm(self.model)
+            causal_lm = unwrapped(self.model)
             hidden = backbone_forward(
                 backbone_of(causal_lm), input_ids, attention_mask, position_ids
             )
@@ -103,21 +102,21 @@ class Policy(nn.Module):
             logprobs, of_logits = target_logprobs(
                 causal_lm, before, targets, temperature, extras, impossible
             )
-            found = {}
+            outputs = {}
             if "hidden_states" in extras:
-                found["hidden_states"] = hidden[:, -T - 1 :]
+                outputs["hidden_states"] = hidden[:, -T - 1 :]
             if "values" in extras:
                 assert self.head is not None
                 states = head_states(self.head, hidden[:, -T - 1 :])
-                found["values"], found["last_values"] = split_states(states, response_mask)
+                outputs["values"], outputs["last_values"] = split_states(states, response_mask)
             if "token_embeddings" in extras:
-                found["token_embeddings"] = causal_lm.get_input_embeddings()(input_ids[:, -T:])
+                outputs["token_embeddings"] = causal_lm.get_input_embeddings()(input_ids[:, -T:])
 
         def placed(x: Tensor) -> Tensor:
             return x.new_zeros(response_mask.shape).masked_scatter(response_mask, x)
 
         placed_extras = {name: placed(x) for name, x in of_logits.items()}
-        return PolicyOutput(placed(logprobs), {**found, **placed_extras})
+        return PolicyOutput(placed(logprobs), {**outputs, **placed_extras})
 
 
 class Critic(nn.Module):
@@ -184,34 +183,8 @@ def length_switch(config: Any) -> int | None:
     """Length beyond which a LongRoPE model switches rotary factors, in tokens; else None."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    found = [p for p in parts if p.get("rope_type") == "longrope"]
-    return min((p["original_max_position_embeddings"] for p in found), default=None)
-
-
-def fix_rotary(model: nn.Module, longest: int) -> None:
-    """Fix LongRoPE's factors to those of sequences of `longest` tokens.
-
-    transformers chooses them by the longest sequence of a batch: log-probabilities of a sequence
-    would depend on the others, and cached keys could have other factors than the query. (vLLM fixes
-    them too.)
-    """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    def fixed(module: Any, kind: str, layers: str | None = None) -> str:
-        if not kind.startswith(_LONGROPE):
-            return kind
-        buffer = getattr(module, f"{layers}_inv_freq" if layers else "inv_freq")
-        rope: Any = ROPE_INIT_FUNCTIONS[_LONGROPE]
-        buffer.copy_(rope(module.config, buffer.device, seq_len=longest, layer_type=layers)[0])
-        return f"{_LONGROPE}, fixed"  # a name for which transformers does not update the factors
-
-    modules: Any = model.modules()
-    for module in modules:
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, dict):
-            module.rope_type = {name: fixed(module, k, name) for name, k in kind.items()}
-        elif isinstance(kind, str):
-            module.rope_type = fixed(module, kind)
+    switching = [p for p in parts if p.get("rope_type") == "longrope"]
+    return min((p["original_max_position_embeddings"] for p in switching), default=None)
 
 
 @contextmanager
@@ -260,19 +233,29 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
     """The map hidden states -> logits, with the family's scaling and soft-capping of logits."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    multiplier = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def setting(*names: str) -> float | None:
+        """The first of the families' names that is set, and not 0."""
+        return next((value for n in names if (value := getattr(config, n, None))), None)
+
+    softcap = setting("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    multiplier = setting("logit_scale") or 1.0
+    divisor = setting("logits_scaling", "logits_mup_width_multiplier") or 1.0
+    size = getattr(config, "unpadded_vocab_size", None)
 
     def logits(hidden: Tensor) -> Tensor:
-        raw = head(hidden) * multiplier if multiplier != 1.0 else head(hidden)
+        raw = head(hidden)
+        if size and size < raw.shape[-1]:
+            raw = raw[..., :size].contiguous()  # no view, which could not be overwritten
+        raw = raw * multiplier if multiplier != 1.0 else raw
         raw = raw / divisor if divisor != 1.0 else raw
         return softcap * torch.tanh(raw / softcap) if softcap else raw
 
     return logits
 
 
-def _causal_lm(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The model itself: without PEFT's wrapper, which a model with adapters has."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
@@ -315,7 +298,7 @@ def target_logprobs(
     impossible   mask [N] of tokens, and the ids that have probability 0 there
     """
     head = head_of(causal_lm)
-    size = max(1, _LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
+    size = max(1, LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
 
     names = [name for name in ("entropy", "token_ranks") if name in extras]
 
@@ -327,13 +310,13 @@ def target_logprobs(
             logits = logits / temperature
         if ids:  # probability 0 has gradient 0: no need for autograd
             logits.detach()[limited.nonzero(), ids] = torch.finfo(logits.dtype).min
-        found, fixed = [], logits.detach()
+        outputs, fixed = [], logits.detach()
         if "entropy" in names:
-            found.append(fixed.logsumexp(-1) - (torch.softmax(fixed, -1) * fixed).sum(-1))
+            outputs.append(fixed.logsumexp(-1) - (torch.softmax(fixed, -1) * fixed).sum(-1))
         if "token_ranks" in names:
-            found.append((fixed > fixed.gather(-1, targets[:, None])).sum(-1))
+            outputs.append((fixed > fixed.gather(-1, targets[:, None])).sum(-1))
         logprobs, _ = _TargetLogprobs.apply(logits, targets)
-        return (logprobs, *found)
+        return (logprobs, *outputs)
 
     if len(targets) == 0:
         nothing = hidden.sum(-1).float()  # an empty tensor that is still in the graph
@@ -356,14 +339,14 @@ class _TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        own = logits.gather(-1, targets[:, None])
+        chosen = logits.gather(-1, targets[:, None])
         top = logits.amax(-1, keepdim=True)
         weights = logits.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
         ctx.mark_dirty(logits)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weights, total, targets)
-        return (own - top - total.log()).squeeze(-1), weights
+        return (chosen - top - total.log()).squeeze(-1), weights
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:

@@ -11,17 +11,19 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.tokenization import Tokenizer
 from marlhf.config import ModelSettings
+from marlhf.distributed import ALONE, Placement
 from marlhf.models.adapters import grow, save_adapter
 from marlhf.models.gate import check_adapter
 from marlhf.models.loading import (
-    Shard,
     add_adapter,
     admit,
     check_architecture,
     enable_checkpointing,
-    load_causal_lm,
-    load_classifier,
+    read_causal_lm,
+    read_classifier,
+    save_model,
 )
 from marlhf.models.policy import backbone_of, hidden_width, length_switch
 
@@ -29,15 +31,15 @@ from marlhf.models.policy import backbone_of, hidden_width, length_switch
 def build_classifier(
     settings: ModelSettings,
     base_config: Any,
-    tokenizer: Any,
-    shard: Shard = lambda module, backbone: module,
+    tokenizer: Tokenizer,
+    placement: Placement = ALONE,
     longest: int | None = None,
 ) -> Any:
-    """A one-label sequence classifier to train, in PEFT with LoRA.
+    """Load or make a one-label sequence classifier to train, in PEFT with LoRA.
 
     `settings.path` has a reward model, or a causal LM, which gets a new scalar head, initialised
-    with std (H + 1)^-1/2. `shard` places the frozen backbone of LoRA on the ranks; `longest` as in
-    `admit`. Raises UserError.
+    with std (H + 1)^-1/2. `placement` is where it lives; `longest` is as in `admit`. Raises
+    UserError.
     """
     switch = length_switch(base_config)
     if switch is not None and longest is not None and longest > switch:
@@ -45,24 +47,31 @@ def build_classifier(
             f"max_length: given {longest}, but {settings.path!r} has other rotary factors for "
             f"texts of more than {switch} tokens; must be at most {switch}"
         )
-    if any(name.endswith("Classification") for name in base_config.architectures or ()):
-        model: Any = load_classifier(settings, "model.path")
-    else:
+    is_lm = not any(n.endswith("Classification") for n in base_config.architectures or ())
+    if is_lm:
         check_architecture(base_config, settings)
-        model = _with_scalar_head(load_causal_lm(settings, base_config))
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(
-            f"model.path: {type(model).__name__} has no linear `score` head; must be decoder-only"
-        )
-    if settings.lora is None:
-        _pad(model, tokenizer)
+
+    def read() -> Any:
+        if is_lm:
+            model: Any = _with_scalar_head(read_causal_lm(settings, base_config))
+        else:
+            model = read_classifier(settings, "model.path")
+        _check_head(model)
+        if settings.lora is None:
+            _pad(model, tokenizer)
+        return model
+
+    model = placement.read(read)
+    if settings.lora is not None:
+        placement.place(model.score)  # trained, and complete on every rank
+        placement.place(backbone_of(model), backbone_of(model), "base")
+    else:
+        placement.place(model, backbone_of(model))
     admit(model, longest, samples=False)
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
     if settings.lora is None:
         return model
-    backbone = backbone_of(model)
-    shard(backbone, backbone)  # not the head, which is trained
     model = add_adapter(model, settings.lora, "reward", "SEQ_CLS")
     check_adapter(model)
     return model
@@ -77,6 +86,7 @@ def _with_scalar_head(lm: Any) -> Any:
             model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"model.path: {one_line(error)}") from error
+    _check_head(model)  # an encoder has another
     setattr(model, model.base_model_prefix, backbone_of(lm))
     hidden_size = hidden_width(lm)
     model.score = nn.Linear(hidden_size, 1, bias=False)
@@ -85,31 +95,44 @@ def _with_scalar_head(lm: Any) -> Any:
     return model
 
 
-def _pad(model: Any, tokenizer: Any) -> None:
+def _check_head(model: Any) -> None:
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(
+            f"model.path: {type(model).__name__} has no linear `score` head; must be decoder-only"
+        )
+
+
+def _pad(model: Any, tokenizer: Tokenizer) -> None:
     """Set the pad token, so that stock transformers finds the last non-pad token.
 
     A pad token beyond the embeddings gets a zero embedding, which has no effect.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
         grow(model, len(tokenizer))
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def save_classifier(model: Any, tokenizer: Any, offset: float, folder: Path) -> None:
+def save_classifier(
+    model: Any,
+    tokenizer: Tokenizer,
+    offset: float,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a plain `from_pretrained` directory of a sequence classifier.
 
-    Its scores minus `config.score_offset` are centred. Adapters are merged, and also saved alone in
-    `adapter/reward`: with its base a reward model too, whose config.json has the vocabulary size to
-    which the base must grow.
+    Scores minus `config.score_offset` are centred. An adapter is merged, and also saved alone in
+    `adapter/reward`, as a reward model on its base. The config.json there has the vocabulary size
+    to which the base must grow.
     """
     model.config.score_offset = offset
     if hasattr(model, "peft_config"):
         # before growing, so that no embeddings are saved
         save_adapter(model, folder / "adapter", "reward")
-        model = copy.deepcopy(model).merge_and_unload()
+        model = copy.deepcopy(model).float().merge_and_unload()
         _pad(model, tokenizer)
         model.config.save_pretrained(folder / "adapter" / "reward")
         tokenizer.save_pretrained(folder / "adapter" / "reward")
-    model.save_pretrained(folder)
+    save_model(model, folder, dtype)
     tokenizer.save_pretrained(folder)

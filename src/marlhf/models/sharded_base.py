@@ -1,8 +1,8 @@
 """Checks that LoRA adapters train correctly on a base sharded by ZeRO-3.
 
 PEFT's plain layers add a product to the output of the base's layer. Its other layers read or copy
-weights of the base, which a rank has only during that layer's pass. The keys and layers allowed
-below were compared with one process; all others are refused before any weight is read.
+weights of the base, which are gathered on a rank only during that layer's pass. The keys and layers
+allowed below were compared with one process; all others are refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -21,26 +21,23 @@ from marlhf.models import building
 from marlhf.models.adapters import add_adapter, saved_adapter
 from marlhf.models.loading import load_classifier_config
 
-_RIGHT_KEYS = {
+_SUPPORTED_KEYS = {
     *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out", "lora_bias"),
 }
 _HEAD = "score"  # of a classifier: replicated on every rank
-_ELSEWHERE = "the profiles single, ddp, zero1 and zero2 keep the base whole"
+_ELSEWHERE = "the profiles single, ddp, zero1 and zero2 do not shard the base"
 
 
 def check_adapters(settings: ModelSettings, model_config: Any) -> None:
-    """Check a trained model's adapter, if it has one, for a sharded base.
-
-    Raises UserError.
-    """
+    """Check the adapter that a job trains, if any, for a sharded base. Raises UserError."""
     if settings.lora is None:
         return
     from peft import LoraConfig
 
     plain = LoraConfig()
     for key, value in settings.lora.extra.items():
-        if key not in _RIGHT_KEYS and value != getattr(plain, key, value):
+        if key not in _SUPPORTED_KEYS and value != getattr(plain, key, value):
             raise UserError(
                 f"model.lora.extra.{key}: given {value!r}, which is not supported under ZeRO-3: "
                 f"there the base is sharded; {_ELSEWHERE}"
@@ -51,13 +48,13 @@ def check_adapters(settings: ModelSettings, model_config: Any) -> None:
         return
     task = "SEQ_CLS" if is_classifier else "CAUSAL_LM"
     model = add_adapter(model, settings.lora, "policy", task)
-    odd, right = _layers(model)
-    if odd:
+    unsupported, supported = _layers(model)
+    if unsupported:
         targets = settings.lora.target_modules
-        instead = f"; or give target_modules: [{', '.join(right)}]" if right else ""
+        instead = f"; or give target_modules: [{', '.join(supported)}]" if supported else ""
         raise UserError(
-            f"model.lora.target_modules: given {targets!r}, which adapts {odd}; under ZeRO-3 that "
-            f"is not supported, as the base is sharded; {_ELSEWHERE}{instead}"
+            f"model.lora.target_modules: given {targets!r}, which adapts {unsupported}; under "
+            f"ZeRO-3 that is not supported, as the base is sharded; {_ELSEWHERE}{instead}"
         )
 
 
@@ -98,11 +95,11 @@ def _check_saved(folder: str, settings: ModelSettings, lm_config: Any) -> None:
     if adapter is None or model is None:
         return
     adapter.task_type, adapter.modules_to_save = "CAUSAL_LM", None  # as `attach` reads it
-    odd, _ = _layers(get_peft_model(model, adapter))
-    if odd:
+    unsupported, _ = _layers(get_peft_model(model, adapter))
+    if unsupported:
         raise UserError(
-            f"the adapter {folder!r}: adapts {odd}; under ZeRO-3 that is not supported, as the "
-            f"base is sharded; {_ELSEWHERE}"
+            f"the adapter {folder!r}: adapts {unsupported}; under ZeRO-3 that is not supported, as "
+            f"the base is sharded; {_ELSEWHERE}"
         )
 
 
@@ -121,24 +118,26 @@ def _without_weights(settings: ModelSettings, config: Any, is_classifier: bool) 
 def _layers(model: Any) -> tuple[str | None, list[str]]:
     """The first unsupported part, in words, or None; and the supported modules' names.
 
-    Supported are PEFT's plain linear and embedding layers.
+    PEFT's plain linear and embedding layers are supported.
     """
     from peft.tuners.lora import Embedding, Linear
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    odd, right = None, set()
+    from marlhf.compat.peft import AuxiliaryTrainingWrapper, BaseTunerLayer, is_fused, is_variant
+
+    unsupported, supported = None, set()
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, nn.ModuleList) and name.endswith("experts"):
             # a rank that skips an expert would miss its gather and hang the others
-            odd = odd or f"a model whose experts are modules of their own, {name}"
+            unsupported = unsupported or f"a model whose experts are separate modules, {name}"
         if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) or name == _HEAD:
             continue
-        if isinstance(layer, Linear | Embedding) and not layer.lora_variant:
-            right.add(name.rpartition(".")[2])
-        elif odd is None:
-            fused = isinstance(layer, ParamWrapper)
-            kind = "the fused experts" if fused else f"by PEFT's {type(layer).__name__} the module"
-            odd = f"{kind} {name}"
-    return odd, sorted(right)
+        if isinstance(layer, Linear | Embedding) and not is_variant(layer):
+            supported.add(name.rpartition(".")[2])
+        elif unsupported is None:
+            kind = (
+                "the fused experts"
+                if is_fused(layer)
+                else f"by PEFT's {type(layer).__name__} the module"
+            )
+            unsupported = f"{kind} {name}"
+    return unsupported, sorted(supported)

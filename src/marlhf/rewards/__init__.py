@@ -1,14 +1,7 @@
 """Rewards of responses and of their tokens. See `base` for the contract."""
 
-from marlhf.rewards.base import (
-    REWARDS,
-    CombinedReward,
-    NamedReward,
-    RewardResult,
-    build_rewards,
-    place_spans,
-    reward_models,
-)
+from marlhf.rewards.base import CombinedReward, NamedReward, RewardResult
+from marlhf.rewards.building import REWARDS, build_rewards, reward_models
 from marlhf.rewards.calls import RewardError, RewardFn, needed_columns
 from marlhf.rewards.code import Code
 from marlhf.rewards.curiosity import Curiosity
@@ -16,6 +9,7 @@ from marlhf.rewards.learned import RewardModel
 from marlhf.rewards.overlap import EmbeddingSimilarity, Rouge
 from marlhf.rewards.sandbox import Limits, Sandbox
 from marlhf.rewards.segments import PerSegment
+from marlhf.rewards.spans import place_spans
 from marlhf.rewards.text import Keyword, Length, Regex, Sentiment
 from marlhf.rewards.tokens import (
     TOKEN_REWARDS,

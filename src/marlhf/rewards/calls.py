@@ -9,16 +9,21 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from marlhf.common.errors import ReportedError, UserError, one_line, raised, shown
+import numpy as np
+
+from marlhf.common.errors import ReportedError, UserError, one_line, raised, short_repr
 from marlhf.common.plugins import called, copied
+from marlhf.common.registry import check_call
 
 RewardFn = Callable[..., Any]
-Pairs = list[tuple[int, float]]
+PlacedRewards = list[tuple[int, float]]
 Columns = Mapping[str, Sequence[Any]]
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class RewardError(ReportedError):
@@ -26,9 +31,9 @@ class RewardError(ReportedError):
 
 
 def needed_columns(function: RewardFn) -> list[str]:
-    """Columns that a reward requires.
+    """Columns that a reward requires: parameters without a default, and those that it lists.
 
-    Its parameters without a default, and those listed in its attribute `needed_columns`.
+    It lists columns in its attribute `needed_columns`.
     """
     needed = [
         p.name
@@ -51,22 +56,24 @@ def column_parameters(function: RewardFn) -> list[inspect.Parameter]:
     """Parameters after prompts and completions that no `functools.partial` has bound."""
     bound = function.keywords if isinstance(function, functools.partial) else {}
     parameters = _parameters(function)
-    if _by_keyword(parameters):
-        rest = [p for p in parameters if p.name not in ("prompts", "completions")]
+    if _names_texts(parameters):
+        columns = [p for p in parameters if p.name not in ("prompts", "completions")]
     else:
-        rest = parameters[2:]
-    return [p for p in rest if p.name not in bound]
+        columns = parameters[2:]
+    return [p for p in columns if p.name not in bound]
 
 
-def _by_keyword(parameters: Sequence[inspect.Parameter]) -> bool:
-    """Whether a reward names its texts as the contract does, in any order."""
-    return any(p.name == "completions" and p.kind != p.POSITIONAL_ONLY for p in parameters)
+def _names_texts(parameters: Sequence[inspect.Parameter]) -> bool:
+    """Whether a reward names its texts as the contract does, in any order, or takes names alone."""
+    by_name = [p for p in parameters if p.kind in (p.VAR_KEYWORD, p.KEYWORD_ONLY)]
+    names = any(p.name == "completions" and p.kind != p.POSITIONAL_ONLY for p in parameters)
+    return names or (bool(by_name) and len(by_name) == len(parameters))
 
 
-def texts_by_place(function: RewardFn) -> list[str]:
-    """A reward's own names for prompts and completions, which it then gets by position."""
+def text_parameters(function: RewardFn) -> list[str]:
+    """Names of parameters that receive prompts and completions by position."""
     parameters = _parameters(function)
-    if _by_keyword(parameters):
+    if _names_texts(parameters):
         return []
     texts = ("prompts", "completions")
     return [p.name for p in parameters[:2] if p.name not in texts and p.kind != p.VAR_KEYWORD]
@@ -74,7 +81,7 @@ def texts_by_place(function: RewardFn) -> list[str]:
 
 def evaluate(
     name: str, function: RewardFn, prompts: list[str], completions: list[str], columns: Columns
-) -> list[float | Pairs | None]:
+) -> list[float | PlacedRewards | None]:
     """Call a reward and check its values; every fault becomes a RewardError.
 
     A UserError that the reward raises passes through.
@@ -100,7 +107,7 @@ def evaluate(
 
 
 class _FailedError(Exception):
-    """A reward failed; its cause says how."""
+    """A reward failed; the exception is its cause."""
 
 
 def _cause(failed: _FailedError) -> BaseException:
@@ -142,15 +149,15 @@ def _listed(values: Any, rows: int) -> Sequence[Any]:
         try:
             values = values.tolist()
         except Exception:  # a tensor without data, or a sparse one
-            raise TypeError(f"returned {shown(values)}, must be a list of numbers") from None
+            raise TypeError(f"returned {short_repr(values)}, must be a list of numbers") from None
     if not isinstance(values, list | tuple):
-        raise TypeError(f"returned {type(values).__name__}, must be a list with one entry a row")
+        raise TypeError(f"returned {type(values).__name__}, must be a list with one entry per row")
     if len(values) != rows:
         raise ValueError(f"returned {len(values)} entries for {rows} rows")
     return values
 
 
-def _checked(value: Any, length: int) -> float | Pairs | None:
+def _checked(value: Any, length: int) -> float | PlacedRewards | None:
     """One row's value in plain types. Raises TypeError or ValueError, naming the fault."""
     if value is None:
         return None
@@ -159,11 +166,11 @@ def _checked(value: Any, length: int) -> float | Pairs | None:
     pairs = []
     for pair in value:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise TypeError(f"{shown(value)} is no list of (end_char, reward) pairs")
+            raise TypeError(f"{short_repr(value)} is no list of (end_char, reward) pairs")
         try:
             end = operator.index(pair[0].item() if hasattr(pair[0], "item") else pair[0])
         except Exception:
-            raise TypeError(f"end_char {shown(pair[0])} is not an integer") from None
+            raise TypeError(f"end_char {short_repr(pair[0])} is not an integer") from None
         if not 1 <= end <= length:
             raise ValueError(f"end_char {end} lies outside the response: 1..{length}")
         pairs.append((end, _number(pair[1])))
@@ -177,40 +184,57 @@ def _number(value: Any) -> float:
         number = None
     if not isinstance(number, Real):
         raise TypeError(
-            f"returned {shown(value)}, must be a number, None or a list of (end_char, reward)"
+            f"returned {short_repr(value)}, must be a number, None or a list of (end_char, reward)"
         )
     try:
-        found = float(number)
+        result = float(number)
     except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
-        raise ValueError(f"returned {shown(number)}, must be finite")
-    return found
+        result = math.inf
+    if not is_finite(result):
+        raise ValueError(f"returned {short_repr(number)}, must be finite (in float32)")
+    return result
+
+
+def is_finite(score: float) -> bool:
+    """Whether a score is finite in float32, the precision of the update."""
+    return abs(score) <= _LARGEST
+
+
+def check_signature(name: str, function: RewardFn, available: Iterable[str]) -> None:
+    """Check that a reward can be called with the columns available. Raises UserError."""
+    check_call(function, f"reward {name}", *_names(function, available))
+
+
+def _names(function: RewardFn, available: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of the texts that a reward gets by position, and of all that it gets by name."""
+    parameters, accepted = _parameters(function), column_parameters(function)
+    texts = ["prompts", "completions"]
+    if any(p.kind == p.VAR_KEYWORD for p in accepted):
+        bound = function.keywords if isinstance(function, functools.partial) else {}
+        columns = [name for name in available if name not in texts and name not in bound]
+    else:
+        present = set(available)
+        columns = [p.name for p in accepted if p.name in present]
+    if not _names_texts(parameters):
+        return texts, columns
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    known = {p.name for p in parameters}
+    return [], [*(name for name in texts if takes_any or name in known), *columns]
 
 
 def _call(
     function: RewardFn, prompts: list[str], completions: list[str], columns: Columns
 ) -> Sequence[Any]:
-    """Call a reward with copies of its texts and of the columns that it takes."""
-    prompts, completions = list(prompts), list(completions)
-    parameters = _parameters(function)
-    wanted = column_parameters(function)
-    texts = {"prompts": prompts, "completions": completions}
-    if any(p.kind == p.VAR_KEYWORD for p in wanted):
-        bound = function.keywords if isinstance(function, functools.partial) else {}
-        given = {n: list(c) for n, c in columns.items() if n not in texts and n not in bound}
-    else:
-        given = {p.name: list(columns[p.name]) for p in wanted if p.name in columns}
-    given = copied(given)
-    if not _by_keyword(parameters):
-        return function(prompts, completions, **given)
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-    return function(**{n: t for n, t in texts.items() if takes_any or n in names}, **given)
+    """Call a reward with copies of its texts and of the columns that it accepts."""
+    texts = {"prompts": list(prompts), "completions": list(completions)}
+    positional, named = _names(function, columns)
+    passed = copied({name: list(columns[name]) for name in named if name not in texts})
+    passed |= {name: texts[name] for name in named if name in texts}
+    return function(*(texts[name] for name in positional), **passed)
 
 
 def _error(name: str, row: int | None, prompts: Sequence[str], fault: str) -> RewardError:
     where = f"a batch of {len(prompts)} rows"
     if row is not None:
-        where = f"row {row} (prompt {shown(prompts[row])})"
+        where = f"row {row} (prompt {short_repr(prompts[row])})"
     return RewardError(f"reward {name}: {where}: {fault}")

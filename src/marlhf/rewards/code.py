@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -13,7 +14,8 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal
 
-from marlhf.common.errors import UserError, one_line
+from marlhf.common.errors import UserError, one_line, short_repr
+from marlhf.common.markdown import fenced_blocks, without_indent
 from marlhf.rewards.sandbox import (
     Calls,
     Check,
@@ -27,8 +29,6 @@ from marlhf.rewards.sandbox import (
 
 PASSED, NONE_PASSED, RUNTIME_ERROR, NO_PROGRAM = 1.0, -0.3, -0.6, -1.0
 
-# each part is greedy and the rest of the line is arbitrary, so that the regex never backtracks
-_FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>.*)$", re.MULTILINE)
 _WORD = re.compile(r"\S+")
 _MOST_WORKERS = 1024
 _PYTHON = ("python", "python3", "py", "py3")
@@ -120,7 +120,9 @@ class Code:
         row = 0
         try:
             for row in range(len(columns[self.needed_columns[0]])):
-                self._problem("", {name: column[row] for name, column in columns.items()})
+                values = {name: column[row] for name, column in columns.items()}
+                if self._problem("", values) is not None and self.format == "humaneval":
+                    _check_test(values[self.check_column], self.check_column)
         except (TypeError, ValueError) as error:
             raise ValueError(f"row {row}: {one_line(error)}") from error
 
@@ -145,7 +147,7 @@ class Code:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None]:
-        """Raises ValueError for tests that are not in the format."""
+        """Run and reward programs. Raises ValueError for tests that are not in the format."""
         problems: dict[int, Problem] = {}
         jobs: dict[int, Job] = {}
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -171,6 +173,12 @@ class Code:
         test, function = row[self.check_column], row[self.entry_point_column]
         if not test or not function:
             return None
+        for value, column in ((test, self.check_column), (function, self.entry_point_column)):
+            if not isinstance(value, str):
+                raise ValueError(f"column {column!r}: {short_repr(value, 40)} must be text")
+        if not function.isidentifier():
+            column = self.entry_point_column
+            raise ValueError(f"column {column!r}: {short_repr(function, 40)} must name a function")
         prefix = row.get(self.prefix_column)
         return humaneval_problem(prompt if prefix is None else prefix, test, function)
 
@@ -191,51 +199,20 @@ def extract_code(completion: str, prompt: str = "") -> str:
     unclosed block extends to the end of the text, and one that the prompt leaves open is the
     completion's first. The indentation of the opening fence is removed from the block's lines.
     """
-    _, opened = _blocks(prompt)
-    if opened is not None:
-        completion = f"{opened[0].strip()}\n{completion}"
-    blocks, opening = _blocks(completion)
-    if opening is not None:
-        blocks.append(_block(opening, completion[opening.end() + 1 :]))
-    python = [text for is_python, text in blocks if is_python]
-    texts = python or [text for _, text in blocks] or [completion]
-    return texts[-1]
-
-
-def _blocks(text: str) -> tuple[list[tuple[bool, str]], re.Match[str] | None]:
-    """The closed fenced blocks of a text, and the opening fence of an unclosed one."""
-    blocks: list[tuple[bool, str]] = []
-    opening: re.Match[str] | None = None
-    for fence in _FENCE.finditer(text):
-        if "`" in fence["info"]:
-            continue  # code inside a line
-        if opening is None:
-            opening = fence
-        elif _closes(fence, opening):
-            blocks.append(_block(opening, text[opening.end() + 1 : fence.start()]))
-            opening = None
-    return blocks, opening
-
-
-def _closes(fence: re.Match[str], opening: re.Match[str]) -> bool:
-    """Whether a fence closes a block, by CommonMark's rule.
-
-    It has at least as many marks, no language, and at most 3 more spaces of indentation: a fence
-    inside a docstring is not at the margin.
-    """
-    indent = len(fence["indent"]) - len(opening["indent"])
-    return fence["marks"].startswith(opening["marks"]) and not fence["info"].strip() and indent <= 3
-
-
-def _block(opening: re.Match[str], text: str) -> tuple[bool, str]:
-    """Whether a block is marked as Python, and its text."""
-    indent = re.compile(rf"^ {{0,{len(opening['indent'])}}}", re.MULTILINE)
-    language = (opening["info"].split() or [""])[0].strip("{}.").lower()
-    return language in _PYTHON, indent.sub("", text) if opening["indent"] else text
+    opened = [block for block in fenced_blocks(prompt) if not block.closed]
+    if opened:
+        completion = f"{prompt[opened[0].start : opened[0].code_start].strip()}\n{completion}"
+    blocks = fenced_blocks(completion)
+    chosen = [block for block in blocks if block.language in _PYTHON] or blocks
+    if not chosen:
+        return completion
+    return without_indent(
+        completion[chosen[-1].code_start : chosen[-1].code_end], chosen[-1].indent
+    )
 
 
 def has_code(program: str) -> bool:
-    """Whether a program has any line besides comments and blank lines."""
+    """Whether a program has any line other than comments and blank lines."""
     return any(line.strip() and not line.strip().startswith("#") for line in program.splitlines())
 
 
@@ -270,7 +247,7 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
         raise ValueError(f"column {column!r}: fn_name must be the name of a function")
     if not all(isinstance(x, list) for x in inputs):
         raise ValueError(f"column {column!r}: inputs for fn_name must be lists of arguments")
-    arguments = tuple(tuple(_integer_keys(x) for x in each) for each in inputs)
+    arguments = tuple(tuple(_integer_keys(x) for x in call) for call in inputs)
 
     def passes(i: int, answer: str) -> bool:
         return _may_equal(answer, outputs[i]) and same_value(read_answer(answer), outputs[i])
@@ -282,17 +259,32 @@ def apps_problem(tests: Any, column: str = "input_output") -> Problem | None:
 
 
 def humaneval_problem(prefix: str, test: str, function: str) -> Problem:
-    """A problem of HumanEval (Chen et al., 2021). The test's own helpers come from the prefix."""
-    helpers = prefix if function in _functions(prefix) else ""
+    """A problem of HumanEval (Chen et al., 2021); the test's helpers come from the prefix."""
+    definitions = _definitions(prefix)
+    helpers = prefix if function in definitions else ""
+    is_class = _asks_for_class(prefix, definitions.get(function), test, function)
     # a regex: programs are parsed only inside the sandbox
-    own = re.compile(rf"^(async\s+)?def\s+{re.escape(function)}\b", re.MULTILINE)
+    definition = re.compile(rf"^((async\s+)?def|class)\s+{re.escape(function)}\b", re.MULTILINE)
 
     def job(program: str) -> Job:
-        # a completion that continues the prefix, or a complete function of its own
-        whole = f"{helpers}\n{program}" if own.search(program) else helpers + program
-        return Check(whole, function, test, helpers)
+        # a complete definition, or a continuation of the prefix
+        is_complete = definition.search(program)
+        source = f"{helpers}\n{program}" if is_complete else helpers + program
+        return Check(source, function, test, helpers, is_class)
 
     return Problem(job, lambda outcome: float(outcome.status == "ok"))
+
+
+def _check_test(test: str, column: str) -> None:
+    """Raise ValueError for a test that does not compile or define `check`. Does not run it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            names = compile(test, "test", "exec", dont_inherit=True).co_names
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"column {column!r} is no Python: {one_line(error, 100)}") from error
+    if "check" not in names:
+        raise ValueError(f"column {column!r} must define the function check(candidate)")
 
 
 def same_output(actual: str, expected: str) -> bool:
@@ -374,10 +366,66 @@ def _integer_keys(value: Any) -> Any:
     return value
 
 
-def _functions(source: str) -> set[str]:
-    """Names of the top-level functions of a source; none where it does not parse."""
+def _asks_for_class(prefix: str, definition: type | None, test: str, name: str) -> bool:
+    """Whether a problem asks for a class, as judged by the dataset alone.
+
+    A capitalised name is not enough, as some datasets capitalise functions: the text must mention a
+    class, or the test use a method or attribute of an instance.
+    """
+    if definition is not None:
+        return definition is ast.ClassDef
+    try:
+        nodes = list(ast.walk(ast.parse(test)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    names = ("candidate", name)
+    if any(_asks_for_instance(node, names) for node in nodes):
+        return True
+    mentions_class = re.search(r"\bclass\b", prefix) is not None
+    return name[:1].isupper() and (mentions_class or _uses_instances(nodes, names))
+
+
+def _asks_for_instance(node: ast.AST, names: tuple[str, ...]) -> bool:
+    """Whether a node is `isinstance(x, candidate)` or the like."""
+    if not isinstance(node, ast.Call) or not _is_name(node.func, ("isinstance", "issubclass")):
+        return False
+    return any(_is_name(x, names) for x in node.args[1:])
+
+
+def _is_name(node: ast.AST, names: tuple[str, ...]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def _uses_instances(nodes: list[ast.AST], names: tuple[str, ...]) -> bool:
+    """Whether a test uses an attribute of `candidate(...)`, directly or through a variable."""
+
+    def makes(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and _is_name(node.func, names)
+
+    made = {
+        target.id
+        for node in nodes
+        if isinstance(node, ast.Assign) and makes(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return any(
+        makes(node.value) or (isinstance(node.value, ast.Name) and node.value.id in made)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and not _is_of_builtin_type(node.attr)
+    )
+
+
+def _is_of_builtin_type(attribute: str) -> bool:
+    kinds = (str, bytes, int, float, complex, list, tuple, dict, set)
+    return any(hasattr(kind, attribute) for kind in kinds)
+
+
+def _definitions(source: str) -> dict[str, type]:
+    """Top-level functions and classes of a source by name; none where it does not parse."""
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return set()
-    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        return {}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name: type(node) for node in body if isinstance(node, kinds)}

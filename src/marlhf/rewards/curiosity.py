@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from marlhf.algorithm.experience import Rollout
 from marlhf.common.errors import UserError
 from marlhf.common.state_files import check_weights, loading_optimizer
 from marlhf.common.types import AllReduceSum
@@ -29,7 +30,7 @@ class Curiosity(TokenReward):
     States are the last layer's, scaled to mean 0 and variance 1 over H. The paper's encoder is
     left out: trained on the same error, it could collapse all states to one point. The error is
     normalised by a running mean and standard deviation over all tokens of the previous rollouts,
-    on all ranks; the first rollout has no reward. The network takes one Adam step per rollout.
+    on all ranks; the first rollout has no reward. The network gets one Adam step per rollout.
 
     top_k           no reward for tokens among the policy's k most likely
     learning_rate   of the forward model
@@ -64,7 +65,7 @@ class Curiosity(TokenReward):
         self._optimizer: torch.optim.Adam | None = None
         self._moments = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares of errors
 
-    def __call__(self, rollout: Any) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Tensor:
         count, total, squares = self._moments.tolist()
         if count == 0:
             return torch.zeros(rollout.responses.response_mask.shape)
@@ -75,7 +76,7 @@ class Curiosity(TokenReward):
         outside = rollout.extras["token_ranks"] >= self.top_k
         return torch.where(outside, normalised, torch.zeros_like(normalised))
 
-    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
+    def update(self, rollout: Rollout, all_reduce: AllReduceSum) -> dict[str, float]:
         """Update the error statistics and take one optimiser step of the forward model."""
         mask = rollout.responses.response_mask
         network, optimizer = self._built(rollout.extras["hidden_states"].shape[-1])
@@ -85,8 +86,8 @@ class Curiosity(TokenReward):
             error = _error(network, before, actions, after)
             (error.sum() / tokens).backward()
             errors.append(error.detach().double())
-        found = torch.cat(errors)
-        moments = torch.stack([torch.ones_like(found), found, found**2]).sum(1)
+        x = torch.cat(errors)
+        moments = torch.stack([torch.ones_like(x), x, x**2]).sum(1)
         moments = all_reduce(moments).cpu()
         self._moments = self.memory * self._moments + moments
         for parameter in network.parameters():
@@ -103,8 +104,8 @@ class Curiosity(TokenReward):
         network, optimizer = self._network, self._optimizer
         return {
             "moments": self._moments,
-            "network": network and network.state_dict(),
-            "optimizer": optimizer and optimizer.state_dict(),
+            "network": None if network is None else network.state_dict(),
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ class Curiosity(TokenReward):
                 optimizer.load_state_dict(state["optimizer"])
 
     def to(self, device: Any) -> None:
-        """Set the device of the hidden states, on which the forward model is built."""
+        """Set the device of the hidden states, for building the forward model there."""
         self._device = torch.device(device)
 
     def _built(self, H: int) -> tuple[nn.Sequential, torch.optim.Adam]:
@@ -133,7 +134,7 @@ class Curiosity(TokenReward):
             self._optimizer = torch.optim.Adam(self._network.parameters(), self.learning_rate)
         return self._network, self._optimizer
 
-    def _errors(self, rollout: Any) -> Tensor:
+    def _errors(self, rollout: Rollout) -> Tensor:
         """Prediction errors [B,T], 0 outside the mask."""
         mask = rollout.responses.response_mask
         network, _ = self._built(rollout.extras["hidden_states"].shape[-1])
@@ -141,7 +142,7 @@ class Curiosity(TokenReward):
         return torch.zeros(mask.shape, device=errors.device).masked_scatter(mask, errors)
 
 
-def _passes(rollout: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _passes(rollout: Rollout) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Chunks of states before, embeddings of, and states after response tokens, [N,H] each."""
     mask, extras = rollout.responses.response_mask, rollout.extras
     states = extras["hidden_states"].float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from marlhf.common.chat_templates import render_chat
 from marlhf.common.errors import UserError, one_line
-from marlhf.common.tokenization import encode_texts, text_start
+from marlhf.common.tokenization import Tokenizer, encode_texts, text_start
 from marlhf.config import ModelSettings
+from marlhf.distributed import ALONE, Placement
 from marlhf.models.policy import Critic, length_switch
 
 Messages = Sequence[dict[str, Any]]
 
 
 class RewardModel:
-    """Scores of a sequence classifier with one label, minus `config.score_offset` (0 if absent).
+    """Scores a text by a one-label sequence classifier, minus `config.score_offset`, if any.
 
     The text is retokenised with the model's own tokenizer. A conversation in the column `messages`
     goes through that tokenizer's chat template, where it has one, with the completion as the
@@ -59,10 +61,20 @@ class RewardModel:
         if length is not None and not 1 <= length <= (limit or length):
             raise UserError(f"max_length: given {length}, must be 1 to {limit or 'any length'}")
         switch = length_switch(config)
-        self.tokenizer = tokenizer  # the reward model's own
+        self.tokenizer = tokenizer  # the reward model's
         self._limit, self._switch = length, switch
         self._model: Any = None
-        self._device: Any = "cpu"
+        self._placement = ALONE
+        self._policy_bos: set[str] = set()  # the policy's BOS, where this model has no such token
+
+    def strip_bos_of(self, policy: Any) -> None:
+        """Strip a policy's BOS from prompts from now on, unless this model has that token.
+
+        policy   its tokenizer
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        names = policy.convert_ids_to_tokens(text_start(policy))
+        self._policy_bos.update(name for name in names if name not in vocabulary)
 
     @property
     def _settings(self) -> ModelSettings:
@@ -82,32 +94,53 @@ class RewardModel:
     def load(self) -> RewardModel:
         """Load the weights, unless loaded. Raises UserError."""
         if not self.is_loaded:
-            from marlhf.models import loading
-
-            model: Any = loading.load_classifier(self._settings, "path")
-            model.requires_grad_(False).eval()
-            self._try_longest(model)
-            self._model = model.to(self._device)
+            model, self._limit = self._placement.read(self._read)
+            # an encoder gives its score itself, and bf16 would round that
+            use = "frozen" if isinstance(getattr(model, "score", None), nn.Module) else "trained"
+            self._placement.place(model, model.base_model, use)
+            self._try_text(model)
+            self._model = model
         return self
 
-    def _try_longest(self, model: Any) -> None:
-        """Try the longest input, on the CPU, where an index too high raises."""
+    def _read(self) -> tuple[Any, int | None]:
+        """The model as its files hold it, and the longest input in tokens. Raises UserError."""
+        from marlhf.models import loading
+
+        model = loading.read_classifier(self._settings, "path").requires_grad_(False).eval()
+        return model, self._longest(model)
+
+    def _try_text(self, model: Any) -> None:
+        """Try a short text: some families need a token that their tokenizer may not add."""
+        try:
+            ids, mask = right_pad(encode_for_reward(self.tokenizer, ["a"], [False]))
+            device = self._placement.device
+            self._scores(model, ids.to(device), mask.to(device))
+        except Exception as error:  # of the model's code
+            kind = type(model).__name__
+            raise UserError(f"path: {kind} cannot score a text: {one_line(error)}") from error
+
+    def _longest(self, model: Any) -> int | None:
+        """Try the longest input on the CPU, where an index out of range raises."""
         limit = self._limit
         if limit is None:
-            return
+            return None
         longest = longest_input(model, limit, lambda ids, mask: sequence_scores(model, ids, mask))
         if self.max_length is not None and longest < self.max_length:
             raise UserError(f"max_length: given {self.max_length}, must be 1 to {longest}")
-        self._limit = longest
+        return longest
+
+    def use_placement(self, placement: Placement) -> None:
+        """Load the model by `placement`; an adapter on the policy's base is loaded already."""
+        self._placement = placement
 
     def to(self, device: Any) -> RewardModel:
         """Move the model to `device`, now or when it is loaded."""
-        self._device = device
+        self._placement = Placement(device=device)
         if self.is_loaded:
             self._model.to(device)
         return self
 
-    def share(self, policy: Any, base: str) -> None:
+    def share_base(self, policy: Any, base: str) -> None:
         """Score on the policy's frozen PEFT base, if this is an adapter of it."""
         from marlhf.models import adapters, building
 
@@ -119,14 +152,6 @@ class RewardModel:
                 parameter.requires_grad_(False)
             self._model = model
 
-    def shard(self, shard: Callable[[Any, nn.Module], Any]) -> None:
-        """Shard the weights over the ranks with `shard(model, backbone)`; see `Distributed.shard`.
-
-        A no-op for an adapter on the policy's base.
-        """
-        if not isinstance(self.model, Critic):
-            self._model = shard(self.model, self.model.base_model)
-
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
@@ -136,6 +161,7 @@ class RewardModel:
             offset = model.offset
         else:
             offset = float(getattr(model.config, "score_offset", None) or 0.0)
+        prompts = [without_start(prompt, self._policy_bos) for prompt in prompts]
         texts, templated = reward_texts(
             self.tokenizer, prompts, completions, columns.get("messages")
         )
@@ -147,11 +173,19 @@ class RewardModel:
         parts = (short, order[len(short) :])  # rotary factors depend on a batch's longest sequence
         size = self.batch_size
         for rows in (part[i : i + size] for part in parts for i in range(0, len(part), size)):
-            input_ids, mask = (x.to(self._device) for x in right_pad([ids[i] for i in rows]))
-            values = sequence_scores(model, input_ids, mask).tolist()
+            input_ids, mask = (
+                x.to(self._placement.device) for x in right_pad([ids[i] for i in rows])
+            )
+            values = self._scores(model, input_ids, mask).tolist()
             for row, value in zip(rows, values, strict=True):
                 scores[row] = value - offset
         return scores
+
+    def _scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores at the run's precision, with the head in fp32."""
+        is_encoder = not isinstance(model, Critic) and not hasattr(model, "score")
+        with nullcontext() if is_encoder else self._placement.autocast():
+            return sequence_scores(model, input_ids, attention_mask)
 
 
 def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -178,7 +212,7 @@ def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
 
 
 def reward_texts(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     completions: Sequence[str],
     messages: Sequence[Messages | None] | None = None,
@@ -215,11 +249,11 @@ def reward_texts(
     return texts, templated
 
 
-def _content(tokenizer: Any, turns: Messages, completion: str) -> str:
+def _content(tokenizer: Tokenizer, turns: Messages, completion: str) -> str:
     """The completion as the content of a chat message.
 
-    It loses its first space where the template itself writes one after its generation prompt, as
-    policies trained on such a template do too.
+    Its first space is dropped where the template writes one after its generation prompt: policies
+    trained on such a template write it too.
     """
     if not completion.startswith(" ") or turns[-1]["role"] == "assistant":
         return completion
@@ -232,6 +266,13 @@ def _content(tokenizer: Any, turns: Messages, completion: str) -> str:
     return completion
 
 
+def without_start(text: str, names: Iterable[str]) -> str:
+    """A text without any of the token names at its start."""
+    while name := next((n for n in names if n and text.startswith(n)), ""):
+        text = text.removeprefix(name)
+    return text
+
+
 def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]:
     """Append the completion as the assistant's turn, or to the end of that turn."""
     turns = list(messages)
@@ -241,7 +282,10 @@ def with_completion(messages: Messages, completion: str) -> list[dict[str, Any]]
 
 
 def encode_for_reward(
-    tokenizer: Any, texts: Sequence[str], templated: Iterable[bool], max_length: int | None = None
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    templated: Iterable[bool],
+    max_length: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each text, truncated on the left to `max_length`.
 
@@ -256,10 +300,10 @@ def encode_for_reward(
 
 def _truncated(ids: list[int], max_length: int, start: list[int]) -> list[int]:
     """Truncate a text on the left, keeping the special tokens `start` at its start."""
-    kept = max_length - len(start)
-    if len(ids) <= max_length or kept < 1 or ids[: len(start)] != start:
+    room = max_length - len(start)
+    if len(ids) <= max_length or room < 1 or ids[: len(start)] != start:
         return ids[-max_length:]
-    return start + ids[-kept:]
+    return start + ids[-room:]
 
 
 def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -270,15 +314,15 @@ def right_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _any_token(tokenizer: Any) -> int:
-    """A token to stand for an empty text: BOS, EOS or pad, else 0."""
+def _any_token(tokenizer: Tokenizer) -> int:
+    """A token that replaces an empty text: BOS, EOS or pad, else 0."""
     tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return next((token for token in tokens if token is not None), 0)
 
 
 @torch.no_grad()
 def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) -> int:
-    """The model's maximum input length in tokens, at most `limit`, found by trying.
+    """Find the model's maximum input length in tokens, at most `limit`, by trying.
 
     Some families have fewer positions than their configuration says, as RoBERTa's start after the
     pad token's id. Only a model with a table of positions is tried.
@@ -290,14 +334,17 @@ def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) 
     """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or limit
-    least, most = min(limit, positions), max(limit, positions) + 64
-    if not any(least <= size <= most for size in _table_sizes(model)):
+    low, high = min(limit, positions), max(limit, positions) + 64
+    if not any(low <= size <= high for size in _table_sizes(model)):
         return limit
+    model.float()  # files may hold halves, and not all operations of a CPU take them
     token = 1 if config.pad_token_id == 0 else 0  # a pad token would have no position
+    # encoder-decoders read their score off EOS
     faults: list[Exception] = []
 
     def is_too_long(length: int) -> bool:
         ids = torch.full((1, length), token)
+        ids[0, -1] = token if config.eos_token_id is None else config.eos_token_id
         try:
             run(ids, torch.ones_like(ids, dtype=torch.bool))
         except Exception as error:  # families raise different errors for an index too high
@@ -317,7 +364,7 @@ def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) 
 def _table_sizes(model: Any) -> Iterator[int]:
     """Sizes of possible position tables.
 
-    They are embeddings other than the tokens', and tensors with "pos" in their names.
+    Embeddings other than the tokens', and tensors with "pos" in their names, may be one.
     """
     tokens = model.get_input_embeddings()
     for module in model.modules():
@@ -332,5 +379,5 @@ def model_limit(config: Any, tokenizer: Any) -> int | None:
     """The maximum input length in tokens; None where neither model nor tokenizer has one."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
-    # a tokenizer without a limit says 1e30
+    # 1e30 in a tokenizer without a limit
     return min((n for n in limits if n < 10**9), default=None)

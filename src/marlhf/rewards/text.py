@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from marlhf.common.types import UserError
-from marlhf.rewards.base import Pairs, require
+from marlhf.common.errors import UserError
+from marlhf.common.extras import require
+from marlhf.rewards.calls import PlacedRewards
 
 
 @dataclass(frozen=True)
 class Sentiment:
     """VADER's compound sentiment of the completion, -1 (negative) to 1 (positive); 0 if empty.
 
-    Hutto & Gilbert, 2014. It saturates on long texts.
+    Hutto & Gilbert, 2014, by their own package. It saturates on long texts.
     """
 
     def __post_init__(self) -> None:
-        require("vader", "demo")
+        require("vaderSentiment", "demo")
 
     @cached_property
     def _analyzer(self) -> Any:
-        from vader import SentimentIntensityAnalyzer
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
         return SentimentIntensityAnalyzer()
 
@@ -93,10 +94,10 @@ class Regex:
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> list[float | Pairs]:
+    ) -> list[float | PlacedRewards]:
         return [self._score(text) for text in completions]
 
-    def _score(self, text: str) -> float | Pairs:
+    def _score(self, text: str) -> float | PlacedRewards:
         if self.mode == "present":
             return self.reward if re.search(self.pattern, text) else self.absent
         matches = list(re.finditer(self.pattern, text))
@@ -107,7 +108,7 @@ class Regex:
 
 @dataclass(frozen=True)
 class Keyword:
-    """A reward for words or phrases in the completion, found as whole words.
+    """A reward for words or phrases in the completion, matched at word boundaries.
 
     mode: `fraction`: the share of the words that occur, 0 to 1; `any`: 1 if one of them occurs,
         else 0; `count`: total number of occurrences. A negative weight makes it a penalty.
@@ -141,5 +142,5 @@ class Keyword:
     def _score(self, counts: Sequence[int]) -> float:
         if self.mode == "count":
             return float(sum(counts))
-        found = sum(count > 0 for count in counts)
-        return float(found > 0) if self.mode == "any" else found / len(counts)
+        matched = sum(count > 0 for count in counts)
+        return float(matched > 0) if self.mode == "any" else matched / len(counts)

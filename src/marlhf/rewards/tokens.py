@@ -1,8 +1,8 @@
 """Per-token rewards from the policy's internals: the second reward contract.
 
-A `TokenReward` is called with a rollout and returns a reward per token. It declares what it
-`requires` of the policy's log-prob pass, may learn from every rollout, and has a state that is
-saved in checkpoints.
+A `TokenReward` is called with a rollout and returns a reward per token. `requires` names the
+outputs of the policy's log-prob pass that it reads. It may learn from every rollout, and its state
+is saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from marlhf.common.errors import UserError, shown
+from marlhf.algorithm.experience import Rollout
+from marlhf.common.errors import UserError, short_repr
 from marlhf.common.plugins import called, copied, names_required, numbers, unchanged
-from marlhf.common.registry import Registry, construct, split_spec
+from marlhf.common.registry import Registry, check_call, construct, split_spec
 from marlhf.common.types import REF_LOGPROBS, AllReduceSum
-from marlhf.rewards.base import free_name, is_pair, weight_of
+from marlhf.rewards.building import free_name, is_pair, weight_of
 from marlhf.rewards.calls import RewardError
 
 EXTRAS = frozenset({"hidden_states", "token_embeddings", "token_ranks"})
@@ -41,11 +42,11 @@ class TokenReward:
 
     requires: ClassVar[frozenset[str]] = REF_LOGPROBS
 
-    def __call__(self, rollout: Any) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Tensor:
         """Rewards [B,T] of a `Rollout`; values outside the mask are ignored. Must not modify it."""
         raise NotImplementedError
 
-    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, float]:
+    def update(self, rollout: Rollout, all_reduce: AllReduceSum) -> dict[str, float]:
         """Learn from the rollout just rewarded; return metrics, equal on every rank.
 
         all_reduce sums a tensor over ranks: with it, two ranks should learn the same as one.
@@ -71,6 +72,11 @@ class NamedTokenReward:
     reward: TokenReward
     weight: float = 1.0
 
+    def update(self, rollout: Rollout, all_reduce: AllReduceSum) -> dict[str, float]:
+        """Update the token reward; return its metrics. Raises RewardError."""
+        with _protected(self, rollout) as rollout_copy:
+            return numbers(self.reward.update(rollout_copy, all_reduce))
+
 
 @dataclass(frozen=True)
 class CombinedTokenReward:
@@ -83,7 +89,7 @@ class CombinedTokenReward:
         """Union of their requirements."""
         return frozenset().union(*(named.reward.requires for named in self.rewards))
 
-    def __call__(self, rollout: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """`(rewards [B,T], unweighted sum over each response [B] by name)`.
 
         Raises RewardError where one raises or returns an invalid value.
@@ -91,19 +97,11 @@ class CombinedTokenReward:
         mask = rollout.responses.response_mask
         total, by_name = torch.zeros(mask.shape, device=mask.device), {}
         for named in self.rewards:
-            with _handed(named, rollout) as own:
-                rewards = _checked(named.reward(own), mask)
+            with _protected(named, rollout) as rollout_copy:
+                rewards = _checked(named.reward(rollout_copy), mask)
             total = total + named.weight * rewards
             by_name[named.name] = rewards.sum(1)
         return total, by_name
-
-    def update(self, rollout: Any, all_reduce: AllReduceSum) -> dict[str, dict[str, float]]:
-        """Update every token reward; return their metrics by name. Raises RewardError."""
-        metrics: dict[str, dict[str, float]] = {}
-        for named in self.rewards:
-            with _handed(named, rollout) as own:
-                metrics[named.name] = numbers(named.reward.update(own, all_reduce))
-        return metrics
 
     def to(self, device: Any) -> CombinedTokenReward:
         """Move all to `device`."""
@@ -122,8 +120,7 @@ def build_token_rewards(spec: Any, taken: Sequence[str] = ()) -> CombinedTokenRe
     """
     specs = [spec] if not isinstance(spec, list | tuple) or is_pair(spec) else list(spec)
     rewards: list[NamedTokenReward] = []
-    for each in specs:
-        named = _build(each)
+    for named in map(_build, specs):
         name = free_name(named.name, [*taken, *(r.name for r in rewards)])
         rewards.append(NamedTokenReward(name, named.reward, named.weight))
     return CombinedTokenReward(tuple(rewards))
@@ -131,40 +128,43 @@ def build_token_rewards(spec: Any, taken: Sequence[str] = ()) -> CombinedTokenRe
 
 def _build(spec: Any) -> NamedTokenReward:
     if is_pair(spec):
-        inner = _build(spec[0])
-        return NamedTokenReward(inner.name, inner.reward, inner.weight * weight_of(spec[1]))
-    weight, name, found = 1.0, getattr(spec, "__name__", type(spec).__name__), spec
+        named, weight = _build(spec[0]), weight_of(spec[1])
+        return NamedTokenReward(named.name, named.reward, named.weight * weight)
+    weight, name, reward = 1.0, getattr(spec, "__name__", type(spec).__name__), spec
     if isinstance(spec, str | dict):
         name, arguments = split_spec(spec, "token reward")
         weight = weight_of(arguments.pop("weight", 1.0))
-        found = TOKEN_REWARDS.find(name)
-        if isinstance(found, type) and issubclass(found, TokenReward):
-            found = construct(found, arguments, f"token reward {name}")
+        reward = TOKEN_REWARDS.find(name)
+        if isinstance(reward, type) and issubclass(reward, TokenReward):
+            reward = construct(reward, arguments, f"token reward {name}")
         name = name.rpartition(".")[2]
-    if not isinstance(found, TokenReward):
+    if not isinstance(reward, TokenReward):
         raise UserError(
-            f"token reward {name}: given {shown(found)}, must be a subclass of "
+            f"token reward {name}: given {short_repr(reward)}, must be a subclass of "
             "marlhf.rewards.TokenReward, or an object of one"
         )
     try:
-        names_required(found.requires, EXTRAS | REF_LOGPROBS)
+        names_required(reward.requires, EXTRAS | REF_LOGPROBS)
     except UserError as error:
         raise UserError(f"token reward {name}: {error}") from None
-    return NamedTokenReward(name, found, weight)
+    if type(reward).__call__ is TokenReward.__call__:
+        raise UserError(f"token reward {name}: must have a method __call__(self, rollout)")
+    check_call(reward, f"token reward {name}", ["rollout"])
+    return NamedTokenReward(name, reward, weight)
 
 
 @contextmanager
-def _handed(named: NamedTokenReward, rollout: Any) -> Iterator[Any]:
-    """Context of a call: yields a copy of the rollout, and turns faults into a RewardError.
+def _protected(named: NamedTokenReward, rollout: Rollout) -> Iterator[Rollout]:
+    """Yield a copy of the rollout for a call, and turn faults into a RewardError.
 
     The extras are not copied, as hidden states are large, but must not be modified.
     """
     name, tokenizer = f"token reward {named.name}", rollout.responses.tokenizer
     extras = {f"rollout.extras[{key!r}]": x for key, x in rollout.extras.items()}
     with called(name, RewardError):
-        own = replace(copied(replace(rollout, extras={})), extras=dict(rollout.extras))
+        rollout_copy = replace(copied(replace(rollout, extras={})), extras=dict(rollout.extras))
         with unchanged(name, RewardError, tokenizer, extras):
-            yield own
+            yield rollout_copy
 
 
 def _checked(rewards: Any, mask: Tensor) -> Tensor:
@@ -172,8 +172,9 @@ def _checked(rewards: Any, mask: Tensor) -> Tensor:
     if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
         raise TypeError("must return a tensor of floats")
     if rewards.shape != mask.shape:
-        given, wanted = list(rewards.shape), list(mask.shape)
-        raise ValueError(f"returned the shape {given}, must be [B,T] = {wanted}")
+        raise ValueError(
+            f"returned the shape {list(rewards.shape)}, must be [B,T] = {list(mask.shape)}"
+        )
     rewards = torch.where(mask, rewards.detach().float().to(mask.device), 0.0)
     if not rewards.isfinite().all():
         row = int((~rewards.isfinite()).any(1).nonzero()[0])

@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from marlhf.data.prompts import Prompt
+
 # In tokens, measured with SmolLM2-135M on two cores: fixed cost of a forward and backward pass, and
-# size beyond which a longer pass takes memory and saves little time per token.
-_CPU_PASS_COST = 24
-_CPU_PASS_LIMIT = 512
+# size beyond which a longer pass needs more memory and saves little time per token.
+CPU_PASS_COST = 24
+CPU_PASS_LIMIT = 512
 
 
-def minibatches(rows: int, group_size: int, count: int) -> list[Tensor]:
+def minibatches(responses: int, group_size: int, count: int) -> list[Tensor]:
     """Indices of each of `count` minibatches: every count-th group of `group_size` responses.
 
-    Prompts come shuffled, so the split is random. It never cuts a group, and splits the full batch
-    alike for any number of ranks.
+    Prompts come shuffled, so the split is random. It never cuts a group, and the minibatches over
+    all ranks are the same for any number of ranks.
     """
-    of_row = torch.arange(rows) // group_size % count
-    return [(of_row == i).nonzero().squeeze(1) for i in range(count)]
+    minibatch_of = torch.arange(responses) // group_size % count
+    return [(minibatch_of == i).nonzero().squeeze(1) for i in range(count)]
 
 
-def micro_batches(attention_mask: Tensor, size: int, alike: bool = False) -> list[Tensor]:
+def micro_batches(attention_mask: Tensor, size: int, same_count: bool = False) -> list[Tensor]:
     """Indices 0..B-1, shortest sequence first, in parts of at most `size`, to limit padding.
 
     attention_mask [B,L] bool. Losses are divided by the counts of the full optimiser step, so
     neither order nor split changes a gradient.
 
     A CPU is as efficient with a few sequences as with many: parts there minimise padding, and are
-    no larger than efficiency needs. With `alike` the number of parts depends on B and `size` alone,
-    so that ranks that share weights run the same number of passes.
+    no larger than efficiency needs. With `same_count` the number of parts depends on B and `size`
+    alone, so that ranks that share weights run the same number of passes.
     """
     order = attention_mask.sum(1).argsort(stable=True).cpu()
-    if alike or attention_mask.device.type != "cpu" or len(order) == 0:
+    if same_count or attention_mask.device.type != "cpu" or len(order) == 0:
         return list(order.split(size))
     L, mask = attention_mask.shape[1], attention_mask[order].long()
     firsts, ends = mask.argmax(1).tolist(), (L - mask.flip(1).argmax(1)).tolist()
-    # per prefix of `order`: its least cost, and where its last part begins
+    # per prefix of `order`: its lowest cost, and where its last part begins
     best = [(0, 0)]
     for stop in range(1, len(order) + 1):
         first, end, choices = L, 0, []
         for begin in range(stop - 1, max(0, stop - size) - 1, -1):
             first, end = min(first, firsts[begin]), max(end, ends[begin])
             tokens = (stop - begin) * (end - first)
-            if choices and tokens > _CPU_PASS_LIMIT:
+            if choices and tokens > CPU_PASS_LIMIT:
                 break
-            choices.append((best[begin][0] + tokens + _CPU_PASS_COST, begin))
+            choices.append((best[begin][0] + tokens + CPU_PASS_COST, begin))
         best.append(min(choices))
     sizes, stop = [], len(order)
     while stop:
@@ -55,11 +59,21 @@ def micro_batches(attention_mask: Tensor, size: int, alike: bool = False) -> lis
 
 
 def held_out_share(count: int, rank: int, ranks: int) -> tuple[list[int], int]:
-    """Indices of the held-out prompts that a rank samples, and how many are its own.
+    """Indices of the held-out prompts that a rank samples, and how many of them count.
 
-    Its own come first. A rank with one fewer repeats another's: under ZeRO-3 all ranks take part in
-    a forward pass.
+    Those come first. A rank with one fewer repeats another's: under ZeRO-3 all ranks participate
+    in a forward pass.
     """
-    own = list(range(rank, count, ranks))
-    missing = -(-count // ranks) - len(own)
-    return own + list(range(missing)), len(own)
+    indices = list(range(rank, count, ranks))
+    missing = -(-count // ranks) - len(indices)
+    return indices + list(range(missing)), len(indices)
+
+
+def rank_share(
+    prompts: Sequence[Prompt], copies: int, rank: int, ranks: int
+) -> tuple[list[Prompt], list[int]]:
+    """A rank's prompts, repeated per response, and the responses' indices in the batch."""
+    share = len(prompts) // ranks
+    first = rank * share
+    mine = [prompt for prompt in prompts[first : first + share] for _ in range(copies)]
+    return mine, list(range(first * copies, first * copies + len(mine)))

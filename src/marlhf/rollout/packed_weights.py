@@ -1,6 +1,6 @@
 """Prepacked weights for CPU decoding, kept for the duration of sampling.
 
-A decoding step of a small batch is bound by memory bandwidth. oneDNN's blocked layout streams
+Decoding a token of a small batch is bound by memory bandwidth. oneDNN's blocked layout streams
 faster than a row-major one; layers with the same input (queries, keys and values; gate and up) are
 fused into one product; adapters are merged. docs/performance.md has the gain of each.
 """
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from marlhf.compat.peft import base_layer, is_lora, merges, weight_update
 from marlhf.compat.torch import has_packed_linear, pack_linear_weight, packed_linear, version
 
-_SMALLEST = 2**16  # parameters; smaller weights stay in the processor's caches
-_FEWEST_TOKENS = 16  # packing costs about what ten tokens gain
+SMALLEST = 2**16  # parameters; smaller weights stay in the processor's caches
+FEWEST_TOKENS = 16  # packing costs about what ten tokens gain
 
 
 @contextmanager
 def shared_inputs(model: nn.Module, adapter: str | None) -> Iterator[list[list[nn.Module]]]:
-    """Record the linear layers that forward passes within call, grouped by input tensor.
+    """Record the linear layers called by forward passes in this context, by input tensor.
 
-    Only layers called one after the other are grouped.
+    Only consecutive calls are grouped.
     """
     groups: list[list[nn.Module]] = []
     last: Tensor | None = None
@@ -49,21 +50,21 @@ def shared_inputs(model: nn.Module, adapter: str | None) -> Iterator[list[list[n
 
 @contextmanager
 def packed(
-    groups: Sequence[Sequence[nn.Module]], adapter: str | None, rows: int, tokens: int
+    groups: Sequence[Sequence[nn.Module]], adapter: str | None, batch_size: int, tokens: int
 ) -> Iterator[None]:
     """On a CPU, run groups of layers on fused, prepacked copies of their weights.
 
-    Adapters are merged, and the dtype is autocast's. Layers that would not gain stay as they are.
-    The weights must not change within.
+    Adapters are merged, and the dtype is autocast's. Layers that would not gain are left unchanged.
+    The weights must not change in this context.
 
-    rows     batch size to pack for
-    tokens   most tokens to decode
+    batch_size   to pack for
+    tokens       maximum number of tokens to decode
     """
     replaced: dict[Any, None] = {}
     try:
-        for group in groups if tokens >= _FEWEST_TOKENS else ():
+        for group in groups if tokens >= FEWEST_TOKENS else ():
             layers = [layer for layer in group if layer not in replaced]
-            linear = _linear(layers, adapter, rows)
+            linear = _linear(layers, adapter, batch_size)
             if linear is None:
                 continue
             product = _Product(linear, [_weight_of(layer).shape[0] for layer in layers])
@@ -82,28 +83,24 @@ def _linears(module: Any, adapter: str | None) -> Iterator[nn.Module]:
     if is_plain or _merges(module, adapter):
         yield module
         return
-    children = [module.base_layer] if hasattr(module, "lora_A") else module.children()
+    children = [base_layer(module)] if is_lora(module) else module.children()
     for child in children:
         yield from _linears(child, adapter)
 
 
 def _merges(module: Any, adapter: str | None) -> bool:
     """Whether a module is a linear layer with a plain, mergeable LoRA update."""
-    if not hasattr(module, "lora_A"):
-        return False
-    from marlhf.compat.peft import is_plain_lora
-
-    return is_plain_lora(module, adapter) and type(module.base_layer) in (nn.Linear, Conv1D)
+    return merges(module, adapter) and type(base_layer(module)) in (nn.Linear, Conv1D)
 
 
 def _weight_of(layer: Any) -> Tensor:
     """Weight [out,in] of a layer, without adapters."""
-    own = getattr(layer, "base_layer", layer)
-    return own.weight.T if type(own) is Conv1D else own.weight
+    base: Any = base_layer(layer)
+    return base.weight.T if type(base) is Conv1D else base.weight
 
 
 def _linear(
-    layers: Sequence[Any], adapter: str | None, rows: int
+    layers: Sequence[Any], adapter: str | None, batch_size: int
 ) -> Callable[[Tensor], Tensor] | None:
     """A fused linear function with the concatenated outputs of all layers, on packed weights.
 
@@ -112,21 +109,22 @@ def _linear(
     weights = [_weight_of(layer) for layer in layers]
     dtype = _dtype(weights[0]) if weights else torch.float32
     on_cpu = bool(weights) and weights[0].device.type == "cpu"
-    if sum(map(Tensor.numel, weights)) < _SMALLEST or not (on_cpu and has_packed_linear(dtype)):
+    if sum(map(Tensor.numel, weights)) < SMALLEST or not (on_cpu and has_packed_linear(dtype)):
         return None
     for i, layer in enumerate(layers):
-        if hasattr(layer, "base_layer"):
-            update = layer.get_delta_weight(adapter)
-            update = update.T if type(layer.base_layer) is Conv1D else update
+        if is_lora(layer):
+            assert adapter is not None
+            update = weight_update(layer, adapter)
+            update = update.T if type(base_layer(layer)) is Conv1D else update
             # base rounded before the sum, as where ZeRO-3 gathered it: samples stay the same
             weights[i] = weights[i].to(dtype) + update
     bias = _bias_of(layers, weights, dtype)
-    packed_weight = pack_linear_weight(torch.cat([w.to(dtype) for w in weights]), rows)
+    packed_weight = pack_linear_weight(torch.cat([w.to(dtype) for w in weights]), batch_size)
     return partial(packed_linear, packed_weight=packed_weight, bias=bias)
 
 
 def _bias_of(layers: Sequence[Any], weights: Sequence[Tensor], dtype: Any) -> Tensor | None:
-    biases = [getattr(layer, "base_layer", layer).bias for layer in layers]
+    biases: list[Any] = [layer.bias for layer in map(base_layer, layers)]
     if all(bias is None for bias in biases):
         return None
     pairs = zip(biases, weights, strict=True)

@@ -1,1 +1,1 @@
-"""What a run keeps on disk: checkpoints, metrics, samples, state."""
+"""Files of a run: checkpoints, metrics, samples, state."""

@@ -24,11 +24,12 @@ def kl_runaway(history: History) -> str | None:
     )
     if min(map(len, (kl, length, score))) < 2 * _WINDOW:
         return None
-    now, before = _last(kl), _last(kl, skip=_WINDOW)
-    per_token = now / max(_last(length), 1.0)
-    if per_token < 0.5 or now < 1.2 * before or _last(score) <= _first(score):
+    recent, earlier = _last(kl), _last(kl, skip=_WINDOW)
+    per_token = recent / max(_last(length), 1.0)
+    if per_token < 0.5 or recent < 1.2 * earlier or _last(score) <= _first(score):
         return None
-    return f"KL is {now:.3g} nats a response ({per_token:.2f} a token) and grows with the reward"
+    growth = f"{recent:.3g} nats per response ({per_token:.2f} per token)"
+    return f"KL is {growth} and grows with the reward"
 
 
 def value_not_learning(history: History) -> str | None:
@@ -54,11 +55,11 @@ def entropy_collapse(history: History) -> str | None:
         return None
     if _last(entropy) > 0.2 * _first(entropy):
         return None
-    return f"entropy fell from {_first(entropy):.2f} to {_last(entropy):.2f} nats a token"
+    return f"entropy fell from {_first(entropy):.2f} to {_last(entropy):.2f} nats per token"
 
 
 def length_exploitation(history: History) -> str | None:
-    """Length that grew or shrank by half, with the score correlated in that direction."""
+    """Length that grew or shrank by half, and a score that correlates with that change."""
     length = _series(history, "response_length_mean")
     correlation = _series(history, "score_length_correlation")
     if min(len(length), len(correlation)) < 2 * _WINDOW:
@@ -101,6 +102,17 @@ def policy_stands_still(history: History) -> str | None:
     )
 
 
+def engine_gap(history: History) -> str | None:
+    """Engine-to-policy KL above 0.15 nats per token, or five times its initial value."""
+    gaps = _series(history, "engine_kl")
+    if not gaps or gaps[-1] < 0.01 or gaps[-1] < min(0.15, 5 * gaps[0]):
+        return None
+    return (
+        f"the engine samples from another distribution than the policy ({gaps[-1]:.2g} nats per "
+        f"token, {gaps[0]:.2g} at first): its weights or dtype may not be the policy's"
+    )
+
+
 RULES: dict[str, Callable[[History], str | None]] = {
     rule.__name__: rule
     for rule in (
@@ -112,6 +124,7 @@ RULES: dict[str, Callable[[History], str | None]] = {
         missing_eos,
         no_signal,
         policy_stands_still,
+        engine_gap,
     )
 }
 
@@ -128,17 +141,17 @@ def finite(value: Any) -> float | None:
 
 
 def fired(history: History) -> dict[str, tuple[int, str]]:
-    """Rule -> step at which it first fired in a full history, and its message."""
-    found: dict[str, tuple[int, str]] = {}
+    """Rule -> update at which it first fired in a full history, and its message."""
+    first_fired: dict[str, tuple[int, str]] = {}
     for end in range(1, len(history) + 1):
-        seen = _ends(history, end)
+        rows = _ends(history, end)
         for name, rule in RULES.items():
-            if name not in found and (message := rule(seen)):
-                found[name] = (int(history[end - 1].get("step", end)), message)
-    return found
+            if name not in first_fired and (message := rule(rows)):
+                first_fired[name] = (int(history[end - 1].get("step", end)), message)
+    return first_fired
 
 
-class Warnings:
+class AlarmSink:
     """A metrics sink that warns on stderr when a rule first fires in a run.
 
     before   the metrics.jsonl of a run to resume
@@ -147,14 +160,14 @@ class Warnings:
     def __init__(self, before: Path) -> None:
         lines = before.read_text(encoding="utf-8").splitlines() if before.is_file() else []
         self._history: list[Mapping[str, Any]] = [json.loads(line) for line in lines]
-        self._said = set(fired(self._history))
+        self._fired = set(fired(self._history))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row to the history and warn of rules that newly fire."""
         self._history = [*_ends([*self._history, row], len(self._history) + 1)]
         for name, rule in RULES.items():
-            if name not in self._said and (message := rule(self._history)):
-                self._said.add(name)
+            if name not in self._fired and (message := rule(self._history)):
+                self._fired.add(name)
                 print(
                     f"marlhf: warning at update {row['step']}: {message} "
                     f"({name}, see docs/metrics.md)",
@@ -169,7 +182,7 @@ class Warnings:
 
 
 def _ends(history: History, end: int) -> History:
-    """The rows that rules look at: the first 20 and the last 30 before `end`."""
+    """The rows that rules read: the first 20 and the last 30 before `end`."""
     return history[:end] if end <= 50 else [*history[:20], *history[end - 30 : end]]
 
 

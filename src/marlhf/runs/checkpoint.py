@@ -1,9 +1,9 @@
 """Atomic checkpoints on disk: a folder `step-N` is complete or absent.
 
 A checkpoint is written in `step-N.partial`; `commit` adds a manifest with the size and SHA-256 of
-every file, which each rank gets from `digests`, fsyncs all of it and renames the folder. Whatever
-kills the process between two instructions, earlier checkpoints stay complete. This module does not
-know what the files hold.
+every file (each rank's by `digests`), fsyncs all of it and renames the folder. A process may be
+killed between any two instructions: earlier checkpoints stay complete. This module does not depend
+on the contents of the files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.paths import digest_of_file, text_file
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 _RANK = re.compile(r"(?<![a-z])rank[-_](\d+)")
-_BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class _Manifest(BaseModel):
 
 
 class DamagedError(Exception):
-    """A folder without a complete checkpoint; the message says why."""
+    """A folder without a complete checkpoint; the message has the reason."""
 
 
 def begin(root: Path, step: int) -> Path:
-    """Create an empty folder under `root` for a step's checkpoint, to pass to `commit`.
+    """Create an empty folder for the checkpoint of a step, to pass to `commit`.
 
     Leftovers of unfinished attempts are deleted. Raises OSError.
     """
@@ -86,9 +86,9 @@ def begin(root: Path, step: int) -> Path:
 
 
 def digests(partial: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """Fsync a rank's files and return their size and SHA-256, by path in the folder.
+    """Fsync a rank's files; returns their sizes and SHA-256 by relative path.
 
-    They are those with `rank-R` or `rank_R` in their name and, on the first rank, all without. A
+    A rank's files have `rank-R` or `rank_R` in their name; the first rank has all others too. A
     single rank would need hours for all files, and its node may not have them in memory.
     Raises OSError.
     """
@@ -97,7 +97,10 @@ def digests(partial: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]
     for path in mine:
         sync(path)
     return {
-        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        str(path.relative_to(partial)): {
+            "bytes": path.stat().st_size,
+            "sha256": digest_of_file(path),
+        }
         for path in mine
     }
 
@@ -127,13 +130,13 @@ def read(folder: Path) -> Checkpoint:
     Raises DamagedError.
     """
     checkpoint, files = _manifest(folder)
-    for name, wanted in files.items():
+    for name, entry in files.items():
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{name} is missing")
-        if file.stat().st_size != wanted.bytes:
-            raise DamagedError(f"{name} has {file.stat().st_size} bytes instead of {wanted.bytes}")
-        if _sha256(file) != wanted.sha256:
+        if file.stat().st_size != entry.bytes:
+            raise DamagedError(f"{name} has {file.stat().st_size} bytes instead of {entry.bytes}")
+        if digest_of_file(file) != entry.sha256:
             raise DamagedError(f"{name} is not what was written: its SHA-256 differs")
     return checkpoint
 
@@ -141,23 +144,30 @@ def read(folder: Path) -> Checkpoint:
 def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """Find the newest complete checkpoint under `root`; None where none was ever completed.
 
-    report(line) is called for every damaged one that is skipped. Raises UserError where there are
-    checkpoints and all are damaged: a run must not start over unasked.
+    report(line) is called once if newer ones are damaged. Raises UserError where there are
+    checkpoints and all are damaged: a run must not start over without being told to.
     """
-    folders = steps(root)
-    for folder in folders:
-        found = _read_or_fault(folder)
-        if isinstance(found, Checkpoint):
-            return found
-        report(f"checkpoint {folder} is damaged and passed over: {found}")
-    if folders:
+    damaged: list[tuple[Path, str]] = []
+    for folder in steps(root):
+        outcome = _read_or_fault(folder)
+        if isinstance(outcome, str):
+            damaged.append((folder, outcome))
+            continue
+        if damaged:
+            older = f"; so are {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+            newest, fault = damaged[0]
+            report(f"checkpoint {newest} is damaged and passed over: {fault}{older}")
+        return outcome
+    if damaged:
+        newest, fault = damaged[0]
         raise UserError(
-            f"resume: all checkpoints in {root} are damaged; delete the folder to begin again"
+            f"resume: all checkpoints in {root} are damaged, {newest.name} as {fault}; delete the "
+            "folder to begin again"
         )
     return None
 
 
-def given(folder: Path, root: Path) -> Checkpoint:
+def read_named(folder: Path, root: Path) -> Checkpoint:
     """Read the checkpoint in a folder that a user named. Raises UserError, which lists `root`."""
     if not folder.is_dir() or not _NAME.fullmatch(folder.name):
         names = ", ".join(path.name for path in steps(root)) or "none"
@@ -165,10 +175,10 @@ def given(folder: Path, root: Path) -> Checkpoint:
             f"resume: given {str(folder)!r}, must be auto or the folder of a checkpoint, step-N; "
             f"in {root}: {names}"
         )
-    found = _read_or_fault(folder)
-    if isinstance(found, str):
-        raise UserError(f"resume: checkpoint {folder} is damaged: {found}")
-    return found
+    outcome = _read_or_fault(folder)
+    if isinstance(outcome, str):
+        raise UserError(f"resume: checkpoint {folder} is damaged: {outcome}")
+    return outcome
 
 
 def _read_or_fault(folder: Path) -> Checkpoint | str:
@@ -180,12 +190,12 @@ def _read_or_fault(folder: Path) -> Checkpoint | str:
 
 def steps(root: Path) -> list[Path]:
     """Folders of completed checkpoints, newest first, damaged ones included."""
-    found = [p for p in root.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    folders = [p for p in root.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    return sorted(folders, key=_step_of, reverse=True)
 
 
-def cut_back(root: Path, step: int) -> None:
-    """Delete the checkpoints after a step: a run resumed from there writes them anew.
+def delete_after(root: Path, step: int) -> None:
+    """Delete the checkpoints after a step: a run resumed from it writes them again.
 
     Raises OSError.
     """
@@ -200,16 +210,16 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
     The best has the highest fact `score`, the newest of equals. Raises OSError.
     """
     folders = steps(root)
-    kept = set(folders[:keep])
+    to_keep = set(folders[:keep])
     if keep_best and (best := _best(folders)) is not None:
-        kept.add(best)
+        to_keep.add(best)
     for folder in folders:
-        if folder not in kept:
+        if folder not in to_keep:
             remove(folder)
 
 
 def replace(partial: Path, final: Path) -> None:
-    """Fsync a folder and rename it to its final name, replacing what has that name.
+    """Fsync a folder and rename it to `final`, replacing what has that name.
 
     Raises OSError.
     """
@@ -221,15 +231,15 @@ def replace(partial: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete whatever has a folder's name, if anything has. Raises OSError.
+    """Delete a file or folder atomically, if it exists. Raises OSError.
 
-    It is renamed first, so that a half-deleted checkpoint is not taken for a damaged one.
+    It is renamed first, so that a half-deleted checkpoint is not mistaken for a damaged one.
     """
-    doomed = folder.with_name(f"{folder.name}.old.partial")
-    delete(doomed)
+    renamed = folder.with_name(f"{folder.name}.old.partial")
+    delete(renamed)
     if os.path.lexists(folder):
-        os.rename(folder, doomed)
-        delete(doomed)
+        os.rename(folder, renamed)
+        delete(renamed)
 
 
 def delete(path: Path) -> None:
@@ -251,8 +261,8 @@ def sync(path: Path) -> None:
 
 def _best(folders: list[Path]) -> Path | None:
     scores = [(_score(folder), _step_of(folder), folder) for folder in folders]
-    known = [(score, step, folder) for score, step, folder in scores if score is not None]
-    return max(known)[2] if known else None
+    scored = [(score, step, folder) for score, step, folder in scores if score is not None]
+    return max(scored)[2] if scored else None
 
 
 def _score(folder: Path) -> float | None:
@@ -266,20 +276,21 @@ def _score(folder: Path) -> float | None:
 def _manifest(folder: Path) -> tuple[Checkpoint, dict[str, _File]]:
     """Read and verify a folder's manifest. Raises DamagedError."""
     try:
-        contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        file = text_file(folder / MANIFEST, "resume")
+        contents = json.loads(file.read_text(encoding="utf-8"))
         _Manifest.model_validate(contents)
         digest = contents.pop("sha256")
-        is_sealed = _digest(contents) == digest
+        is_intact = _digest(contents) == digest
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST} is missing") from None
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"]))
+        key = ".".join(map(str, error.errors()[0]["loc"]))
         raise DamagedError(
-            f"{MANIFEST} cannot be read: {place} is not what is written there"
+            f"{MANIFEST} cannot be read: {key} is not what is written there"
         ) from None
     except (ValueError, RecursionError):
         raise DamagedError(f"{MANIFEST} cannot be read") from None
-    if not is_sealed:
+    if not is_intact:
         raise DamagedError(f"{MANIFEST} is not what was written: its SHA-256 differs")
     facts = contents["facts"]
     if facts["step"] != _step_of(folder):
@@ -295,7 +306,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _rank_of(name: str, world_size: int) -> int:
-    """A file's rank, by its name: `rank-1.pt`, DeepSpeed's `zero_pp_rank_1_mp_rank_00_...`."""
+    """The rank in a file's name: `rank-1.pt`, DeepSpeed's `zero_pp_rank_1_mp_rank_00_...`."""
     match = _RANK.search(name)
     rank = 0 if match is None else int(match[1])
     return rank if rank < world_size else 0
@@ -303,11 +314,3 @@ def _rank_of(name: str, world_size: int) -> int:
 
 def _digest(contents: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,26 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from marlhf.common.errors import UserError, say
-from marlhf.common.paths import local_path, write_whole
+from marlhf.common.paths import check_kinds, local_path, write_atomically
 from marlhf.common.paths import writing as writing_below
 from marlhf.config import LogSettings, MetricsSettings
 from marlhf.config.loading import config_to_dict
 from marlhf.config.yaml_text import dump_yaml
 from marlhf.runs import checkpoint
-from marlhf.runs.alarms import Warnings
+from marlhf.runs.alarms import AlarmSink
 from marlhf.runs.checkpoint import Checkpoint
-from marlhf.runs.metrics import JsonLines, ProgressBar, TensorBoard, WandB
+from marlhf.runs.sinks import JsonLines, ProgressBar, TensorBoard, WandB
 
-_OWN_FILES = (
+_RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
     *("final", "final.partial", "reward_report.json", "metrics.jsonl.bad", "samples.jsonl.bad"),
 )
-_PATIENCE = 5.0  # seconds that a killed process may take to exit
+PATIENCE = 5.0  # seconds that a killed process may take to exit
 
 
-def own_files(folder: str | Path) -> list[Path]:
-    """Paths that a run writes in its folder, and deletes before it starts over."""
-    return [Path(folder).expanduser() / name for name in _OWN_FILES]
+def run_files(folder: str | Path) -> list[Path]:
+    """Paths that a run writes in its folder, and deletes before starting over."""
+    return [Path(folder).expanduser() / name for name in _RUN_FILES]
 
 
 class RunDirectory:
@@ -40,10 +40,10 @@ class RunDirectory:
 
     resume      None refuses a folder that holds a run; `auto` resumes from its latest complete
                 checkpoint, or starts where there is none yet; a path resumes from that checkpoint
-    overwrite   starts over, deleting the old run's own files and nothing else
+    overwrite   starts over, deleting the old run's files and nothing else
 
     Raises UserError where that is impossible. Nothing is deleted or truncated before `open`, as the
-    new run may yet be refused.
+    new run may still be refused.
     """
 
     def __init__(
@@ -62,12 +62,16 @@ class RunDirectory:
         self._sinks: list[Any] = []
         self._sample_sink: JsonLines | None = None
         self._samples: list[Mapping[str, Any]] = []  # of the current update
-        self._held: int | None = None
+        self._signature_at_claim: list[Any] = []
+        self._lock_fd: int | None = None
         if not is_main:
             return
+        self._signature_at_claim = self._signature()
         self.checkpoint = self._to_resume(overwrite, resume)
         if log.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("log.wandb: needs: pip install 'marlhf[wandb]'")
+        if not overwrite:
+            check_kinds(run_files(self.path), "output_dir")
         with only_writer(self.path):
             pass
 
@@ -80,21 +84,21 @@ class RunDirectory:
         """The checkpoint to resume from, None to start a run. Raises UserError."""
         is_used = (self.path / "metrics.jsonl").exists() or checkpoint.steps(self.checkpoints) != []
         if resume == "auto":
-            found = checkpoint.latest(self.checkpoints, notice)
-            if found is None and (self.path / "final").exists():
+            start = checkpoint.latest(self.checkpoints, notice)
+            if start is None and (self.path / "final").exists():
                 raise UserError(
                     f"resume: {str(self.path)!r} holds a finished run without checkpoints; choose "
                     "another output_dir, or set overwrite=true to delete it"
                 )
-            return found
+            return start
         if resume is not None:
-            found = checkpoint.given(local_path(resume, "resume"), self.checkpoints)
-            if is_used and found.path.parent.resolve() != self.checkpoints.resolve():
+            start = checkpoint.read_named(local_path(resume, "resume"), self.checkpoints)
+            if is_used and start.path.parent.resolve() != self.checkpoints.resolve():
                 raise UserError(
                     f"resume: {resume!r} is not of the run that output_dir {str(self.path)!r} "
                     "already holds; choose another output_dir"
                 )
-            return found
+            return start
         if is_used and not overwrite:
             raise UserError(
                 f"output_dir: {str(self.path)!r} already holds a run; choose another, or set "
@@ -102,29 +106,43 @@ class RunDirectory:
             )
         return None
 
+    def _signature(self) -> list[Any]:
+        """Names and times that change when another run writes in the folder."""
+        names = [file.name for file in checkpoint.steps(self.checkpoints)]
+        files = (self.path / "metrics.jsonl", self.path / "final")
+        times = [file.stat().st_mtime_ns if file.exists() else None for file in files]
+        return [*names, *times]
+
     def open(self, config: Any, steps: int, notes: Sequence[str] = ()) -> None:
         """Write the resolved configuration and open the sinks; after `close`, reopen to append.
 
         notes   lines about the run, for stderr and the head of config.yaml
-        Anything later than the checkpoint to resume from is cut off first.
+
+        Everything after the checkpoint to resume from is truncated first.
         """
         if not self._is_main or self._sinks:
             return
-        done = self.checkpoint.step if self.checkpoint is not None else 0
+        resumed_step = self.checkpoint.step if self.checkpoint is not None else 0
         first_step = None
-        self._held = _lock(self.path, "output_dir")
+        self._lock_fd = _lock(self.path, "output_dir")
+        if self._is_new and self._signature() != self._signature_at_claim:
+            self.close()
+            raise UserError(
+                f"output_dir: another process has written in {str(self.path)!r} while this one "
+                "was loading; start it again"
+            )
         with writing(self.path):
             if self._is_new and self.checkpoint is None:
                 self._delete_old()
             elif self._is_new:
-                self._cut_back(done)
-                first_step = done + 1
+                self._truncate(resumed_step)
+                first_step = resumed_step + 1
             self._is_new = False
             plain = config_to_dict(config)
             for line in notes:
                 notice(line)
             text = "".join(f"# {line}\n" for line in notes) + dump_yaml(plain)
-            write_whole(self.path / "config.yaml", text)
+            write_atomically(self.path / "config.yaml", text)
             self._sample_sink = JsonLines(self.path / "samples.jsonl")
             self._sinks.append(JsonLines(self.path / "metrics.jsonl"))
             if self._log.tensorboard:
@@ -132,19 +150,19 @@ class RunDirectory:
             if self._log.wandb:
                 self._sinks.append(WandB(self.path, plain))
             if isinstance(self._log, LogSettings) and self._log.warnings:
-                self._sinks.append(Warnings(self.path / "metrics.jsonl"))
+                self._sinks.append(AlarmSink(self.path / "metrics.jsonl"))
             if self._log.progress:
-                self._sinks.append(ProgressBar(steps, done))
+                self._sinks.append(ProgressBar(steps, resumed_step))
 
     def _delete_old(self) -> None:
-        for file in own_files(self.path):
+        for file in run_files(self.path):
             checkpoint.delete(file)
 
-    def _cut_back(self, step: int) -> None:
-        checkpoint.cut_back(self.checkpoints, step)
-        JsonLines.cut_back(self.path / "metrics.jsonl", step, notice)
-        JsonLines.cut_back(self.path / "samples.jsonl", step, notice)
-        TensorBoard.cut_back(self.path / "tensorboard", step)
+    def _truncate(self, step: int) -> None:
+        checkpoint.delete_after(self.checkpoints, step)
+        JsonLines.truncate(self.path / "metrics.jsonl", step, notice)
+        JsonLines.truncate(self.path / "samples.jsonl", step, notice)
+        TensorBoard.truncate(self.path / "tensorboard", step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Send one row of metrics to every sink, after its samples.
@@ -159,13 +177,22 @@ class RunDirectory:
             for sink in self._sinks:
                 sink.write(row)
 
+    @contextmanager
+    def kept_on_error(self, row: Mapping[str, Any]) -> Iterator[None]:
+        """Write a row where the enclosed code raises; the other ranks may be anywhere."""
+        try:
+            yield
+        except BaseException:
+            self.write(row)
+            raise
+
     def write_sample(self, sample: Mapping[str, Any]) -> None:
         """Add a line to samples.jsonl, together with the next row of metrics."""
         if self._sample_sink is not None:
             self._samples.append(sample)
 
     def sync(self) -> None:
-        """Fsync all rows, before a checkpoint that follows them."""
+        """Fsync all rows, before a checkpoint is written."""
         with writing(self.path):
             for sink in (self._sample_sink, *self._sinks):
                 if sink is not None:
@@ -178,20 +205,20 @@ class RunDirectory:
                 checkpoint.replace(partial, partial.with_suffix(""))
 
     def close(self) -> None:
-        """Close what `open` opened."""
+        """Close all sinks and release the folder."""
         sinks = [sink for sink in (self._sample_sink, *self._sinks) if sink is not None]
         self._sample_sink, self._sinks, self._samples = None, [], []
         for sink in sinks:
-            with suppress(OSError):  # of a full disk, which `write` has reported
+            with suppress(OSError):  # a full disk, which `write` has reported
                 sink.close()
-        if self._held is not None:
-            os.close(self._held)
-        self._held = None
+        if self._lock_fd is not None:
+            _unlock(self._lock_fd)
+        self._lock_fd = None
 
 
 @contextmanager
 def only_writer(folder: Path, key: str = "output_dir") -> Iterator[None]:
-    """Create a folder, and lock other processes out of it within this context.
+    """Create a folder, and lock it against other processes in this context.
 
     Raises UserError, naming `key`, if it cannot be created or written, or another process has it.
     """
@@ -203,30 +230,44 @@ def only_writer(folder: Path, key: str = "output_dir") -> Iterator[None]:
         raise UserError(f"{key}: given {str(folder)!r}, which is a file") from None
     except OSError as error:
         raise UserError(f"{key}: cannot write {str(folder)!r}: {error.strerror}") from None
-    held = _lock(folder, key)
+    lock = _lock(folder, key)
     try:
         yield
     finally:
-        os.close(held)
+        _unlock(lock)
+
+
+_locks: set[int] = set()  # descriptors
 
 
 def _lock(folder: Path, key: str) -> int:
     """Lock a folder until the returned descriptor is closed or the process exits.
 
     Raises UserError where another process has it: ranks may outlive their killed launcher.
+    Processes that this one forks do not hold the lock: those of a reward may outlive it.
     """
-    descriptor, patience = os.open(folder, os.O_RDONLY), time.monotonic() + _PATIENCE
-    while not locked(descriptor):
-        if time.monotonic() > patience:
+    descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    while not try_lock(descriptor):
+        if time.monotonic() > deadline:
             os.close(descriptor)
             raise UserError(
                 f"{key}: another process is writing in {str(folder)!r}; wait for it, or end it"
             )
         time.sleep(0.1)
+    _locks.add(descriptor)
     return descriptor
 
 
-def locked(descriptor: int) -> bool:
+def _unlock(descriptor: int) -> None:
+    _locks.discard(descriptor)
+    with suppress(OSError):  # a plug-in may have closed it
+        os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=lambda: [_unlock(descriptor) for descriptor in (*_locks,)])
+
+
+def try_lock(descriptor: int) -> bool:
     """Lock an open file or folder without waiting; False if another process has it.
 
     Processes that inherit the descriptor share the lock. True on a file system without locks.
@@ -242,7 +283,7 @@ def locked(descriptor: int) -> bool:
 
 def writing(folder: Path) -> AbstractContextManager[None]:
     """Context of a run's writes under `folder`; see `paths.writing`."""
-    advice = "; the run can go on from its last checkpoint with resume=auto"
+    advice = "; resume the run from its last checkpoint with resume=auto"
     return writing_below("output_dir", folder, advice)
 
 

@@ -1,6 +1,6 @@
-"""Repairs JSONL files that an interrupted writer or a careless editor left.
+"""Repair of JSONL files after an interrupted write or a careless edit.
 
-Good lines are kept wherever they stand, and nothing is thrown away that is not understood.
+Valid lines are kept wherever they stand; invalid ones are moved, never deleted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Span = tuple[int, int]  # byte offsets in a file: start, end (exclusive)
+ByteSpan = tuple[int, int]  # byte offsets in a file: start, end (exclusive)
 _BLOCK = 2**22
 
 
@@ -29,18 +29,18 @@ def tidy(
     verdict: Callable[[dict[str, Any]], bool | None],
     report: Callable[[str], None],
 ) -> None:
-    """Keep the wanted lines of a file; move those that are no record into `NAME.bad`.
+    """Keep some lines of a file; move those that are no record into `NAME.bad`.
 
-    verdict   of an object: True keeps it, False drops it, None says that it is no record
-    report    is called with one line about what was moved
+    verdict   of an object: True keeps it, False drops it, None: it is no record
+    report    is called with one line about the moved lines
 
-    A last line that was cut off while being written is dropped silently. Whatever kills the
-    process in between, no line is lost. Raises OSError.
+    An incomplete last line is dropped silently. No line is lost if the process is killed at any
+    point. Raises OSError.
     """
     if not path.exists():
         return
-    kept: list[Span] = []
-    bad: list[Span] = []
+    good: list[ByteSpan] = []
+    bad: list[ByteSpan] = []
     numbers: list[int] = []
     end, is_cut = 0, False
     with path.open("rb") as file:
@@ -50,26 +50,27 @@ def tidy(
             row = parse_line(line)
             keep = None if row is None else verdict(row)
             if keep:
-                kept.append((start, end))
+                good.append((start, end))
             elif keep is None and line.strip() and not is_cut:
                 bad.append((start, end))
                 numbers.append(number)
     if bad:
-        beside = path.with_name(f"{path.name}.bad")
-        with beside.open("ab") as file:
+        bad_file = path.with_name(f"{path.name}.bad")
+        with bad_file.open("ab") as file:
             _copy(path, bad, file)
         report(
-            f"{path}: {_counted(numbers)} no record and moved to {beside.name}; all others are kept"
+            f"{path}: {_counted(numbers)} no record and moved to {bad_file.name}; all others are "
+            "kept"
         )
-    keep_spans(path, kept)
-    if is_cut and kept and kept[-1][1] == end:  # complete but for its line break
+    keep_spans(path, good)
+    if is_cut and good and good[-1][1] == end:  # complete except for its line break
         with path.open("ab") as file:
             file.write(b"\n")
 
 
-def keep_spans(path: Path, spans: Sequence[Span]) -> None:
+def keep_spans(path: Path, spans: Sequence[ByteSpan]) -> None:
     """Keep only these byte ranges of a file, atomically. Raises OSError."""
-    joined: list[Span] = []
+    joined: list[ByteSpan] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:
             joined[-1] = (joined[-1][0], end)
@@ -84,7 +85,7 @@ def keep_spans(path: Path, spans: Sequence[Span]) -> None:
     os.replace(partial, path)
 
 
-def _copy(path: Path, spans: Sequence[Span], file: Any) -> None:
+def _copy(path: Path, spans: Sequence[ByteSpan], file: Any) -> None:
     with path.open("rb") as source:
         for start, end in spans:
             source.seek(start)
@@ -96,5 +97,5 @@ def _copy(path: Path, spans: Sequence[Span], file: Any) -> None:
 
 
 def _counted(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "")
-    return f"line {shown} is" if len(numbers) == 1 else f"{len(numbers)} lines ({shown}) are"
+    excerpt = ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "")
+    return f"line {excerpt} is" if len(numbers) == 1 else f"{len(numbers)} lines ({excerpt}) are"

@@ -7,7 +7,6 @@ configuration names, and of its plug-ins' code; a resume compares them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import sys
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from marlhf.common.errors import UserError
+from marlhf.common.paths import digest_of_file
 from marlhf.config.loading import config_to_dict
 from marlhf.data.files import local_files
+from marlhf.data.rows import fact_of
 from marlhf.runs.json_lines import parse_line
 
 # files of a model and its tokenizer, without reports or training states in the same folder
@@ -34,30 +35,31 @@ _DATA = ("data.", "ptx.")
 # keys under which any text may name a model, a file or code
 _PLUG_INS = (
     *("reward.models", "reward.tokens", "rewards", "segmenter", "data.preset", "policies"),
-    *("reference", "raters.ratings"),
+    *("ppo.estimator", "ppo.lam", "ppo.critic_lam", "rollout.engine", "reference"),
+    "raters.ratings",
 )
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_BLOCK, _THREADS = 2**22, 4
+_THREADS = 4
+_PART, _PARTS = 2**12, 64
 
 Facts = dict[str, dict[str, Any]]
 
 
 def model_files(folder: Path) -> list[Path]:
     """Files of a model and its tokenizer in a folder, sorted."""
-    found = {file for name in _MODEL_FILES for file in folder.glob(name) if file.is_file()}
-    if any(file.suffix == ".safetensors" for file in found):  # then .bin files are not read
-        found = {file for file in found if file.suffix != ".bin"}
-    return sorted(found)
+    files = {file for name in _MODEL_FILES for file in folder.glob(name) if file.is_file()}
+    if any(file.suffix == ".safetensors" for file in files):  # then .bin files are not read
+        files = {file for file in files if file.suffix != ".bin"}
+    return sorted(files)
 
 
 def base_of(folder: Path) -> str | None:
     """Path or hub name of an adapter's base; None for a folder without an adapter."""
     try:
-        found = parse_line((folder / "adapter_config.json").read_bytes())
+        adapter_config = parse_line((folder / "adapter_config.json").read_bytes())
     except OSError:
         return None
-    base = (found or {}).get("base_model_name_or_path")
+    base = (adapter_config or {}).get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
 
@@ -68,19 +70,19 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        path = try_to_load_from_cache(name, "config.json", revision=revision)
     except ValueError:  # no hub name after all
         return None
-    return Path(found).parent.name if isinstance(found, str) else None
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def named(config: Any, arguments: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str]]:
-    """Yield `(dotted key, text)` of all texts that may name an input of the job.
+    """Yield `(dotted key, text)` of every text that may name an input of the job.
 
     arguments   given in Python instead of configuration keys
     """
-    given = {f"argument {name}": value for name, value in (arguments or {}).items()}
-    for key, text in _texts({**config_to_dict(config), **given}, ""):
+    objects = {f"argument {name}": value for name, value in (arguments or {}).items()}
+    for key, text in _texts({**config_to_dict(config), **objects}, ""):
         is_plug_in = key.startswith(("argument ", *(f"{name}." for name in _PLUG_INS)))
         is_plug_in = is_plug_in or key in _PLUG_INS
         if is_plug_in or re.search(r"(\.|_|^)path$", key):
@@ -113,18 +115,19 @@ def existing(text: str) -> Path | None:
         return None
 
 
-# --- what must not be replaced
+# --- protection of inputs
 
 
 def check_apart(
-    config: Any, own: Iterable[Path], arguments: Mapping[str, Any] | None = None
+    config: Any, outputs: Iterable[Path], arguments: Mapping[str, Any] | None = None
 ) -> None:
-    """Check that a job reads nothing that it deletes or writes.
+    """Check that a job reads none of the files that it deletes or writes.
 
-    own   files and folders that the job deletes or replaces, whether they exist or not
+    outputs   files and folders that the job deletes or replaces, whether they exist or not
+
     Raises UserError, naming both keys.
     """
-    targets = {name: target for target in own for name in _names_of(target)}
+    targets = {name: target for target in outputs for name in _names_of(target)}
     for key, text in named(config, arguments):
         path = existing(text)
         for file in () if path is None else _read_at(path, is_data=key.startswith(_DATA)):
@@ -144,14 +147,14 @@ def _read_at(path: Path, is_data: bool) -> list[Path]:
         return [path]
     if is_data:
         return [path, *local_files(str(path))]
-    found = [path, *model_files(path)]
+    files = [path, *model_files(path)]
     base = base_of(path)
-    below = None if base is None else existing(base)
-    return found if below is None or below == path else [*found, below]
+    base_path = None if base is None else existing(base)
+    return files if base_path is None or base_path == path else [*files, base_path]
 
 
 def _names_of(path: Path) -> list[Path]:
-    """A path as written, with all links followed, and with all but the last followed."""
+    """A path as written, with all links resolved, and with all except the last resolved."""
     absolute = Path(os.path.abspath(path))
     return [absolute, Path(os.path.realpath(path)), absolute.parent.resolve() / absolute.name]
 
@@ -159,32 +162,17 @@ def _names_of(path: Path) -> list[Path]:
 # --- digests
 
 
-def rows_fact(rows: Iterable[Any]) -> dict[str, Any]:
-    """Number of rows, and a digest of their contents in this order."""
-    digest, count = hashlib.sha256(), 0
-    for row in rows:
-        count += 1
-        digest.update(json.dumps(row, sort_keys=True, default=_plain, skipkeys=True).encode())
-        digest.update(b"\n")
-    return {"rows": {"rows": count, "sha256": digest.hexdigest()}}
-
-
-def _plain(value: Any) -> Any:
-    fields = getattr(value, "__dict__", None)
-    return fields or _ADDRESS.sub("", str(value))
-
-
 def data_labels(data: Any, train: Any = None, held_out: Any = None) -> tuple[str, str]:
     """Names of training and held-out data in messages.
 
-    Keys with their values, or arguments of Python code where these are given.
+    Keys with their values, or names of Python arguments that replace them.
     """
     key = "preset" if data.path is None and data.preset is not None else "path"
     name = f"data.{key} {getattr(data, key)!r}" if train is None else "train_dataset"
     if held_out is not None:
         return name, "eval_dataset"
-    given = train is None and data.eval_path is not None
-    return name, f"data.eval_path {data.eval_path!r}" if given else f"{name}, held out"
+    is_separate = train is None and data.eval_path is not None
+    return name, f"data.eval_path {data.eval_path!r}" if is_separate else f"{name}, held out"
 
 
 class Provenance:
@@ -199,10 +187,10 @@ class Provenance:
     def __init__(
         self, config: Any, rows: Mapping[str, Iterable[Any]], arguments: Mapping[str, Any]
     ) -> None:
-        self._facts: Facts = {label: rows_fact(part) for label, part in rows.items()}
+        self._facts: Facts = {label: {"rows": fact_of(part)} for label, part in rows.items()}
         self._files: dict[Path, dict[str, Any]] = {}  # to be read; the same facts as in self._facts
         self._threads: list[threading.Thread] = []
-        revision = config.model.revision
+        revision = getattr(config.model, "revision", None)  # evaluate has none
         for key, text in named(config, arguments):
             if not key.startswith(_DATA):
                 facts = self._of(key, text, revision if key == "model.path" else None)
@@ -221,21 +209,38 @@ class Provenance:
                 was = _mapping(old.get(name))
                 if "ctime_ns" in fact and all(
                     fact[key] == was.get(key) for key in ("bytes", "mtime_ns", "ctime_ns")
-                ):  # same ctime: nobody has written to it
+                ):  # same ctime: the file has not been written to
                     fact["sha256"] = was.get("sha256")
         self.begin()
-        now, found = self.facts(), []
-        for label in dict.fromkeys([*before, *now]):
-            old, new = _mapping(before.get(label)), now.get(label, {})
-            every = dict.fromkeys([*old, *new])
-            names = [name for name in every if _known(old.get(name)) != _known(new.get(name))]
+        present, changed = self.facts(), []
+        for label in dict.fromkeys([*before, *present]):
+            old, new = _mapping(before.get(label)), present.get(label, {})
+            names = [
+                name
+                for name in dict.fromkeys([*old, *new])
+                if _without_times(old.get(name)) != _without_times(new.get(name))
+            ]
             if names:
-                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                found.append(f"{label} ({shown})")
-        return found
+                excerpt = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                changed.append(f"{label} ({excerpt})")
+        return changed
+
+    def quick_facts(self) -> Facts:
+        """Facts that need no full read of a file: its size, and a digest of parts of it.
+
+        Raises OSError.
+        """
+        parts = {id(fact): _digest_of_parts(path) for path, fact in self._files.items()}
+        return {
+            label: {
+                name: {**(_without_times(fact) or {}), "parts": parts.get(id(fact))}
+                for name, fact in facts.items()
+            }
+            for label, facts in self._facts.items()
+        }
 
     def begin(self) -> None:
-        """Start reading the files whose digests are not known yet."""
+        """Start reading the files without a digest."""
         waiting = deque((p, f) for p, f in self._files.items() if f.get("sha256") is None)
         count = min(_THREADS, len(waiting))
         self._threads = [
@@ -275,10 +280,10 @@ class Provenance:
 def code_files(path: str) -> list[Path]:
     """Source files behind an import path or an installed name that was imported.
 
-    That of the module, and that in which the same package defines the object.
+    The module's file, and the file in which the same package defines the object.
     """
     names = {e.value.replace(":", ".") for e in entry_points(name=path) if "marlhf" in e.group}
-    found = []
+    files = []
     for name in sorted({path, *names}):
         module_name, _, attribute = name.rpartition(".")
         package = module_name.split(".")[0]
@@ -286,8 +291,8 @@ def code_files(path: str) -> list[Path]:
         for module in dict.fromkeys([module_name, owner]):
             file = getattr(sys.modules.get(str(module)), "__file__", None)
             if file and str(module).split(".")[0] == package != "marlhf" and Path(file).is_file():
-                found.append(Path(file))
-    return found
+                files.append(Path(file))
+    return files
 
 
 def _read_all(waiting: deque[tuple[Path, dict[str, Any]]]) -> None:
@@ -297,21 +302,27 @@ def _read_all(waiting: deque[tuple[Path, dict[str, Any]]]) -> None:
         except IndexError:
             return
         try:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-            fact["sha256"] = digest.hexdigest()
+            fact["sha256"] = digest_of_file(path)
         except OSError:  # gone since; the code that needs it reports it
             fact["sha256"] = "cannot be read"
+
+
+def _digest_of_parts(path: Path) -> str:
+    """SHA-256 of evenly spaced parts of a file: other weights differ in all of them."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        for start in range(0, size, max(_PART, size // _PARTS)):
+            file.seek(start)
+            digest.update(file.read(_PART))
+    return digest.hexdigest()
 
 
 def _of_object(value: Any) -> dict[str, Any]:
     kind = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
     facts = {"type": {"type": f"{kind.__module__}.{kind.__qualname__}"}}
     if hasattr(value, "get_vocab"):
-        facts["vocabulary"] = rows_fact(sorted(value.get_vocab().items()))["rows"]
-        facts["chat_template"] = rows_fact([value.chat_template])["rows"]
+        facts["vocabulary"] = fact_of(sorted(value.get_vocab().items()))
+        facts["chat_template"] = fact_of([value.chat_template])
     return facts
 
 
@@ -325,7 +336,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _known(fact: Any) -> dict[str, Any] | None:
-    """A fact without its times, which change in a copy."""
+def _without_times(fact: Any) -> dict[str, Any] | None:
+    """A file's fact without its times, which differ in a copy of the file."""
     times = ("mtime_ns", "ctime_ns")
     return {k: v for k, v in fact.items() if k not in times} if isinstance(fact, Mapping) else None

@@ -20,6 +20,7 @@ from marlhf.segmenters.offsets import token_starts
 from marlhf.segmenters.parsing import Parsing
 from marlhf.segmenters.perplexity import Perplexity
 from marlhf.segmenters.phrases import Phrases
+from marlhf.segmenters.syntax import Syntax
 from marlhf.segmenters.text import (
     Line,
     Sentence,
@@ -42,6 +43,7 @@ __all__ = [
     "SegmenterFn",
     "Sentence",
     "Sequence",
+    "Syntax",
     "TextSegmenter",
     "Token",
     "Union",

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlhf.common.errors import UserError, shown
-from marlhf.common.plugins import called, copied, names_required, numbers, unchanged
-from marlhf.common.registry import Registry, Spec, construct, split_spec
+from marlhf.common.errors import UserError, short_repr
+from marlhf.common.plugins import called, copied, numbers, requirements, unchanged
+from marlhf.common.registry import Registry, Spec
 from marlhf.common.types import REF_LOGPROBS, ResponseBatch
 
 SegmenterFn = Callable[[ResponseBatch], Tensor]
@@ -35,10 +35,12 @@ SEGMENTERS = Registry(
         "sentence": "marlhf.segmenters.text.Sentence",
         "line": "marlhf.segmenters.text.Line",
         "parsing": "marlhf.segmenters.parsing.Parsing",
+        "syntax": "marlhf.segmenters.syntax.Syntax",
         "entropy_jump": "marlhf.segmenters.entropy.EntropyJump",
         "phrases": "marlhf.segmenters.phrases.Phrases",
         "union": "marlhf.segmenters.base.Union",
     },
+    argument="batch",
 )
 
 
@@ -50,6 +52,9 @@ class Segmenter(abc.ABC):
     """
 
     max_length: int | None = field(default=None, kw_only=True)
+    _last_metrics: dict[str, float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # what `starts` measures; the configuration itself stays frozen
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
@@ -63,6 +68,10 @@ class Segmenter(abc.ABC):
         """Starts of macro actions, `[B,T]` bool. An empty response has none."""
         starts = _check_form(self.starts(batch), batch.response_mask, segmenter_name(self))
         return close(starts, batch.response_mask, self.max_length)
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the last batch, by name."""
+        return dict(getattr(self, "_last_metrics", {}))  # `__init__` may not have called ours
 
 
 def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) -> Tensor:
@@ -135,7 +144,7 @@ def _check_form(starts: Any, mask: Tensor, name: str) -> Tensor:
     if starts.shape != mask.shape:
         raise UserError(
             f"segmenter {name}: starts has shape {tuple(starts.shape)}, must be "
-            f"{tuple(mask.shape)}, one entry a response token"
+            f"{tuple(mask.shape)}, one entry per response token"
         )
     if starts.dtype != torch.bool:
         raise UserError(f"segmenter {name}: starts is {starts.dtype}, must be torch.bool")
@@ -163,10 +172,10 @@ class Union(Segmenter):
         return frozenset().union(*map(segmenter_requires, self.of))
 
     def starts(self, batch: ResponseBatch) -> Tensor:
-        found = torch.zeros_like(batch.response_mask)
+        starts = torch.zeros_like(batch.response_mask)
         for segmenter in self.of:
-            found = found | segment(segmenter, batch)
-        return found
+            starts = starts | segment(segmenter, batch)
+        return starts
 
     def learn(self, responses: Sequence[Sequence[int]]) -> None:
         """Pass the responses to the segmenters that learn."""
@@ -180,16 +189,16 @@ class Union(Segmenter):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from `state_dict()`."""
-        for segmenter, own in zip(self.of, state["of"], strict=True):
-            if own:
-                segmenter.load_state_dict(own)
+        for segmenter, part in zip(self.of, state["of"], strict=True):
+            if part:
+                segmenter.load_state_dict(part)
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the segmenters combined."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for segmenter in self.of:
-            found.update(segmenter_metrics(segmenter))
-        return found
+            metrics.update(segmenter_metrics(segmenter))
+        return metrics
 
 
 def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
@@ -198,21 +207,7 @@ def build_segmenter(spec: Spec | SegmenterFn) -> SegmenterFn:
     A class is built with the mapping's other keys, if any; a plain function is used as it is and
     takes no arguments. Raises UserError.
     """
-    if isinstance(spec, type):
-        return construct(spec, {}, f"segmenter {spec.__name__}")
-    if not isinstance(spec, str | dict):
-        if not callable(spec):
-            raise UserError(f"segmenter: given {spec!r}, must be a name, a mapping or a callable")
-        return spec
-    name, arguments = split_spec(spec, "segmenter")
-    factory = SEGMENTERS.find(name)
-    if isinstance(factory, type):
-        return construct(factory, arguments, f"segmenter {name}")
-    if arguments:
-        raise UserError(
-            f"segmenter {name}: is not a class and takes no arguments; given {', '.join(arguments)}"
-        )
-    return factory
+    return SEGMENTERS.build(spec)
 
 
 def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
@@ -221,18 +216,14 @@ def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
     A segmenter without the attribute is assumed to read them. Raises UserError.
     """
     name = f"segmenter {segmenter_name(segmenter)}"
-    with called(name):
-        requires = getattr(segmenter, "requires", REF_LOGPROBS)
-    try:
-        return names_required(requires, REF_LOGPROBS)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+    return requirements(segmenter, name, REF_LOGPROBS, REF_LOGPROBS)
 
 
 def segmenter_name(segmenter: SegmenterFn) -> str:
     """Name of a segmenter in messages: its `__name__`, a dataclass's repr, or its class name."""
-    own = shown(segmenter, 300) if is_dataclass(segmenter) else type(segmenter).__name__
-    return getattr(segmenter, "__name__", None) or own
+    if name := getattr(segmenter, "__name__", None):
+        return name
+    return short_repr(segmenter, 300) if is_dataclass(segmenter) else type(segmenter).__name__
 
 
 def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:

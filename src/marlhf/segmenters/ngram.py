@@ -35,7 +35,10 @@ class Sequence(Segmenter):
 
 @dataclass(frozen=True)
 class NGram(Segmenter):
-    """A start every `n` tokens (MA-RLHF section 3.2, "fixed n-gram"; in the paper 3, 5, 10)."""
+    """A start every `n` tokens.
+
+    Source: MA-RLHF section 3.2, "fixed n-gram", with n of 3, 5 and 10.
+    """
 
     requires = frozenset()
 

@@ -10,7 +10,7 @@ A boundary at character `c` says "a macro action starts with the character at `c
     the end of one unit and the beginning of the next stays with the unit that it begins in.
 3.  Of several tokens that write one character (bytes of an emoji) only the first can start.
 4.  A token that writes nothing (a special token) never starts: it joins the macro action before.
-5.  A boundary with nothing but white space before it is the start of the response.
+5.  A boundary with only white space before it is the start of the response.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _BLANKS = re.compile("[^\\S\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]+")  # but line 
 class TokenIndex:
     """Index of one response's tokens by the characters that they write.
 
-    text   the decoded response; spans   the half-open character span of each of its tokens
+    text    the decoded response
+    spans   the half-open character span of each of its tokens
     """
 
     def __init__(self, text: str, spans: Sequence[Span]) -> None:

@@ -40,9 +40,9 @@ class Perplexity(Segmenter):
     def starts(self, batch: ResponseBatch) -> Tensor:
         logprobs = batch.ref_logprobs if self.logprobs == "ref" else batch.logprobs
         if logprobs is None:
-            whose = "the reference model's" if self.logprobs == "ref" else "the policy's"
+            owner = "the reference model's" if self.logprobs == "ref" else "the policy's"
             raise UserError(
-                f"segmenter perplexity: needs {whose} log-probabilities of the "
+                f"segmenter perplexity: needs {owner} log-probabilities of the "
                 "response tokens, and the ResponseBatch has none (marlhf segment: give --model)"
             )
         # exp is monotone, so log-probabilities compare as perplexities do, without overflow.

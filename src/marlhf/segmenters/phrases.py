@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from marlhf.common.errors import UserError
 from marlhf.common.types import ResponseBatch
 from marlhf.segmenters.base import Segmenter
+from marlhf.segmenters.offsets import starts_tensor
 
 Phrase = tuple[int, ...]
 
@@ -24,9 +24,9 @@ class Phrases(Segmenter):
 
     The units are tokens instead of characters; a token in no phrase is a macro action by itself.
     After every update the most frequent pairs of adjacent macro actions in its responses become
-    phrases. At first this is token-level PPO. A response is segmented greedily from its start, by
-    the longest known phrase. The least used phrases are dropped, so that the segmentation follows
-    the policy.
+    phrases, so that training begins as token-level PPO. A response is segmented greedily from its
+    start, by the longest known phrase. The least used phrases are dropped, so that the
+    segmentation follows the policy.
 
     size       maximum number of known phrases
     new        maximum number of phrases learned per update
@@ -50,14 +50,8 @@ class Phrases(Segmenter):
 
     def starts(self, batch: ResponseBatch) -> Tensor:
         lengths = _lengths_by_first(self._use)
-        found = [
-            [[row, end] for end in accumulate(map(len, _cut(ids, self._use, lengths)))]
-            for row, ids in enumerate(batch.unpadded)
-        ]
-        ends = torch.tensor([end for row in found for end in row[:-1]], dtype=torch.int64)
-        starts = torch.zeros_like(batch.response_mask)
-        starts[tuple(ends.view(-1, 2).T)] = True
-        return starts
+        ends = (accumulate(map(len, _cut(ids, self._use, lengths)[:-1])) for ids in batch.unpadded)
+        return starts_tensor(batch, ends)
 
     def learn(self, responses: Sequence[Sequence[int]]) -> None:
         """Add the frequent pairs of an update's responses; drop the least used phrases."""
@@ -66,10 +60,10 @@ class Phrases(Segmenter):
         used: Counter[Phrase] = Counter(part for parts in cut for part in parts if len(part) > 1)
         for phrase in self._use:
             self._use[phrase] = 0.9 * self._use[phrase] + used[phrase]
-        met = Counter(a + b for parts in cut for a, b in pairwise(parts))
+        pairs = Counter(a + b for parts in cut for a, b in pairwise(parts))
         frequent = [
             (-count, phrase)
-            for phrase, count in met.items()
+            for phrase, count in pairs.items()
             if count >= self.min_count and len(phrase) <= self.longest
         ]
         for count, phrase in sorted(frequent)[: self.new]:
@@ -96,10 +90,10 @@ class Phrases(Segmenter):
 
 def _lengths_by_first(phrases: Iterable[Phrase]) -> dict[int, list[int]]:
     """Lengths of the phrases by their first token, the longest first."""
-    found: dict[int, set[int]] = {}
+    lengths_by_first: dict[int, set[int]] = {}
     for phrase in phrases:
-        found.setdefault(phrase[0], set()).add(len(phrase))
-    return {first: sorted(lengths, reverse=True) for first, lengths in found.items()}
+        lengths_by_first.setdefault(phrase[0], set()).add(len(phrase))
+    return {first: sorted(lengths, reverse=True) for first, lengths in lengths_by_first.items()}
 
 
 def _cut(
@@ -107,10 +101,11 @@ def _cut(
 ) -> list[Phrase]:
     """Split tokens greedily into the longest known phrases; other tokens stay single."""
     parts: list[Phrase] = []
-    at = 0
-    while at < len(ids):
-        candidates = (tuple(ids[at : at + length]) for length in lengths.get(ids[at], ()))
-        part = next((one for one in candidates if one in phrases), (ids[at],))
+    position = 0
+    while position < len(ids):
+        first = ids[position]
+        candidates = (tuple(ids[position : position + n]) for n in lengths.get(first, ()))
+        part = next((phrase for phrase in candidates if phrase in phrases), (first,))
         parts.append(part)
-        at += len(part)
+        position += len(part)
     return parts

@@ -76,7 +76,7 @@ class Word(TextSegmenter):
 
 @dataclass(frozen=True)
 class Sentence(TextSegmenter):
-    """Every sentence, ended by a full stop in any script or by a line break.
+    """Every sentence, up to a full stop in any script or a line break.
 
     Line breaks count as in the paper's released code: lists, headings and code have no full stops.
     """
@@ -137,7 +137,7 @@ def from_lengths(
 
     @functools.wraps(function)
     def segmenter(batch: ResponseBatch) -> Tensor:
-        rows = []
+        starts = []
         for text, spans in zip(batch.texts, batch.offsets, strict=True):
             lengths: list[int] = []
             if spans:
@@ -148,8 +148,8 @@ def from_lengths(
                     f"segmenter {_name(function)}: returned lengths {lengths}, which "
                     f"must be at least 1 and add up to the {len(spans)} tokens"
                 )
-            rows.append(list(accumulate(lengths, initial=0))[:-1])
-        return close(starts_tensor(batch, rows), batch.response_mask, max_length)
+            starts.append(list(accumulate(lengths, initial=0))[:-1])
+        return close(starts_tensor(batch, starts), batch.response_mask, max_length)
 
     vars(segmenter)["requires"] = frozenset()
     return segmenter
@@ -216,11 +216,11 @@ _LOOK_BACK = 40  # characters: no abbreviation is longer
 
 def sentence_boundaries(text: str) -> list[int]:
     """Characters at which sentences start, by the rule of `Sentence`."""
-    found = set(line_boundaries(text))
+    boundaries = set(line_boundaries(text))
     for match in _TERMINAL.finditer(text):
         if match.end() < len(text) and (match["mark"] is None or _ends_sentence(text, match)):
-            found.add(match.end())
-    return sorted(found)
+            boundaries.add(match.end())
+    return sorted(boundaries)
 
 
 def sentence_spans(text: str) -> list[Span]:
@@ -244,7 +244,8 @@ def _ends_sentence(text: str, match: Any) -> bool:
     before = text[max(match.start() - _LOOK_BACK, 0) : match.start()]
     if _LIST_NUMBER.search(before) or (match.start() <= 3 and before.isdecimal()):
         return False
-    word = found[0] if (found := _LAST_WORD.search(before)) else ""
+    last_word = _LAST_WORD.search(before)
+    word = "" if last_word is None else last_word[0]
     if (len(word) == 1 and word.isupper() and word != "I") or _BEFORE_NAMES.fullmatch(word):
         return False
     return not (lower and _MID_SENTENCE.fullmatch(word))
@@ -275,8 +276,8 @@ def _spacy_tokenizer(language: str) -> Callable[[str], Any]:
 def _starts_at_characters(
     batch: ResponseBatch, boundaries: Callable[[str], Iterable[int]]
 ) -> Tensor:
-    rows = zip(batch.texts, batch.offsets, strict=True)
-    return starts_tensor(batch, (token_starts(t, spans, boundaries(t)) for t, spans in rows))
+    responses = zip(batch.texts, batch.offsets, strict=True)
+    return starts_tensor(batch, (token_starts(t, spans, boundaries(t)) for t, spans in responses))
 
 
 def _token_texts(text: str, spans: list[Span]) -> list[str]:

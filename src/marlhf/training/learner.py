@@ -27,15 +27,15 @@ from marlhf.runs.metrics import Metrics
 Objective = Callable[..., Tensor]
 
 
-class Rows(Protocol):
-    """A minibatch that losses are computed on: `Experience`, `TextRows` or `Share`."""
+class Minibatch(Protocol):
+    """A minibatch that losses are computed on: `Experience`, `TextBatch` or `Share`."""
 
     @property
     def attention_mask(self) -> Tensor:
         """[B,L] bool."""
         ...
 
-    def rows(self, index: Tensor) -> Any:
+    def select(self, index: Tensor) -> Any:
         """The micro-batch at `index`."""
         ...
 
@@ -48,7 +48,7 @@ class Rows(Protocol):
         ...
 
 
-Term = tuple[Rows, Objective]
+Term = tuple[Minibatch, Objective]
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,18 @@ class Gradient:
 
 
 class DivergedError(ReportedError):
-    """Too many non-finite losses or gradients in a row; `batches` are the last one's."""
+    """Too many consecutive non-finite losses or gradients.
 
-    def __init__(self, message: str, batches: list[Rows]) -> None:
+    batches   the minibatches of the last one
+    """
+
+    def __init__(self, message: str, batches: list[Minibatch]) -> None:
         super().__init__(message)
         self.batches = batches
 
 
 class Learner:
-    """Policy or critic with its AdamW.
+    """A model in training, policy or critic, with its AdamW and schedule.
 
     adapter   train this LoRA adapter (and the critic's head) only; None for all trainable weights
     steps     updates in the full run, for the schedule
@@ -103,7 +106,7 @@ class Learner:
         schedule = settings.schedule.replace("constant", "constant_with_warmup")
         self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, steps)
         trim_heap_before_embedding_gradients(module)
-        self.trained = distributed.train(module, optimizer, settings.max_grad_norm)
+        self.trained = distributed.prepare(module, optimizer, settings.max_grad_norm)
         self.model, self.optimizer = self.trained.model, self.trained.optimizer
 
     @property
@@ -124,13 +127,13 @@ class Learner:
                 divided by the counts of the full minibatch over all ranks, so that no split into
                 micro-batches and ranks changes the gradient
 
-        Raises DivergedError after `max_skipped_steps` gradients in a row that are not finite.
+        Raises DivergedError after `max_skipped_steps` consecutive gradients that are not finite.
         """
-        size, alike = self.settings.micro_batch_size, self.distributed.world_size > 1
+        size, several_ranks = self.settings.micro_batch_size, self.distributed.world_size > 1
         passes = []
         for minibatch, objective in terms:
             counts = self.distributed.all_reduce(minibatch.counts()).tolist()  # the denominators
-            parts = micro_batches(minibatch.attention_mask, size, alike)
+            parts = micro_batches(minibatch.attention_mask, size, same_count=several_ranks)
             passes += [(minibatch, part, objective, counts) for part in parts]
         self.model.train()
         device = self.distributed.device
@@ -139,11 +142,11 @@ class Learner:
             trim_heap(device)
             with self.trained.accumulate(last=i == len(passes) - 1):
                 with self.distributed.autocast():
-                    loss = objective(minibatch.rows(part), *counts)
+                    loss = objective(minibatch.select(part), *counts)
                 self.trained.backward(loss)
             total += loss.detach()
         trim_heap(device)
-        gradient = self._agreed(float(total), self.trained.norm())
+        gradient = self._agree(float(total), self.trained.norm())
         self._skipped_in_a_row = 0 if gradient.finite else self._skipped_in_a_row + 1
         if not gradient.finite and self._skipped_in_a_row >= self.settings.max_skipped_steps:
             raise DivergedError(
@@ -155,20 +158,21 @@ class Learner:
         return gradient
 
     def step(self, gradient: Gradient) -> None:
-        """Take the optimiser step if the gradient is finite; then drop the gradient."""
+        """Take the optimiser step if the gradient is finite; in any case drop the gradient."""
         if gradient.finite:
             self.trained.step()
         else:
             self.trained.discard()
 
     def discard(self) -> None:
-        """Drop the gradient without a step."""
+        """Drop the gradient without an optimiser step."""
         self.trained.discard()
 
-    def _agreed(self, loss: float, norm: float) -> Gradient:
-        """The gradient as all ranks agree on it: all take the step, or none."""
+    def _agree(self, loss: float, norm: float) -> Gradient:
+        """Agree with all ranks on whether the gradient is finite: all take the step, or none."""
         fault = 0.0 if math.isfinite(loss) and math.isfinite(norm) else 1.0
-        finite = float(self.distributed.all_reduce(torch.tensor(fault))) == 0.0
+        faults = self.distributed.all_reduce(torch.tensor(fault))
+        finite = float(faults) == 0.0
         return Gradient(norm if finite else math.nan, finite)
 
     def save(self, folder: Path) -> None:
@@ -186,8 +190,8 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Resume from the files of `save`, on every rank. Raises UserError.
 
-        Replicated state loads on any number of ranks, state that DeepSpeed sharded on ranks that
-        shard alike. The learning rate is that of this run's schedule, which may have more steps.
+        Replicated state loads on any number of ranks; state sharded by DeepSpeed needs the same
+        layout. The learning rate follows this run's schedule, which may have more steps.
         """
         kinds = {"layout": str, "updates": int, "skipped_in_a_row": int}
         state = read_numbers(folder / "learner.json", kinds)
@@ -199,7 +203,7 @@ class Learner:
         self.trained.load(folder)
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.scheduler.last_epoch = state["updates"] - 1
-        with warnings.catch_warnings():  # about no optimiser step before this
+        with warnings.catch_warnings():  # that the optimiser has not stepped yet
             warnings.simplefilter("ignore")
             self.scheduler.step()  # sets this run's learning rate for the update
 
@@ -214,7 +218,7 @@ def count_step(name: str, gradient: Gradient, metrics: Metrics) -> None:
 
 @contextmanager
 def keeping_batch(path: Path) -> Iterator[None]:
-    """Save the batch of a diverging update as dicts of tensors, and name the file."""
+    """Save the minibatches of a diverging step as dicts of tensors, and name the file."""
     try:
         yield
     except DivergedError as error:

@@ -1,7 +1,7 @@
 """Losses of policy and critic on a micro-batch of a rollout.
 
-`Learner` calls an objective with a micro-batch and the denominators of losses: response tokens and
-macro actions of the full optimiser step, over all ranks.
+`Learner` calls an objective with a micro-batch and the denominators of losses: response tokens,
+macro actions and responses of the full optimiser step, over all ranks.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from marlhf.algorithm.experience import Experience
-from marlhf.algorithm.losses import kl_loss, policy_loss, sft_loss, value_loss
+from marlhf.algorithm.losses import aggregation, kl_loss, policy_loss, sft_loss, value_loss
 from marlhf.algorithm.macro import macro_mask, reduce
 from marlhf.config import PPOConfig
 from marlhf.runs.metrics import Metrics
-from marlhf.training.ptx import TextRows
+from marlhf.training.ptx import TextBatch
 
 
 def policy_objective(
@@ -21,101 +21,119 @@ def policy_objective(
     config: PPOConfig,
     kl_coef: float,
     metrics: Metrics,
-    rows: Experience,
+    micro_batch: Experience,
     tokens: float,
     macro_actions: float,
+    responses: float,
 ) -> Tensor:
     """The clipped PPO loss, plus the KL penalty and the critic's loss where configured.
 
     The KL penalty, times `kl_coef`, is added where it is part of the loss; the critic's loss, times
     `critic.coef`, where the critic is a head on the policy.
     """
-    mask = rows.response_mask
-    logprobs, found = policy(
-        rows.input_ids,
-        rows.attention_mask,
+    mask = micro_batch.response_mask
+    logprobs, outputs = policy(
+        micro_batch.input_ids,
+        micro_batch.attention_mask,
         mask,
-        **config.sampled_from,
-        extras=_of_head(config),
+        **config.logprob_settings,
+        extras=_head_outputs(config),
     )
+    how, limit = config.ppo.aggregate, config.rollout.max_new_tokens
+    averaging, denominator = aggregation(mask, how, tokens, responses, limit)
+    _, share = aggregation(mask, how, float(mask.sum()), len(mask), limit)  # this micro-batch's
+    weights = micro_batch.weights
+    if weights is not None:
+        metrics.mean("loss_weight_mean", weights, mask)
+    if averaging is not None:
+        weights = averaging if weights is None else averaging * weights
     loss, stats = policy_loss(
         logprobs,
-        rows.logprobs,
-        rows.advantages,
+        micro_batch.logprobs,
+        micro_batch.advantages,
         mask,
         config.ppo.clip_range,
         config.macro.ratio,
-        rows.segment_ids,
-        tokens,
+        micro_batch.segment_ids,
+        denominator,
+        weights,
+        config.ppo.dual_clip,
     )
     if kl_coef > 0:
-        assert rows.ref_logprobs is not None
-        loss = loss + kl_coef * kl_loss(logprobs, rows.ref_logprobs, mask, tokens)
-    metrics.add("policy_loss", loss.detach() * tokens, mask.sum())
-    ratios = macro_mask(rows.segment_ids) if config.macro.ratio == "macro_product" else mask
+        assert micro_batch.ref_logprobs is not None
+        kl = kl_loss(logprobs, micro_batch.ref_logprobs, mask, denominator, averaging)
+        loss = loss + kl_coef * kl
+    metrics.add("policy_loss", loss.detach() * denominator, share)
+    ratios = macro_mask(micro_batch.segment_ids) if config.macro.ratio == "macro_product" else mask
     metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())
     metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
     metrics.maximum("ratio_max", stats["ratio_max"])
     if config.has_head:
-        of_values = _regression(found["values"], config, metrics, rows, tokens, macro_actions)
-        loss = loss + config.critic.coef * of_values
+        regression = _value_regression(
+            outputs["values"], config, metrics, micro_batch, tokens, macro_actions
+        )
+        loss = loss + config.critic.coef * regression
     return loss
 
 
 def text_objective(
-    policy: nn.Module, config: PPOConfig, metrics: Metrics, rows: TextRows, tokens: float
+    policy: nn.Module, config: PPOConfig, metrics: Metrics, micro_batch: TextBatch, tokens: float
 ) -> Tensor:
     """`ptx.coef` times the cross-entropy of texts, nats per token.
 
-    A critic's head on the policy gets a gradient of 0: without a gradient in every pass, DeepSpeed
-    would add the head's gradient of a later pass to that of the previous optimiser step.
+    The critic's head on the policy gets a zero gradient: DeepSpeed needs one in every pass, or it
+    adds the head's gradient of a later pass to that of the previous optimiser step.
     """
     assert config.ptx is not None
-    logprobs, found = policy(
-        rows.input_ids, rows.attention_mask, rows.loss_mask, extras=_of_head(config)
+    logprobs, outputs = policy(
+        micro_batch.input_ids,
+        micro_batch.attention_mask,
+        micro_batch.loss_mask,
+        extras=_head_outputs(config),
     )
-    loss = sft_loss(logprobs, rows.loss_mask, max(tokens, 1.0))
-    metrics.add("ptx_loss", loss.detach() * tokens, rows.loss_mask.sum())
+    loss = sft_loss(logprobs, micro_batch.loss_mask, max(tokens, 1.0))
+    metrics.add("ptx_loss", loss.detach() * tokens, micro_batch.loss_mask.sum())
     loss = config.ptx.coef * loss
-    return loss + 0.0 * found["values"].sum() if config.has_head else loss
+    return loss + 0.0 * outputs["values"].sum() if config.has_head else loss
 
 
 def value_objective(
     critic: nn.Module,
     config: PPOConfig,
     metrics: Metrics,
-    rows: Experience,
+    micro_batch: Experience,
     tokens: float,
     macro_actions: float,
+    _responses: float,
 ) -> Tensor:
     """The clipped regression of values on returns, per token or per macro action."""
-    values, _ = critic(rows.input_ids, rows.attention_mask, rows.response_mask)
-    return _regression(values, config, metrics, rows, tokens, macro_actions)
+    values, _ = critic(micro_batch.input_ids, micro_batch.attention_mask, micro_batch.response_mask)
+    return _value_regression(values, config, metrics, micro_batch, tokens, macro_actions)
 
 
-def _of_head(config: PPOConfig) -> tuple[str, ...]:
+def _head_outputs(config: PPOConfig) -> tuple[str, ...]:
     """Extra outputs of the policy's pass for a critic that is a head on it."""
     return ("values",) if config.has_head else ()
 
 
-def _regression(
+def _value_regression(
     values: Tensor,
     config: PPOConfig,
     metrics: Metrics,
-    rows: Experience,
+    micro_batch: Experience,
     tokens: float,
     macro_actions: float,
 ) -> Tensor:
-    assert rows.values is not None
-    assert rows.returns is not None
-    old, returns = rows.values, rows.returns
-    mask, count = rows.response_mask, tokens
+    assert micro_batch.values is not None
+    assert micro_batch.returns is not None
+    old_values, returns = micro_batch.values, micro_batch.returns
+    mask, count = micro_batch.response_mask, tokens
     if config.macro.value_loss == "macro":
-        ids, how = rows.segment_ids, config.macro.value
-        values, old = reduce(values, ids, how), reduce(old, ids, how)
+        ids, reduction = micro_batch.segment_ids, config.macro.value
+        values, old_values = reduce(values, ids, reduction), reduce(old_values, ids, reduction)
         returns, mask, count = reduce(returns, ids, "first"), macro_mask(ids), macro_actions
-    loss, stats = value_loss(values, old, returns, mask, config.ppo.value_clip_range, count)
-    here = mask.sum()
-    metrics.add("value_loss", loss.detach() * count, here)
-    metrics.add("value_clip_fraction", stats["value_clip_fraction"] * here, here)
+    loss, stats = value_loss(values, old_values, returns, mask, config.ppo.value_clip_range, count)
+    entries = mask.sum()
+    metrics.add("value_loss", loss.detach() * count, entries)
+    metrics.add("value_clip_fraction", stats["value_clip_fraction"] * entries, entries)
     return loss

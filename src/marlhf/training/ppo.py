@@ -5,7 +5,7 @@ One update, `PPOTrainer.step`:
   2. cut the responses into macro actions                                    segmenters
   3. rewards and values of macro actions -> advantages -> tokens             experience
   4. step policy and critic over minibatches                                 update, losses
-  5. write metrics and samples                                               metrics
+  5. write metrics and samples                                               diagnostics
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from marlhf.algorithm.experience import MacroBatch, TokenData, macro_batch
+from marlhf.algorithm.experience import MacroBatch, Rollout, macro_batch
 from marlhf.algorithm.kl import KLCoefficient, reads_reference
 from marlhf.algorithm.macro import isolate_last_token
 from marlhf.common.errors import UserError
@@ -27,22 +27,25 @@ from marlhf.common.seeds import EVAL_STEP
 from marlhf.common.signals import StopSignals, stop
 from marlhf.common.types import REF_LOGPROBS
 from marlhf.config import PPOConfig
+from marlhf.config.loading import check_kind
 from marlhf.data.encoding import check_prompts
 from marlhf.data.order import PromptStream
-from marlhf.data.prompts import Prompt, as_prompts, prompt_sets
-from marlhf.data.template_checks import template_notes, with_date
+from marlhf.data.prompts import Prompt, as_prompts, kinds_of, prompt_sets
+from marlhf.data.template_checks import strip_bos_for_rewards, template_notes, with_date
 from marlhf.distributed import Distributed
 from marlhf.models import building, loading
 from marlhf.models.sharded_base import check_ppo
-from marlhf.rewards import RewardModel, build_rewards, build_token_rewards
-from marlhf.rollout.batching import held_out_share
-from marlhf.rollout.worker import Rollout, RolloutWorker, add_token_rewards, check_rewards
+from marlhf.rewards import RewardModel
+from marlhf.rollout.batching import held_out_share, rank_share
+from marlhf.rollout.engine import EngineContext, start_engine
+from marlhf.rollout.policy_weights import policy_weights
+from marlhf.rollout.scores import add_token_rewards, check_rewards
+from marlhf.rollout.worker import RolloutWorker
 from marlhf.runs.directory import writing
 from marlhf.runs.metrics import Metrics, Timer
 from marlhf.runs.provenance import data_labels
 from marlhf.runs.state import RunState, claim
 from marlhf.segmenters import (
-    build_segmenter,
     learn,
     segment,
     segmenter_metrics,
@@ -50,19 +53,22 @@ from marlhf.segmenters import (
 )
 from marlhf.training import diagnostics
 from marlhf.training.learner import Learner, keeping_batch
+from marlhf.training.plug_ins import build_plug_ins
 from marlhf.training.ptx import TextStream
-from marlhf.training.update import Update
+from marlhf.training.update import PPOUpdate
 
 
 class PPOTrainer:
-    """Trains a policy by PPO over macro actions.
+    """Trains a policy with PPO over macro actions.
 
     config          a PPOConfig
     reward          instead of config.reward.models: a callable, name, path, or a list of these
     token_reward    instead of config.reward.tokens: a TokenReward, a name, or a list of these
     segmenter       instead of config.segmenter: a callable `ResponseBatch -> starts`, or a name
+    estimator       instead of config.ppo.estimator: a callable `CreditInputs -> Credit`, or a name
+    engine          instead of config.rollout.engine: a factory `EngineContext -> Engine`, or a name
     train_dataset   instead of config.data: a list of prompts or rows, or a `datasets.Dataset`;
-                    nothing is held out of it
+                    none of it is held out
     eval_dataset    held-out prompts, likewise
     model           a transformers causal LM instead of config.model.path; give `tokenizer` with it
     critic          a transformers sequence classifier to start the critic from
@@ -78,77 +84,90 @@ class PPOTrainer:
         reward: Any = None,
         token_reward: Any = None,
         segmenter: Any = None,
+        estimator: Any = None,
+        engine: Any = None,
         train_dataset: Iterable[Any] | None = None,
         eval_dataset: Iterable[Any] | None = None,
         model: Any = None,
         tokenizer: Any = None,
         critic: Any = None,
     ) -> None:
-        _check_kinds(config, model)
+        check_kind(config, PPOConfig)
+        if isinstance(model, str | Path):
+            raise UserError(f"model: given {str(model)!r}; a path goes into config.model.path")
         self.distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
-        self.segmenter = build_segmenter(segmenter if segmenter is not None else config.segmenter)
-        self.reward = build_rewards(reward if reward is not None else config.reward.models)
-        self.token_reward = build_token_rewards(
-            token_reward if token_reward is not None else config.reward.tokens,
-            [reward.name for reward in self.reward.rewards],
-        ).to(self.distributed.device)
+        arguments = {"reward": reward, "token_reward": token_reward, "segmenter": segmenter}
+        arguments |= {"estimator": estimator, "engine": engine}
+        built = build_plug_ins(config, arguments)
+        self.segmenter, self.estimator, self.reward = built.segmenter, built.estimator, built.reward
+        self.token_reward = built.token_reward.to(self.distributed.device)
         train, self.eval_prompts = sets = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
         self.config = config = with_date(config, [self.tokenizer], self.distributed, self.reward)
         lm_config = model.config if model is not None else loading.load_model_config(config.model)
         positions = loading.position_limit(lm_config)
-        self._check([*train, *self.eval_prompts], positions)
+        self._check(sets, positions)
+        strip_bos_for_rewards(self.reward, self.tokenizer)
         functions = [reward.function for reward in self.reward.rewards]
         reward_paths = [f.path for f in functions if isinstance(f, RewardModel)]
         first = next(iter(reward_paths), None) if critic is None else None
-        start = building.critic_start(config, lm_config, self.tokenizer, first, critic=critic)
-        self.notes += [start.line] if start.line else []
-        self.texts = config.ptx and TextStream(
-            config.ptx, config.seed, self.tokenizer, self.distributed, positions
+        start = building.critic_start(
+            config, lm_config, self.tokenizer, first, critic=critic, estimator=self.estimator
         )
+        self.notes += [start.line] if start.line else []
+        self.texts = None
+        if config.ptx is not None:
+            stream = config.ptx, config.seed, self.tokenizer, self.distributed, positions
+            self.texts = TextStream(*stream)
         if self.distributed.zero_stage == 3:
             check_ppo(config, lm_config, reward_paths, start, critic)
         labels = data_labels(config.data, train_dataset, eval_dataset)
-        rows: dict[str, Any] = dict(zip(labels, sets, strict=True))
+        datasets: dict[str, Any] = dict(zip(labels, sets, strict=True))
         if self.texts is not None and config.ptx is not None:
-            rows[f"ptx.path {config.ptx.path!r}"] = self.texts.stream.prompts
-        arguments = {"reward": reward, "token_reward": token_reward, "segmenter": segmenter}
+            datasets[f"ptx.path {config.ptx.path!r}"] = self.texts.stream.prompts
         arguments |= {"model": model, "tokenizer": tokenizer, "critic": critic}
-        claimed = claim(config, self.distributed, rows, arguments)
-        self.run, found = claimed.run, claimed.found
+        claimed = claim(config, self.distributed, datasets, arguments)
+        self.run, checkpoint = claimed.run, claimed.checkpoint
 
         seed_generators(config.seed)
-        policy, value_model = building.build_models(
-            config, self.tokenizer, start, model, critic, lm_config, self.distributed.shard
-        )
-        self.reward.share(policy.model, config.model.path)
+        self._dtype = loading.final_dtype(config.model, lm_config)
         required = self.token_reward.requires | segmenter_requires(self.segmenter)
-        needed = reads_reference(config.kl, required)
-        self.reference = loading.reference_of(policy, self.distributed.shard) if needed else None
-        rate, critic_rate = config.optimizer.learning_rate, config.optimizer.critic_learning_rate
-        critic_rate = rate if critic_rate is None else critic_rate
-        self.policy = self._learner("policy", policy, rate)
-        self.critic = value_model and self._learner("critic", value_model, critic_rate)
+        with_reference = reads_reference(config.kl, required)
+        placement = self.distributed.placement()
+        policy, value_model, self.reference = building.build_models(
+            config, self.tokenizer, start, model, critic, lm_config, placement, with_reference
+        )
+        self.reward.share_base(policy.model, config.model.path)
+        self.policy = self._learner("policy", policy, config.optimizer.learning_rate)
+        self.critic = None
+        if value_model is not None:
+            self.critic = self._learner("critic", value_model, config.optimizer.critic_rate)
+        reward_models = self.reward.to(self.distributed.device).load(placement)
+        longest = config.rollout.longest
+        context = EngineContext(self.policy.model, self.tokenizer, self.distributed, longest)
+        self.engine = start_engine(built.engine, context)
         self.worker = RolloutWorker(
-            config,
-            self.policy.model,
-            self.reference,
-            self.critic and self.critic.model,
-            self.reward.to(self.distributed.device).load(self.distributed.shard),
-            self.tokenizer,
-            self.distributed,
-            self.token_reward.requires - REF_LOGPROBS,
+            config=config,
+            policy=self.policy.model,
+            reference=self.reference,
+            critic=None if self.critic is None else self.critic.model,
+            reward=reward_models,
+            tokenizer=self.tokenizer,
+            distributed=self.distributed,
+            engine=self.engine,
+            requested_extras=self.token_reward.requires - REF_LOGPROBS,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
-        self.update = Update(
+        self.update = PPOUpdate(
             config, self.policy, self.critic, self.texts, self.kl, self.distributed
         )
-        self.state = RunState(self._parts(), config, self.distributed, claimed.made_of)
-        self.step_count = 0 if found is None else self.state.load(found)
+        self.state = RunState(self._parts(), config, self.distributed, claimed.provenance)
+        self.step_count = 0 if checkpoint is None else self.state.load(checkpoint)
+        self._update_engine()
 
     def _parts(self) -> dict[str, Any]:
-        """All state that an update changes, by name, for checkpoints."""
+        """Everything with state that updates change, by name, for checkpoints."""
         return {
             "policy": self.policy,
             "critic": self.critic,
@@ -171,11 +190,10 @@ class PPOTrainer:
                     self._write({"step": 0} | self.evaluate())
                 while self.step_count < config.steps:
                     row = self.step(self.stream.batch(self.step_count, config.rollout.batch_size))
-                    try:
+                    with self.run.kept_on_error(row):
                         if self._evaluation_is_due():
                             row |= self.evaluate()
-                    finally:
-                        self._write(row)
+                    self._write(row)
                     stopped_by = signals.requested()
                     if self.state.is_due(self.step_count, stopped_by is not None):
                         fail_together(self.run.sync)
@@ -186,31 +204,39 @@ class PPOTrainer:
             self.save(self.run.path / "final.partial")
             fail_together(lambda: self.run.publish(self.run.path / "final.partial"))
         finally:
+            self.engine.close()
             self.run.close()
 
     def step(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Run one update on prompts (texts, message lists or rows); returns its metrics.
 
-        Every rank is given the same prompts and takes its share of them.
+        Every rank gets the same prompts and samples its share of them.
         """
         config, metrics, timer = self.config, Metrics(), Timer()
         # 1. sample and score
-        rows, row_ids = self._share(as_prompts(prompts, config.data))
-        rollout = self.worker(rows, row_ids, self.step_count, timer)
+        self._check_batch(len(prompts))
+        records, ranks = as_prompts(prompts, config.data), self.distributed
+        copies = config.rollout.responses_per_prompt
+        share = rank_share(records, copies, ranks.rank, ranks.world_size)
+        rollout = self.worker(*share, self.step_count, timer)
         with timer("score"):
             rollout = add_token_rewards(rollout, self.token_reward, self.distributed, metrics)
         with timer("segment"):
             # 2. cut into macro actions
             starts = self.distributed.fail_together(lambda: self._segment(rollout))
+            # from the next update on, segmenters that learn have seen these responses
             learn(self.segmenter, rollout.responses, self.distributed.gather_objects)
             # 3. rewards and values -> advantages
             batch = self._macro_batch(starts, rollout)
         with timer("train"):
             # 4. step policy and critic
             learning_rate = self.policy.learning_rate
-            name = f"diverged-step-{self.step_count + 1}-rank-{self.distributed.rank}.pt"
+            name = f"diverged-step-{self.step_count + 1}-rank-{ranks.rank}.pt"
+            experience = rollout.experience(batch, config.rollout, config.macro.ratio)
             with keeping_batch(self.run.path / name):
-                self.update(rollout.experience(batch), self.step_count, metrics)
+                self.update(experience, self.step_count, metrics)
+        with timer("generate"):
+            self._update_engine()
         self.step_count += 1
 
         # 5. report
@@ -220,57 +246,50 @@ class PPOTrainer:
         metrics.add_foreign(segmenter_metrics(self.segmenter), "segmenter")
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
             self.run.write_sample({"step": self.step_count, "held_out": False, **sample})
-        reduced = metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
-        self.kl.update(reduced["kl_mean"], len(prompts) * config.rollout.responses_per_prompt)
-        return diagnostics.row(
-            self.step_count, reduced, batch, learning_rate, timer, self.distributed.all_reduce
-        )
+        reduced = metrics.reduce(self.distributed)
+        responses = len(prompts) * copies
+        self.kl.update(reduced["kl_mean"], responses)
+        return diagnostics.row(self.step_count, reduced, responses, learning_rate, timer)
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics of held-out prompts, each sampled with its own fixed noise."""
         metrics = Metrics()
-        waits = self.distributed.zero_stage == 3  # for weights on other ranks
-        self.distributed.fail_together(lambda: self._evaluate_share(metrics), waits)
-        return metrics.reduce(self.distributed.all_reduce, self.distributed.gather_objects)
+        work, blocks = partial(self._evaluate_share, metrics), self.distributed.needs_peers
+        self.distributed.fail_together(work, blocks_on_peers=blocks)
+        return metrics.reduce(self.distributed)
 
     def _evaluate_share(self, metrics: Metrics) -> None:
         held_out, size = self.eval_prompts, self.config.rollout.batch_size
         rank, ranks = self.distributed.rank, self.distributed.world_size
-        rows, own = held_out_share(len(held_out), rank, ranks)
-        for start in range(0, len(rows), size):
-            row_ids = rows[start : start + size]
-            prompts = [held_out[row] for row in row_ids]
-            shown = start == 0 and self.config.log.samples > 0
-            rollout = self.worker(prompts, row_ids, EVAL_STEP, Timer(), True, with_values=shown)
-            counted = slice(max(0, own - start))
-            metrics.mean("eval_score_mean", rollout.scores[counted])
-            log_ratio = rollout.log_ratio
-            metrics.mean("eval_kl_mean", None if log_ratio is None else log_ratio.sum(1)[counted])
-            metrics.mean("eval_response_length_mean", rollout.generation.lengths[counted])
-            if not shown:
+        indices, count = held_out_share(len(held_out), rank, ranks)
+        for start in range(0, len(indices), size):
+            row_ids = indices[start : start + size]
+            prompts = [held_out[index] for index in row_ids]
+            with_samples = start == 0 and self.config.log.samples > 0
+            rollout = self.worker(
+                prompts, row_ids, EVAL_STEP, Timer(), held_out=True, with_values=with_samples
+            )
+            counted = max(0, count - start)  # the others are another rank's
+            diagnostics.measure_held_out(rollout, counted, metrics)
+            if not with_samples:
                 continue
-            starts = self._segment(rollout)
-            batch = None if rollout.values is None else self._macro_batch(starts, rollout, True)
+            starts, batch = self._segment(rollout), None
+            if rollout.values is not None:
+                batch = self._macro_batch(starts, rollout, held_out=True)
             for sample in diagnostics.samples(rollout, starts, self.config.log.samples, batch):
                 self.run.write_sample({"step": self.step_count, "held_out": True, **sample})
 
     def save(self, folder: Path | str) -> None:
         """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
         policy = self.distributed.unwrap(self.policy.model)
-        write = partial(loading.save_policy, policy, self.tokenizer, Path(folder))
-        with self.distributed.whole_on_cpu(policy), writing(self.run.path):
+        write = partial(loading.save_policy, policy, self.tokenizer, Path(folder), self._dtype)
+        with self.distributed.unsharded_on_cpu(policy), writing(self.run.path):
             self.distributed.fail_together(write if self.distributed.is_main else lambda: None)
 
     # -- one update ------------------------------------------------------------------------------
 
-    def _share(self, prompts: list[Prompt]) -> tuple[list[Prompt], list[int]]:
-        """This rank's prompts, repeated per response, and the responses' indices in the batch."""
-        self._check_batch(len(prompts))
-        each = len(prompts) // self.distributed.world_size
-        copies = self.config.rollout.responses_per_prompt
-        first = self.distributed.rank * each
-        mine = [p for p in prompts[first : first + each] for _ in range(copies)]
-        return mine, list(range(first * copies, first * copies + len(mine)))
+    def _update_engine(self) -> None:
+        self.engine.update_weights(policy_weights(self.distributed.unwrap(self.policy.model)))
 
     def _segment(self, rollout: Rollout) -> Tensor:
         responses = rollout.responses
@@ -279,34 +298,27 @@ class PPOTrainer:
         return isolate_last_token(starts, responses.response_mask) if alone else starts
 
     def _macro_batch(self, starts: Tensor, rollout: Rollout, held_out: bool = False) -> MacroBatch:
-        config, mask = self.config, rollout.generation.response_mask
-        tokens = TokenData(
-            response_mask=mask,
-            kl_rewards=rollout.kl_rewards(self.kl.in_rewards_coef),
-            task_rewards=rollout.task_rewards,
-            values=rollout.values,
-            last_values=rollout.last_values,
-            finished=rollout.generation.finished,
-        )
+        config = self.config
         return macro_batch(
             starts,
-            tokens,
+            rollout.token_data(self.kl.in_rewards_coef),
             replace(config.macro, whiten="none") if held_out else config.macro,
             config.ppo,
             config.rollout.responses_per_prompt,
             self.distributed.all_reduce,
+            self.estimator,
         )
 
     # -- set-up ----------------------------------------------------------------------------------
 
-    def _check(self, prompts: list[Prompt], positions: int | None) -> None:
+    def _check(self, sets: Sequence[Sequence[Prompt]], positions: int | None) -> None:
         """Check batch and data against ranks, model and rewards. Raises UserError."""
-        data, rollout = self.config.data, self.config.rollout
+        rollout = self.config.rollout
         self._check_batch(rollout.batch_size)
         self.stream.check_batch(rollout.batch_size, "rollout.batch_size")
-        check_prompts(prompts, self.tokenizer, data, rollout, positions)
-        check_rewards(self.reward, prompts)
-        self.notes = template_notes(self.reward, prompts, self.tokenizer, data)
+        check_prompts(sets, self.tokenizer, rollout, positions)
+        check_rewards(self.reward, sets)
+        self.notes = template_notes(self.reward, kinds_of(*sets), self.tokenizer)
 
     def _check_batch(self, prompts: int) -> None:
         """Check that all ranks get equally many prompts per minibatch. Raises UserError."""
@@ -323,25 +335,11 @@ class PPOTrainer:
         return Learner(module, adapter, learning_rate, settings, steps, self.distributed)
 
     def _evaluation_is_due(self) -> bool:
-        every, step = self.config.log.eval_every, self.step_count
-        return bool(
-            self.eval_prompts and every and (step % every == 0 or step == self.config.steps)
-        )
+        every, step, last = self.config.log.eval_every, self.step_count, self.config.steps
+        return bool(self.eval_prompts and every and (step % every == 0 or step == last))
 
     def _write(self, row: dict[str, Any]) -> None:
         self.distributed.fail_together(lambda: self.run.write(row))
-
-
-def _check_kinds(config: Any, model: Any) -> None:
-    if not isinstance(config, PPOConfig):
-        raise UserError(
-            f"config: given a {type(config).__name__}, must be a PPOConfig; "
-            "load_config(PPOConfig, 'my_run.yaml') reads a file, config_from_dict a dict"
-        )
-    if isinstance(model, str | Path):
-        raise UserError(
-            f"model: given {str(model)!r}, must be a model; a path goes into config.model.path"
-        )
 
 
 def run(config: PPOConfig) -> None:

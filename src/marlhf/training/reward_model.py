@@ -1,11 +1,11 @@
 """Training a reward model on preference pairs.
 
-1. rows -> pairs of texts                                     preferences
-2. the model with a scalar head                               loading
-3. train on the Bradley-Terry loss                            supervised, losses
+1. rows -> pairs of texts                                     data.pairs
+2. the model with a scalar head                               models.reward_classifier
+3. train on the Bradley-Terry loss                            supervised, algorithm.losses
 4. the demonstrations' mean score becomes `score_offset`
-5. held-out accuracy, calibration and histograms              calibration
-6. save a sequence classifier that plain transformers loads   classifier
+5. held-out accuracy, calibration and histograms              algorithm.calibration
+6. save a sequence classifier that plain transformers loads   models.reward_classifier
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from torch import Tensor, nn
 
 from marlhf.algorithm.calibration import histogram, pair_metrics, reliability
 from marlhf.algorithm.losses import pairwise_loss
-from marlhf.common.errors import UserError
 from marlhf.common.plugins import seed_generators
 from marlhf.config import RewardConfig
-from marlhf.data.pairs import Pair, Preferences, choose_pad_token, load_preferences
-from marlhf.data.template_checks import with_date
+from marlhf.config.loading import check_kind
+from marlhf.data.pairs import Preferences, TokenizedPair, choose_pad_token, load_preferences
 from marlhf.distributed import Distributed
 from marlhf.models import loading
+from marlhf.models.policy import unwrapped
 from marlhf.models.reward_classifier import build_classifier, save_classifier
-from marlhf.models.sharded_base import check_adapters
 from marlhf.rewards.learned import right_pad, sequence_scores
 from marlhf.runs.provenance import data_labels
 from marlhf.runs.state import claim
@@ -35,9 +34,10 @@ from marlhf.training.supervised import (
     Batch,
     SupervisedTrainer,
     Task,
-    check_batch_size,
+    checked_model_config,
     placed,
     resolved,
+    set_up,
     shares,
 )
 
@@ -46,17 +46,12 @@ REPORT = "reward_report.json"
 
 def run(config: RewardConfig) -> None:
     """Run the job `marlhf reward`. Raises UserError, where possible before loading any weights."""
-    distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
-    check_batch_size(config, distributed)
-    tokenizer = loading.load_tokenizer(config.model)
-    config = with_date(config, [tokenizer], distributed)
+    check_kind(config, RewardConfig)
+    config, distributed, tokenizer = set_up(config)
     data = load_preferences(config, tokenizer)
-    base_config = loading.load_model_config(config.model)
+    base_config = checked_model_config(config, distributed, [data.longest], "texts")
     loading.check_tokenizer(tokenizer, base_config)
-    _check_length(data, loading.position_limit(base_config))
-    choose_pad_token(tokenizer, base_config.get_text_config().vocab_size, _tokens(data))
-    if distributed.zero_stage == 3:
-        check_adapters(config.model, base_config)
+    choose_pad_token(tokenizer, base_config.get_text_config().vocab_size, data.tokens)
     config, demonstrations = resolved(config, len(data.pairs)), config.data.demonstrations_path
     labels = (*data_labels(config.data), f"data.demonstrations_path {demonstrations!r}")
     sets = (data.pairs, data.held_out, data.demonstrations if demonstrations else [])
@@ -64,7 +59,7 @@ def run(config: RewardConfig) -> None:
 
     seed_generators(config.seed)
     model = build_classifier(
-        config.model, base_config, tokenizer, distributed.shard, config.max_length
+        config.model, base_config, tokenizer, distributed.placement(), config.max_length
     )
     scorer = Scorer(model)
     size = config.optimizer.micro_batch_size
@@ -93,16 +88,18 @@ def run(config: RewardConfig) -> None:
         notes=data.notes,
     )
     trainer = SupervisedTrainer(task, config, claimed, distributed)
-    with trainer.running() as folder, torch.no_grad():  # in fp32, as `RewardModel` scores
+    with trainer.running() as folder, torch.no_grad():
         scorer.eval()
-        offset = mean_score(scorer, data.demonstrations, size, distributed)
-        scores = held_out_scores(scorer, data.held_out, size, distributed)
+        with distributed.autocast():  # as `RewardModel` scores
+            offset = mean_score(scorer, data.demonstrations, size, distributed)
+            scores = held_out_scores(scorer, data.held_out, size, distributed)
         report = {"score_offset": offset, **held_out_report(*(s - offset for s in scores))}
 
         def write() -> None:
             text = json.dumps(report, indent=1) + "\n"
             (folder.parent / REPORT).write_text(text, encoding="utf-8")
-            save_classifier(scorer.model, tokenizer, offset, folder)
+            dtype = loading.final_dtype(config.model, base_config)
+            save_classifier(scorer.model, tokenizer, offset, folder, dtype)
 
         trainer.write_final(write)
 
@@ -115,13 +112,11 @@ class Scorer(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[B]` fp32, not centred."""
-        model: Any = self.model
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
-        return sequence_scores(inner, input_ids, attention_mask)
+        """Scores `[B]`, fp32, not centred."""
+        return sequence_scores(unwrapped(self.model), input_ids, attention_mask)
 
 
-def collate(pairs: Sequence[Pair]) -> Batch:
+def collate(pairs: Sequence[TokenizedPair]) -> Batch:
     """The chosen texts, then the rejected ones, right-padded; the margins in `labels`."""
     texts = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
     ids, mask = right_pad(texts)
@@ -130,19 +125,18 @@ def collate(pairs: Sequence[Pair]) -> Batch:
 
 
 def held_out_scores(
-    module: nn.Module, pairs: Sequence[Pair], size: int, distributed: Distributed
+    module: nn.Module, pairs: Sequence[TokenizedPair], size: int, distributed: Distributed
 ) -> tuple[Tensor, Tensor]:
     """Scores of chosen and of rejected texts, shortest pairs first, on every rank."""
-    found: list[tuple[int, float, float]] = []
+    scored: list[tuple[int, float, float]] = []
     for start, part, counted in shares(pairs, size, distributed):
         batch, _ = placed(collate(part), distributed.device)
         scores = module(**batch)
         chosen, rejected = (half.tolist() for half in scores.cpu().chunk(2))
-        rows = zip(range(start, start + counted), chosen, rejected, strict=False)
-        found += rows
-    gathered = sorted(distributed.gather_objects(found))
-    table = torch.tensor([row[1:] for row in gathered], dtype=torch.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
+        scored += zip(range(start, start + counted), chosen, rejected, strict=False)
+    on_all_ranks = sorted(distributed.gather_objects(scored))
+    scores = torch.tensor([pair[1:] for pair in on_all_ranks], dtype=torch.float64).reshape(-1, 2)
+    return scores[:, 0], scores[:, 1]
 
 
 def mean_score(
@@ -166,21 +160,6 @@ def held_out_report(chosen: Tensor, rejected: Tensor) -> dict[str, Any]:
         "reliability": reliability(chosen - rejected),
         "histogram": histogram(chosen, rejected),
     }
-
-
-def _tokens(data: Preferences) -> set[int]:
-    pairs = [*data.pairs, *data.held_out]
-    texts = [*data.demonstrations, *(p.chosen for p in pairs), *(p.rejected for p in pairs)]
-    return {token for text in texts for token in text}
-
-
-def _check_length(data: Preferences, positions: int | None) -> None:
-    longest = max(map(len, [*data.pairs, *data.held_out, *data.demonstrations]))
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"max_length: there are texts of {longest} tokens, and the model has {positions} "
-            f"positions; must be at most {positions}"
-        )
 
 
 def _summary(data: Preferences) -> dict[str, Any]:

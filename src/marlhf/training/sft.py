@@ -1,9 +1,9 @@
 """Supervised fine-tuning.
 
-1. rows -> examples, and with `packing` several examples per row   demonstrations
-2. the model and its log-probabilities of the trained tokens       loading, models
-3. train                                                           supervised, losses
-4. save a plain `from_pretrained` directory                        loading
+1. rows -> examples, and with `packing` several examples per row   data.demonstrations
+2. the model and its log-probabilities of the trained tokens       models
+3. train                                                           supervised, algorithm.losses
+4. save a plain `from_pretrained` directory                        models.loading
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from marlhf.algorithm.losses import sft_loss
-from marlhf.common.errors import UserError
 from marlhf.common.plugins import seed_generators
 from marlhf.config import SFTConfig
-from marlhf.data.demonstrations import Example, Examples, load_examples, pack
-from marlhf.data.template_checks import with_date
+from marlhf.config.loading import check_kind
+from marlhf.data.demonstrations import SFTExample, SFTExamples, load_examples, pack
 from marlhf.distributed import Distributed
 from marlhf.models import loading
-from marlhf.models.sharded_base import check_adapters
 from marlhf.runs.provenance import data_labels
 from marlhf.runs.state import claim
 from marlhf.training.supervised import (
@@ -31,25 +30,22 @@ from marlhf.training.supervised import (
     Batch,
     SupervisedTrainer,
     Task,
-    check_batch_size,
+    checked_model_config,
     placed,
     resolved,
+    set_up,
     shares,
 )
 
 
 def run(config: SFTConfig) -> None:
     """Run the job `marlhf sft`. Raises UserError, where possible before loading any weights."""
-    distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
-    check_batch_size(config, distributed)
-    tokenizer = loading.load_tokenizer(config.model)
-    config = with_date(config, [tokenizer], distributed)
+    check_kind(config, SFTConfig)
+    config, distributed, tokenizer = set_up(config)
     examples, held_out = load_examples(config, tokenizer)
     rows, held_out_rows = _rows(examples, config), _rows(held_out, config)
-    lm_config = loading.load_model_config(config.model)
-    _check_length([*rows, *held_out_rows], loading.position_limit(lm_config))
-    if distributed.zero_stage == 3:
-        check_adapters(config.model, lm_config)
+    lengths = (int(part.lengths.max(initial=0)) for part in (examples, held_out))
+    lm_config = checked_model_config(config, distributed, lengths, "examples")
     config = resolved(config, len(rows))
     sets = (examples.rows, held_out.rows)
     claimed = claim(config, distributed, dict(zip(data_labels(config.data), sets, strict=True)))
@@ -59,7 +55,7 @@ def run(config: SFTConfig) -> None:
         config.model,
         tokenizer,
         lm_config,
-        shard=distributed.shard,
+        placement=distributed.placement(),
         longest=config.max_length,
         samples=False,
     )
@@ -80,14 +76,15 @@ def run(config: SFTConfig) -> None:
         notes=[*examples.notes, *held_out.notes],
     )
     trainer = SupervisedTrainer(task, config, claimed, distributed)
+    dtype = loading.final_dtype(config.model, lm_config)
     with trainer.running() as folder:
-        trainer.write_final(lambda: loading.save_policy(policy, tokenizer, folder))
+        trainer.write_final(lambda: loading.save_policy(policy, tokenizer, folder, dtype))
 
 
-class Row:
+class PackedRow:
     """One row of a batch: an example, or several packed ones."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[SFTExample]) -> None:
         self.examples = examples
         self._length = sum(map(len, examples))
 
@@ -95,13 +92,37 @@ class Row:
         return self._length
 
 
-def _rows(examples: Examples, config: SFTConfig) -> list[Row]:
+class PackedRows(Sequence[PackedRow]):
+    """Packed rows of examples, put together lazily.
+
+    groups    the row of each example, int64 [N]; in a row, longer examples come first
+    lengths   tokens of each row, int64 [R]
+    """
+
+    def __init__(self, examples: SFTExamples, groups: np.ndarray) -> None:
+        self._examples = examples.rows
+        self._order = np.lexsort((-examples.lengths, groups))
+        self.lengths = np.bincount(groups, examples.lengths).astype(int)
+        self._ends = np.cumsum(np.bincount(groups))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        last = self._ends[index]
+        first = self._ends[index - 1] if index else 0
+        return PackedRow([self._examples[int(i)] for i in self._order[first:last]])
+
+
+def _rows(examples: SFTExamples, config: SFTConfig) -> PackedRows:
     if config.packing:
-        return [Row(group) for group in pack(examples.rows, config.max_length)]
-    return [Row([example]) for example in examples.rows]
+        return PackedRows(examples, pack(examples.lengths, config.max_length))
+    return PackedRows(examples, np.arange(len(examples.rows)))
 
 
-def collate(rows: Sequence[Row]) -> Batch:
+def collate(rows: Sequence[PackedRow]) -> Batch:
     """A right-padded batch of rows.
 
     input_ids, position_ids [B,L]   positions count from 0 in each example, and continue over the
@@ -140,7 +161,7 @@ def loss(outputs: tuple[Tensor, None], labels: Tensor, count: float) -> Tensor:
 
 
 def held_out_loss(
-    module: nn.Module, rows: Sequence[Row], size: int, distributed: Distributed
+    module: nn.Module, rows: Sequence[PackedRow], size: int, distributed: Distributed
 ) -> dict[str, Any]:
     """Mean cross-entropy of all trained tokens, and its exponential."""
     total = torch.zeros(2, dtype=torch.float64)
@@ -154,20 +175,11 @@ def held_out_loss(
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
 
 
-def _check_length(rows: Sequence[Row], positions: int | None) -> None:
-    longest = max((len(e) for row in rows for e in row.examples), default=0)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"max_length: there are examples of {longest} tokens, and the model has {positions} "
-            f"positions; must be at most {positions}"
-        )
-
-
-def _summary(examples: Examples, held_out: Examples) -> dict[str, Any]:
+def _summary(examples: SFTExamples, held_out: SFTExamples) -> dict[str, Any]:
     """Statistics of the data, for the first row of metrics."""
     return {
         "train_examples": len(examples.rows),
-        "train_tokens": sum(map(len, examples.rows)),
+        "train_tokens": int(examples.lengths.sum()),
         "truncated_fraction": examples.truncated / (len(examples.rows) + examples.left_out),
         "rows_left_out": examples.left_out,
         "eval_examples": len(held_out.rows),

@@ -3,45 +3,47 @@
 One step, `SupervisedTrainer.step`:
   1. this rank's share of the step's rows                            data
   2. an exact optimiser step on the mean over all ranks              learner
-  3. held-out metrics, checkpoint, metrics                           run_state, metrics
+  3. held-out metrics, checkpoint, metrics                           runs.state, runs.metrics
 
-transformers' Trainer would do for one process, but wraps models in DeepSpeed and handles non-finite
-gradients in its own ways; here both are as in `ppo`.
+transformers' Trainer wraps models in DeepSpeed and handles non-finite gradients in other ways than
+`ppo`; this loop does both as `ppo` does.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from marlhf.common.errors import UserError
 from marlhf.common.signals import StopSignals, stop
-from marlhf.common.state_files import check_weights, read_numbers
+from marlhf.common.tokenization import Tokenizer
 from marlhf.config import RewardConfig, SFTConfig
+from marlhf.config.supervised import SupervisedConfig
 from marlhf.data.order import PromptStream
+from marlhf.data.template_checks import with_date
 from marlhf.distributed import Distributed
+from marlhf.models import loading
+from marlhf.models.sharded_base import check_adapters
 from marlhf.runs.directory import writing
 from marlhf.runs.metrics import Metrics, peak_memory_gb
 from marlhf.runs.state import Claimed, RunState
+from marlhf.training.early_stopping import EarlyStopping
 from marlhf.training.learner import Learner, count_step, keeping_batch
 
-JobConfig = SFTConfig | RewardConfig
 AnyConfig = TypeVar("AnyConfig", SFTConfig, RewardConfig)
 Batch = dict[str, Any]  # tensors, and None where there is none
 
 NOT_TRAINED = -100  # label of entries that are not in the loss
-_WEIGHTS = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,57 +83,57 @@ class Share:
     device   where the model is
     """
 
-    given: Sequence[Any]
+    rows: Sequence[Any]
     collate: Callable[[Sequence[Any]], Batch]
     device: torch.device
 
     @property
     def attention_mask(self) -> Tensor:
         """[B,L] bool, from the lengths of the rows."""
-        lengths = torch.tensor([len(row) for row in self.given], device=self.device)
+        lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
         return torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
 
-    def rows(self, index: Tensor) -> Batch:
+    def select(self, index: Tensor) -> Batch:
         """A batch of the rows at `index`."""
-        return self.collate([self.given[i] for i in index.tolist()])
+        return self.collate([self.rows[i] for i in index.tolist()])
 
     def counts(self) -> Tensor:
         """Entries that the loss counts, float64 [1]."""
-        return _counted(self.collate(self.given)["labels"]).double()[None]
+        return _counted(self.collate(self.rows)["labels"]).double()[None]
 
     def tensors(self) -> dict[str, Tensor]:
         """All rows as one batch."""
-        return {k: v for k, v in self.collate(self.given).items() if v is not None}
+        return {k: v for k, v in self.collate(self.rows).items() if v is not None}
 
 
 class SupervisedTrainer:
     """The training loop of a job.
 
-    config   as `resolved` gives it
-    claimed  from `run_state.claim`
+    config   from `resolved`
+    claimed  from `runs.state.claim`
     """
 
     def __init__(
         self,
         task: Task,
-        config: JobConfig,
+        config: SupervisedConfig,
         claimed: Claimed,
         distributed: Distributed,
     ) -> None:
         assert config.steps is not None
         self.task, self.config, self.distributed = task, config, distributed
         self.steps = config.steps
-        self.run, found = claimed.run, claimed.found
-        places: Any = range(len(task.rows))
-        self.stream = PromptStream(places, config.seed, config.data.shuffle)
+        self.run, checkpoint = claimed.run, claimed.checkpoint
+        indices: Any = range(len(task.rows))
+        self.stream = PromptStream(indices, config.seed, config.data.shuffle)
         settings = config.optimizer
         self.learner = Learner(
             task.module, None, settings.learning_rate, settings, self.steps, distributed
         )
         self.stopping = EarlyStopping(task.module, config.early_stopping, distributed)
         parts = {"model": self.learner, "early_stopping": self.stopping}
-        self.state = RunState(parts, config, distributed, claimed.made_of)
-        self.step_count = 0 if found is None else self.state.load(found)
+        self.state = RunState(parts, config, distributed, claimed.provenance)
+        self.step_count = 0 if checkpoint is None else self.state.load(checkpoint)
 
     @contextmanager
     def running(self) -> Iterator[Path]:
@@ -152,7 +154,7 @@ class SupervisedTrainer:
 
     def write_final(self, write: Callable[[], None]) -> None:
         """Call `write` on the main rank with unsharded weights; a failure ends all ranks."""
-        with self.distributed.whole_on_cpu(self.task.module), writing(self.run.path):
+        with self.distributed.unsharded_on_cpu(self.task.module), writing(self.run.path):
             self.distributed.fail_together(write if self.distributed.is_main else lambda: None)
 
     def _train(self, signals: StopSignals) -> None:
@@ -160,10 +162,9 @@ class SupervisedTrainer:
             self._write({"step": 0, **self.task.summary, **self._evaluate_if_due()})
         while self.step_count < self.steps and not self.stopping.is_over:
             row = self.step()
-            try:
+            with self.run.kept_on_error(row):
                 row |= self._evaluate_if_due()
-            finally:
-                self._write(row)
+            self._write(row)
             stopped_by = signals.requested()
             is_last = stopped_by is not None or self.stopping.is_over
             if self.state.is_due(self.step_count, is_last):
@@ -175,12 +176,12 @@ class SupervisedTrainer:
                 stop(stopped_by)
 
     def step(self) -> dict[str, Any]:
-        """Take one optimiser step; returns its row of metrics."""
+        """Take one optimiser step and return its row of metrics."""
         config, task, distributed, metrics = self.config, self.task, self.distributed, Metrics()
         began, learning_rate = time.perf_counter(), self.learner.learning_rate
-        places: Any = self.stream.batch(self.step_count, config.batch_size)
-        ordered = sorted((task.rows[place] for place in places), key=len)
-        # 1. every n-th row by length, so that the ranks' shares are alike
+        indices: Any = self.stream.batch(self.step_count, config.batch_size)
+        ordered = sorted((task.rows[index] for index in indices), key=len)
+        # 1. every n-th row by length, so that the ranks' shares cost the same
         mine = ordered[distributed.rank :: distributed.world_size]
         share = Share(mine, task.collate, distributed.device)
         name = f"diverged-step-{self.step_count + 1}-rank-{distributed.rank}.pt"
@@ -192,7 +193,7 @@ class SupervisedTrainer:
         # 3. report
         metrics.add("skipped_steps", 0.0)
         count_step("grad_norm", gradient, metrics)
-        reduced = metrics.reduce(distributed.all_reduce, distributed.gather_objects)
+        reduced = metrics.reduce(distributed)
         counted, seconds = reduced.pop("counted"), time.perf_counter() - began
         return {
             "step": self.step_count,
@@ -223,62 +224,11 @@ class SupervisedTrainer:
         self.learner.model.eval()
         with torch.no_grad(), self.distributed.autocast():
             metrics = self.task.evaluate(self.learner.model)
-        self.stopping.see(metrics[self.task.selects])
+        self.stopping.record(metrics[self.task.selects])
         return metrics
 
     def _write(self, row: dict[str, Any]) -> None:
         self.distributed.fail_together(lambda: self.run.write(row))
-
-
-class EarlyStopping:
-    """Ends training after `patience` evaluations without a new lowest held-out metric.
-
-    `restore` then brings back the weights with which it was lowest. Without patience nothing
-    happens.
-    """
-
-    def __init__(self, module: nn.Module, patience: int | None, distributed: Distributed) -> None:
-        self._module, self._patience, self._distributed = module, patience, distributed
-        self._best, self._stale = math.inf, 0
-        self._weights: dict[str, Tensor] = {}  # on the main rank
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the metric has had no new minimum for `patience` evaluations."""
-        return self._patience is not None and self._stale >= self._patience
-
-    def see(self, value: float) -> None:
-        """Record an evaluation; keeps the weights if it is the best."""
-        if self._patience is None:
-            return
-        if value < self._best:
-            self._best, self._stale = value, 0
-            self._weights = self._distributed.trained_weights(self._module)
-        else:
-            self._stale += 1
-
-    def restore(self) -> None:
-        """Restore the best weights, if there are any."""
-        if self._best < math.inf:
-            self._distributed.set_trained_weights(self._module, self._weights)
-
-    def save(self, folder: Path) -> None:
-        """Write the best weights, their metric and the evaluations since."""
-        if self._distributed.is_main:
-            folder.mkdir()
-            save_file(self._weights, folder / _WEIGHTS)
-            state = {"best": self._best, "stale": self._stale}
-            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """Resume from the files of `save`. Raises UserError."""
-        state = read_numbers(folder / "state.json", {"best": (int, float), "stale": int})
-        self._best, self._stale = state["best"], state["stale"]
-        if self._distributed.is_main:
-            self._weights = load_file(folder / _WEIGHTS)
-            trained = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
-            shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in trained.items()}
-            check_weights(self._weights, shapes if self._weights or self._best < math.inf else {})
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:
@@ -294,17 +244,52 @@ def _counted(labels: Tensor) -> Tensor:
 def shares(
     rows: Sequence[Any], size: int, distributed: Distributed
 ) -> Iterator[tuple[int, Sequence[Any], int]]:
-    """Yield this rank's forward passes, the shortest rows first.
+    """Yield this rank's forward passes, shortest rows first.
 
-    Each is `(index of its first row in that order, its rows, how many of them count)`. Every rank
-    gets the same number of passes, as some engines need: where rows run out, one is repeated and
+    A pass is `(index of its first row in that order, its rows, how many of them count)`. Every rank
+    gets the same number of passes, as ZeRO-3 requires: a rank without rows left repeats one, which
     does not count.
     """
-    ordered = sorted(rows, key=len)
-    for start in range(0, len(ordered), size * distributed.world_size):
+    lengths = getattr(rows, "lengths", None)
+    order = np.argsort([len(row) for row in rows] if lengths is None else lengths, kind="stable")
+    for start in range(0, len(order), size * distributed.world_size):
         first = start + distributed.rank * size
-        part = ordered[first : first + size]
-        yield first, part or ordered[:1], len(part)
+        part = order[first : first + size]
+        chosen = part if len(part) else order[:1]
+        yield first, [rows[int(index)] for index in chosen], len(part)
+
+
+def set_up(config: AnyConfig) -> tuple[AnyConfig, Distributed, Tokenizer]:
+    """Join the ranks and load the tokenizer: the first steps of a job, before it reads its data.
+
+    Returns the configuration with the date of chat templates fixed. Raises UserError.
+    """
+    distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
+    check_batch_size(config, distributed)
+    tokenizer = loading.load_tokenizer(config.model)
+    return with_date(config, [tokenizer], distributed), distributed, tokenizer
+
+
+def checked_model_config(
+    config: SupervisedConfig, distributed: Distributed, lengths: Iterable[int], unit: str
+) -> Any:
+    """Load the model's configuration, and check it against the data and the ranks.
+
+    lengths   of all inputs, tokens
+    unit      the inputs' name in messages: "texts"
+
+    Raises UserError.
+    """
+    model_config = loading.load_model_config(config.model)
+    positions, longest = loading.position_limit(model_config), max(lengths, default=0)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"max_length: there are {unit} of {longest} tokens, and the model has {positions} "
+            f"positions; must be at most {positions}"
+        )
+    if distributed.zero_stage == 3:
+        check_adapters(config.model, model_config)
+    return model_config
 
 
 def resolved(config: AnyConfig, rows: int) -> AnyConfig:
@@ -318,7 +303,7 @@ def resolved(config: AnyConfig, rows: int) -> AnyConfig:
     )
 
 
-def check_batch_size(config: JobConfig, distributed: Distributed) -> None:
+def check_batch_size(config: SupervisedConfig, distributed: Distributed) -> None:
     """Check that all ranks get equally many rows per step. Raises UserError."""
     if config.batch_size % distributed.world_size:
         raise UserError(

@@ -17,8 +17,8 @@ from marlhf.training.ptx import TextStream
 
 
 @dataclass(frozen=True)
-class Update:
-    """Steps policy and critic on the experience of a rollout.
+class PPOUpdate:
+    """Optimiser steps of policy and critic on the experience of a rollout.
 
     texts   of the pretraining loss (PTX), or None
     """
@@ -30,19 +30,20 @@ class Update:
     kl: KLCoefficient
     distributed: Distributed
 
-    def __call__(self, experience: Experience, update: int, metrics: Metrics) -> None:
-        """Run update `update` of the run, from 0; the first ones may train the critic alone.
+    def __call__(self, experience: Experience, index: int, metrics: Metrics) -> None:
+        """Run PPO update `index` of the run, counted from 0.
 
-        Raises DivergedError after too many non-finite gradients in a row.
+        The first `critic.warmup_steps` updates train the critic alone.
+        Raises DivergedError after too many consecutive non-finite gradients.
         """
         config = self.config
         group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
         # the same minibatches in every epoch: no generator to checkpoint
-        parts = minibatches(len(experience), group, count) * config.ppo.epochs
+        indices = minibatches(len(experience), group, count) * config.ppo.epochs
         self._announce(metrics)
-        train_policy = self.critic is None or update >= config.critic.warmup_steps
-        for step, rows in enumerate(parts, update * len(parts)):
-            minibatch = experience.rows(rows)
+        train_policy = self.critic is None or index >= config.critic.warmup_steps
+        for step, responses in enumerate(indices, index * len(indices)):
+            minibatch = experience.select(responses)
             if train_policy:
                 train_policy = self._step_policy(minibatch, step, metrics)
             if self.critic is not None:
@@ -52,26 +53,24 @@ class Update:
             self.critic.scheduler.step()
 
     def _step_policy(self, minibatch: Experience, step: int, metrics: Metrics) -> bool:
-        """Take optimiser step `step` of the run; returns whether to continue with the policy.
+        """Take optimiser step `step` of the run, and return whether to train the policy further.
 
-        In this update it stops at the first minibatch whose KL exceeds `ppo.target_kl`: that step
-        is not taken, but the minibatch counts in the metrics.
+        The policy's updates stop at the first minibatch whose KL exceeds `ppo.target_kl`: its step
+        is not taken, but it counts in the metrics.
         """
-        model, of_minibatch = self.policy.model, Metrics()
+        model, minibatch_metrics = self.policy.model, Metrics()
         objective = partial(
-            policy_objective, model, self.config, self.kl.in_loss_coef, of_minibatch
+            policy_objective, model, self.config, self.kl.in_loss_coef, minibatch_metrics
         )
         terms: list[Term] = [(minibatch, objective)]
         if self.texts is not None:
-            of_texts = partial(text_objective, model, self.config, metrics)
-            terms.append((self.texts.batch(step), of_texts))
+            texts_objective = partial(text_objective, model, self.config, metrics)
+            terms.append((self.texts.batch(step), texts_objective))
         gradient = self.policy.accumulate(*terms)
         count_step("grad_norm_policy", gradient, metrics)
-        metrics.include(of_minibatch)
+        metrics.include(minibatch_metrics)
         if self.config.ppo.target_kl is not None:
-            reduced = of_minibatch.reduce(
-                self.distributed.all_reduce, self.distributed.gather_objects
-            )
+            reduced = minibatch_metrics.reduce(self.distributed)
             if reduced["approx_kl"] > self.config.ppo.target_kl:
                 self.policy.discard()
                 return False

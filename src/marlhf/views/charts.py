@@ -2,7 +2,7 @@
 
 Colours, dashes and markers are classes of `assets/page.css`, so that a chart follows the theme of
 its page; series differ in dashes and markers too, not only in colour. Sizes are in CSS pixels for
-a chart 360 wide, about the width at which it is shown.
+a chart 360 pixels wide, about its width on the page.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from marlhf.views.html_page import tag, text
+from marlhf.views.html_page import escape, tag
 
 WIDTH, HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 10, 34
-
 
 MOST = 24  # bars of a histogram
 
@@ -25,12 +24,12 @@ def histogram(
 ) -> str:
     """A bar for each of 1, 2, ... `largest` (default: the largest of `counts`).
 
-    Lengths of MOST and more share the last bar. Use the same `largest` in charts to be compared.
+    Lengths of MOST and more share the last bar. Charts to be compared need the same `largest`.
     """
     top = min(max(counts, default=1) if largest is None else max(largest, 1), MOST)
     heights = [counts.get(n, 0) for n in range(1, top + 1)]
     heights[-1] += sum(k for n, k in counts.items() if n > top)
-    scale = Scale.over([0, max(heights)], HEIGHT - _BOTTOM, _TOP, from_zero=True, whole=True)
+    scale = Scale.over([0, max(heights)], HEIGHT - _BOTTOM, _TOP, from_zero=True, integers=True)
     step = (WIDTH - _LEFT - _RIGHT) / top
     bars = []
     for i, height in enumerate(heights):
@@ -39,7 +38,7 @@ def histogram(
         bars.append(
             tag(
                 "rect",
-                tag("title", text(name)),
+                tag("title", escape(name)),
                 class_="bar",
                 x=f"{_LEFT + i * step + 0.08 * step:.1f}",
                 y=f"{y:.1f}",
@@ -53,7 +52,7 @@ def histogram(
         for n in range(1, top + 1)
         if n % every == 0 or n == 1
     ]
-    return svg(frame(marks, scale.marks(), x_label, y_label) + "".join(bars), f"{y_label}")
+    return svg(frame(marks, scale.marks(), x_label, y_label) + "".join(bars), y_label)
 
 
 class Scale:
@@ -68,14 +67,14 @@ class Scale:
         start: float,
         end: float,
         from_zero: bool = False,
-        whole: bool = False,
+        integers: bool = False,
         tight: bool = False,
         count: int = 5,
     ) -> Scale:
         """A scale over all of `values`, with about `count` round numbers.
 
-        whole   marks are integers
-        tight   the scale ends at the extreme values, not at round numbers
+        integers   marks are integers
+        tight      the scale ends at the extreme values, not at round numbers
         """
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if from_zero:
@@ -84,7 +83,7 @@ class Scale:
             low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
             low = max(low, 0.0) if from_zero else low
         step = round_step((high - low) / count)
-        step = max(1.0, step) if whole else step
+        step = max(1.0, step) if integers else step
         if tight:
             return Scale(low, high, start, end, step)
         return Scale(
@@ -132,15 +131,15 @@ def frame(
     parts = []
     for y, label in y_marks:
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{right}"/>')
-        parts.append(tag("text", text(label), x=_LEFT - 5, y=f"{y + 3.5:.1f}", text_anchor="end"))
+        parts.append(tag("text", escape(label), x=_LEFT - 5, y=f"{y + 3.5:.1f}", text_anchor="end"))
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
     parts += [
-        tag("text", text(label), x=f"{x:.1f}", y=bottom + 14, text_anchor="middle")
+        tag("text", escape(label), x=f"{x:.1f}", y=bottom + 14, text_anchor="middle")
         for x, label in x_marks
     ]
     middle = (_LEFT + right) / 2
     parts.append(
-        tag("text", text(x_label), class_="label", x=middle, y=HEIGHT - 4, text_anchor="middle")
+        tag("text", escape(x_label), class_="label", x=middle, y=HEIGHT - 4, text_anchor="middle")
     )
     return "".join(parts)
 
@@ -160,7 +159,7 @@ def number(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """A series: points in order, and the edges of a band around them, if any.
 
     index    chooses colour, dashes and marker
@@ -180,12 +179,12 @@ class LineChart:
 
     title: str
     x_label: str
-    lines: Sequence[Line]
+    lines: Sequence[Curve]
     dots: bool = False
     from_zero: bool = False
 
     @property
-    def whole(self) -> bool:
+    def has_integer_x(self) -> bool:
         """Whether all x values are integers, as updates are."""
         return all(float(x).is_integer() for line in self.lines for x in line.x)
 
@@ -203,7 +202,9 @@ def line_chart(chart: LineChart, **attributes: str) -> str:
     drawn = [line for line in chart.lines if len(line.x)]
     xs = [x for line in drawn for x in line.x]
     ys = [y for line in drawn for values in (line.y, line.low, line.high) for y in values or ()]
-    x_scale = Scale.over(xs, _LEFT + 4, WIDTH - _RIGHT - 4, whole=chart.whole, tight=True)
+    x_scale = Scale.over(
+        xs, _LEFT + 4, WIDTH - _RIGHT - 4, integers=chart.has_integer_x, tight=True
+    )
     y_scale = Scale.over(ys, HEIGHT - _BOTTOM, _TOP, from_zero=chart.from_zero)
     x_marks = x_scale.marks()
     parts = [frame(x_marks, y_scale.marks(), chart.x_label, chart.title)]
@@ -263,7 +264,7 @@ def legend(labels: Sequence[tuple[str, int]]) -> str:
             "li",
             f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true">'
             f'<path class="line s{index % STYLES}" d="M1 6H33"/>{marker(index, 17, 6)}</svg>'
-            + text(label),
+            + escape(label),
         )
         for label, index in labels
     ]

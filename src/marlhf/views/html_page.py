@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from marlhf.common.errors import UserError, printable
-from marlhf.common.paths import local_path
+from marlhf.common.paths import local_path, special_kind, write_atomically
 from marlhf.views.terminal import visible
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -47,23 +48,29 @@ def page(title: str, body: str) -> str:
     """A complete HTML document around `body`, which is HTML."""
     style, script = ((_ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
     return _TEMPLATE.format(
-        title=text(title), body=body, style=style, script=script, policy=_POLICY
+        title=escape(title), body=body, style=style, script=script, policy=_POLICY
     )
 
 
 def write_page(path: str | Path, content: str, key: str) -> Path:
-    """Write a page. Raises UserError, naming the option `key`, if it cannot."""
+    """Write a page atomically. Raises UserError, naming the option `key`, if it cannot."""
     target = local_path(path, key)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(content, encoding="utf-8")
+        if special_kind(target) is None:
+            write_atomically(Path(os.path.realpath(target)), content)
+        else:  # such as /dev/stdout; a pipe without a reader is an error, not a wait
+            descriptor = os.open(target, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(content)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}: cannot write {str(path)!r}: {reason}") from None
     return target
 
 
-def text(value: object) -> str:
+def escape(value: object) -> str:
     """Escape a value as HTML text, without control characters and bidi marks."""
     return html.escape(printable(str(value), "\n\t"))
 
@@ -74,20 +81,20 @@ def tag(name: str, content: str = "", **attributes: Any) -> str:
     A trailing underscore is dropped from attribute names (`class_`), others become hyphens; an
     attribute that is None is left out.
     """
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{text(value)}"'
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return f"<{name}{given}>{content}</{name}>"
+    return f"<{name}{written}>{content}</{name}>"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
     """A table that scrolls if too wide. Cells are HTML; `numbers` aligns them right."""
-    head = tag("tr", "".join(tag("th", text(h), scope="col") for h in heads))
+    head = tag("tr", "".join(tag("th", escape(h), scope="col") for h in heads))
     body = "".join(tag("tr", "".join(tag("td", cell) for cell in row)) for row in rows)
-    whole = tag("thead", head) + tag("tbody", body)
-    return tag("div", tag("table", whole, class_="numbers" if numbers else None), class_="wide")
+    content = tag("thead", head) + tag("tbody", body)
+    return tag("div", tag("table", content, class_="numbers" if numbers else None), class_="wide")
 
 
 def macro_span(content: str, index: int, **attributes: Any) -> str:
@@ -95,16 +102,16 @@ def macro_span(content: str, index: int, **attributes: Any) -> str:
     return tag("span", content, class_=f"m h{index % HUES}", **attributes)
 
 
-def shown(piece: str) -> str:
+def visible_html(piece: str) -> str:
     """Text of tokens as HTML; line breaks are marked and kept, control characters marked."""
-    return text(visible(piece, "⏎\n"))
+    return escape(visible(piece, "⏎\n"))
 
 
-def shown_token(piece: str) -> str:
-    """As `shown`, with a mark for empty pieces: special tokens, parts of a character."""
-    return shown(piece) or "∅"
+def token_html(piece: str) -> str:
+    """`visible_html`, with a mark for empty pieces: special tokens, parts of a character."""
+    return visible_html(piece) or "∅"
 
 
-def data(value: Any) -> str:
+def json_attribute(value: Any) -> str:
     """Plain data as JSON, for an attribute that a script reads."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

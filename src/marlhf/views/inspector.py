@@ -15,6 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from marlhf.common.errors import UserError, printable
+from marlhf.common.tokenization import (
+    Tokenizer,
+    continuation_ids,
+    encode_texts,
+)
 from marlhf.views.terminal import colour_macro_actions, macro_pieces
 
 if TYPE_CHECKING:
@@ -51,7 +56,7 @@ class Segmented:
 def segment_texts(
     texts: Sequence[str],
     segmenters: Sequence[SegmenterFn],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     model_path: str | None = None,
     prompts: Sequence[str | None] | None = None,
 ) -> list[Segmented]:
@@ -63,53 +68,52 @@ def segment_texts(
     """
     import torch
 
-    from marlhf.common.tokenization import continuation_ids, encode_texts
     from marlhf.common.types import ResponseBatch
     from marlhf.segmenters import segment
 
-    given = list(prompts or [None] * len(texts))
+    prompts = list(prompts or [None] * len(texts))
     # a text that begins with a space counts as a response without its prompt
-    continues = [bool(p) or t[:1] == " " for p, t in zip(given, texts, strict=True)]
-    rows = [
+    continues = [bool(p) or t[:1] == " " for p, t in zip(prompts, texts, strict=True)]
+    token_ids = [
         continuation_ids(text, tokenizer)
         if is_response
         else encode_texts(tokenizer, [text], special=[False])[0]
         for text, is_response in zip(texts, continues, strict=True)
     ]
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    lengths = torch.tensor([len(tokens) for tokens in token_ids])
+    ids = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.int64)
+    for i, tokens in enumerate(token_ids):
+        ids[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     logprobs = entropy = None
     if model_path is not None:
-        logprobs, entropy = _logprobs(model_path, tokenizer, rows, given, mask)
+        logprobs, entropy = _logprobs(model_path, tokenizer, token_ids, prompts, mask)
     batch = ResponseBatch(
         ids, mask, logprobs, logprobs, entropy, tokenizer=tokenizer, continues=continues
     )
     cut = [segment(segmenter, batch).tolist() for segmenter in segmenters]
-    found = []
-    for i, row in enumerate(rows):
-        count = len(row)
-        found.append(
+    segmented = []
+    for i, tokens in enumerate(token_ids):
+        count = len(tokens)
+        segmented.append(
             Segmented(
                 pieces=macro_pieces(batch.texts[i], batch.offsets[i], [True] * count),
-                ids=row,
+                ids=tokens,
                 logprobs=None if logprobs is None else logprobs[i, :count].tolist(),
                 starts=[starts[i][:count] for starts in cut],
             )
         )
-    return found
+    return segmented
 
 
 def _logprobs(
     path: str,
-    tokenizer: Any,
-    rows: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    token_ids: Sequence[Sequence[int]],
     prompts: Sequence[str | None],
     mask: Any,
 ) -> Any:
-    """Log-probabilities of `rows` and entropies before each token, nats, [2,B,T].
+    """Log-probabilities of `token_ids` and entropies before each token, nats, [2,B,T].
 
     0 outside the mask. Raises UserError if the model cannot take them.
     """
@@ -124,12 +128,12 @@ def _logprobs(
     settings = ModelSettings(path=path)
     config = load_model_config(settings, "--model")
     contexts = [_context(tokenizer, prompt) for prompt in prompts]
-    longest = max(len(c) + len(row) for c, row in zip(contexts, rows, strict=True))
+    longest = max(len(c) + len(tokens) for c, tokens in zip(contexts, token_ids, strict=True))
     limit = position_limit(config)
     if limit is not None and longest > limit:
         raise UserError(f"--model: takes {limit} tokens, and prompt and text have {longest}")
     vocabulary = config.get_text_config().vocab_size
-    if any(i >= vocabulary for row in [*rows, *contexts] for i in row):
+    if any(i >= vocabulary for tokens in [*token_ids, *contexts] for i in tokens):
         raise UserError(
             f"--model: has {vocabulary} tokens, fewer than the tokenizer uses; leave --tokenizer "
             "out to take the model's own"
@@ -137,34 +141,34 @@ def _logprobs(
     model = load_causal_lm(settings, config)
     admit(model, longest, "--model", samples=False)
     policy = Policy(model).eval()
-    found = torch.zeros(2, *mask.shape)
-    for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
-        if row:
-            ids = torch.tensor([[*context, *row]])
+    outputs = torch.zeros(2, *mask.shape)
+    for i, (context, tokens) in enumerate(zip(contexts, token_ids, strict=True)):
+        if tokens:
+            ids = torch.tensor([[*context, *tokens]])
             with torch.no_grad():
-                whole, response = torch.ones_like(ids).bool(), mask[i : i + 1, : len(row)]
-                part, extras = policy(ids, whole, response, extras=("entropy",))
-            found[:, i, : len(row)] = torch.cat((part, extras["entropy"]))
-    return found
+                attention_mask = torch.ones_like(ids).bool()
+                response_mask = mask[i : i + 1, : len(tokens)]
+                logprobs, extras = policy(ids, attention_mask, response_mask, extras=("entropy",))
+            outputs[:, i, : len(tokens)] = torch.cat((logprobs, extras["entropy"]))
+    return outputs
 
 
-def _context(tokenizer: Any, prompt: str | None) -> list[int]:
+def _context(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
     """Context before the text: the prompt, or else one token to start from. Raises UserError."""
-    from marlhf.common.tokenization import encode_texts
-
     if prompt:
         return encode_texts(tokenizer, [prompt], special=[True])[0]
     for first in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if first is not None:
             return [first]
-    raise UserError(
-        "--prompt: must be given, because this tokenizer has no token that begins a text"
-    )
+    raise UserError("--prompt: is required, because this tokenizer has no token that begins a text")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Macro actions of one segmenter over all texts; `lengths` counts them by length in tokens."""
+    """Macro actions of one segmenter over all texts.
+
+    lengths   number of macro actions by their length in tokens
+    """
 
     lengths: Counter[int]
 
@@ -227,8 +231,13 @@ def _summary_table(segmented: Sequence[Segmented], labels: Sequence[str]) -> Tab
         table.add_column(heading, justify="right")
     table.add_column("of 1, 2, 3... tokens")
     for i, label in enumerate(labels):
-        found = summarise(segmented, i)
-        cells = (f"{found.count}", f"{found.mean:.2f}", f"{found.longest}", _bars(found.lengths))
+        summary = summarise(segmented, i)
+        cells = (
+            f"{summary.count}",
+            f"{summary.mean:.2f}",
+            f"{summary.longest}",
+            _bars(summary.lengths),
+        )
         table.add_row(Text(printable(label)), *cells)
     return table
 

@@ -6,7 +6,15 @@ import math
 from collections.abc import Sequence
 
 from marlhf.views.charts import histogram, number
-from marlhf.views.html_page import data, macro_span, page, shown_token, table, tag, text
+from marlhf.views.html_page import (
+    escape,
+    html_table,
+    json_attribute,
+    macro_span,
+    page,
+    tag,
+    token_html,
+)
 from marlhf.views.inspector import Segmented, Summary, summarise
 
 
@@ -27,14 +35,14 @@ def inspector_page(segmented: Sequence[Segmented], labels: Sequence[str]) -> str
     )
     body = [
         tag("h1", "Macro actions"),
-        tag("p", text(f"{count}, {tokens} tokens.{hint}"), class_="lead"),
+        tag("p", escape(f"{count}, {tokens} tokens.{hint}"), class_="lead"),
         _overview(summaries, labels),
     ]
     for number_, item in enumerate(segmented, 1):
         title = f"Text {number_}" if len(segmented) > 1 else "Text"
-        body.append(tag("h2", text(title)) + _facts(item))
+        body.append(tag("h2", escape(title)) + _facts(item))
         columns = [
-            tag("section", tag("h3", text(label)) + _cut(item, i), class_="card")
+            tag("section", tag("h3", escape(label)) + _cut(item, i), class_="card")
             for i, label in enumerate(labels)
         ]
         body.append(tag("div", "".join(columns), class_="columns"))
@@ -44,14 +52,14 @@ def inspector_page(segmented: Sequence[Segmented], labels: Sequence[str]) -> str
 def _overview(summaries: Sequence[Summary], labels: Sequence[str]) -> str:
     heads = ("segmenter", "macro actions", "tokens each", "longest")
     rows = [
-        (text(label), number(s.count), f"{s.mean:.2f}", number(s.longest))
+        (escape(label), number(s.count), f"{s.mean:.2f}", number(s.longest))
         for label, s in zip(labels, summaries, strict=True)
     ]
     largest = max(s.longest for s in summaries)
     charts = [
         tag(
             "figure",
-            tag("figcaption", text(label))
+            tag("figcaption", escape(label))
             + histogram(
                 s.lengths, "tokens in a macro action", f"macro actions of {label}", largest
             ),
@@ -59,14 +67,14 @@ def _overview(summaries: Sequence[Summary], labels: Sequence[str]) -> str:
         )
         for label, s in zip(labels, summaries, strict=True)
     ]
-    return table(heads, rows) + tag("div", "".join(charts), class_="charts")
+    return html_table(heads, rows) + tag("div", "".join(charts), class_="charts")
 
 
 def _facts(item: Segmented) -> str:
     facts = f"{len(item.ids)} tokens"
     if item.logprobs:
         facts += f", perplexity {math.exp(-sum(item.logprobs) / len(item.logprobs)):.1f}"
-    return tag("p", text(facts), class_="muted")
+    return tag("p", escape(facts), class_="muted")
 
 
 def _cut(item: Segmented, segmenter: int) -> str:
@@ -78,11 +86,13 @@ def _cut(item: Segmented, segmenter: int) -> str:
 
 
 def _token(item: Segmented, t: int, index: int, tokens: range) -> str:
-    place = f"macro action {index + 1}, token {t - tokens.start + 1} of {len(tokens)}"
-    lines = [repr(item.pieces[t]), place, f"token {t + 1} of the text, id {item.ids[t]}"]
+    position = f"macro action {index + 1}, token {t - tokens.start + 1} of {len(tokens)}"
+    lines = [repr(item.pieces[t]), position, f"token {t + 1} of the text, id {item.ids[t]}"]
     style = None
     if item.logprobs is not None:
         nats = -item.logprobs[t]
         lines.append(f"perplexity {math.exp(min(nats, 700)):.3g} ({nats:.2f} nats)")
         style = f"--s:{min(nats / 8, 1):.2f}"
-    return tag("span", shown_token(item.pieces[t]), class_="t", data_tip=data(lines), style=style)
+    return tag(
+        "span", token_html(item.pieces[t]), class_="t", data_tip=json_attribute(lines), style=style
+    )

@@ -58,16 +58,16 @@ def macro_pieces(
 def colour_macro_actions(
     pieces: Sequence[str], console: Console | None = None, line_break: str = "⏎"
 ) -> Text:
-    """The pieces as one line, in alternating colours safe for colour blindness.
+    """Join the pieces in alternating colours, safe for colour blindness.
 
     Where `console` (default: standard output) shows no colour, as in a pipe or with NO_COLOR set,
     `|` separates macro actions. `line_break` replaces line breaks, and � any other control
     character, which might command the terminal.
     """
-    shown = [visible(piece, line_break) for piece in pieces if piece]
+    visible_pieces = [visible(piece, line_break) for piece in pieces if piece]
     if not has_colour(console or Console()):
-        return Text("|".join(shown))
-    styled = ((piece, _STYLES[i % len(_STYLES)]) for i, piece in enumerate(shown))
+        return Text("|".join(visible_pieces))
+    styled = ((piece, _STYLES[i % len(_STYLES)]) for i, piece in enumerate(visible_pieces))
     return Text.assemble(*styled)
 
 
@@ -76,7 +76,7 @@ def has_colour(console: Console) -> bool:
 
 
 def visible(text: str, line_break: str = "⏎") -> str:
-    """Text without control characters and bidi marks, but for those in `line_break`."""
+    """Text without control characters and bidi marks, except for those in `line_break`."""
     text = text.replace("\r\n", "\n").replace("\t", "  ")
     return printable(text, "\n").replace("\n", line_break)
 
@@ -111,7 +111,7 @@ def before_after_panel(
     coloured = has_colour(console)
     rows = (
         ("score, mean", "eval_score_mean"),
-        ("KL to the start, nats a response", "eval_kl_mean"),
+        ("KL to the start, nats per response", "eval_kl_mean"),
     )
     table = Table(box=box.SIMPLE_HEAD, title="On held-out prompts", title_justify="left")
     table.add_column("")
@@ -120,7 +120,7 @@ def before_after_panel(
     for label, key in rows:
         old, new = finite(before.get(key)), finite(after.get(key))
         change = None if old is None or new is None else new - old
-        table.add_row(label, _shown(old), _shown(new), _shown(change, "+.3f"))
+        table.add_row(label, _decimal(old), _decimal(new), _decimal(change, "+.3f"))
     marked = "are runs of one colour" if coloured else "are separated by |"
     title = f"Samples; macro actions {marked}"
     answers = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
@@ -135,11 +135,11 @@ def before_after_panel(
             prompt = Text(visible(sample.prompt), style="bold")
             border = "" if coloured else "|"
             line = Text.assemble(prompt, border, colour_macro_actions(pieces, console))
-            answers.add_row(label, _shown(finite(score)), line, end_section=label == "after")
+            answers.add_row(label, _decimal(finite(score)), line, end_section=label == "after")
     return Group(table, answers) if samples else Group(table)
 
 
-def _shown(value: float | None, form: str = ".3f") -> str:
+def _decimal(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form)
 
 
@@ -195,5 +195,5 @@ def _panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], train: str, held_ou
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Updates and values of a metric, without missing values."""
     points = [(finite(row.get("step", i)), finite(row.get(key))) for i, row in enumerate(metrics)]
-    known = [(x, y) for x, y in points if x is not None and y is not None]
-    return [x for x, _ in known], [y for _, y in known]
+    drawable = [(x, y) for x, y in points if x is not None and y is not None]
+    return [x for x, _ in drawable], [y for _, y in drawable]

@@ -9,7 +9,7 @@ from marlhf.data.presets.base import (
     build_preset,
     value,
 )
-from marlhf.data.presets.parts import Stage, place, preset_records
+from marlhf.data.presets.parts import Stage, preset_records, unit_hash
 
 __all__ = [
     "PRESETS",
@@ -19,7 +19,7 @@ __all__ = [
     "Source",
     "Stage",
     "build_preset",
-    "place",
     "preset_records",
+    "unit_hash",
     "value",
 ]

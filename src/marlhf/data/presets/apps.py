@@ -50,7 +50,7 @@ class APPS:
         starter = value(row, "starter_code", str, optional=True) or ""
         solutions, tests = _solutions(row), _tests(row)
         columns = {
-            "input_output": row["input_output"],
+            "input_output": row.get("input_output"),
             "starter_code": starter,
             "difficulty": value(row, "difficulty", str, optional=True),
             "problem_id": value(row, "problem_id", int, optional=True),
@@ -72,21 +72,21 @@ def _prompt(question: str, starter: str, called: bool) -> str:
 
 
 def _solutions(row: Row) -> list[str]:
-    found = _json(row, "solutions", [])
-    if not isinstance(found, list) or not all(isinstance(s, str) for s in found):
+    solutions = _json(row, "solutions", [])
+    if not isinstance(solutions, list) or not all(isinstance(s, str) for s in solutions):
         raise RowError("solutions is no list of texts")
-    return [solution for solution in found if solution.strip()]
+    return [solution for solution in solutions if solution.strip()]
 
 
 def _tests(row: Row) -> dict[str, Any]:
-    found = _json(row, "input_output", {})
-    if not isinstance(found, dict):
+    tests = _json(row, "input_output", {})
+    if not isinstance(tests, dict):
         raise RowError("input_output is no object with `inputs` and `outputs`")
     try:
-        apps_problem(found)
+        apps_problem(tests)
     except ValueError as error:
         raise RowError(str(error)) from None
-    return found
+    return tests
 
 
 def _json(row: Row, key: str, empty: Any) -> Any:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from marlhf.common.errors import UserError, one_line
-from marlhf.common.registry import Registry, Spec, construct, split_spec
+from marlhf.common.errors import one_line
+from marlhf.common.registry import Registry, Spec, split_spec
 from marlhf.data.files import Files, Row, number_in
 
 THREE_PARTS = {"sft": 0.2, "reward": 0.4, "ppo": 0.4}
@@ -64,6 +64,7 @@ PRESETS = Registry(
         "openai/webgpt_comparisons": "marlhf.data.presets.webgpt.WebGPTComparisons",
         "codeparrot/apps": "marlhf.data.presets.apps.APPS",
     },
+    argument="row",
 )
 
 
@@ -73,16 +74,8 @@ def build_preset(spec: Spec) -> tuple[str, PresetFn]:
     A class is built with the mapping's other keys; a plain function is used as it is and takes
     none. Raises UserError.
     """
-    name, arguments = split_spec(spec, "data.preset")
-    factory = PRESETS.find(name)
-    if isinstance(factory, type):
-        return name, construct(factory, arguments, f"data.preset {name}")
-    if arguments:
-        raise UserError(
-            f"data.preset {name}: is not a class and takes no arguments; given "
-            f"{', '.join(arguments)}"
-        )
-    return name, factory
+    name, _ = split_spec(spec, PRESETS.kind)
+    return name, PRESETS.build(spec)
 
 
 def source_of(preset: PresetFn) -> Source:
@@ -101,24 +94,24 @@ def value(row: Any, key: str, kind: type | tuple[type, ...], optional: bool = Fa
 
     optional: null, a missing last key, or empty text instead of a number gives None.
     """
-    found = row
+    node = row
     *parents, leaf = key.split(".")
     for depth, name in enumerate([*parents, leaf]):
-        if not isinstance(found, Mapping):
-            raise RowError(f"{'.'.join([*parents, leaf][:depth])} is {_shown(found)}")
-        if name not in found and not (optional and depth == len(parents)):
+        if not isinstance(node, Mapping):
+            raise RowError(f"{'.'.join([*parents, leaf][:depth])} is {_shown(node)}")
+        if name not in node and not (optional and depth == len(parents)):
             raise RowError(f"{key} is missing")
-        found = found.get(name)
+        node = node.get(name)
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if isinstance(found, str) and str not in kinds and {int, float} & {*kinds}:
-        number = number_in(found)
-        found = number if number is not None else found.strip() or None
-    if optional and found is None:
+    if isinstance(node, str) and str not in kinds and {int, float} & {*kinds}:
+        number = number_in(node)
+        node = number if number is not None else node.strip() or None
+    if optional and node is None:
         return None
-    if not isinstance(found, kind) or isinstance(found, bool):
-        raise RowError(f"{key} is {_shown(found)}")
-    return found
+    if not isinstance(node, kind) or isinstance(node, bool):
+        raise RowError(f"{key} is {_shown(node)}")
+    return node
 
 
-def _shown(found: Any) -> str:
-    return "null" if found is None else one_line(repr(found), 40)
+def _shown(node: Any) -> str:
+    return "null" if node is None else one_line(repr(node), 40)

@@ -34,22 +34,22 @@ def preset_records(settings: DataSettings, stage: Stage) -> tuple[list[Row], lis
     name, preset = build_preset(settings.preset)
     source = source_of(preset)
     part = _part(settings, stage, name, source)
-    reader = _Decoder(settings, name, preset, source)
-    examples = reader.training()
+    loader = _PresetLoader(settings, name, preset, source)
+    examples = loader.training()
 
     def held_out() -> list[Row]:
-        return _shaped(reader.held_out(examples), stage, name)[: settings.eval_rows or None]
+        return _shaped(loader.held_out(examples), stage, name)[: settings.eval_rows or None]
 
     if part == "held_out":
         return held_out()[: settings.limit], []
     evaluates = stage == "evaluate"
-    whole = evaluates and part == "all"
-    mine = [e for e in examples if whole or reader.is_in(e, part)]
-    rows = _shaped(mine, stage, name)[: settings.limit]
+    takes_all = evaluates and part == "all"
+    of_part = [e for e in examples if takes_all or loader.is_in(e, part)]
+    rows = _shaped(of_part, stage, name)[: settings.limit]
     return rows, held_out() if settings.eval_rows and not evaluates else []
 
 
-def place(document: str, seed: int, purpose: str = "part") -> float:
+def unit_hash(document: str, seed: int, purpose: str = "part") -> float:
     """Hash a document, a seed and a purpose to a number in [0, 1).
 
     It does not depend on other rows, their order or the machine. Differences in white space are
@@ -62,7 +62,7 @@ def place(document: str, seed: int, purpose: str = "part") -> float:
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class _PresetLoader:
     """Loads the training and held-out examples of one preset."""
 
     settings: DataSettings
@@ -83,18 +83,20 @@ class _Decoder:
         if part == "all":
             return True
         shares = self.source.shares
-        here = place(_document(example), self.settings.part_seed)
+        position = unit_hash(_document(example), self.settings.part_seed)
         ends = dict(zip(shares, accumulate(shares.values()), strict=True))
-        return ends[part] - shares[part] <= here < (1 if part == list(shares)[-1] else ends[part])
+        return (
+            ends[part] - shares[part] <= position < (1 if part == list(shares)[-1] else ends[part])
+        )
 
     def held_out(self, training: list[Example]) -> list[Example]:
         """Examples of documents in no part, in an order fixed by the seed. Raises UserError."""
         if self._split_gives_both:
-            found = [e for e in training if self._carves_out(e)]
+            examples = [e for e in training if self._carves_out(e)]
         else:
             known = {_normal(_document(e)) for e in training}
-            found = [e for e in self._eval_examples() if _normal(_document(e)) not in known]
-        if not found:
+            examples = [e for e in self._eval_examples() if _normal(_document(e)) not in known]
+        if not examples:
             none = (
                 f"none of the documents of the split {self.settings.split!r} is among the "
                 f"{HELD_OUT_SHARE:.0%} held out"
@@ -106,7 +108,7 @@ class _Decoder:
                 "data.part=all in evaluation"
             )
         seed = self.settings.part_seed
-        return sorted(found, key=lambda e: place(_document(e), seed, "order"))
+        return sorted(examples, key=lambda e: unit_hash(_document(e), seed, "order"))
 
     @property
     def _path(self) -> str:
@@ -131,7 +133,7 @@ class _Decoder:
     def _carves_out(self, example: Example) -> bool:
         if not self._split_gives_both:
             return False
-        return place(_document(example), self.settings.part_seed, "held out") < HELD_OUT_SHARE
+        return unit_hash(_document(example), self.settings.part_seed, "held out") < HELD_OUT_SHARE
 
     def _eval_examples(self) -> list[Example]:
         settings, files = self.settings, self.source.files
@@ -190,8 +192,8 @@ def _listed(broken: Mapping[int, str]) -> str:
 
 def _part(settings: DataSettings, stage: Stage, name: str, source: Source) -> str:
     """The job's part. Raises UserError where the dataset does not have it."""
-    wanted = {"evaluate": "held_out"}.get(stage, stage)
-    part = wanted if settings.part == "auto" else settings.part
+    default = {"evaluate": "held_out"}.get(stage, stage)
+    part = default if settings.part == "auto" else settings.part
     possible = [*source.shares, "all", *(["held_out"] if stage == "evaluate" else [])]
     if part not in possible:
         raise UserError(
@@ -222,13 +224,13 @@ def _pairs(examples: Iterable[Example]) -> list[Row]:
 
 def _prompts(examples: Iterable[Example]) -> list[Row]:
     """`{prompt, ...columns}`, each prompt once; later rows fill in nulls of earlier ones."""
-    found: dict[str, Row] = {}
+    by_prompt: dict[str, Row] = {}
     for example in examples:
         if example.columns is not None:
             row = {"prompt": example.prompt, **example.columns}
-            known = {k: v for k, v in found.get(example.prompt, {}).items() if v is not None}
-            found[example.prompt] = row | known
-    return list(found.values())
+            known = {k: v for k, v in by_prompt.get(example.prompt, {}).items() if v is not None}
+            by_prompt[example.prompt] = row | known
+    return list(by_prompt.values())
 
 
 _SHAPES: Mapping[Stage, tuple[Callable[[Iterable[Example]], list[Row]], str]] = {

@@ -44,13 +44,15 @@ class SummarizeFromFeedback:
         human = next((text for text, policy in summaries if policy == "ref"), None)
         chosen = None if choice is None else summaries[choice][0]
         pair = None if choice is None else (summaries[choice][0], summaries[1 - choice][0])
-        wanted = chosen if self.demonstrations == "chosen" and choice is not None else human
+        by_choice = self.demonstrations == "chosen" and choice is not None
+        demonstration = chosen if by_choice else human
         columns = {
             "reference": human,
             "subreddit": value(row, "info.subreddit", str, optional=True),
             "id": value(row, "info.id", str, optional=True),
         }
-        return Example(prompt, () if wanted is None else (wanted,), pair, columns, document)
+        demonstrations = () if demonstration is None else (demonstration,)
+        return Example(prompt, demonstrations, pair, columns, document)
 
 
 def _prompt(row: Row) -> tuple[str, str]:
@@ -66,13 +68,13 @@ def _prompt(row: Row) -> tuple[str, str]:
 
 
 def _compared(row: Row) -> tuple[list[tuple[str, str | None]], int]:
-    given = value(row, "summaries", list)
-    if len(given) != 2:
-        raise RowError(f"summaries has {len(given)} entries, must have 2")
+    summaries = value(row, "summaries", list)
+    if len(summaries) != 2:
+        raise RowError(f"summaries has {len(summaries)} entries, must have 2")
     choice = value(row, "choice", int)
     if choice not in (0, 1):
         raise RowError(f"choice is {choice}, must be 0 or 1")
-    return [_summary(s, f"summaries.{i}") for i, s in enumerate(given)], choice
+    return [_summary(s, f"summaries.{i}") for i, s in enumerate(summaries)], choice
 
 
 def _summary(summary: object, where: str) -> tuple[str, str | None]:

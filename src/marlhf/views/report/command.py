@@ -49,9 +49,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="marlhf report",
         description="One HTML page, with nothing to load from anywhere, about one run or several: "
-        "curves, reward against KL, macro actions, samples before and after, steps to parity. Runs "
-        "that differ in seed alone are averaged.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+        "curves, reward against KL, macro actions, samples before and after, updates to parity. "
+        "Runs that differ in seed alone are averaged.",
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of such (a sweep)")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from marlhf.views.charts import Line, LineChart
+from marlhf.views.charts import Curve, LineChart
 from marlhf.views.report.groups import Group, Mean
 from marlhf.views.report.runs import Run
 
@@ -22,7 +22,7 @@ SECTIONS = {
         "eval_kl_mean": "KL to the reference, held-out (nats)",
         "kl_mean": "KL to the reference, training (nats)",
         "objective_mean": "Reward less KL penalty",
-        "entropy": "Entropy of the policy (nats a token)",
+        "entropy": "Entropy of the policy (nats per token)",
         "response_length_mean": "Response length (tokens)",
         "eos_fraction": "Finished responses (share)",
     },
@@ -35,23 +35,24 @@ SECTIONS = {
         "value_loss": "Value loss",
         "explained_variance": "Explained variance of the returns",
         "clip_fraction": "Clipped ratios (share)",
-        "approx_kl": "KL of the update (nats a token)",
+        "approx_kl": "KL of the update (nats per token)",
         "ratio_max": "Largest ratio",
+        "engine_kl": "KL from engine to policy (nats per token)",
         "grad_norm_policy": "Gradient norm, policy",
         "grad_norm_value": "Gradient norm, critic",
         "learning_rate": "Learning rate",
     },
     "Macro actions": {
-        "macro_length_mean": "Tokens in a macro action",
-        "macro_count_mean": "Macro actions in a response",
+        "macro_length_mean": "Tokens per macro action",
+        "macro_count_mean": "Macro actions per response",
     },
     "Time and memory": {
-        "step_seconds": "Seconds an update",
+        "step_seconds": "Seconds per update",
         "generate_seconds": "Seconds generating",
         "score_seconds": "Seconds scoring",
         "segment_seconds": "Seconds segmenting",
         "train_seconds": "Seconds training",
-        "tokens_per_second": "Tokens a second",
+        "tokens_per_second": "Tokens per second",
         "peak_memory_gb": "Peak memory (GB)",
     },
 }
@@ -61,34 +62,34 @@ _NAMED = {key for section in SECTIONS.values() for key in section}
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric, against steps and against seconds. `name` is its PNG's name."""
+    """One metric, against updates and against seconds. `name` is its PNG's name."""
 
     name: str
     title: str
-    by_step: LineChart
+    by_update: LineChart
     by_seconds: LineChart
 
 
 def sections(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     """Charts of all metrics that some run has, by section, without empty sections."""
     present = set().union(*(run.keys() for group in groups for run in group.runs))
-    others = {key: key for key in sorted(present - _NAMED)}
-    found = {
+    unnamed = {key: key for key in sorted(present - _NAMED)}
+    by_section = {
         title: [figure(groups, key, name) for key, name in metrics.items() if key in present]
-        for title, metrics in {**SECTIONS, "Other metrics": others}.items()
+        for title, metrics in {**SECTIONS, "Other metrics": unnamed}.items()
     }
-    return {title: figures for title, figures in found.items() if figures}
+    return {title: figures for title, figures in by_section.items() if figures}
 
 
 def figure(groups: Sequence[Group], key: str, title: str) -> Figure:
     """Means over the runs of each group, with a 95% band where there are several."""
-    few = key.startswith("eval_")
+    is_evaluation = key.startswith("eval_")
     charts = [
         LineChart(
             title,
             label,
             [mean_line(group, key, seconds) for group in groups],
-            dots=few,
+            dots=is_evaluation,
             from_zero=_never_negative(key) or key.endswith("kl_mean"),  # a small wiggle looks small
         )
         for label, seconds in (("update", False), ("seconds of updates", True))
@@ -96,25 +97,26 @@ def figure(groups: Sequence[Group], key: str, title: str) -> Figure:
     return Figure(key, title, *charts)
 
 
-def mean_line(group: Group, key: str, seconds: bool = False) -> Line:
-    """A group's mean of a metric at each step where some run has it.
+def mean_line(group: Group, key: str, seconds: bool = False) -> Curve:
+    """A group's mean of a metric at each update where some run has it.
 
-    A long run has at most _POINTS points, means over neighbouring steps, except for evaluations.
+    A long run has at most _POINTS points, means over neighbouring updates, except for evaluations.
     """
     curves = [_curve(run, key) for run in group.runs]
     clocks = [run.seconds() for run in group.runs]
     x, y, low, high = [], [], [], []
-    for step in sorted(set().union(*curves)):
-        mean = Mean.of(curve[step] for curve in curves if step in curve)
+    for update in sorted(set().union(*curves)):
+        mean = Mean.of(curve[update] for curve in curves if update in curve)
         assert mean is not None
-        times = [clock[step] for clock, curve in zip(clocks, curves, strict=True) if step in curve]
-        x.append(float(np.mean(times)) if seconds else float(step))
+        pairs = zip(clocks, curves, strict=True)
+        times = [clock[update] for clock, curve in pairs if update in curve]
+        x.append(float(np.mean(times)) if seconds else float(update))
         y.append(mean.value)
         bottom = mean.value - (mean.half or 0.0)
         low.append(max(bottom, 0.0) if _never_negative(key) else bottom)
         high.append(mean.value + (mean.half or 0.0))
     banded = low != high
-    return Line(group.label, group.index, x, y, low if banded else None, high if banded else None)
+    return Curve(group.label, group.index, x, y, low if banded else None, high if banded else None)
 
 
 def _never_negative(key: str) -> bool:
@@ -123,18 +125,17 @@ def _never_negative(key: str) -> bool:
 
 
 def _curve(run: Run, key: str) -> dict[int, float]:
-    """A metric by step; in a long run, means over bins of neighbouring steps."""
+    """A metric by update; in a long run, means over bins of neighbouring updates."""
     values = run.values(key)
-    width = -(-run.last_step // _POINTS)
+    width = -(-run.last_update // _POINTS)
     if width <= 1 or key.startswith("eval_"):
         return values
     bins: dict[int, list[float]] = {}
-    steps = [row["step"] for row in run.rows]
     ends: dict[int, int] = {}
-    for step in steps:
-        ends[(step - 1) // width] = step
-    for step, value in values.items():
-        bins.setdefault((step - 1) // width, []).append(value)
+    for row in run.rows:
+        ends[(row["step"] - 1) // width] = row["step"]
+    for update, value in values.items():
+        bins.setdefault((update - 1) // width, []).append(value)
     return {ends[i]: float(np.mean(chunk)) for i, chunk in bins.items()}
 
 
@@ -146,17 +147,17 @@ def frontier(groups: Sequence[Group]) -> LineChart | None:
     for title, prefix in (("Reward, held-out prompts", "eval_"), ("Reward, training batch", "")):
         lines = [_path(group, f"{prefix}kl_mean", f"{prefix}score_mean") for group in groups]
         if any(line.x for line in lines):
-            return LineChart(title, "KL to the reference (nats a response)", lines, dots=True)
+            return LineChart(title, "KL to the reference (nats per response)", lines, dots=True)
     return None
 
 
-def _path(group: Group, kl: str, score: str) -> Line:
+def _path(group: Group, kl: str, score: str) -> Curve:
     by_kl, by_score = mean_line(group, kl), mean_line(group, score)
     kls, scores = (dict(zip(line.x, line.y, strict=True)) for line in (by_kl, by_score))
-    steps = sorted(kls.keys() & scores.keys())
-    if len(steps) > 24:
-        steps = [steps[i] for i in np.linspace(0, len(steps) - 1, 24).round().astype(int)]
-    return Line(group.label, group.index, [kls[s] for s in steps], [scores[s] for s in steps])
+    updates = sorted(kls.keys() & scores.keys())
+    if len(updates) > 24:
+        updates = [updates[i] for i in np.linspace(0, len(updates) - 1, 24).round().astype(int)]
+    return Curve(group.label, group.index, [kls[u] for u in updates], [scores[u] for u in updates])
 
 
 def macro_lengths(group: Group) -> tuple[Counter[int], int]:
@@ -164,19 +165,19 @@ def macro_lengths(group: Group) -> tuple[Counter[int], int]:
     lengths: Counter[int] = Counter()
     responses = 0
     for sample in (sample for run in group.runs for sample in run.samples):
-        given = sample.get("macro_lengths")
-        if isinstance(given, list) and all(isinstance(n, int) and 0 < n < _LONGEST for n in given):
-            lengths.update(given)
+        sample_lengths = sample.get("macro_lengths")
+        if isinstance(sample_lengths, list) and all(
+            isinstance(n, int) and 0 < n < _LONGEST for n in sample_lengths
+        ):
+            lengths.update(sample_lengths)
             responses += 1
     return lengths, responses
 
 
-def final(
-    group: Group, key: str, of: Callable[[Iterable[float]], Mean | None] = Mean.of
-) -> Mean | None:
+def final(group: Group, key: str) -> Mean | None:
     """Mean over runs of the last value of a metric."""
     curves = [run.values(key) for run in group.runs]
-    return of(list(curve.values())[-1] for curve in curves if curve)
+    return Mean.of(list(curve.values())[-1] for curve in curves if curve)
 
 
 def total_seconds(run: Run) -> float:

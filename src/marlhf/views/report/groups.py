@@ -1,4 +1,4 @@
-"""Runs -> groups of one configuration, means over their seeds, and steps to parity."""
+"""Runs -> groups of one configuration, means over their seeds, and updates to parity."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ class Mean:
 
 def student_t(freedom: float) -> float:
     """Two-sided 95% quantile of Student's t; `freedom`, at least 1, is rounded down."""
-    whole = int(freedom)
-    return _T[whole - 1] if whole <= len(_T) else 1.96 + 2.4 / whole
+    degrees = int(freedom)
+    return _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.4 / degrees
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean | None:
-    """Mean of `ours` minus mean of `theirs`, with Welch's 95% interval.
+def difference(values: Sequence[float], baseline: Sequence[float]) -> Mean | None:
+    """Mean of `values` minus mean of `baseline`, with Welch's 95% interval.
 
     The half is None if one of the two is a single value; the result is None if one is empty.
     """
-    a, b = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
+    a, b = (np.asarray(sample, dtype=np.float64) for sample in (values, baseline))
     if not len(a) or not len(b):
         return None
     value, count = float(a.mean() - b.mean()), min(len(a), len(b))
@@ -119,11 +119,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def what_varies(runs: Sequence[Run]) -> list[str]:
     """Keys with more than one value among the configurations that have them."""
-    found: dict[str, set[str]] = {}
+    values: dict[str, set[str]] = {}
     for run in runs:
         for key, value in _flat(run.config).items():
-            found.setdefault(key, set()).add(_canonical(value))
-    return sorted(key for key, values in found.items() if len(values) > 1)
+            values.setdefault(key, set()).add(_canonical(value))
+    return sorted(key for key, distinct in values.items() if len(distinct) > 1)
 
 
 def _arm(group: Sequence[Run]) -> str | None:
@@ -138,8 +138,8 @@ def _label(group: Sequence[Run], varying: Sequence[str]) -> str:
         return group[0].name
     if not varying:
         return spec_label(config["segmenter"]) if "segmenter" in config else group[0].name
-    known = {key: spec_label(value) for key, value in _flat(config).items() if key in varying}
-    parts = [v if k == "segmenter" else f"{k}={v}" for k, v in sorted(known.items())]
+    settings = {key: spec_label(value) for key, value in _flat(config).items() if key in varying}
+    parts = [v if k == "segmenter" else f"{k}={v}" for k, v in sorted(settings.items())]
     return ", ".join(parts) or group[0].name
 
 
@@ -149,16 +149,16 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     A segmenter is one value, as is a key of a section. `template_date`, the day a run began, is
     left out.
     """
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if key in _NO_DIFFERENCE:
             continue
         if key != "segmenter" and isinstance(value, dict):
-            found.update({f"{key}.{k}": v for k, v in value.items() if k != "template_date"})
+            flat.update({f"{key}.{k}": v for k, v in value.items() if k != "template_date"})
         else:
             spec = {"name": value} if key == "segmenter" and isinstance(value, str) else value
-            found[str(key)] = spec
-    return found
+            flat[str(key)] = spec
+    return flat
 
 
 def _canonical(value: Any) -> str:
@@ -173,19 +173,19 @@ def value_of(config: Mapping[str, Any], key: str) -> Any:
     return _flat(config).get(key, "–")
 
 
-def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
+def choose_baseline(groups: Sequence[Group], requested: str | None) -> Group:
     """Choose the group that others are compared with.
 
-    `wanted` is its label or the name of one of its runs; default: token-level PPO, else the first.
+    requested   its label or the name of one of its runs; default: token-level PPO, else the first
 
     Raises UserError.
     """
-    if wanted is not None:
+    if requested is not None:
         for group in groups:
-            if wanted == group.label or wanted in (run.name for run in group.runs):
+            if requested == group.label or requested in (run.name for run in group.runs):
                 return group
         labels = "; ".join(group.label for group in groups)
-        raise UserError(f"--baseline: no group is called {wanted!r}; possible: {labels}")
+        raise UserError(f"--baseline: no group is called {requested!r}; possible: {labels}")
     for group in groups:
         spec = group.runs[0].config.get("segmenter")
         name = spec.get("name") if isinstance(spec, dict) else spec
@@ -201,12 +201,12 @@ def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
 class Parity:
     """When the runs of a group reach the baseline's final held-out reward.
 
-    steps      steps (or seconds) of each run with evaluations; infinite if it never does
+    times      updates (or seconds) of each run with evaluations; infinite if it never does
     median     their median; low, high: its 95% interval, if there are several runs
     ratio      this group's median divided by the baseline's, with its interval
     """
 
-    steps: list[float]
+    times: list[float]
     median: float
     low: float | None
     high: float | None
@@ -217,15 +217,15 @@ class Parity:
     @property
     def reached(self) -> int:
         """Number of runs that reach it."""
-        return sum(math.isfinite(s) for s in self.steps)
+        return sum(map(math.isfinite, self.times))
 
 
 def smoothed(values: Mapping[int, float]) -> dict[int, float]:
-    """Running means over the last SMOOTHED evaluations; steps with fewer are left out."""
-    steps = sorted(values)
+    """Running means over the last SMOOTHED evaluations; updates with fewer are left out."""
+    updates = sorted(values)
     return {
-        steps[i]: float(np.mean([values[s] for s in steps[i + 1 - SMOOTHED : i + 1]]))
-        for i in range(SMOOTHED - 1, len(steps))
+        updates[i]: float(np.mean([values[u] for u in updates[i + 1 - SMOOTHED : i + 1]]))
+        for i in range(SMOOTHED - 1, len(updates))
     }
 
 
@@ -237,40 +237,42 @@ def finals(group: Group, key: str = "eval_score_mean") -> list[float]:
 
 def target_of(baseline: Group) -> float | None:
     """Mean of the final smoothed held-out reward over the baseline's runs; None without any."""
-    found = finals(baseline)
-    return float(np.mean(found)) if found else None
+    rewards = finals(baseline)
+    return float(np.mean(rewards)) if rewards else None
 
 
 def parity(
     group: Group, baseline: Group, seconds: bool = False, target: float | None = None
 ) -> Parity | None:
-    """Steps (or seconds of updates) to parity; None if there are too few evaluations.
+    """Updates (or their seconds) to parity; None if there are too few evaluations.
 
     Parity is `target_of(baseline)`, unless another reward is given as `target`. Intervals are
     percentiles of a bootstrap over runs, of both groups for the ratio. In the ratio a baseline run
-    that never reaches its group's mean counts with its last step, which favours the baseline.
+    that never reaches its group's mean counts with its last update, which favours the baseline.
     """
     target = target_of(baseline) if target is None else target
     if target is None:
         return None
-    ours = [_first_at(run, target, seconds) for run in group.runs if _curve(run)]
-    theirs = [_first_at(run, target, seconds) for run in baseline.runs if _curve(run)]
-    ends = [_last(run, seconds) for run in baseline.runs if _curve(run)]
-    if not ours:
+    times = [_first_at(run, target, seconds) for run in group.runs if _curve(run)]
+    if not times:
         return None
-    theirs = [min(step, end) for step, end in zip(theirs, ends, strict=True)]
-    median, base = float(np.median(ours)), float(np.median(theirs))
+    median = float(np.median(times))
+    baseline_times = [
+        min(_first_at(run, target, seconds), _last(run, seconds))
+        for run in baseline.runs
+        if _curve(run)
+    ]
+    baseline_median = float(np.median(baseline_times))
+    has_ratio = group is not baseline and baseline_median > 0
     low = high = ratio_low = ratio_high = None
-    if len(ours) > 1:
-        draws = _medians(ours, 0)
+    if len(times) > 1:
+        draws = _medians(times, seed=0)
         low, high = _interval(draws)
-        if len(theirs) > 1:
-            # the baseline has the same draws on both sides: its ratio to itself is 1 by definition
-            others = _medians(theirs, 0 if group is baseline else 1)
-            if base > 0 and group is not baseline:
-                ratio_low, ratio_high = _interval(draws / np.maximum(others, 1e-12))
-    ratio = None if group is baseline or base <= 0 else median / base
-    return Parity(ours, median, low, high, ratio, ratio_low, ratio_high)
+        if has_ratio and len(baseline_times) > 1:
+            baseline_draws = _medians(baseline_times, seed=1)
+            ratio_low, ratio_high = _interval(draws / np.maximum(baseline_draws, 1e-12))
+    ratio = median / baseline_median if has_ratio else None
+    return Parity(times, median, low, high, ratio, ratio_low, ratio_high)
 
 
 def _curve(run: Run) -> dict[int, float]:
@@ -278,15 +280,15 @@ def _curve(run: Run) -> dict[int, float]:
 
 
 def _first_at(run: Run, target: float, seconds: bool) -> float:
-    for step, value in _curve(run).items():
+    for update, value in _curve(run).items():
         if value >= target - 1e-9 * abs(target):
-            return run.seconds()[step] if seconds else float(step)
+            return run.seconds()[update] if seconds else float(update)
     return math.inf
 
 
 def _last(run: Run, seconds: bool) -> float:
-    step = list(_curve(run))[-1]
-    return run.seconds()[step] if seconds else float(step)
+    update = list(_curve(run))[-1]
+    return run.seconds()[update] if seconds else float(update)
 
 
 def _medians(values: Sequence[float], seed: int) -> np.ndarray:

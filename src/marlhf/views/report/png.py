@@ -42,7 +42,7 @@ def write_pngs(groups: Sequence[Group], folder: Path) -> list[Path]:
     for figures in sections(groups).values():
         for figure in figures:
             name = "".join(c if c.isalnum() or c in "-_." else "_" for c in figure.name[:200])
-            written.append(save(draw(figure.by_step), folder / f"{name}.png"))
+            written.append(save(draw(figure.by_update), folder / f"{name}.png"))
             if figure.name in ("eval_score_mean", "score_mean"):
                 path = folder / f"{name}_by_seconds.png"
                 written.append(save(draw(figure.by_seconds), path))
@@ -85,7 +85,7 @@ def draw(chart: LineChart) -> Figure:
         )
         if line.low and line.high:
             axes.fill_between(line.x, line.low, line.high, color=_COLOURS[i], alpha=0.15, lw=0)
-    if chart.whole:
+    if chart.has_integer_x:
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(_plain(chart.x_label))
     axes.set_title(_plain(chart.title), loc="left", fontsize=11)

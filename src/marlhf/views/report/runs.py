@@ -14,7 +14,7 @@ from marlhf.common.errors import UserError, one_line
 from marlhf.common.paths import local_path
 from marlhf.runs.alarms import finite
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 _DEEPEST, _LARGEST = 50, 100_000  # levels and values of a configuration
 
 
@@ -24,7 +24,7 @@ class Run:
 
     name      its name in the report: the end of its path that distinguishes it from other runs
     config    its resolved configuration, empty if there is none
-    rows      metrics in the order of steps, one row per step; values are as in the file
+    rows      metrics in the order of updates, one row per update; values are as in the file
     samples   lines of samples.jsonl
     notes     notes for the reader on missing or broken parts
     arm       a sweep's name for its configuration
@@ -33,33 +33,33 @@ class Run:
     name: str
     path: Path
     config: dict[str, Any]
-    rows: list[Row]
-    samples: list[Row]
+    rows: list[MetricsRow]
+    samples: list[MetricsRow]
     notes: list[str] = field(default_factory=list)
     arm: str | None = None
 
     def values(self, key: str) -> dict[int, float]:
-        """A metric by step, without values that are not finite numbers."""
-        found = {row["step"]: _drawable(row.get(key)) for row in self.rows}
-        return {step: value for step, value in found.items() if value is not None}
+        """A metric by update, without values that are not finite numbers."""
+        numbers = {row["step"]: _drawable(row.get(key)) for row in self.rows}
+        return {update: value for update, value in numbers.items() if value is not None}
 
     def seconds(self) -> dict[int, float]:
-        """Cumulative seconds of updates at each step, without evaluations."""
-        total, found = 0.0, {}
+        """Cumulative seconds at each update, without evaluations."""
+        total, elapsed = 0.0, {}
         for row in self.rows:
             total += max(_drawable(row.get("step_seconds")) or 0.0, 0.0)
-            found[row["step"]] = total
-        return found
+            elapsed[row["step"]] = total
+        return elapsed
 
     def keys(self) -> set[str]:
-        """Metrics that have a number at some step."""
+        """Metrics that have a number at some update."""
         return {key for row in self.rows for key in row if _drawable(row[key]) is not None} - {
             "step"
         }
 
     @property
-    def last_step(self) -> int:
-        """The last step that has a row; 0 without any."""
+    def last_update(self) -> int:
+        """The last update with a row; 0 without rows."""
         return self.rows[-1]["step"] if self.rows else 0
 
 
@@ -80,10 +80,10 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         if not folder.is_dir():
             fault = "is a file" if folder.exists() else "does not exist"
             raise UserError(f"report: given {path!r}, which {fault}; must be a run's output_dir")
-        found = list(_below(folder))
-        if not found:
+        run_folders = list(_below(folder))
+        if not run_folders:
             raise UserError(f"report: no run in {path!r}: no metrics.jsonl in it or below it")
-        folders.update(dict.fromkeys(f.resolve() for f in found))
+        folders.update(dict.fromkeys(f.resolve() for f in run_folders))
     names = _short_names(list(folders))
     return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
@@ -109,7 +109,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, name: str) -> Run:
     notes: list[str] = []
-    rows = _by_step(_read_lines(folder / "metrics.jsonl", notes), notes)
+    rows = _by_update(_read_lines(folder / "metrics.jsonl", notes), notes)
     samples = _read_lines(folder / "samples.jsonl", notes)
     if not rows:
         notes.append("metrics.jsonl holds no metrics")
@@ -122,7 +122,7 @@ def _read_run(folder: Path, name: str) -> Run:
     )
 
 
-def _read_lines(path: Path, notes: list[str]) -> list[Row]:
+def _read_lines(path: Path, notes: list[str]) -> list[MetricsRow]:
     """Read JSON objects, one per line.
 
     Broken lines, such as the last one of a killed run, are skipped and counted in `notes`.
@@ -150,19 +150,20 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     return rows
 
 
-def _by_step(rows: Iterable[Row], notes: list[str]) -> list[Row]:
-    """Rows sorted by step; rows of the same step are merged (the later wins)."""
-    found: dict[int, Row] = {}
+def _by_update(rows: Iterable[MetricsRow], notes: list[str]) -> list[MetricsRow]:
+    """Rows sorted by update; rows of the same update are merged (the later wins)."""
+    by_update: dict[int, MetricsRow] = {}
     lost = 0
     for row in rows:
-        step = finite(row.get("step"))
-        if step is None:
+        update = finite(row.get("step"))
+        if update is None:
             lost += 1
             continue
-        found[int(step)] = {**found.get(int(step), {}), **row, "step": int(step)}
+        earlier = by_update.get(int(update), {})
+        by_update[int(update)] = {**earlier, **row, "step": int(update)}
     if lost:
         notes.append(f"metrics.jsonl: {lost} row{'s' * (lost > 1)} without a step left out")
-    return [found[step] for step in sorted(found)]
+    return [by_update[update] for update in sorted(by_update)]
 
 
 def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from marlhf.runs.alarms import finite
 from marlhf.views.charts import number
-from marlhf.views.html_page import data, shown, shown_token, tag, text
+from marlhf.views.html_page import escape, json_attribute, tag, token_html, visible_html
 from marlhf.views.report.runs import Run
 
 _PROMPTS = 4
@@ -19,19 +19,19 @@ Sample = dict[str, Any]
 def before_after(run: Run) -> str:
     """HTML of a run's first and last held-out responses to each prompt.
 
-    Training responses of its last update follow. Without two evaluations, it says which settings
-    would give them.
+    Training responses of its last update follow. With fewer than two evaluations, a line names the
+    settings that evaluate.
     """
     held_out = [s for s in run.samples if s.get("held_out") is True and _usable(s)]
-    steps = sorted({s["step"] for s in held_out})
+    updates = sorted({s["step"] for s in held_out})
     parts = []
-    if len(steps) > 1:
-        first = {repr(s.get("row")): s for s in held_out if s["step"] == steps[0]}
-        last = {repr(s.get("row")): s for s in held_out if s["step"] == steps[-1]}
+    if len(updates) > 1:
+        first = {repr(s.get("row")): s for s in held_out if s["step"] == updates[0]}
+        last = {repr(s.get("row")): s for s in held_out if s["step"] == updates[-1]}
         pairs = [(first[row], last[row]) for row in first if row in last][:_PROMPTS]
         scale = _scale([s for pair in pairs for s in pair])
         for before, after in pairs:
-            names = [f"before (update {steps[0]})", f"after (update {steps[-1]})"]
+            names = [f"before (update {updates[0]})", f"after (update {updates[-1]})"]
             parts.append(_prompt(before, [*zip(names, (before, after), strict=True)], scale))
     else:
         parts.append(
@@ -42,14 +42,13 @@ def before_after(run: Run) -> str:
             )
         )
     trained = [s for s in run.samples if s.get("held_out") is False and _usable(s)]
-    step = max((s["step"] for s in trained), default=0)
-    recent = [s for s in trained if s["step"] == step][:_PROMPTS]
+    update = max((s["step"] for s in trained), default=0)
+    recent = [s for s in trained if s["step"] == update][:_PROMPTS]
     if recent:
         scale = _scale(recent)
-        inner = "".join(_prompt(s, [(f"update {step}", s)], scale) for s in recent)
-        parts.append(
-            tag("details", tag("summary", text(f"Training responses of update {step}")) + inner)
-        )
+        inner = "".join(_prompt(s, [(f"update {update}", s)], scale) for s in recent)
+        summary = tag("summary", escape(f"Training responses of update {update}"))
+        parts.append(tag("details", summary + inner))
     return "".join(parts)
 
 
@@ -69,25 +68,27 @@ def _scale(samples: Sequence[Sample]) -> float:
 
 def _advantages(sample: Sample) -> list[float]:
     """Advantages, one per macro action; empty if unknown."""
-    given = sample.get("macro_advantages")
-    if not isinstance(given, list) or len(given) != len(sample["macro_actions"]):
+    advantages = sample.get("macro_advantages")
+    if not isinstance(advantages, list) or len(advantages) != len(sample["macro_actions"]):
         return []
-    numbers = [finite(a) for a in given]
+    numbers = [finite(a) for a in advantages]
     return [] if None in numbers else [a for a in numbers if a is not None]
 
 
 def _prompt(sample: Sample, answers: Sequence[tuple[str, Sample]], scale: float) -> str:
-    given = str(sample.get("prompt", ""))
-    if len(given) > _LONG_PROMPT:
-        begin, rest = given[:-_LONG_PROMPT], given[-_LONG_PROMPT:]
+    prompt = str(sample.get("prompt", ""))
+    if len(prompt) > _LONG_PROMPT:
+        beginning, ending = prompt[:-_LONG_PROMPT], prompt[-_LONG_PROMPT:]
         folded = tag("summary", "the beginning of the prompt") + tag(
-            "p", shown(begin), class_="text"
+            "p", visible_html(beginning), class_="text"
         )
-        prompt = tag("details", folded) + tag("p", "…" + shown(rest), class_="text")
+        prompt_html = tag("details", folded) + tag("p", "…" + visible_html(ending), class_="text")
     else:
-        prompt = tag("p", shown(given), class_="text")
+        prompt_html = tag("p", visible_html(prompt), class_="text")
     responses = "".join(_answer(label, answer, scale) for label, answer in answers)
-    return tag("article", tag("div", prompt, class_="prompt") + responses, class_="card sample")
+    return tag(
+        "article", tag("div", prompt_html, class_="prompt") + responses, class_="card sample"
+    )
 
 
 def _answer(label: str, sample: Sample, scale: float) -> str:
@@ -101,7 +102,7 @@ def _answer(label: str, sample: Sample, scale: float) -> str:
         _macro_action(sample, i, piece, advantages[i] if advantages else None, scale)
         for i, piece in enumerate(sample["macro_actions"])
     ]
-    return tag("p", text(" · ".join(facts)), class_="muted facts") + tag(
+    return tag("p", escape(" · ".join(facts)), class_="muted facts") + tag(
         "p", "".join(pieces), class_="text"
     )
 
@@ -120,7 +121,7 @@ def _macro_action(
         style = f"--a:rgba(var(--{hue}),{min(abs(advantage) / scale, 1) * 0.55:.2f})"
         if abs(advantage) > 0.01 * scale:
             sign = tag("sup", "+" if advantage > 0 else "−", class_="sign")
-    content = shown_token(piece)
+    content = token_html(piece)
     line = content.removesuffix("\n")  # the sign stays on this line
     content = line + sign + content[len(line) :]
-    return tag("span", content, class_=f"a e{index % 4}", style=style, data_tip=data(tip))
+    return tag("span", content, class_=f"a e{index % 4}", style=style, data_tip=json_attribute(tip))

@@ -19,7 +19,7 @@ from support.runs_that_die import in_child
 
 from marlhf import cli
 from marlhf.common.errors import UserError
-from marlhf.common.plugins import called
+from marlhf.common.plugins import plugin_call
 from marlhf.common.signals import StopSignals
 from marlhf.rewards import RewardError, build_rewards
 from marlhf.runs.directory import only_writer
@@ -56,7 +56,7 @@ def test_a_thread_that_outlives_its_call_does_not_end_a_job(
     thread = threading.Thread(target=lambda: (time.sleep(0.05), os._exit(0)))
 
     def job(config: Any) -> None:
-        with called("reward late"):
+        with plugin_call("reward late"):
             thread.start()
         thread.join()
         (tmp_path / "done").touch()
@@ -69,7 +69,7 @@ def test_a_thread_that_outlives_its_call_does_not_end_a_job(
 
 
 def test_a_process_that_a_plug_in_forks_may_end_as_it_likes() -> None:
-    with called("plug-in"):
+    with plugin_call("plug-in"):
         child = os.fork()
         if child == 0:
             os._exit(7)
@@ -101,7 +101,7 @@ def test_stderr_is_put_back(how: str, line: str | None, tmp_path: Path) -> None:
             os.dup2(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT), number)
         sys.stderr = os.fdopen(2, "w")
         try:
-            with called("reward"):
+            with plugin_call("reward"):
                 closing(how)
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
@@ -147,7 +147,7 @@ def test_a_worker_process_that_is_left_behind_does_not_hold_the_folder(tmp_path:
 
 def test_an_excepthook_is_put_back() -> None:
     before = sys.excepthook
-    with called("plug-in"):
+    with plugin_call("plug-in"):
         sys.excepthook = print
     assert sys.excepthook is before
 

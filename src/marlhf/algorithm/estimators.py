@@ -18,7 +18,7 @@ from torch import Tensor
 from marlhf.algorithm.advantages import gae, group_relative, group_std
 from marlhf.algorithm.lambdas import build_lambdas
 from marlhf.common.errors import UserError, short_repr
-from marlhf.common.plugins import called, copied, requirements
+from marlhf.common.plugins import copied, plugin_call, requirements
 from marlhf.common.registry import Registry, Spec
 from marlhf.common.types import AllReduceSum
 from marlhf.config import PPOConfig
@@ -212,7 +212,7 @@ def estimate_credit(estimator: Estimator, inputs: CreditInputs) -> Credit:
     the mask.
     """
     name = f"estimator {estimator_name(estimator)}"
-    with called(name):
+    with plugin_call(name):
         credit = estimator(copied(inputs))
     if not isinstance(credit, Credit):
         raise UserError(f"{name}: returned {type(credit).__name__}, must be a marlhf.Credit")

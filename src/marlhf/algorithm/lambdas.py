@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marlhf.algorithm.macro import macro_lengths
 from marlhf.common.errors import UserError
-from marlhf.common.plugins import called
+from marlhf.common.plugins import plugin_call
 from marlhf.common.registry import Registry, Spec
 
 Lambdas = Callable[[Tensor], Tensor]
@@ -84,7 +84,7 @@ def build_lambdas(spec: float | Spec | Lambdas) -> Lambdas:
 def macro_lambdas(lambdas: Lambdas, segment_ids: Tensor, key: str) -> Tensor:
     """Lambda of each macro action, float64 [B,M]. Raises UserError, naming the key."""
     lengths_BM = macro_lengths(segment_ids)
-    with called(key):
+    with plugin_call(key):
         lam_BM = lambdas(lengths_BM.clone())
     if not isinstance(lam_BM, Tensor) or lam_BM.shape != lengths_BM.shape:
         raise UserError(

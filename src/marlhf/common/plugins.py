@@ -1,6 +1,6 @@
 """Isolation of plug-ins: segmenters, rewards, token rewards, parsers, presets.
 
-`called` wraps every call, `copied` copies the arguments, `check_state` checks the state for
+`plugin_call` wraps every call, `copied` copies the arguments, `check_state` checks the state for
 checkpoints. A plug-in can fail, and can change its own objects, but not those of the run.
 """
 
@@ -44,7 +44,7 @@ _TOKENIZER_SETTINGS = (
 
 
 @contextmanager
-def called(name: str, error: Callable[[str], Exception] = UserError) -> Iterator[None]:
+def plugin_call(name: str, error: Callable[[str], Exception] = UserError) -> Iterator[None]:
     """Wrap a call of a plug-in's code: any exception becomes `error` with its name.
 
     SystemExit is a failure too, and so is `os._exit`: a plug-in does not end a run, and never with
@@ -105,7 +105,7 @@ def requirements(
     plugin: Any, name: str, possible: frozenset[str], default: frozenset[str]
 ) -> frozenset[str]:
     """A plug-in's attribute `requires`, or `default` without one. Raises UserError, by its name."""
-    with called(name):
+    with plugin_call(name):
         requires = getattr(plugin, "requires", default)
     try:
         return names_required(requires, possible)

@@ -143,9 +143,9 @@ def _foreign(where: str, module: str) -> AbstractContextManager[None]:
     """Wrap an import: errors in a module outside this library become a UserError."""
     if module.startswith("marlhf."):
         return nullcontext()
-    from marlhf.common.plugins import called  # which needs torch
+    from marlhf.common.plugins import plugin_call  # which needs torch
 
-    return called(where)
+    return plugin_call(where)
 
 
 def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
@@ -221,9 +221,9 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
         names = ", ".join(arguments) or "no argument"
         parameters = ", ".join(signature.parameters) or "none"
         raise UserError(f"{where}: given {names}; its parameters are {parameters}") from None
-    from marlhf.common.plugins import called  # which needs torch
+    from marlhf.common.plugins import plugin_call  # which needs torch
 
-    with called(where):
+    with plugin_call(where):
         try:
             checked = _check_types(factory, arguments) if inspect.isclass(factory) else arguments
             built = factory(**checked)

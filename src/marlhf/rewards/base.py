@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from marlhf.common.errors import UserError
-from marlhf.common.plugins import called
+from marlhf.common.plugins import plugin_call
 from marlhf.common.types import RewardResult
 from marlhf.distributed import Placement
 from marlhf.rewards.calls import (
@@ -119,7 +119,7 @@ class CombinedReward:
         for reward in self.rewards:
             if placement is not None and isinstance(reward.function, Placeable):
                 reward.function.use_placement(placement)
-            with called(f"reward {reward.name}"):
+            with plugin_call(f"reward {reward.name}"):
                 if callable(load := getattr(reward.function, "load", None)):
                     try:
                         load()
@@ -140,7 +140,7 @@ class CombinedReward:
     def to(self, device: Any) -> CombinedReward:
         """Move every reward that runs a model to `device`."""
         for reward in self.rewards:
-            with called(f"reward {reward.name}"):
+            with plugin_call(f"reward {reward.name}"):
                 if callable(to := getattr(reward.function, "to", None)):
                     to(device)
         return self

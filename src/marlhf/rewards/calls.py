@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from marlhf.common.errors import ReportedError, UserError, one_line, raised, short_repr
-from marlhf.common.plugins import called, copied
+from marlhf.common.plugins import copied, plugin_call
 from marlhf.common.registry import check_call
 
 RewardFn = Callable[..., Any]
@@ -87,7 +87,7 @@ def evaluate(
     A UserError that the reward raises passes through.
     """
     try:
-        with called(name, _FailedError):
+        with plugin_call(name, _FailedError):
             values: Any = _call(function, prompts, completions, columns)
     except _FailedError as failed:
         if isinstance(failed.__cause__, UserError):
@@ -96,7 +96,7 @@ def evaluate(
         raise _error(name, row, prompts, raised(cause)) from cause
     row, checked = None, []
     try:
-        with called(name, _FailedError):
+        with plugin_call(name, _FailedError):
             for row, value in enumerate(_listed(values, len(prompts))):
                 checked.append(_checked(value, len(completions[row])))
     except _FailedError as failed:
@@ -133,7 +133,7 @@ def _first_failure(
         for part in (slice(first, middle), slice(middle, last)):
             rows = {name: list(column)[part] for name, column in columns.items()}
             try:
-                with called(name, _FailedError):
+                with plugin_call(name, _FailedError):
                     _call(function, prompts[part], completions[part], rows)
             except _FailedError as smaller:
                 first, last, error = part.start, part.stop, _cause(smaller)

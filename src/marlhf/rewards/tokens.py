@@ -17,7 +17,7 @@ from torch import Tensor
 
 from marlhf.algorithm.experience import Rollout
 from marlhf.common.errors import UserError, short_repr
-from marlhf.common.plugins import called, copied, names_required, numbers, unchanged
+from marlhf.common.plugins import copied, names_required, numbers, plugin_call, unchanged
 from marlhf.common.registry import Registry, check_call, construct, split_spec
 from marlhf.common.types import REF_LOGPROBS, AllReduceSum
 from marlhf.rewards.building import free_name, is_pair, weight_of
@@ -106,7 +106,7 @@ class CombinedTokenReward:
     def to(self, device: Any) -> CombinedTokenReward:
         """Move all to `device`."""
         for named in self.rewards:
-            with called(f"token reward {named.name}"):
+            with plugin_call(f"token reward {named.name}"):
                 named.reward.to(device)
         return self
 
@@ -161,7 +161,7 @@ def _protected(named: NamedTokenReward, rollout: Rollout) -> Iterator[Rollout]:
     """
     name, tokenizer = f"token reward {named.name}", rollout.responses.tokenizer
     extras = {f"rollout.extras[{key!r}]": x for key, x in rollout.extras.items()}
-    with called(name, RewardError):
+    with plugin_call(name, RewardError):
         rollout_copy = replace(copied(replace(rollout, extras={})), extras=dict(rollout.extras))
         with unchanged(name, RewardError, tokenizer, extras):
             yield rollout_copy

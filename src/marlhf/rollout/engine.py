@@ -17,7 +17,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from marlhf.common.errors import UserError, short_repr
-from marlhf.common.plugins import called
+from marlhf.common.plugins import plugin_call
 from marlhf.common.registry import Registry, Spec
 from marlhf.common.tokenization import Tokenizer
 from marlhf.common.types import Generation
@@ -102,7 +102,7 @@ def start_engine(factory: EngineFactory, context: EngineContext) -> Engine:
     What an engine of another package raises or gives wrongly later is a UserError that names it.
     """
     name = getattr(factory, "__name__", type(factory).__name__)
-    with called(f"engine {name}"):
+    with plugin_call(f"engine {name}"):
         engine = factory(context)
     if missing := [method for method in METHODS if not callable(getattr(engine, method, None))]:
         raise UserError(

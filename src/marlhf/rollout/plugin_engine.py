@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from marlhf.common.errors import UserError, one_line, say, short_repr
-from marlhf.common.plugins import called, copied
+from marlhf.common.plugins import copied, plugin_call
 from marlhf.common.types import Generation
 from marlhf.config import RolloutSettings
 
@@ -37,7 +37,7 @@ class PluginEngine:
         settings: RolloutSettings,
     ) -> Generation:
         """Sample with the engine, and check the responses. Raises UserError."""
-        with called(self.name):
+        with plugin_call(self.name):
             generation = self.engine.generate(copied(prompts), list(seeds), settings)
         try:
             check_generation(generation, prompts, self.vocabulary)
@@ -59,7 +59,7 @@ class PluginEngine:
                 raise
 
         try:
-            with called(self.name):
+            with plugin_call(self.name):
                 self.engine.update_weights(watched())
         except UserError as error:
             if faults and error.__cause__ is faults[0]:
@@ -68,13 +68,13 @@ class PluginEngine:
 
     def sleep(self) -> None:
         """Let the engine give memory back."""
-        with called(self.name):
+        with plugin_call(self.name):
             self.engine.sleep()
 
     def close(self) -> None:
         """Let the engine release everything; the run is over, so that a fault is only told."""
         try:
-            with called(self.name):
+            with plugin_call(self.name):
                 self.engine.close()
         except UserError as error:
             say(f"marlhf: {error}")

@@ -22,9 +22,9 @@ import torch
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.plugins import (
-    called,
     check_state,
     generators,
+    plugin_call,
     plugin_generators,
     set_generators,
     set_plugin_generators,
@@ -82,9 +82,9 @@ class RunState:
         self._provenance = provenance
         for name, part in self._dicts.items() if config.checkpoint.every else ():
             state: Any = None
-            with suppress(UserError), called(name):  # it may have none before its first call
+            with suppress(UserError), plugin_call(name):  # it may have none before its first call
                 state = part.state_dict()
-            with called(name):  # fails before training rather than at the first checkpoint
+            with plugin_call(name):  # fails before training rather than at the first checkpoint
                 check_state(state)
 
     def is_due(self, step: int, stopping: bool) -> bool:
@@ -152,7 +152,7 @@ class RunState:
             state = read_tensors(file)
             for name, part in self._dicts.items():
                 stage, part_state = file.name, state["parts"][name]
-                with called(name):
+                with plugin_call(name):
                     part.load_state_dict(part_state)
             stage = f"{file.name}, generators"
             of_plugins = state.get("plugins", state["generators"])
@@ -168,7 +168,7 @@ class RunState:
     def _save_rank(self, partial: Path) -> None:
         parts = {}
         for name, part in self._dicts.items():
-            with called(f"checkpoint: {name}"):
+            with plugin_call(f"checkpoint: {name}"):
                 parts[name] = part.state_dict()
                 check_state(parts[name])
         state = {"parts": parts, "generators": generators(), "plugins": plugin_generators()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from marlhf.common.errors import UserError, short_repr
-from marlhf.common.plugins import called, copied, numbers, requirements, unchanged
+from marlhf.common.plugins import copied, numbers, plugin_call, requirements, unchanged
 from marlhf.common.registry import Registry, Spec
 from marlhf.common.types import REF_LOGPROBS, ResponseBatch
 
@@ -95,7 +95,7 @@ def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
     Both the batch and the result are copied, so that the segmenter cannot change the run's tensors.
     """
     name = f"segmenter {segmenter_name(segmenter)}"
-    with called(name), unchanged(name, UserError, batch.tokenizer):
+    with plugin_call(name), unchanged(name, UserError, batch.tokenizer):
         starts = validate(segmenter(copied(batch)), batch, segmenter_name(segmenter))
         return starts.clone()
 
@@ -109,7 +109,7 @@ def learn(
     """
     if (method := getattr(segmenter, "learn", None)) is not None:
         responses = copied(gather(batch.unpadded))
-        with called(f"segmenter {segmenter_name(segmenter)}"):
+        with plugin_call(f"segmenter {segmenter_name(segmenter)}"):
             method(responses)
 
 
@@ -229,5 +229,5 @@ def segmenter_name(segmenter: SegmenterFn) -> str:
 def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:
     """Metrics of a segmenter's last batch, by its optional method `metrics`. Raises UserError."""
     method: Callable[[], Mapping[str, float]] = getattr(segmenter, "metrics", dict)
-    with called(f"segmenter {segmenter_name(segmenter)}"):
+    with plugin_call(f"segmenter {segmenter_name(segmenter)}"):
         return numbers(method())

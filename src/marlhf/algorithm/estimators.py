@@ -19,7 +19,7 @@ from marlhf.algorithm.advantages import gae, group_relative, group_std
 from marlhf.algorithm.lambdas import build_lambdas
 from marlhf.common.errors import UserError, short_repr
 from marlhf.common.plugins import copied, plugin_call, requirements
-from marlhf.common.registry import Registry, Spec
+from marlhf.common.registry import Registry, Spec, plugin_name
 from marlhf.common.types import AllReduceSum
 from marlhf.config import PPOConfig
 
@@ -183,14 +183,9 @@ def build_estimator(spec: Spec | Estimator) -> Estimator:
     return ESTIMATORS.build(spec)
 
 
-def estimator_name(estimator: Estimator) -> str:
-    """Name of an estimator in messages."""
-    return getattr(estimator, "__name__", type(estimator).__name__)
-
-
 def estimator_requires(estimator: Estimator) -> frozenset[str]:
     """The attribute `requires`: names of `POSSIBLE`, none by default. Raises UserError."""
-    return requirements(estimator, f"estimator {estimator_name(estimator)}", POSSIBLE, frozenset())
+    return requirements(estimator, ESTIMATORS.label(estimator), POSSIBLE, frozenset())
 
 
 def check_estimator(estimator: Estimator, config: PPOConfig) -> None:
@@ -200,7 +195,7 @@ def check_estimator(estimator: Estimator, config: PPOConfig) -> None:
             build_lambdas(lam)
     requires = estimator_requires(estimator)
     if "values" not in requires:
-        name, groups = estimator_name(estimator), "groups" in requires
+        name, groups = plugin_name(estimator), "groups" in requires
         if fault := config.estimator_fault(name, groups=groups):
             raise UserError(fault)
 
@@ -211,7 +206,7 @@ def estimate_credit(estimator: Estimator, inputs: CreditInputs) -> Credit:
     Both inputs and result are copied, so that it cannot change the run's tensors. Returns 0 outside
     the mask.
     """
-    name = f"estimator {estimator_name(estimator)}"
+    name = ESTIMATORS.label(estimator)
     with plugin_call(name):
         credit = estimator(copied(inputs))
     if not isinstance(credit, Credit):

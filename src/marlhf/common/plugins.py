@@ -89,28 +89,21 @@ def numbers(returned: Any) -> dict[str, float]:
     return metrics
 
 
-def names_required(requires: Any, possible: frozenset[str]) -> frozenset[str]:
-    """Check a plug-in's attribute `requires`. Raises UserError without the plug-in's name."""
-    possibly = ", ".join(sorted(possible))
-    if isinstance(requires, str) or not isinstance(requires, set | frozenset | list | tuple):
-        raise UserError(
-            f"requires: given {short_repr(requires)}, must be a set of names: {possibly}"
-        )
-    if unknown := [name for name in requires if name not in possible]:
-        raise UserError(f"requires {', '.join(sorted(map(str, unknown)))}; possible: {possibly}")
-    return frozenset(requires)
-
-
 def requirements(
     plugin: Any, name: str, possible: frozenset[str], default: frozenset[str]
 ) -> frozenset[str]:
     """A plug-in's attribute `requires`, or `default` without one. Raises UserError, by its name."""
     with plugin_call(name):
         requires = getattr(plugin, "requires", default)
-    try:
-        return names_required(requires, possible)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+    names = ", ".join(sorted(possible))
+    if isinstance(requires, str) or not isinstance(requires, set | frozenset | list | tuple):
+        raise UserError(
+            f"{name}: requires: given {short_repr(requires)}, must be a set of names: {names}"
+        )
+    if unknown := [item for item in requires if item not in possible]:
+        wrong = ", ".join(sorted(map(str, unknown)))
+        raise UserError(f"{name}: requires {wrong}; possible: {names}")
+    return frozenset(requires)
 
 
 def check_state(state: Any) -> None:

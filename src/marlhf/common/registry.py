@@ -76,10 +76,13 @@ class Registry:
         """
         plugin = self._build(spec)
         if self.argument is not None:
-            name = spec if isinstance(spec, str) else getattr(plugin, "__name__", None)
-            where = f"{self.kind} {name or type(plugin).__name__}"
+            where = f"{self.kind} {spec}" if isinstance(spec, str) else self.label(plugin)
             check_call(plugin, where, [self.argument])
         return plugin
+
+    def label(self, plugin: Any) -> str:
+        """A plug-in as messages call it: `estimator GAE`."""
+        return f"{self.kind} {plugin_name(plugin)}"
 
     def _build(self, spec: Any) -> Any:
         kind = self.kind
@@ -162,6 +165,19 @@ def split_spec(spec: Spec, kind: str) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
+def without_arguments(function: Any) -> Any:
+    """The callable in a `functools.partial`; any other as it is."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def plugin_name(plugin: Any) -> str:
+    """Name of a function or class, else of the object's class."""
+    plugin = without_arguments(plugin)
+    return getattr(plugin, "__name__", None) or type(plugin).__name__
+
+
 def spec_label(spec: Any) -> str:
     """Display name of a spec: `ngram(n=3)`, `union(of=[ngram(n=10), line])`."""
     if isinstance(spec, list | tuple):
@@ -180,9 +196,7 @@ def check_call(
 
     A plug-in whose parameters Python cannot inspect passes. Raises UserError, naming `where`.
     """
-    code = function
-    while isinstance(code, functools.partial):
-        code = code.func
+    code = without_arguments(function)
     if not inspect.isroutine(code):
         code = type(code).__call__
     for kind, tests in _DEFERRED.items():

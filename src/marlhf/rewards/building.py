@@ -10,7 +10,15 @@ from typing import Any
 
 from marlhf.common.errors import UserError
 from marlhf.common.paths import local_path
-from marlhf.common.registry import Registry, Spec, construct, import_path, split_spec
+from marlhf.common.registry import (
+    Registry,
+    Spec,
+    construct,
+    import_path,
+    plugin_name,
+    split_spec,
+    without_arguments,
+)
 from marlhf.rewards.base import CombinedReward, NamedReward
 from marlhf.rewards.calls import RewardFn, column_parameters
 
@@ -144,8 +152,7 @@ def _bind(function: Any, arguments: dict[str, Any], name: str) -> RewardFn:
 
 def _function_name(function: Any) -> str:
     """A built-in reward's short name, else a function's name, else that of the class."""
-    if isinstance(function, functools.partial):
-        return _function_name(function.func)
+    function = without_arguments(function)
     path = f"{type(function).__module__}.{type(function).__qualname__}"
     short = {path: name for name, path in REWARDS.factories.items()}.get(path)
-    return short or getattr(function, "__name__", None) or type(function).__name__
+    return short or plugin_name(function)

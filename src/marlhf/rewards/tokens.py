@@ -17,8 +17,8 @@ from torch import Tensor
 
 from marlhf.algorithm.experience import Rollout
 from marlhf.common.errors import UserError, short_repr
-from marlhf.common.plugins import copied, names_required, numbers, plugin_call, unchanged
-from marlhf.common.registry import Registry, check_call, construct, split_spec
+from marlhf.common.plugins import copied, numbers, plugin_call, requirements, unchanged
+from marlhf.common.registry import Registry, check_call, construct, plugin_name, split_spec
 from marlhf.common.types import REF_LOGPROBS, AllReduceSum
 from marlhf.rewards.building import free_name, is_pair, weight_of
 from marlhf.rewards.calls import RewardError
@@ -130,7 +130,7 @@ def _build(spec: Any) -> NamedTokenReward:
     if is_pair(spec):
         named, weight = _build(spec[0]), weight_of(spec[1])
         return NamedTokenReward(named.name, named.reward, named.weight * weight)
-    weight, name, reward = 1.0, getattr(spec, "__name__", type(spec).__name__), spec
+    weight, name, reward = 1.0, plugin_name(spec), spec
     if isinstance(spec, str | dict):
         name, arguments = split_spec(spec, "token reward")
         weight = weight_of(arguments.pop("weight", 1.0))
@@ -143,10 +143,7 @@ def _build(spec: Any) -> NamedTokenReward:
             f"token reward {name}: given {short_repr(reward)}, must be a subclass of "
             "marlhf.rewards.TokenReward, or an object of one"
         )
-    try:
-        names_required(reward.requires, EXTRAS | REF_LOGPROBS)
-    except UserError as error:
-        raise UserError(f"token reward {name}: {error}") from None
+    requirements(reward, f"token reward {name}", EXTRAS | REF_LOGPROBS, REF_LOGPROBS)
     if type(reward).__call__ is TokenReward.__call__:
         raise UserError(f"token reward {name}: must have a method __call__(self, rollout)")
     check_call(reward, f"token reward {name}", ["rollout"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from marlhf.common.errors import UserError, short_repr
 from marlhf.common.plugins import plugin_call
-from marlhf.common.registry import Registry, Spec
+from marlhf.common.registry import Registry, Spec, plugin_name
 from marlhf.common.tokenization import Tokenizer
 from marlhf.common.types import Generation
 from marlhf.config import RolloutSettings
@@ -101,21 +101,21 @@ def start_engine(factory: EngineFactory, context: EngineContext) -> Engine:
 
     What an engine of another package raises or gives wrongly later is a UserError that names it.
     """
-    name = getattr(factory, "__name__", type(factory).__name__)
-    with plugin_call(f"engine {name}"):
+    name = ENGINES.label(factory)
+    with plugin_call(name):
         engine = factory(context)
     if missing := [method for method in METHODS if not callable(getattr(engine, method, None))]:
         raise UserError(
-            f"engine {name}: gave {short_repr(engine)}, which has no {', '.join(missing)}; an "
+            f"{name}: gave {short_repr(engine)}, which has no {', '.join(missing)}; an "
             f"engine has the methods {', '.join(METHODS)}"
         )
     if type(engine).__module__.startswith("marlhf."):  # a fault there is a bug
         return engine
     policy = context.distributed.unwrap(context.policy)
     vocabulary = unwrapped(policy.model).get_input_embeddings().num_embeddings
-    return PluginEngine(f"engine {name}", engine, vocabulary, context.distributed.device)
+    return PluginEngine(name, engine, vocabulary, context.distributed.device)
 
 
 def engine_name(engine: Engine) -> str:
-    """Name of an engine in messages: its class's."""
-    return type(engine.engine if isinstance(engine, PluginEngine) else engine).__name__
+    """Name of an engine in messages."""
+    return plugin_name(engine.engine if isinstance(engine, PluginEngine) else engine)

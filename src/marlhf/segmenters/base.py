@@ -17,7 +17,7 @@ from torch import Tensor
 
 from marlhf.common.errors import UserError, short_repr
 from marlhf.common.plugins import copied, numbers, plugin_call, requirements, unchanged
-from marlhf.common.registry import Registry, Spec
+from marlhf.common.registry import Registry, Spec, plugin_name
 from marlhf.common.types import REF_LOGPROBS, ResponseBatch
 
 SegmenterFn = Callable[[ResponseBatch], Tensor]
@@ -220,10 +220,9 @@ def segmenter_requires(segmenter: SegmenterFn) -> frozenset[str]:
 
 
 def segmenter_name(segmenter: SegmenterFn) -> str:
-    """Name of a segmenter in messages: its `__name__`, a dataclass's repr, or its class name."""
-    if name := getattr(segmenter, "__name__", None):
-        return name
-    return short_repr(segmenter, 300) if is_dataclass(segmenter) else type(segmenter).__name__
+    """Name of a segmenter in messages: a dataclass's repr, with its settings, or `plugin_name`."""
+    is_record = is_dataclass(segmenter) and not isinstance(segmenter, type)
+    return short_repr(segmenter, 300) if is_record else plugin_name(segmenter)
 
 
 def segmenter_metrics(segmenter: SegmenterFn) -> dict[str, float]:

@@ -229,6 +229,17 @@ def test_own_and_pythons_names_are_not_private(tmp_path):
     assert private_names(file, declared_attributes(SOURCE / "marlhf" / "compat")) == []
 
 
+def test_first_sentences_of_docstrings_are_short():
+    long = []
+    for file in (SOURCE / "marlhf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = re.split(r"[.!?]\s|\n\n", ast.get_docstring(node) or "")[0]
+                if len(re.findall(r"\S*\w\S*", first)) > 15:
+                    long.append(f"{file.name}: {first}")
+    assert long == []
+
+
 def test_no_file_is_long():
     folders = ("src", "tests", "examples", "scripts", "benchmarks")
     files = [file for folder in folders for file in (REPOSITORY / folder).rglob("*.py")]

@@ -130,7 +130,7 @@ def _show_fault(kind: Any, error: BaseException, trace: Any) -> None:
 
 
 def _report(error: Exception) -> bool:
-    """Print an error as one line for the user; False for a bug, which deserves a traceback."""
+    """Print an error as one line; False for a bug, which deserves a traceback."""
     if "marlhf.distributed" in sys.modules:  # else no other rank can be the cause
         from marlhf.distributed import lost_peer
 

@@ -39,9 +39,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class PerToken:
-    """lam^w for a macro action of w tokens: the credit horizon is `1 / (1 - lam)` tokens.
+    """lam^w for a macro action of w tokens.
 
-    With it segmenters differ in where they cut alone, and not in how far credit reaches.
+    The credit horizon is `1 / (1 - lam)` tokens, so that segmenters
+    differ in where they cut alone, and not in how far credit reaches.
     """
 
     lam: float = 0.99

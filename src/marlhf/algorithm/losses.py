@@ -154,7 +154,7 @@ def kl_loss(
 def aggregation(
     mask_BT: Tensor, how: Aggregate, tokens: float, responses: float, limit: int
 ) -> tuple[Tensor | None, float]:
-    """Weights [B,T] of a loss's terms, None for 1, and what their sum is divided by.
+    """Weights [B,T] of a loss's terms, None for 1, and the denominator of their sum.
 
     token       mean over all tokens (DAPO, arXiv 2503.14476)
     response    mean over the tokens of each response, then over responses (GRPO, arXiv 2402.03300)

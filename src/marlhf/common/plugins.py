@@ -197,7 +197,7 @@ def unchanged(
     tokenizer: Tokenizer | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Wrap a call whose arguments are too large to copy: a change to them raises `error`."""
+    """Raise `error` where a call changes arguments that are too large to copy."""
     tensors = tensors or {}
     settings = _tokenizer_settings(tokenizer)
     digests = {key: _digest(x) for key, x in tensors.items()}

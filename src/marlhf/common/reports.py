@@ -20,7 +20,7 @@ _REPORTED = "error"  # file that exists once a rank has printed an error
 
 
 def report(message: str, head: str = "marlhf: ") -> None:
-    """Print an error of this rank, unless another rank of this node has printed the same.
+    """Print an error of this rank, unless another of this node has printed it.
 
     The line names the rank, except the first.
     """
@@ -33,7 +33,7 @@ def report(message: str, head: str = "marlhf: ") -> None:
 
 
 def report_of_peer(message: str, has_ended: bool) -> None:
-    """Print the failure of another rank, unless a rank of this node prints its own error.
+    """Print another rank's failure, unless a rank of this node prints its own.
 
     has_ended   that rank prints nothing any more
     """

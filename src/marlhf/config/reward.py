@@ -20,8 +20,9 @@ from marlhf.config.supervised import SupervisedConfig
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class PairDataSettings(DataSettings):
-    """Pairs of answers, one preferred: JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder,
-    or a hub name."""
+    """Pairs of answers, one preferred.
+
+    A JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder, or a hub name."""
 
     chosen_column: str = "chosen"
     """Column with the preferred answer: text, or a list of chat messages, those after the prompt

@@ -21,8 +21,9 @@ from marlhf.config.supervised import SupervisedConfig
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SFTDataSettings(DataSettings):
-    """Prompts with completions, conversations, or plain text: JSONL, JSON, CSV or Parquet file, a
-    `save_to_disk` folder, or a hub name."""
+    """Prompts with completions, conversations, or plain text.
+
+    A JSONL, JSON, CSV or Parquet file, a `save_to_disk` folder, or a hub name."""
 
     completion_column: str = "completion"
     """Column with the completion: text, or a list of chat messages after those of the prompt."""

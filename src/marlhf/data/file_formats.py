@@ -1,4 +1,4 @@
-"""Reads one data file, row by row: JSON Lines, JSON, CSV, TSV or Parquet, plain or compressed.
+"""Reads a file row by row: JSON Lines, JSON, CSV, TSV, Parquet, plain or compressed.
 
 Every cell of CSV and TSV is text, since such a file has no types: `007` is not 7.
 """

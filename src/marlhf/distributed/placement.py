@@ -75,7 +75,7 @@ class Ranks(Protocol):
 
 
 class Placement:
-    """Reads models on the first rank, and gives each rank what it keeps of their weights.
+    """Reads models on the first rank, and gives every rank its weights.
 
     ranks    None: this process is alone
     device   where weights live; default: the rank's device, or the CPU

@@ -38,7 +38,7 @@ def remember(processes: list[tuple[str, int]], timeout_minutes: float) -> None:
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """A message where an error, or a cause of it, is a failed collective; else None.
+    """A message if an error, or its cause, is a failed collective; else None.
 
     A collective fails where another rank has exited or timed out; the message names it if it is of
     this node.

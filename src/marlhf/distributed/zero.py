@@ -55,7 +55,7 @@ def has_shards(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(module: nn.Module, offloads: Sequence[Any], bf16: bool) -> Iterator[None]:
-    """Context with all weights of a module gathered: forward passes in it need no other rank.
+    """Context with a module's weights gathered: its forward passes need no other rank.
 
     offloads   `DeepSpeedZeRoOffload` handles, whose hooks are off meanwhile
     bf16       weights of linear layers are bf16 copies, rounded as by autocast

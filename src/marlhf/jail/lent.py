@@ -149,7 +149,7 @@ def _method(name: str, trust: int) -> Callable[..., Any]:
 
 
 def is_deliberate(error: BaseException | None) -> bool:
-    """Whether a test raised on purpose: by `raise`, or in a line of constants such as `1 / 0`.
+    """Whether a test raised on purpose: `raise`, or constants such as `1 / 0`.
 
     A context manager may suppress such exceptions, but not a failed assertion.
     """

@@ -301,7 +301,7 @@ class Peer:
         is_class: bool = False,
         trust: int | None = None,
     ) -> Lent:
-        """The proxy of an object at the other end, at a trust level (default: this end's)."""
+        """The proxy of a remote object, at a trust level (default: this end's)."""
         trust = self.trust if trust is None else trust
         key = int(number), trust
         if key not in self._proxies:

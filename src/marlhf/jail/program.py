@@ -1,4 +1,4 @@
-"""The first process of a jail: compiles a program and runs it, or tests one in another jail.
+"""The first process of a jail: runs a program, or tests one in another jail.
 
 A program under test is run by one of
 

@@ -365,7 +365,7 @@ class Decoder:
         return tuple.__new__(kind, (self.uncalled(value) for value in values))
 
     def uncalled(self, value: Any) -> Any:
-        """The value, or `Opaque` for a callable of an untrusted writer: a test could call it."""
+        """The value, but `Opaque` for an untrusted callable, which a test could call."""
         return Opaque() if self.untrusted and callable(value) else value
 
     def _member(self, name: str, member: str, value: Any) -> Any:

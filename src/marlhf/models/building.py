@@ -1,4 +1,7 @@
-"""Policy, reference and critic of a run: where the critic starts, and which weights are shared."""
+"""Builds policy, reference and critic of a run.
+
+Decides where the critic starts, and which weights are shared.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def build_models(
     placement: Placement = ALONE,
     needs_reference: bool = True,
 ) -> Models:
-    """Build the policy, the reference if it is needed, and the critic if there is a separate one.
+    """Build the policy, with the reference and a separate critic where there are any.
 
     A critic that is a head on the policy is built as part of it.
 

@@ -34,7 +34,7 @@ def eos_token_ids(lm: Any, tokenizer: Tokenizer, key: str = "model.path") -> lis
 
 
 class Decoder:
-    """Incremental decoding of a causal LM with a KV cache: prefill, then one token per call."""
+    """Incremental decoding with a KV cache: prefill, then one token per call."""
 
     def __init__(self, lm: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         """Prefill `prompt_ids [U,P]`, left-padded according to `prompt_mask`."""

@@ -184,7 +184,7 @@ def admit(
 
 
 def fix_positions(model: Any, longest: int | None) -> int | None:
-    """Fix rotary factors for the longest sequence, and return its length, if there is a limit."""
+    """Fix rotary factors for the longest sequence; return its length where that is limited."""
     limits = (longest, position_limit(model.config))
     longest = min((n for n in limits if n is not None), default=None)
     if longest is not None:

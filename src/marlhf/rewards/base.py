@@ -35,7 +35,7 @@ from marlhf.rewards.calls import (
 
 @runtime_checkable
 class Placeable(Protocol):
-    """A reward whose model is read once for all ranks, and may be sharded over them."""
+    """A reward whose model is loaded once for all ranks, and may be sharded."""
 
     def use_placement(self, placement: Placement) -> None:
         """Load the model by `placement`, on all ranks together."""

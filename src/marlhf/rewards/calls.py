@@ -64,7 +64,7 @@ def column_parameters(function: RewardFn) -> list[inspect.Parameter]:
 
 
 def _names_texts(parameters: Sequence[inspect.Parameter]) -> bool:
-    """Whether a reward names its texts as the contract does, in any order, or takes names alone."""
+    """Whether a reward takes its texts by the contract's names, or all by name."""
     by_name = [p for p in parameters if p.kind in (p.VAR_KEYWORD, p.KEYWORD_ONLY)]
     names = any(p.name == "completions" and p.kind != p.POSITIONAL_ONLY for p in parameters)
     return names or (bool(by_name) and len(by_name) == len(parameters))
@@ -206,7 +206,7 @@ def check_signature(name: str, function: RewardFn, available: Iterable[str]) -> 
 
 
 def _names(function: RewardFn, available: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Names of the texts that a reward gets by position, and of all that it gets by name."""
+    """What a reward gets: names of texts by position, and of all by name."""
     parameters, accepted = _parameters(function), column_parameters(function)
     texts = ["prompts", "completions"]
     if any(p.kind == p.VAR_KEYWORD for p in accepted):

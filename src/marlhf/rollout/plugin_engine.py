@@ -72,7 +72,7 @@ class PluginEngine:
             self.engine.sleep()
 
     def close(self) -> None:
-        """Let the engine release everything; the run is over, so that a fault is only told."""
+        """Let the engine release everything; a fault is printed, as the run is over."""
         try:
             with plugin_call(self.name):
                 self.engine.close()
@@ -109,7 +109,7 @@ def check_generation(generation: Any, prompts: Sequence[Sequence[int]], vocabula
 
 
 def _check_form(name: str, x: Any, sizes: dict[str, int]) -> None:
-    """Check layout, shape and dtype of a field; `sizes` are those of the axes seen before."""
+    """Check layout, shape and dtype of a field, and collect `sizes` of the axes."""
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
         raise TypeError(f"{name} is {short_repr(x)}, must be a dense tensor")
     axes = _AXES.get(name, "BT")

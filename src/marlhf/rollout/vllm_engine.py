@@ -165,7 +165,7 @@ class VLLMEngine:
             self._asleep = False
 
     def _with_tied(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights, tied ones under each of their names: vLLM may keep a packed copy of each."""
+        """The weights, tied ones under every name: vLLM may pack each separately."""
         for name, weight in weights:
             yield name, weight
             for other in self._tied.get(name, ()):

@@ -226,7 +226,7 @@ class Provenance:
         return changed
 
     def quick_facts(self) -> Facts:
-        """Facts that need no full read of a file: its size, and a digest of parts of it.
+        """Size of a file, and a digest of parts of it: no full read.
 
         Raises OSError.
         """

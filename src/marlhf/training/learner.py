@@ -169,7 +169,7 @@ class Learner:
         self.trained.discard()
 
     def _agree(self, loss: float, norm: float) -> Gradient:
-        """Agree with all ranks on whether the gradient is finite: all take the step, or none."""
+        """Agree on whether the gradient is finite: all ranks take the step, or none."""
         fault = 0.0 if math.isfinite(loss) and math.isfinite(norm) else 1.0
         faults = self.distributed.all_reduce(torch.tensor(fault))
         finite = float(faults) == 0.0

@@ -260,7 +260,7 @@ def shares(
 
 
 def set_up(config: AnyConfig) -> tuple[AnyConfig, Distributed, Tokenizer]:
-    """Join the ranks and load the tokenizer: the first steps of a job, before it reads its data.
+    """Join the ranks and load the tokenizer, before a job reads its data.
 
     Returns the configuration with the date of chat templates fixed. Raises UserError.
     """

@@ -156,4 +156,6 @@ def test_links_are_removed_and_not_followed(tmp_path):
     (inside / "deep" / "link").symlink_to(outside)
     (inside / "link").symlink_to(outside)
     assert scratch.remove(str(inside))
+    inside.symlink_to(outside)  # in the place of the folder itself
+    assert scratch.remove(str(inside))
     assert [path.name for path in tmp_path.rglob("*")] == ["outside", "kept"]

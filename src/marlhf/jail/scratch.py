@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from contextlib import suppress
 
@@ -11,30 +12,34 @@ def remove(folder: str, seconds: float = 30.0) -> bool:
     """Remove a folder and its contents; False where that is not possible now.
 
     Nested folders are moved up to the first level, so that no path is longer than the system
-    allows, and nothing recurses.
+    allows, and nothing recurses. A program may have put a link in the folder's place: it is removed
+    and not followed.
     """
     deadline = time.monotonic() + seconds
     prefix, moved = os.urandom(8).hex(), 0
     try:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            os.unlink(folder)
+            return True
         os.chmod(folder, 0o700)
-        while time.monotonic() < deadline:
+        while True:
             with os.scandir(folder) as entries:
-                entry = next(entries, None)
-            if entry is None:
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for name in names:
+                path = os.path.join(folder, name)
+                os.chmod(path, 0o700)
+                with os.scandir(path) as entries:
+                    for inner in entries:
+                        if inner.is_dir(follow_symlinks=False):
+                            os.chmod(inner.path, 0o700)
+                            os.rename(inner.path, os.path.join(folder, f"{prefix}{moved}"))
+                            moved += 1
+                _unlink_all(path, deadline)
+                os.rmdir(path)
+            _unlink_all(folder, deadline)
+            if not names:
                 os.rmdir(folder)
                 return True
-            if not entry.is_dir(follow_symlinks=False):
-                _unlink_all(folder, deadline)
-                continue
-            os.chmod(entry.path, 0o700)
-            with os.scandir(entry.path) as entries:
-                for inner in entries:
-                    if inner.is_dir(follow_symlinks=False):
-                        os.chmod(inner.path, 0o700)
-                        os.rename(inner.path, os.path.join(folder, f"{prefix}{moved}"))
-                        moved += 1
-            _unlink_all(entry.path, deadline)
-            os.rmdir(entry.path)
     except FileNotFoundError:
         return not os.path.lexists(folder)
     except OSError:
@@ -43,7 +48,9 @@ def remove(folder: str, seconds: float = 30.0) -> bool:
 
 
 def _unlink_all(folder: str, deadline: float) -> None:
-    """Remove the files of a folder."""
+    """Remove the files of a folder. Raises TimeoutError after the deadline."""
+    if time.monotonic() > deadline:
+        raise TimeoutError
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):

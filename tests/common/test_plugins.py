@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.runs import PROMPTS, tiny_config, tiny_trainer, vowels
+from tokenizers import decoders
 
 from marlhf.common.errors import UserError
 from marlhf.common.types import ResponseBatch
@@ -201,6 +202,7 @@ def test_changed_extras_are_an_error_that_names_them(harm: Any, tmp_path: Path) 
         (lambda t: setattr(t, "pad_token", "</s>"), "special_tokens_map"),
         (lambda t: t.add_tokens(["new"]), "vocabulary"),
         (lambda t: setattr(t, "chat_template", "x"), "chat_template"),
+        (lambda t: setattr(t.backend_tokenizer, "decoder", decoders.Fuse()), "decoder"),
     ],
 )
 def test_a_changed_tokenizer_is_an_error_that_names_it(

@@ -38,6 +38,7 @@ _TOKENIZER_SETTINGS = (
     *("special_tokens_map", "all_special_ids", "clean_up_tokenization_spaces"),
     *("add_bos_token", "add_eos_token"),
 )
+_BACKEND_SETTINGS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 # --- calls and their return values
@@ -202,9 +203,10 @@ def unchanged(
     settings = _tokenizer_settings(tokenizer)
     digests = {key: _digest(x) for key, x in tensors.items()}
     yield
+    settings_now = _tokenizer_settings(tokenizer)
     for key, before in settings.items():
-        if (after := _tokenizer_settings(tokenizer)[key]) != before:
-            changed = f"from {short_repr(before)} to {short_repr(after)}"
+        if settings_now[key] != before:
+            changed = f"from {short_repr(before)} to {short_repr(settings_now[key])}"
             raise error(
                 f"{name}: changed the tokenizer's {key} {changed}; it is the policy's own: work on "
                 "copy.deepcopy(tokenizer)"
@@ -219,6 +221,8 @@ def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     settings = {key: copied(getattr(tokenizer, key, None)) for key in _TOKENIZER_SETTINGS}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    settings |= {key: repr(getattr(backend, key, None)) for key in _BACKEND_SETTINGS}
     return settings | {"vocabulary": len(tokenizer) if hasattr(tokenizer, "__len__") else None}
 
 

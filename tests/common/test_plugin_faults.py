@@ -14,6 +14,7 @@ from test_plugins import Changing, Meddling, nothing, run_with
 from marlhf.common.errors import UserError
 from marlhf.common.types import ResponseBatch
 from marlhf.rewards import RewardError, build_rewards, build_token_rewards
+from marlhf.rollout.scores import check_rewards
 from marlhf.runs import metrics
 from marlhf.segmenters import NGram, segment
 
@@ -64,6 +65,11 @@ def test_optional_methods_are_calls_too(where: str, tmp_path: Path) -> None:
         mine.load_state_dict = nothing  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError, match=r"reward Leaving: raised SystemExit: 0"):
         tiny_trainer(tmp_path, score=mine, checkpoint={"every": 1}, steps=1).train()
+
+
+def test_the_check_of_its_columns_is_a_call_too() -> None:
+    with pytest.raises(UserError, match=r"reward Leaving: check_values: raised SystemExit: 0"):
+        check_rewards(build_rewards(Leaving("check_values")), [])
 
 
 def test_ctrl_c_passes_and_says_where() -> None:

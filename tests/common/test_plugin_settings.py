@@ -118,11 +118,28 @@ def test_inference_mode_that_it_leaves_on_is_an_error_that_names_it() -> None:
         mode.__exit__(None, None, None)
 
 
-def test_a_process_that_it_forks_does_not_go_on_as_the_run() -> None:
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [(None, 1), (ValueError("x"), 1), (SystemExit(0), 0), (SystemExit(3), 3), (SystemExit("x"), 1)],
+)
+def test_a_process_that_it_forks_does_not_go_on_as_the_run(
+    end: BaseException | None, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     children = []
+
+    def fork() -> None:
+        children.append(os.fork())
+        if children[-1] == 0 and end is not None:
+            raise end
+
     try:
-        score_after(lambda: children.append(os.fork()))
+        score_after(fork)
     finally:
-        if children == [0]:
+        if children[-1] == 0:
             os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
+    (child,) = children
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    said = capfd.readouterr().err
+    assert ("in a process that it forked: raised ValueError: x" in said) == (
+        type(end) is ValueError
+    )

@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cached_property, partial
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from marlhf.common.errors import Stopped, UserError, one_line, raised, short_repr
+from marlhf.common.errors import Stopped, UserError, one_line, raised, say, short_repr
 from marlhf.common.process_guard import not_ended, streams_kept
 from marlhf.common.tokenization import Span, Tokenizer
 from marlhf.common.types import ResponseBatch
@@ -51,26 +51,37 @@ def plugin_call(name: str, error: Callable[[str], Exception] = UserError) -> Ite
     SystemExit is a failure too, and so is `os._exit`: a plug-in does not end a run, and never with
     status 0. Exceptions of class `error` pass unchanged. Process settings are restored afterwards,
     and random numbers come from the plug-ins' own streams. A process that a plug-in forks ends
-    where it returns.
+    where it returns or raises.
     """
     process, inference = os.getpid(), torch.is_inference_mode_enabled()
     try:
         with not_ended(), streams_kept() as closed, _settings_kept(), _STREAMS:
             yield
             if os.getpid() != process:
-                os._exit(1)
+                raise SystemExit(1)
         if closed:
             raise RuntimeError(f"closed {', '.join(sorted(closed))}, which the run writes to")
         if torch.is_inference_mode_enabled() != inference:
             raise RuntimeError(f"left torch's inference mode {'off' if inference else 'on'}")
-    except Stopped:
-        raise
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"interrupted in {name}") from interrupt
     except BaseException as fault:
+        if os.getpid() != process:
+            _end_fork(name, fault)
+        if isinstance(fault, Stopped):
+            raise
+        if isinstance(fault, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted in {name}") from fault
         if isinstance(error, type) and isinstance(fault, error):
             raise
         raise error(f"{name}: {raised(fault)}") from fault
+
+
+def _end_fork(name: str, fault: BaseException) -> NoReturn:
+    """End a process that a plug-in forked, with the status that Python would give it."""
+    if not isinstance(fault, SystemExit):
+        say(f"marlhf: {name}: in a process that it forked: {raised(fault)}")
+        os._exit(1)
+    status = 0 if fault.code is None else fault.code
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def numbers(returned: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from marlhf.algorithm.advantages import whiten
 from marlhf.algorithm.experience import Rollout
 from marlhf.common.errors import UserError, one_line
-from marlhf.common.plugins import called
+from marlhf.common.plugins import plugin_call
 from marlhf.common.types import AllReduceSum, Generation
 from marlhf.config import RewardSettings
 from marlhf.data.prompts import Prompt, kinds_of, survey_of
@@ -39,7 +39,7 @@ def check_rewards(reward: CombinedReward, sets: Sequence[Sequence[Prompt]]) -> N
     for named in reward.rewards:
         check = getattr(named.function, "check_values", None)
         if callable(check):
-            with called(f"reward {named.name}: check_values"):
+            with plugin_call(f"reward {named.name}: check_values"):
                 try:
                     check(**columns)
                 except (TypeError, ValueError) as error:

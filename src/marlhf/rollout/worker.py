@@ -17,7 +17,7 @@ from marlhf.algorithm.experience import Rollout
 from marlhf.common.errors import UserError
 from marlhf.common.seeds import row_seed
 from marlhf.common.tokenization import Tokenizer, has_text
-from marlhf.common.types import ResponseBatch, Sequences
+from marlhf.common.types import Generation, ResponseBatch, RewardResult, Sequences
 from marlhf.config import PPOConfig
 from marlhf.data.encoding import encode
 from marlhf.data.prompts import Prompt, render
@@ -63,34 +63,24 @@ class RolloutWorker:
         the requested extras, which only an update needs, and the all-reduces of whitening, as some
         ranks have fewer held-out prompts. with_values requests the critic's values, if any.
         """
-        settings, seed = self.config.rollout, self.config.seed
         texts = [render(p, self.tokenizer) for p in prompts]
         with timer("generate"):
             encoded, truncated = encode(
                 texts,
                 self.tokenizer,
-                settings.max_prompt_length,
+                self.config.rollout.max_prompt_length,
                 special=[p.messages is None for p in prompts],
             )
-            seeds = [row_seed(seed, step, row_id) for row_id in row_ids]
-            generation = self.engine.generate(encoded, seeds, settings)
-            self.engine.sleep()
-            if settings.needs_sampling_logprobs and generation.logprobs is None and not held_out:
-                raise UserError(
-                    f"rollout.engine: {engine_name(self.engine)} does not tell the "
-                    "log-probabilities that it samples with, which rollout.importance and "
-                    "rollout.old_logprobs=engine need"
-                )
+            seeds = [row_seed(self.config.seed, step, row_id) for row_id in row_ids]
+            generation = self._sample(encoded, seeds, held_out)
         with timer("score"):
             sequences = Sequences.of(generation)
-            head = self.config.has_head and with_values
-            extras = {"entropy"} | ({"values"} if head else set())
-            extras |= set() if held_out else self.requested_extras
+            requested = frozenset() if held_out else self.requested_extras
+            with_head = self.config.has_head and with_values
+            extras = {"entropy", *requested, *(("values",) if with_head else ())}
             outputs = self._logprobs(self.policy, sequences, extras)
-            values: dict[str, Tensor] = {}
-            if head:
-                values = {name: outputs.pop(name) for name in ("values", "last_values")}
-            elif self.critic is not None and with_values:
+            values = outputs if with_head else {}
+            if self.critic is not None and with_values:
                 values = self._values(self.critic, sequences)
             reference: dict[str, Tensor] = {}
             if self.reference is not None:
@@ -98,28 +88,18 @@ class RolloutWorker:
             responses = ResponseBatch(
                 token_ids=generation.response_ids,
                 response_mask=generation.response_mask,
-                logprobs=outputs.pop("logprobs"),
+                logprobs=outputs["logprobs"],
                 ref_logprobs=reference.get("logprobs"),
-                entropy=outputs.pop("entropy"),
+                entropy=outputs["entropy"],
                 row_ids=torch.tensor(row_ids),
                 step=step,
-                seed=seed,
+                seed=self.config.seed,
                 tokenizer=self.tokenizer,
                 continues=[has_text(ids, self.tokenizer) for ids in encoded],
                 eos_ids=self.distributed.unwrap(self.policy).eos_ids,
-                skip_special_tokens=settings.skip_special_tokens,
+                skip_special_tokens=self.config.rollout.skip_special_tokens,
             )
-            raw = [p.text for p in prompts]  # rewards read prompts without the chat template
-            score = partial(self.reward, raw, responses.texts, reward_columns(prompts))
-            blocks = held_out or self.distributed.needs_peers  # to gather a reward model's weights
-            rewards = self.distributed.fail_together(score, blocks_on_peers=blocks)
-            scores = torch.tensor(rewards.scores, dtype=torch.float32)
-            dense = torch.zeros(generation.response_mask.shape)
-            if any(rewards.spans):
-                dense = place_spans(rewards.spans, responses.offsets, dense.shape)
-            all_reduce = (lambda x: x) if held_out else self.distributed.all_reduce
-            task_rewards = score_to_rewards(scores, generation, self.config.reward, all_reduce)
-            task_rewards = task_rewards + dense.to(self.distributed.device)
+            rewards, scores, task_rewards = self._reward(prompts, generation, responses, held_out)
         return Rollout(
             prompt_texts=texts,
             generation=generation,
@@ -128,11 +108,47 @@ class RolloutWorker:
             values=values.get("values"),
             last_values=values.get("last_values"),
             rewards=rewards,
-            scores=scores + dense.sum(1),
+            scores=scores,
             task_rewards=task_rewards,
             truncated=torch.tensor(truncated),
-            extras=outputs,
+            extras={name: outputs[name] for name in requested},
         )
+
+    def _sample(
+        self, encoded: Sequence[Sequence[int]], seeds: Sequence[int], held_out: bool
+    ) -> Generation:
+        """One response per prompt of token ids. Raises UserError without log-probs needed."""
+        settings = self.config.rollout
+        generation = self.engine.generate(encoded, seeds, settings)
+        self.engine.sleep()
+        if settings.needs_sampling_logprobs and generation.logprobs is None and not held_out:
+            raise UserError(
+                f"rollout.engine: {engine_name(self.engine)} does not tell the "
+                "log-probabilities that it samples with, which rollout.importance and "
+                "rollout.old_logprobs=engine need"
+            )
+        return generation
+
+    def _reward(
+        self,
+        prompts: Sequence[Prompt],
+        generation: Generation,
+        responses: ResponseBatch,
+        held_out: bool,
+    ) -> tuple[RewardResult, Tensor, Tensor]:
+        """Rewards of responses: `(results, scores [B], task rewards [B,T])`, see `Rollout`."""
+        raw = [p.text for p in prompts]  # rewards read prompts without the chat template
+        reward = partial(self.reward, raw, responses.texts, reward_columns(prompts))
+        blocks = held_out or self.distributed.needs_peers  # to gather a reward model's weights
+        results = self.distributed.fail_together(reward, blocks_on_peers=blocks)
+        scores = torch.tensor(results.scores, dtype=torch.float32)
+        inside = torch.zeros(responses.response_mask.shape)
+        if any(results.spans):
+            inside = place_spans(results.spans, responses.offsets, inside.shape)
+        all_reduce = (lambda x: x) if held_out else self.distributed.all_reduce
+        task_rewards = score_to_rewards(scores, generation, self.config.reward, all_reduce)
+        task_rewards = task_rewards + inside.to(self.distributed.device)
+        return results, scores + inside.sum(1), task_rewards
 
     def _logprobs(
         self, policy: nn.Module, sequences: Sequences, extras: Collection[str] = ()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.loss_inputs import logprobs, per_macro_advantages, policy_inputs
 from support.strategies import Ragged, differs_scalar, fast, ragged
 
-from marlhf.algorithm.losses import aggregation, kl_loss, policy_loss
+from marlhf.algorithm.losses import aggregation, entropy_bonus, kl_loss, policy_loss
 
 
 def looped(
@@ -84,3 +84,11 @@ def test_the_kl_is_averaged_as_the_loss() -> None:
     k3 = torch.expm1(ref - new) - (ref - new)
     wanted = (k3[0].mean() + k3[1, 0]) / 2
     torch.testing.assert_close(kl_loss(new, ref, mask, denominator, weights), wanted)
+
+
+@fast
+@given(ragged())
+def test_the_entropy_bonus_is_the_loop(batch: Ragged) -> None:
+    rows = [[abs(x) for x in row] for row in batch.noise("entropy")]
+    wanted = math.fsum(map(math.fsum, rows)) / sum(batch.lengths)
+    assert not differs_scalar(entropy_bonus(batch.pad(rows), batch.mask), wanted)

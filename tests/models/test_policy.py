@@ -149,8 +149,10 @@ def test_chunks_do_not_change_logprobs_or_gradients(monkeypatch: pytest.MonkeyPa
     def run(logits_per_chunk: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         monkeypatch.setattr(policy, "LOGITS_PER_CHUNK", logits_per_chunk)
         model = tiny_causal_lm("llama")
-        logprobs, _ = forward(Policy(model), batch(), temperature=TEMPERATURE)
-        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+        settings = {"temperature": TEMPERATURE, "extras": ["entropy"]}
+        logprobs, extras = forward(Policy(model), batch(), **settings)
+        weights = torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
+        (logprobs * weights + extras["entropy"] * weights.abs()).sum().backward()
         return logprobs.detach(), {n: p.grad for n, p in model.named_parameters()}
 
     whole, gradients = run(10**9)
@@ -161,11 +163,14 @@ def test_chunks_do_not_change_logprobs_or_gradients(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: after its softcap
-def test_gradients_are_those_of_a_plain_log_softmax(family: str) -> None:
+@pytest.mark.parametrize("parts", [{"logprobs"}, {"entropy"}, {"logprobs", "entropy"}])
+def test_gradients_are_those_of_a_plain_log_softmax(family: str, parts: set[str]) -> None:
     def gradients(ours: bool) -> dict[str, torch.Tensor]:
         model, sequences = tiny_causal_lm(family), batch()
         if ours:
-            logprobs, _ = forward(Policy(model), sequences, temperature=TEMPERATURE)
+            settings = {"temperature": TEMPERATURE, "extras": parts - {"logprobs"}}
+            logprobs, extras = forward(Policy(model), sequences, **settings)
+            entropy = extras.get("entropy")
         else:
             T = sequences.response_mask.shape[1]
             hidden = policy.backbone_forward(
@@ -174,7 +179,12 @@ def test_gradients_are_those_of_a_plain_log_softmax(family: str) -> None:
             plain = (policy.head_of(model)(hidden) / TEMPERATURE).log_softmax(-1)
             logprobs = plain.gather(-1, sequences.input_ids[:, -T:, None]).squeeze(-1)
             logprobs = logprobs.where(sequences.response_mask, 0.0)
-        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+            entropy = -(plain.exp() * plain).sum(-1).where(sequences.response_mask, 0.0)
+        weights = torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
+        loss = (logprobs * weights).sum() if "logprobs" in parts else logprobs.new_zeros(())
+        if "entropy" in parts:
+            loss = loss + (entropy * weights.abs()).sum()
+        loss.backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     found = gradients(ours=True)

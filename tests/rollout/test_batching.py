@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlhf.rollout import batching
-from marlhf.rollout.batching import micro_batches
+from marlhf.rollout.batching import micro_batches, redrawn_minibatches
 
 spans = st.tuples(st.integers(0, 5), st.integers(1, 6))  # padding on the left, tokens
 
@@ -57,3 +57,30 @@ def test_a_long_pass_is_cut_where_rows_end(monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(len(part) for part in micro_batches(rows, 5)) == [1, 2, 2]
     longer = torch.ones(2, 30, dtype=torch.bool)  # a row too long for a pass is one by itself
     assert [len(part) for part in micro_batches(longer, 5)] == [1, 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_redrawn_minibatches_are_a_split_whatever_the_ranks(ranks: int) -> None:
+    """Of 16 prompts with 3 responses each, in 4 minibatches."""
+    alone = [set(part.tolist()) for part in redrawn_minibatches(48, 3, 4, seed=5, epoch=1)]
+    share = 48 // ranks
+    together: list[set[int]] = [set() for _ in range(4)]
+    for rank in range(ranks):
+        parts = redrawn_minibatches(share, 3, 4, seed=5, epoch=1, rank=rank)
+        assert {len(part) for part in parts} == {share // 4}
+        for found, part in zip(together, parts, strict=True):
+            found |= {rank * share + i for i in part.tolist()}
+    assert together == alone
+    assert set().union(*alone) == set(range(48))
+    for part in alone:
+        assert {i // 3 * 3 + k for i in part for k in range(3)} == part  # no prompt is cut
+
+
+def test_every_epoch_and_update_draws_other_minibatches_evenly() -> None:
+    def first(seed: int, epoch: int) -> tuple[int, ...]:
+        return tuple(redrawn_minibatches(8, 1, 2, seed, epoch)[0].tolist())
+
+    draws = [first(seed, epoch) for seed in range(100) for epoch in (1, 2)]
+    assert len(set(draws)) == 16  # 2 choices in each of 4 pairs
+    for prompt in range(8):
+        assert 70 < sum(prompt in draw for draw in draws) < 130

@@ -39,6 +39,9 @@ class Plain:
     kl_horizon: float = 10_000
     texts: tuple[tuple[list[int], int], ...] = ()  # to model in every step, from a place on
     ptx_coef: float = 0.0
+    entropy_coef: float = 0.0
+    positive: float = 1.0  # weight of macro actions with a positive advantage
+    drawn: tuple[tuple[tuple[int, ...], ...], ...] = ()  # minibatches: update, epoch, prompt
     target_kl: float | None = None  # ends the policy's steps of an update
     ratio: str = "token"
     value_loss: str = "token"
@@ -189,8 +192,9 @@ def policy_terms(
             r = torch.exp(torch.as_tensor(log_ratio))
             bounded = min(max(float(r), 1 - s.clip), 1 + s.clip)
             free, held = -a * r, -a * bounded
-            clipped = held > float(free)
-            found.append((held + 0.0 * r if clipped else free, float(r.detach()), clipped))
+            clipped, weight = held > float(free), s.positive if a > 0 else 1.0
+            term = weight * (held + 0.0 * r if clipped else free)
+            found.append((term, float(r.detach()), clipped))
     return found
 
 
@@ -277,10 +281,14 @@ class PlainPPO:
             self.kl_coef = s.kl_coef + s.kl_coef * too_far * len(rows) / s.kl_horizon
 
         policy, value, kls, norms, value_norms = [], [], [], [], []
-        steps, counted, stopped, modelled = 0, 0, False, []
-        for _ in range(s.epochs):
+        steps, counted, stopped, modelled, entropies = 0, 0, False, [], []
+        for epoch in range(s.epochs):
+            prompts = range(len(rows) // s.copies)
+            drawn = [p % s.minibatches for p in prompts]
+            if s.drawn:
+                drawn = s.drawn[self.updates - 1][epoch]
             for i in range(s.minibatches):
-                picked = [r for r in range(len(rows)) if r // s.copies % s.minibatches == i]
+                picked = [r for r in range(len(rows)) if drawn[r // s.copies] == i]
                 if not stopped:
                     tokens = sum(len(rows[r].response) for r in picked)
                     counted += tokens
@@ -293,6 +301,11 @@ class PlainPPO:
                             for a, b in zip(new[r], ref[r], strict=True):
                                 kls.append(torch.exp(b - a) - 1 - (b - a))
                                 loss = loss + s.kl_coef * kls[-1] / tokens
+                    if s.entropy_coef:
+                        for r in picked:
+                            for d in log_softmaxes(self.lm, rows[r], s):
+                                entropies.append(-(d.exp() * d).sum())
+                                loss = loss - s.entropy_coef * entropies[-1] / tokens
                     if s.critic_coef is not None:
                         value += self._value_terms(picked, rows, values, G, segments)
                         found = value[-sum(len(rows[r].response) for r in picked) :]
@@ -312,8 +325,18 @@ class PlainPPO:
                 value += every
                 value_norms.append(self.of_critic.step(mean(x[0] for x in every), factor))
         metrics["policy_loss"] = (
-            sum(float(x[0]) for x in policy) + s.kl_coef * sum(float(x) for x in kls)
+            sum(float(x[0]) for x in policy)
+            + s.kl_coef * sum(float(x) for x in kls)
+            - s.entropy_coef * sum(float(x) for x in entropies)
         ) / counted
+        if s.positive != 1:
+            weights = [
+                s.positive if a > 0 else 1.0
+                for A_row, row in zip(A, segments, strict=True)
+                for a, tokens in zip(A_row, row, strict=True)
+                for _ in tokens
+            ]
+            metrics["loss_weight_mean"] = mean(weights)
         metrics["clip_fraction"] = mean(x[2] for x in policy)
         metrics["ratio_max"] = max(x[1] for x in policy)
         metrics["approx_kl"] = approx_kl(policy)

@@ -41,6 +41,7 @@ from marlhf.training.ppo import PPOTrainer
 
 UPDATES = 2
 TARGET_KL = 0.01
+IN_ORDER = (0, 1) * 4  # the minibatch of each prompt
 TEXT_ROWS = [
     {"prompt": "ab", "text": " c"},
     {"prompt": "what follows is", "text": " long"},
@@ -299,6 +300,15 @@ CASES: dict[str, tuple[Plain, dict[str, Any]]] = {
             "ptx": {"coef": 2.0, "prompt_column": "prompt", "max_length": 12},
             "ppo": {"target_kl": TARGET_KL},
         },
+    ),
+    "entropy bonus": (Plain(entropy_coef=0.3), {"ppo": {"entropy_coef": 0.3}}),
+    "positive advantages weigh more": (
+        Plain(positive=3.0),
+        {"ppo": {"weights": {"name": "positive", "weight": 3.0}}},
+    ),
+    "redrawn minibatches": (
+        Plain(drawn=((IN_ORDER, (1, 0, 1, 0, 0, 1, 1, 0)), (IN_ORDER, (0, 1, 0, 1, 0, 1, 1, 0)))),
+        {"ppo": {"redraw_minibatches": True}},
     ),
     "target_kl": (Plain(target_kl=TARGET_KL), {"ppo": {"target_kl": TARGET_KL}}),
     "lora": (Plain(), {"model": {"lora": {"r": 4}}}),

@@ -88,7 +88,7 @@ ESTIMATORS = Registry(
         "reinforce": "marlhf.algorithm.estimators.Reinforce",
         "prefix_tree": "marlhf.algorithm.prefix_tree.PrefixTree",
     },
-    argument="inputs",
+    arguments=("inputs",),
 )
 
 

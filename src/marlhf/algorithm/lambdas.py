@@ -23,7 +23,7 @@ LAMBDAS = Registry(
         "per_token": "marlhf.algorithm.lambdas.PerToken",
         "length_adaptive": "marlhf.algorithm.lambdas.LengthAdaptive",
     },
-    argument="lengths",
+    arguments=("lengths",),
 )
 
 

@@ -151,6 +151,23 @@ def kl_loss(
     return losses.sum() / _denominator(mask_BT, denominator)
 
 
+def entropy_bonus(
+    entropy_BT: Tensor,
+    mask_BT: Tensor,
+    denominator: Tensor | float | None = None,
+    weights_BT: Tensor | None = None,
+) -> Tensor:
+    """Mean entropy of the policy before each token, nats, differentiable in `entropy_BT`.
+
+    weights_BT   of each token's term; None for 1
+    Source: Williams & Peng 1991; in PPO, arXiv 1707.06347 eq. 9.
+    """
+    entropy = torch.where(mask_BT, entropy_BT, torch.zeros_like(entropy_BT))
+    if weights_BT is not None:
+        entropy = entropy * weights_BT.to(entropy.dtype)
+    return entropy.sum() / _denominator(mask_BT, denominator)
+
+
 def aggregation(
     mask_BT: Tensor, how: Aggregate, tokens: float, responses: float, limit: int
 ) -> tuple[Tensor | None, float]:

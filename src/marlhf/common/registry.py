@@ -42,13 +42,13 @@ class Registry:
     kind        what an error message calls them: "segmenter"
     group       the entry point group that other packages register in
     factories   name -> import path of a class or function
-    argument    what `build` checks that a plug-in can be called with; None: not checked
+    arguments   what `build` checks that a plug-in can be called with; None: not checked
     """
 
     kind: str
     group: str
     factories: dict[str, str]
-    argument: str | None = None
+    arguments: tuple[str, ...] | None = None
 
     def names(self) -> list[str]:
         """Every short name, built in or installed."""
@@ -75,9 +75,9 @@ class Registry:
         and takes no arguments. Raises UserError.
         """
         plugin = self._build(spec)
-        if self.argument is not None:
+        if self.arguments is not None:
             where = f"{self.kind} {spec}" if isinstance(spec, str) else self.label(plugin)
-            check_call(plugin, where, [self.argument])
+            check_call(plugin, where, self.arguments)
         return plugin
 
     def label(self, plugin: Any) -> str:

@@ -97,6 +97,9 @@ class PPOSettings:
     """Passes over each rollout."""
     minibatches: Count = 1
     """Optimiser steps per pass."""
+    redraw_minibatches: bool = False
+    """Split the prompts into minibatches anew in every pass after the first; else all passes have
+    the same ones, in the same order."""
     clip_range: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 0.2
     """The ratio is clipped to [1 - clip_range, 1 + clip_range]; two numbers: how far below and
     above 1 (`[0.2, 0.28]`: DAPO's clip-higher)."""
@@ -106,6 +109,12 @@ class PPOSettings:
     aggregate: Literal["token", "response", "constant"] = "token"
     """Policy loss: mean over all tokens; or over the tokens of each response, then over responses
     (GRPO's paper); or sums over responses, divided by `rollout.max_new_tokens` (Dr. GRPO)."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of an entropy bonus in the policy loss: the policy's entropy before each token, nats,
+    averaged as the loss is."""
+    weights: Spec | list[Spec] = Field(default_factory=list)
+    """Weights of tokens in the policy loss: `low_probability`, `positive`, an import path, a
+    mapping with `name` and arguments, or a list of these, multiplied."""
     value_clip_range: Positive | None = 0.2
     """Values are clipped to this distance from the old ones; null: not at all."""
     logprob_temperature: Literal["sampling", "one"] = "sampling"
@@ -250,6 +259,12 @@ class PPOConfig(TrainingConfig):
                 f"rollout.batch_size: given {self.rollout.batch_size}, with "
                 f"rollout.responses_per_prompt={self.rollout.responses_per_prompt} must make at "
                 f"most {_MOST_RESPONSES} responses per update"
+            )
+        if self.ppo.redraw_minibatches and 1 in (self.ppo.epochs, self.ppo.minibatches):
+            raise ValueError(
+                f"ppo.redraw_minibatches: given true with ppo.epochs={self.ppo.epochs} and "
+                f"ppo.minibatches={self.ppo.minibatches}; both must be above 1, or there is "
+                "nothing to draw anew"
             )
         if fault := self._unused_by_estimator():
             raise ValueError(fault)

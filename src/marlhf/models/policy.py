@@ -81,7 +81,7 @@ class Policy(nn.Module):
         Logits are computed for response positions only, one chunk at a time.
 
         extras   names of further outputs:
-            entropy            [B,T] nats, 0 outside the mask, without a gradient
+            entropy            [B,T] nats, 0 outside the mask
             token_ranks        [B,T] int64, number of likelier tokens, 0 outside the mask
             hidden_states      [B,T+1,H] the last layer's, before each token and after the last
             token_embeddings   [B,T,H] input embeddings of the response tokens
@@ -310,13 +310,13 @@ def target_logprobs(
             logits = logits / temperature
         if ids:  # probability 0 has gradient 0: no need for autograd
             logits.detach()[limited.nonzero(), ids] = torch.finfo(logits.dtype).min
-        outputs, fixed = [], logits.detach()
-        if "entropy" in names:
-            outputs.append(fixed.logsumexp(-1) - (torch.softmax(fixed, -1) * fixed).sum(-1))
+        outputs = {}
         if "token_ranks" in names:
-            outputs.append((fixed > fixed.gather(-1, targets[:, None])).sum(-1))
-        logprobs, _ = _TargetLogprobs.apply(logits, targets)
-        return (logprobs, *outputs)
+            fixed = logits.detach()
+            outputs["token_ranks"] = (fixed > fixed.gather(-1, targets[:, None])).sum(-1)
+        logprobs, entropy, _ = _TargetLogprobs.apply(logits, targets, "entropy" in names)
+        outputs["entropy"] = entropy
+        return (logprobs, *(outputs[name] for name in names))
 
     if len(targets) == 0:
         nothing = hidden.sum(-1).float()  # an empty tensor that is still in the graph
@@ -332,28 +332,41 @@ def target_logprobs(
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """`logits [N,V], targets [N] -> logprobs [N]`, in place of the logits.
+    """`logits [N,V], targets [N] -> logprobs [N], entropy [N] or None`, in place of the logits.
 
-    Exponentials and gradient overwrite them, so both passes need one array of their size.
+    Exponentials and gradient overwrite them, so both passes need one array of their size; the
+    entropy and its gradient need another.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        entropy = None
+        if with_entropy:
+            entropy = logits.logsumexp(-1) - (torch.softmax(logits, -1) * logits).sum(-1)
         chosen = logits.gather(-1, targets[:, None])
         top = logits.amax(-1, keepdim=True)
         weights = logits.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
         ctx.mark_dirty(logits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weights, total, targets)
-        return (chosen - top - total.log()).squeeze(-1), weights
+        ctx.save_for_backward(weights, total, targets, entropy)
+        return (chosen - top - total.log()).squeeze(-1), entropy, weights
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        gradient, of_weights = gradients
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        gradient, of_entropy, of_weights = gradients
         assert of_weights is None
-        if gradient is None:
-            return None, None
-        weights, total, targets = ctx.saved_tensors
-        weights.mul_(-gradient[:, None] / total)
-        return weights.scatter_add_(1, targets[:, None], gradient[:, None]), None
+        if gradient is None and of_entropy is None:
+            return None, None, None
+        weights, total, targets, entropy = ctx.saved_tensors
+        gradient = torch.zeros_like(total[:, 0]) if gradient is None else gradient
+        p = None if of_entropy is None else weights / total
+        of_logits = weights.mul_(-gradient[:, None] / total)
+        of_logits.scatter_add_(1, targets[:, None], gradient[:, None])
+        if p is not None:
+            assert of_entropy is not None  # dH/dz = -p (log p + H)
+            surprise = torch.xlogy(p, p).add_(p.mul_(entropy[:, None]))
+            of_logits.sub_(surprise.mul_(of_entropy[:, None]))
+        return of_logits, None, None

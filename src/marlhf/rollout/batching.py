@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from marlhf.common.seeds import row_seed
 from marlhf.data.prompts import Prompt
 
 # In tokens, measured with SmolLM2-135M on two cores: fixed cost of a forward and backward pass, and
@@ -22,6 +23,26 @@ def minibatches(responses: int, group_size: int, count: int) -> list[Tensor]:
     all ranks are the same for any number of ranks.
     """
     minibatch_of = torch.arange(responses) // group_size % count
+    return [(minibatch_of == i).nonzero().squeeze(1) for i in range(count)]
+
+
+def redrawn_minibatches(
+    responses: int, group_size: int, count: int, seed: int, epoch: int, rank: int = 0
+) -> list[Tensor]:
+    """As `minibatches`, of one epoch: of each `count` groups in a row, one drawn for each.
+
+    So every minibatch is as large on every rank, and over all ranks the same for any number of
+    them. Needs a multiple of `count` groups on each rank.
+
+    seed    of the update
+    rank    whose responses these are, each rank having as many
+    """
+    blocks = responses // group_size // count
+    draws = []
+    for block in range(rank * blocks, (rank + 1) * blocks):
+        generator = torch.Generator().manual_seed(row_seed(seed, epoch, block))
+        draws.append(torch.randperm(count, generator=generator))
+    minibatch_of = torch.cat(draws).repeat_interleave(group_size)
     return [(minibatch_of == i).nonzero().squeeze(1) for i in range(count)]
 
 

@@ -33,7 +33,7 @@ ENGINES = Registry(
         "transformers": "marlhf.rollout.transformers_engine.Transformers",
         "vllm": "marlhf.rollout.vllm_engine.VLLM",
     },
-    argument="context",
+    arguments=("context",),
 )
 METHODS = ("generate", "update_weights", "sleep", "close")
 

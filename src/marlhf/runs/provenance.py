@@ -35,7 +35,7 @@ _DATA = ("data.", "ptx.")
 # keys under which any text may name a model, a file or code
 _PLUG_INS = (
     *("reward.models", "reward.tokens", "rewards", "segmenter", "data.preset", "policies"),
-    *("ppo.estimator", "ppo.lam", "ppo.critic_lam", "rollout.engine", "reference"),
+    *("ppo.estimator", "ppo.lam", "ppo.critic_lam", "ppo.weights", "rollout.engine", "reference"),
     "raters.ratings",
 )
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")

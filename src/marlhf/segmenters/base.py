@@ -40,7 +40,7 @@ SEGMENTERS = Registry(
         "phrases": "marlhf.segmenters.phrases.Phrases",
         "union": "marlhf.segmenters.base.Union",
     },
-    argument="batch",
+    arguments=("batch",),
 )
 
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from marlhf.algorithm.experience import Experience
-from marlhf.algorithm.losses import aggregation, kl_loss, policy_loss, sft_loss, value_loss
+from marlhf.algorithm.losses import (
+    aggregation,
+    entropy_bonus,
+    kl_loss,
+    policy_loss,
+    sft_loss,
+    value_loss,
+)
 from marlhf.algorithm.macro import macro_mask, reduce
 from marlhf.config import PPOConfig
 from marlhf.runs.metrics import Metrics
@@ -26,10 +33,11 @@ def policy_objective(
     macro_actions: float,
     responses: float,
 ) -> Tensor:
-    """The clipped PPO loss, plus the KL penalty and the critic's loss where configured.
+    """The clipped PPO loss, with the KL penalty, entropy and critic's loss where configured.
 
     The KL penalty, times `kl_coef`, is added where it is part of the loss; the critic's loss, times
-    `critic.coef`, where the critic is a head on the policy.
+    `critic.coef`, where the critic is a head on the policy. The entropy, times `ppo.entropy_coef`,
+    is subtracted.
     """
     mask = micro_batch.response_mask
     logprobs, outputs = policy(
@@ -37,7 +45,7 @@ def policy_objective(
         micro_batch.attention_mask,
         mask,
         **config.logprob_settings,
-        extras=_head_outputs(config),
+        extras=(*_head_outputs(config), *(("entropy",) if config.ppo.entropy_coef else ())),
     )
     how, limit = config.ppo.aggregate, config.rollout.max_new_tokens
     averaging, denominator = aggregation(mask, how, tokens, responses, limit)
@@ -63,6 +71,9 @@ def policy_objective(
         assert micro_batch.ref_logprobs is not None
         kl = kl_loss(logprobs, micro_batch.ref_logprobs, mask, denominator, averaging)
         loss = loss + kl_coef * kl
+    if config.ppo.entropy_coef > 0:
+        bonus = entropy_bonus(outputs["entropy"], mask, denominator, averaging)
+        loss = loss - config.ppo.entropy_coef * bonus
     metrics.add("policy_loss", loss.detach() * denominator, share)
     ratios = macro_mask(micro_batch.segment_ids) if config.macro.ratio == "macro_product" else mask
     metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from marlhf.algorithm.estimators import Estimator, build_estimator, check_estimator
+from marlhf.algorithm.loss_weights import LossWeights, build_loss_weights
 from marlhf.config import PPOConfig
 from marlhf.rewards import CombinedReward, build_rewards, build_token_rewards
 from marlhf.rewards.tokens import CombinedTokenReward
@@ -23,6 +24,7 @@ class PlugIns:
     engine: EngineFactory
     reward: CombinedReward
     token_reward: CombinedTokenReward
+    loss_weights: tuple[LossWeights, ...]
 
 
 def build_plug_ins(config: PPOConfig, arguments: Mapping[str, Any]) -> PlugIns:
@@ -44,4 +46,8 @@ def build_plug_ins(config: PPOConfig, arguments: Mapping[str, Any]) -> PlugIns:
     engine, reward = build_engine(specs["engine"]), build_rewards(specs["reward"])
     names = [reward.name for reward in reward.rewards]
     token_reward = build_token_rewards(specs["token_reward"], names)
-    return PlugIns(segmenter, estimator, engine, reward, token_reward)
+    weights = build_loss_weights(config.ppo.weights)
+    of_segmenter: LossWeights | None = getattr(segmenter, "loss_weights", None)
+    if of_segmenter is not None:
+        weights += build_loss_weights([of_segmenter])
+    return PlugIns(segmenter, estimator, engine, reward, token_reward, weights)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from marlhf.algorithm.experience import MacroBatch, Rollout, macro_batch
 from marlhf.algorithm.kl import KLCoefficient, reads_reference
+from marlhf.algorithm.loss_weights import weighted
 from marlhf.algorithm.macro import isolate_last_token
 from marlhf.common.errors import UserError
 from marlhf.common.plugins import seed_generators
@@ -45,12 +46,7 @@ from marlhf.runs.directory import writing
 from marlhf.runs.metrics import Metrics, Timer
 from marlhf.runs.provenance import data_labels
 from marlhf.runs.state import RunState, claim
-from marlhf.segmenters import (
-    learn,
-    segment,
-    segmenter_metrics,
-    segmenter_requires,
-)
+from marlhf.segmenters import learn, segment, segmenter_metrics, segmenter_requires
 from marlhf.training import diagnostics
 from marlhf.training.learner import Learner, keeping_batch
 from marlhf.training.plug_ins import build_plug_ins
@@ -101,6 +97,7 @@ class PPOTrainer:
         built = build_plug_ins(config, arguments)
         self.segmenter, self.estimator, self.reward = built.segmenter, built.estimator, built.reward
         self.token_reward = built.token_reward.to(self.distributed.device)
+        self.loss_weights = built.loss_weights
         train, self.eval_prompts = sets = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
@@ -228,6 +225,8 @@ class PPOTrainer:
             learn(self.segmenter, rollout.responses, self.distributed.gather_objects)
             # 3. rewards and values -> advantages
             batch = self._macro_batch(starts, rollout)
+            weigh = partial(weighted, batch, self.loss_weights, rollout.responses)
+            batch = self.distributed.fail_together(weigh)
         with timer("train"):
             # 4. step policy and critic
             learning_rate = self.policy.learning_rate

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
 from marlhf.algorithm.experience import Experience
 from marlhf.algorithm.kl import KLCoefficient
+from marlhf.common.seeds import row_seed
 from marlhf.config import PPOConfig
 from marlhf.distributed import Distributed
-from marlhf.rollout.batching import minibatches
+from marlhf.rollout.batching import minibatches, redrawn_minibatches
 from marlhf.runs.metrics import Metrics
 from marlhf.training.learner import Learner, Term, count_step
 from marlhf.training.objectives import policy_objective, text_objective, value_objective
@@ -37,9 +40,7 @@ class PPOUpdate:
         Raises DivergedError after too many consecutive non-finite gradients.
         """
         config = self.config
-        group, count = config.rollout.responses_per_prompt, config.ppo.minibatches
-        # the same minibatches in every epoch: no generator to checkpoint
-        indices = minibatches(len(experience), group, count) * config.ppo.epochs
+        indices = self._minibatches(len(experience), index)
         self._announce(metrics)
         train_policy = self.critic is None or index >= config.critic.warmup_steps
         for step, responses in enumerate(indices, index * len(indices)):
@@ -51,6 +52,17 @@ class PPOUpdate:
         self.policy.scheduler.step()
         if self.critic is not None:
             self.critic.scheduler.step()
+
+    def _minibatches(self, responses: int, index: int) -> list[Tensor]:
+        """The responses of each optimiser step of update `index`, epoch after epoch."""
+        ppo, seed = self.config.ppo, self.config.seed
+        size = responses, self.config.rollout.responses_per_prompt, ppo.minibatches
+        first = minibatches(*size)
+        if not ppo.redraw_minibatches:
+            return first * ppo.epochs
+        draw = partial(redrawn_minibatches, *size, row_seed(seed, index, 0))
+        later = [draw(epoch, self.distributed.rank) for epoch in range(1, ppo.epochs)]
+        return [part for epoch in (first, *later) for part in epoch]
 
     def _step_policy(self, minibatch: Experience, step: int, metrics: Metrics) -> bool:
         """Take optimiser step `step` of the run, and return whether to train the policy further.

@@ -64,7 +64,7 @@ PRESETS = Registry(
         "openai/webgpt_comparisons": "marlhf.data.presets.webgpt.WebGPTComparisons",
         "codeparrot/apps": "marlhf.data.presets.apps.APPS",
     },
-    argument="row",
+    arguments=("row",),
 )
 
 

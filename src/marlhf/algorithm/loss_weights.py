@@ -16,7 +16,7 @@ from torch import Tensor
 from marlhf.algorithm.experience import MacroBatch
 from marlhf.algorithm.macro import expand
 from marlhf.common.errors import UserError, short_repr
-from marlhf.common.plugins import called, copied
+from marlhf.common.plugins import copied, plugin_call
 from marlhf.common.registry import Registry, Spec
 from marlhf.common.types import ResponseBatch
 
@@ -91,7 +91,7 @@ def weighted(
     """
     for function in functions:
         name = LOSS_WEIGHTS.label(function)
-        with called(name):
+        with plugin_call(name):
             weights = function(*copied((responses, batch.segment_ids, batch.advantages_BM)))
         weights_BT = _checked(weights, batch, name)
         if batch.weights_BT is not None:

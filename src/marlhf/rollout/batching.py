@@ -29,9 +29,9 @@ def minibatches(responses: int, group_size: int, count: int) -> list[Tensor]:
 def redrawn_minibatches(
     responses: int, group_size: int, count: int, seed: int, epoch: int, rank: int = 0
 ) -> list[Tensor]:
-    """As `minibatches`, of one epoch: of each `count` groups in a row, one drawn for each.
+    """Indices of each minibatch of one epoch, drawn anew.
 
-    So every minibatch is as large on every rank, and over all ranks the same for any number of
+    Each minibatch gets one of every `count` groups in a row. So every minibatch is as large on every rank, and over all ranks the same for any number of
     them. Needs a multiple of `count` groups on each rank.
 
     seed    of the update

@@ -31,8 +31,9 @@ def redrawn_minibatches(
 ) -> list[Tensor]:
     """Indices of each minibatch of one epoch, drawn anew.
 
-    Each minibatch gets one of every `count` groups in a row. So every minibatch is as large on every rank, and over all ranks the same for any number of
-    them. Needs a multiple of `count` groups on each rank.
+    Each minibatch gets one of every `count` groups in a row. So every minibatch is as large on
+    every rank, and over all ranks the same for any number of them. Needs a multiple of `count`
+    groups on each rank.
 
     seed    of the update
     rank    whose responses these are, each rank having as many

@@ -421,6 +421,9 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_a_model_is_built(
         def world_size(self) -> int:
             return vars(self).get("ranks", 1)
 
+        def gather_objects(self, items: list[Any]) -> list[Any]:
+            return items * self.world_size
+
     monkeypatch.setattr(ppo, "Distributed", OneOfThree)
     monkeypatch.setattr(building, "build_models", None)
     fault = r"rollout\.batch_size: given 8 prompts, must be a multiple of 6 \(3 ranks x"

@@ -262,7 +262,7 @@ def test_a_run_takes_it_by_import_path_or_as_an_object(tmp_path: Path) -> None:
     given = trained(tmp_path / "b", Halved(2.0))
     assert named.critic is not None
     a, b = (
-        [json.loads(line)["macro_advantages"] for line in (t.run.path / "samples.jsonl").open()]
+        [json.loads(line)["macro_advantages"] for line in (t.run_dir.path / "samples.jsonl").open()]
         for t in (named, given)
     )
     for row, like in zip(a, b, strict=True):

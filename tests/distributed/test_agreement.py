@@ -18,11 +18,11 @@ from support.runs import tiny_config
 from support.tiny_models import CHATML, byte_tokenizer
 
 from marlhf.config import ModelSettings
-from marlhf.data.template_checks import with_date
+from marlhf.data.template_checks import with_template_date
 from marlhf.distributed import Distributed
 from marlhf.evaluation.job import evaluate
 from marlhf.runs import agreement
-from marlhf.runs.state import claim
+from marlhf.runs.state import claim_run
 
 
 def disk(folder: Path, seed: int) -> None:
@@ -54,7 +54,7 @@ def test_a_rank_that_was_started_otherwise_ends_all_with_one_line(
         os.chdir(tmp_path / str(rank))
         config = tiny_config(tmp_path / "run", **(sections if rank else {}))
         config = replace(config, model=ModelSettings(path="model"))
-        claim(config, Distributed(), {"train_dataset": rows if rank else ["a", "b"]})
+        claim_run(config, Distributed(), {"train_dataset": rows if rank else ["a", "b"]})
         return "claimed"
 
     outcomes = two_ranks(work, tmp_path)
@@ -128,7 +128,7 @@ def test_a_folder_that_the_ranks_do_not_share_is_refused(
         os.chdir(tmp_path / str(rank))
         config = tiny_config(Path("run"), checkpoint={"every": 1})
         config = replace(config, model=ModelSettings(path="model"))
-        claim(config, Distributed(), {})
+        claim_run(config, Distributed(), {})
         return "claimed"
 
     first, second = two_ranks(work, tmp_path)
@@ -145,7 +145,7 @@ def test_ranks_with_other_chat_templates_meet_in_the_same_collectives(tmp_path: 
     def work(rank: int) -> str:
         distributed, config = Distributed(), tiny_config(tmp_path)
         tokenizer = byte_tokenizer(chat_template=dated if rank else CHATML)
-        config = with_date(config, [tokenizer], distributed)
+        config = with_template_date(config, [tokenizer], distributed)
         return f"{distributed.gather_objects([rank])} {config.data.template_date}"
 
     outcomes = two_ranks(work, tmp_path)

@@ -26,7 +26,7 @@ from support.tiny_models import (
 from marlhf.common.errors import UserError
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.models.adapters import add_adapter
-from marlhf.models.sharded_base import check_adapters, check_ppo
+from marlhf.models.sharded_base import check_adapters, check_ppo_adapters
 
 ATTENTION = ["q_proj", "v_proj"]
 RIGHT: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def test_critics_and_reward_models_are_checked_too(tmp_path: Path) -> None:
     model = {"path": str(base), "lora": lora}
     config = run_config(tmp_path / "run", model=model, critic={"path": str(experts)})
     with pytest.raises(UserError, match="adapts the fused experts"):
-        check_ppo(config, tiny_config("llama"), [])
+        check_ppo_adapters(config, tiny_config("llama"), [])
 
     lm = tiny_causal_lm("llama")
     lm.name_or_path = str(base)
@@ -124,8 +124,8 @@ def test_critics_and_reward_models_are_checked_too(tmp_path: Path) -> None:
     add_adapter(lm, dora, "reward").save_pretrained(tmp_path)
     config = run_config(tmp_path / "run", model=model)
     with pytest.raises(UserError, match=r"adapter '.*reward': adapts by PEFT's Linear"):
-        check_ppo(config, tiny_config("llama"), [str(tmp_path / "reward")])
-    check_ppo(config, tiny_config("llama"), [])
+        check_ppo_adapters(config, tiny_config("llama"), [str(tmp_path / "reward")])
+    check_ppo_adapters(config, tiny_config("llama"), [])
 
 
 JOBS = {

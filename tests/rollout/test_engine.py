@@ -86,7 +86,7 @@ def trained(folder: Path, family: str, engine: Any, **sections: Any) -> PPOTrain
 
 
 def samples(trainer: PPOTrainer) -> str:
-    return (trainer.run.path / "samples.jsonl").read_text()
+    return (trainer.run_dir.path / "samples.jsonl").read_text()
 
 
 def test_an_engine_with_weights_of_its_own_samples_from_the_policy_of_now(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def responses(trainer: PPOTrainer) -> list[str]:
 
 
 def rows(trainer: PPOTrainer) -> list[dict[str, Any]]:
-    lines = (trainer.run.path / "metrics.jsonl").read_text().splitlines()
+    lines = (trainer.run_dir.path / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["step"]]
 
 

@@ -316,9 +316,9 @@ def test_two_runs_do_not_write_in_one_folder(
 
     monkeypatch.setattr(directory, "PATIENCE", 0.3)
     alive = trainer(tmp_path)
-    alive.run.open(alive.config, 7)
+    alive.run_dir.open(alive.config, 7)
     assert in_child(lambda: refused(tmp_path)) == 0
-    alive.run.close()
+    alive.run_dir.close()
     assert trainer(tmp_path).step_count == 0
 
 

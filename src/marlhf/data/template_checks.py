@@ -78,7 +78,7 @@ class RowNotes:
         return texts
 
 
-def with_date(
+def with_template_date(
     config: Config,
     tokenizers: Iterable[Any],
     distributed: Distributed,

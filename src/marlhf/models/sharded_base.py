@@ -58,7 +58,7 @@ def check_adapters(settings: ModelSettings, model_config: Any) -> None:
         )
 
 
-def check_ppo(
+def check_ppo_adapters(
     config: PPOConfig,
     lm_config: Any,
     reward_paths: Sequence[str],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from marlhf.common.errors import UserError
 from marlhf.common.seeds import row_seed
 from marlhf.data.prompts import Prompt
 
@@ -24,6 +25,15 @@ def minibatches(responses: int, group_size: int, count: int) -> list[Tensor]:
     """
     minibatch_of = torch.arange(responses) // group_size % count
     return [(minibatch_of == i).nonzero().squeeze(1) for i in range(count)]
+
+
+def check_batch_size(prompts: int, ranks: int, count: int) -> None:
+    """Check that all ranks get equally many prompts per minibatch. Raises UserError."""
+    if prompts % (ranks * count):
+        raise UserError(
+            f"rollout.batch_size: given {prompts} prompts, must be a multiple of "
+            f"{ranks * count} ({ranks} ranks x ppo.minibatches={count})"
+        )
 
 
 def redrawn_minibatches(

@@ -211,20 +211,20 @@ def _message(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Claimed:
+class ClaimedRun:
     """A run's folder, the checkpoint to resume from, and provenance (on the main rank)."""
 
-    run: RunDirectory
+    directory: RunDirectory
     checkpoint: Checkpoint | None
     provenance: Provenance | None
 
 
-def claim(
+def claim_run(
     config: Any,
     distributed: Distributed,
     rows: Mapping[str, Iterable[Any]],
     arguments: Mapping[str, Any] | None = None,
-) -> Claimed:
+) -> ClaimedRun:
     """Claim the folder of a run on all ranks.
 
     rows, arguments   as in `Provenance`
@@ -239,8 +239,8 @@ def claim(
             check_apart(config, run_files(config.output_dir), objects)
         return RunDirectory(*keys, distributed.is_main, config.resume)
 
-    run = distributed.fail_together(claim_folder)
-    (start, *_) = distributed.gather_objects([run.checkpoint])
+    directory = distributed.fail_together(claim_folder)
+    (start, *_) = distributed.gather_objects([directory.checkpoint])
     if start is not None:
         check_config(config, start)
     has_digests = distributed.is_main and (start is not None or config.checkpoint.every > 0)
@@ -253,9 +253,9 @@ def claim(
     if not has_digests:
         provenance = None
     if config.checkpoint.every > 0:
-        check_shared(run.path, distributed)
+        check_shared(directory.path, distributed)
     distributed.fail_together(lambda: _begin(provenance, config, start))
-    return Claimed(run, start, provenance)
+    return ClaimedRun(directory, start, provenance)
 
 
 def _begin(provenance: Provenance | None, config: Any, start: Checkpoint | None) -> None:

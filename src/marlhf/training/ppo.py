@@ -32,12 +32,12 @@ from marlhf.config.loading import check_kind
 from marlhf.data.encoding import check_prompts
 from marlhf.data.order import PromptStream
 from marlhf.data.prompts import Prompt, as_prompts, kinds_of, prompt_sets
-from marlhf.data.template_checks import strip_bos_for_rewards, template_notes, with_date
+from marlhf.data.template_checks import strip_bos_for_rewards, template_notes, with_template_date
 from marlhf.distributed import Distributed
 from marlhf.models import building, loading
-from marlhf.models.sharded_base import check_ppo
+from marlhf.models.sharded_base import check_ppo_adapters
 from marlhf.rewards import RewardModel
-from marlhf.rollout.batching import held_out_share, rank_share
+from marlhf.rollout.batching import check_batch_size, held_out_share, rank_share
 from marlhf.rollout.engine import EngineContext, start_engine
 from marlhf.rollout.policy_weights import policy_weights
 from marlhf.rollout.scores import add_token_rewards, check_rewards
@@ -45,7 +45,7 @@ from marlhf.rollout.worker import RolloutWorker
 from marlhf.runs.directory import writing
 from marlhf.runs.metrics import Metrics, Timer
 from marlhf.runs.provenance import data_labels
-from marlhf.runs.state import RunState, claim
+from marlhf.runs.state import RunState, claim_run
 from marlhf.segmenters import learn, segment, segmenter_metrics, segmenter_requires
 from marlhf.training import diagnostics
 from marlhf.training.learner import Learner, keeping_batch
@@ -91,75 +91,54 @@ class PPOTrainer:
         check_kind(config, PPOConfig)
         if isinstance(model, str | Path):
             raise UserError(f"model: given {str(model)!r}; a path goes into config.model.path")
-        self.distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
+        timeout = config.distributed_timeout_minutes
+        ranks = self.distributed = Distributed(config.model.precision, timeout)
+        check_batch_size(config.rollout.batch_size, ranks.world_size, config.ppo.minibatches)
         arguments = {"reward": reward, "token_reward": token_reward, "segmenter": segmenter}
         arguments |= {"estimator": estimator, "engine": engine}
         built = build_plug_ins(config, arguments)
         self.segmenter, self.estimator, self.reward = built.segmenter, built.estimator, built.reward
-        self.token_reward = built.token_reward.to(self.distributed.device)
+        self.token_reward = built.token_reward.to(ranks.device)
         self.loss_weights = built.loss_weights
         train, self.eval_prompts = sets = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
-        self.config = config = with_date(config, [self.tokenizer], self.distributed, self.reward)
+        self.config = config = with_template_date(config, [self.tokenizer], ranks, self.reward)
         lm_config = model.config if model is not None else loading.load_model_config(config.model)
         positions = loading.position_limit(lm_config)
         self._check(sets, positions)
         strip_bos_for_rewards(self.reward, self.tokenizer)
-        functions = [reward.function for reward in self.reward.rewards]
-        reward_paths = [f.path for f in functions if isinstance(f, RewardModel)]
-        first = next(iter(reward_paths), None) if critic is None else None
-        start = building.critic_start(
-            config, lm_config, self.tokenizer, first, critic=critic, estimator=self.estimator
-        )
-        self.notes += [start.line] if start.line else []
-        self.texts = None
-        if config.ptx is not None:
-            stream = config.ptx, config.seed, self.tokenizer, self.distributed, positions
-            self.texts = TextStream(*stream)
-        if self.distributed.zero_stage == 3:
-            check_ppo(config, lm_config, reward_paths, start, critic)
+        start = self._critic_start(lm_config, critic)
         labels = data_labels(config.data, train_dataset, eval_dataset)
         datasets: dict[str, Any] = dict(zip(labels, sets, strict=True))
-        if self.texts is not None and config.ptx is not None:
+        self.texts = None
+        if config.ptx is not None:
+            self.texts = TextStream(config.ptx, config.seed, self.tokenizer, ranks, positions)
             datasets[f"ptx.path {config.ptx.path!r}"] = self.texts.stream.prompts
         arguments |= {"model": model, "tokenizer": tokenizer, "critic": critic}
-        claimed = claim(config, self.distributed, datasets, arguments)
-        self.run, checkpoint = claimed.run, claimed.checkpoint
+        claimed = claim_run(config, ranks, datasets, arguments)
+        self.run_dir, checkpoint = claimed.directory, claimed.checkpoint
 
+        # all is checked that can be without weights; from here on they are loaded
         seed_generators(config.seed)
         self._dtype = loading.final_dtype(config.model, lm_config)
-        required = self.token_reward.requires | segmenter_requires(self.segmenter)
-        with_reference = reads_reference(config.kl, required)
-        placement = self.distributed.placement()
-        policy, value_model, self.reference = building.build_models(
-            config, self.tokenizer, start, model, critic, lm_config, placement, with_reference
-        )
-        self.reward.share_base(policy.model, config.model.path)
-        self.policy = self._learner("policy", policy, config.optimizer.learning_rate)
-        self.critic = None
-        if value_model is not None:
-            self.critic = self._learner("critic", value_model, config.optimizer.critic_rate)
-        reward_models = self.reward.to(self.distributed.device).load(placement)
-        longest = config.rollout.longest
-        context = EngineContext(self.policy.model, self.tokenizer, self.distributed, longest)
+        self._load_models(start, model, critic, lm_config)
+        context = EngineContext(self.policy.model, self.tokenizer, ranks, config.rollout.longest)
         self.engine = start_engine(built.engine, context)
         self.worker = RolloutWorker(
             config=config,
             policy=self.policy.model,
             reference=self.reference,
             critic=None if self.critic is None else self.critic.model,
-            reward=reward_models,
+            reward=self.reward,
             tokenizer=self.tokenizer,
-            distributed=self.distributed,
+            distributed=ranks,
             engine=self.engine,
             requested_extras=self.token_reward.requires - REF_LOGPROBS,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
-        self.update = PPOUpdate(
-            config, self.policy, self.critic, self.texts, self.kl, self.distributed
-        )
-        self.state = RunState(self._parts(), config, self.distributed, claimed.provenance)
+        self.update = PPOUpdate(config, self.policy, self.critic, self.texts, self.kl, ranks)
+        self.state = RunState(self._parts(), config, ranks, claimed.provenance)
         self.step_count = 0 if checkpoint is None else self.state.load(checkpoint)
         self._update_engine()
 
@@ -181,28 +160,28 @@ class PPOTrainer:
         """
         config, fail_together = self.config, self.distributed.fail_together
         try:
-            fail_together(lambda: self.run.open(config, config.steps, self.notes))
+            fail_together(lambda: self.run_dir.open(config, config.steps, self.notes))
             with StopSignals(self.distributed.gather_objects) as signals:
                 if self.step_count == 0 and self._evaluation_is_due():
                     self._write({"step": 0} | self.evaluate())
                 while self.step_count < config.steps:
                     row = self.step(self.stream.batch(self.step_count, config.rollout.batch_size))
-                    with self.run.kept_on_error(row):
+                    with self.run_dir.kept_on_error(row):
                         if self._evaluation_is_due():
                             row |= self.evaluate()
                     self._write(row)
                     stopped_by = signals.requested()
                     if self.state.is_due(self.step_count, stopped_by is not None):
-                        fail_together(self.run.sync)
+                        fail_together(self.run_dir.sync)
                         score = row.get("eval_score_mean")
-                        self.state.save(self.run.checkpoints, self.step_count, score)
+                        self.state.save(self.run_dir.checkpoints, self.step_count, score)
                     if stopped_by is not None:
                         stop(stopped_by)
-            self.save(self.run.path / "final.partial")
-            fail_together(lambda: self.run.publish(self.run.path / "final.partial"))
+            self.save(self.run_dir.path / "final.partial")
+            fail_together(lambda: self.run_dir.publish(self.run_dir.path / "final.partial"))
         finally:
             self.engine.close()
-            self.run.close()
+            self.run_dir.close()
 
     def step(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Run one update on prompts (texts, message lists or rows); returns its metrics.
@@ -211,8 +190,8 @@ class PPOTrainer:
         """
         config, metrics, timer = self.config, Metrics(), Timer()
         # 1. sample and score
-        self._check_batch(len(prompts))
         records, ranks = as_prompts(prompts, config.data), self.distributed
+        check_batch_size(len(records), ranks.world_size, config.ppo.minibatches)
         copies = config.rollout.responses_per_prompt
         share = rank_share(records, copies, ranks.rank, ranks.world_size)
         rollout = self.worker(*share, self.step_count, timer)
@@ -232,7 +211,7 @@ class PPOTrainer:
             learning_rate = self.policy.learning_rate
             name = f"diverged-step-{self.step_count + 1}-rank-{ranks.rank}.pt"
             experience = rollout.experience(batch, config.rollout, config.macro.ratio)
-            with keeping_batch(self.run.path / name):
+            with keeping_batch(self.run_dir.path / name):
                 self.update(experience, self.step_count, metrics)
         with timer("generate"):
             self._update_engine()
@@ -244,7 +223,7 @@ class PPOTrainer:
             metrics.add("kl_coef", self.kl.coef)
         metrics.add_foreign(segmenter_metrics(self.segmenter), "segmenter")
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
-            self.run.write_sample({"step": self.step_count, "held_out": False, **sample})
+            self.run_dir.write_sample({"step": self.step_count, "held_out": False, **sample})
         reduced = metrics.reduce(self.distributed)
         responses = len(prompts) * copies
         self.kl.update(reduced["kl_mean"], responses)
@@ -276,13 +255,13 @@ class PPOTrainer:
             if rollout.values is not None:
                 batch = self._macro_batch(starts, rollout, held_out=True)
             for sample in diagnostics.samples(rollout, starts, self.config.log.samples, batch):
-                self.run.write_sample({"step": self.step_count, "held_out": True, **sample})
+                self.run_dir.write_sample({"step": self.step_count, "held_out": True, **sample})
 
     def save(self, folder: Path | str) -> None:
         """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
         policy = self.distributed.unwrap(self.policy.model)
         write = partial(loading.save_policy, policy, self.tokenizer, Path(folder), self._dtype)
-        with self.distributed.unsharded_on_cpu(policy), writing(self.run.path):
+        with self.distributed.unsharded_on_cpu(policy), writing(self.run_dir.path):
             self.distributed.fail_together(write if self.distributed.is_main else lambda: None)
 
     # -- one update ------------------------------------------------------------------------------
@@ -311,22 +290,42 @@ class PPOTrainer:
     # -- set-up ----------------------------------------------------------------------------------
 
     def _check(self, sets: Sequence[Sequence[Prompt]], positions: int | None) -> None:
-        """Check batch and data against ranks, model and rewards. Raises UserError."""
+        """Check the data against model and rewards. Raises UserError."""
         rollout = self.config.rollout
-        self._check_batch(rollout.batch_size)
         self.stream.check_batch(rollout.batch_size, "rollout.batch_size")
         check_prompts(sets, self.tokenizer, rollout, positions)
         check_rewards(self.reward, sets)
         self.notes = template_notes(self.reward, kinds_of(*sets), self.tokenizer)
 
-    def _check_batch(self, prompts: int) -> None:
-        """Check that all ranks get equally many prompts per minibatch. Raises UserError."""
-        world, minibatches = self.distributed.world_size, self.config.ppo.minibatches
-        if prompts % (world * minibatches):
-            raise UserError(
-                f"rollout.batch_size: given {prompts} prompts, must be a multiple of "
-                f"{world * minibatches} ({world} ranks x ppo.minibatches={minibatches})"
-            )
+    def _critic_start(self, lm_config: Any, critic: Any) -> building.CriticStart:
+        """Choose the critic's initialisation, from configurations alone. Raises UserError."""
+        functions = [reward.function for reward in self.reward.rewards]
+        paths = [f.path for f in functions if isinstance(f, RewardModel)]
+        first = next(iter(paths), None) if critic is None else None
+        start = building.critic_start(
+            self.config, lm_config, self.tokenizer, first, critic=critic, estimator=self.estimator
+        )
+        self.notes += [start.line] if start.line else []
+        if self.distributed.zero_stage == 3:
+            check_ppo_adapters(self.config, lm_config, paths, start, critic)
+        return start
+
+    def _load_models(
+        self, start: building.CriticStart, model: Any, critic: Any, lm_config: Any
+    ) -> None:
+        """Load policy, critic, reference and reward models; optimisers for those in training."""
+        config, placement = self.config, self.distributed.placement()
+        required = self.token_reward.requires | segmenter_requires(self.segmenter)
+        with_reference = reads_reference(config.kl, required)
+        policy, value_model, self.reference = building.build_models(
+            config, self.tokenizer, start, model, critic, lm_config, placement, with_reference
+        )
+        self.reward.share_base(policy.model, config.model.path)
+        self.policy = self._learner("policy", policy, config.optimizer.learning_rate)
+        self.critic = None
+        if value_model is not None:
+            self.critic = self._learner("critic", value_model, config.optimizer.critic_rate)
+        self.reward.to(self.distributed.device).load(placement)
 
     def _learner(self, name: str, module: nn.Module, learning_rate: float) -> Learner:
         adapter = name if self.config.model.lora else None
@@ -338,7 +337,7 @@ class PPOTrainer:
         return bool(self.eval_prompts and every and (step % every == 0 or step == last))
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.distributed.fail_together(lambda: self.run.write(row))
+        self.distributed.fail_together(lambda: self.run_dir.write(row))
 
 
 def run(config: PPOConfig) -> None:

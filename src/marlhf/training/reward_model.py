@@ -29,7 +29,7 @@ from marlhf.models.policy import unwrapped
 from marlhf.models.reward_classifier import build_classifier, save_classifier
 from marlhf.rewards.learned import right_pad, sequence_scores
 from marlhf.runs.provenance import data_labels
-from marlhf.runs.state import claim
+from marlhf.runs.state import claim_run
 from marlhf.training.supervised import (
     Batch,
     SupervisedTrainer,
@@ -55,7 +55,7 @@ def run(config: RewardConfig) -> None:
     config, demonstrations = resolved(config, len(data.pairs)), config.data.demonstrations_path
     labels = (*data_labels(config.data), f"data.demonstrations_path {demonstrations!r}")
     sets = (data.pairs, data.held_out, data.demonstrations if demonstrations else [])
-    claimed = claim(config, distributed, dict(zip(labels, sets, strict=True)))
+    claimed = claim_run(config, distributed, dict(zip(labels, sets, strict=True)))
 
     seed_generators(config.seed)
     model = build_classifier(

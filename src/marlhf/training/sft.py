@@ -24,7 +24,7 @@ from marlhf.data.demonstrations import SFTExample, SFTExamples, load_examples, p
 from marlhf.distributed import Distributed
 from marlhf.models import loading
 from marlhf.runs.provenance import data_labels
-from marlhf.runs.state import claim
+from marlhf.runs.state import claim_run
 from marlhf.training.supervised import (
     NOT_TRAINED,
     Batch,
@@ -48,7 +48,7 @@ def run(config: SFTConfig) -> None:
     lm_config = checked_model_config(config, distributed, lengths, "examples")
     config = resolved(config, len(rows))
     sets = (examples.rows, held_out.rows)
-    claimed = claim(config, distributed, dict(zip(data_labels(config.data), sets, strict=True)))
+    claimed = claim_run(config, distributed, dict(zip(data_labels(config.data), sets, strict=True)))
 
     seed_generators(config.seed)
     policy = loading.build_policy(

@@ -30,13 +30,13 @@ from marlhf.common.tokenization import Tokenizer
 from marlhf.config import RewardConfig, SFTConfig
 from marlhf.config.supervised import SupervisedConfig
 from marlhf.data.order import PromptStream
-from marlhf.data.template_checks import with_date
+from marlhf.data.template_checks import with_template_date
 from marlhf.distributed import Distributed
 from marlhf.models import loading
 from marlhf.models.sharded_base import check_adapters
 from marlhf.runs.directory import writing
 from marlhf.runs.metrics import Metrics, peak_memory_gb
-from marlhf.runs.state import Claimed, RunState
+from marlhf.runs.state import ClaimedRun, RunState
 from marlhf.training.early_stopping import EarlyStopping
 from marlhf.training.learner import Learner, count_step, keeping_batch
 
@@ -110,20 +110,20 @@ class SupervisedTrainer:
     """The training loop of a job.
 
     config   from `resolved`
-    claimed  from `runs.state.claim`
+    claimed  from `runs.state.claim_run`
     """
 
     def __init__(
         self,
         task: Task,
         config: SupervisedConfig,
-        claimed: Claimed,
+        claimed: ClaimedRun,
         distributed: Distributed,
     ) -> None:
         assert config.steps is not None
         self.task, self.config, self.distributed = task, config, distributed
         self.steps = config.steps
-        self.run, checkpoint = claimed.run, claimed.checkpoint
+        self.run_dir, checkpoint = claimed.directory, claimed.checkpoint
         indices: Any = range(len(task.rows))
         self.stream = PromptStream(indices, config.seed, config.data.shuffle)
         settings = config.optimizer
@@ -141,7 +141,7 @@ class SupervisedTrainer:
 
         After SIGTERM or Ctrl-C the current step is finished and saved before the process ends.
         """
-        run, fail_together = self.run, self.distributed.fail_together
+        run, fail_together = self.run_dir, self.distributed.fail_together
         try:
             fail_together(lambda: run.open(self.config, self.steps, self.task.notes))
             with StopSignals(self.distributed.gather_objects) as signals:
@@ -154,7 +154,7 @@ class SupervisedTrainer:
 
     def write_final(self, write: Callable[[], None]) -> None:
         """Call `write` on the main rank with unsharded weights; a failure ends all ranks."""
-        with self.distributed.unsharded_on_cpu(self.task.module), writing(self.run.path):
+        with self.distributed.unsharded_on_cpu(self.task.module), writing(self.run_dir.path):
             self.distributed.fail_together(write if self.distributed.is_main else lambda: None)
 
     def _train(self, signals: StopSignals) -> None:
@@ -162,16 +162,16 @@ class SupervisedTrainer:
             self._write({"step": 0, **self.task.summary, **self._evaluate_if_due()})
         while self.step_count < self.steps and not self.stopping.is_over:
             row = self.step()
-            with self.run.kept_on_error(row):
+            with self.run_dir.kept_on_error(row):
                 row |= self._evaluate_if_due()
             self._write(row)
             stopped_by = signals.requested()
             is_last = stopped_by is not None or self.stopping.is_over
             if self.state.is_due(self.step_count, is_last):
-                self.distributed.fail_together(self.run.sync)
+                self.distributed.fail_together(self.run_dir.sync)
                 loss = row.get(self.task.selects)
                 score = None if loss is None else -loss
-                self.state.save(self.run.checkpoints, self.step_count, score)
+                self.state.save(self.run_dir.checkpoints, self.step_count, score)
             if stopped_by is not None:
                 stop(stopped_by)
 
@@ -186,7 +186,7 @@ class SupervisedTrainer:
         share = Share(mine, task.collate, distributed.device)
         name = f"diverged-step-{self.step_count + 1}-rank-{distributed.rank}.pt"
         # 2. step
-        with keeping_batch(self.run.path / name):
+        with keeping_batch(self.run_dir.path / name):
             gradient = self.learner.optimise((share, partial(self._objective, metrics)))
         self.learner.scheduler.step()
         self.step_count += 1
@@ -228,7 +228,7 @@ class SupervisedTrainer:
         return metrics
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.distributed.fail_together(lambda: self.run.write(row))
+        self.distributed.fail_together(lambda: self.run_dir.write(row))
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Batch, Tensor]:
@@ -267,7 +267,7 @@ def set_up(config: AnyConfig) -> tuple[AnyConfig, Distributed, Tokenizer]:
     distributed = Distributed(config.model.precision, config.distributed_timeout_minutes)
     check_batch_size(config, distributed)
     tokenizer = loading.load_tokenizer(config.model)
-    return with_date(config, [tokenizer], distributed), distributed, tokenizer
+    return with_template_date(config, [tokenizer], distributed), distributed, tokenizer
 
 
 def checked_model_config(

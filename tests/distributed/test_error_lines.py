@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from support.forked_ranks import two_ranks
-from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+from support.launches import ppo_folder
 
 from marlhf.cli import main
 from marlhf.training.ppo import PPOTrainer
@@ -28,21 +27,7 @@ def score(prompts, completions):
 
 def run_ppo(folder: Path, reward: str = "", **keys: Any) -> Callable[[int], str]:
     """What a rank does: `marlhf ppo` in `folder`; its exit status."""
-    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(folder / "model")
-    byte_tokenizer(add_bos=True).save_pretrained(folder / "model")
-    (folder / "prompts.jsonl").write_text('{"prompt": "hello"}\n' * 8)
-    (folder / "rewarding.py").write_text(REWARD.format(reward))
-    config = {
-        "model": {"path": "model"},
-        "data": {"path": "prompts.jsonl", "eval_rows": 0},
-        "output_dir": "run",
-        "steps": 1,
-        "rollout": {"batch_size": 4, "max_new_tokens": 3},
-        "reward": {"models": "rewarding.score"},
-        "log": {"tensorboard": False, "progress": False},
-        "checkpoint": {"every": 0},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, **keys}))
+    ppo_folder(folder, REWARD.format(reward), **keys)
 
     def work(rank: int) -> str:
         torch.set_num_threads(1)
@@ -50,7 +35,7 @@ def run_ppo(folder: Path, reward: str = "", **keys: Any) -> Callable[[int], str]
         os.chdir(folder)
         sys.path.insert(0, "")
         try:
-            main(["ppo", "config.yaml"])
+            main(["ppo", "my_run.yaml"])
         except SystemExit as error:
             return str(error.code)
         except Exception as error:

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
-from support.launches import PROFILES, accelerate, launch, torchrun
-from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+from support.launches import PROFILES, accelerate, launch, ppo_folder, torchrun
 
 from marlhf.common.errors import UserError
 from marlhf.distributed import Distributed
@@ -27,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 NOTED = """
 import os
 from pathlib import Path
-def noted(prompts, completions):
+def score(prompts, completions):
     place = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1"), len(prompts)
     Path("processes", str(os.getpid())).write_text(" ".join(map(str, place)))
     return [float(len(text)) for text in completions]
@@ -38,23 +36,8 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One with `my_run.yaml`: one update of 4 prompts."""
-    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(tmp_path / "model")
-    byte_tokenizer(add_bos=True).save_pretrained(tmp_path / "model")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n' * 8)
-    (tmp_path / "noting.py").write_text(NOTED)
     (tmp_path / "processes").mkdir()
-    config = {
-        "model": {"path": "model"},
-        "data": {"path": "prompts.jsonl", "eval_rows": 0},
-        "output_dir": "run",
-        "steps": 1,
-        "rollout": {"batch_size": 4, "max_new_tokens": 6},
-        "reward": {"models": "noting.noted"},
-        "log": {"tensorboard": False, "progress": False},
-        "checkpoint": {"every": 0},
-    }
-    (tmp_path / "my_run.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+    return ppo_folder(tmp_path, NOTED)
 
 
 def start(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

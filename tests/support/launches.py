@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from support import warm_python
+from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 PROFILES = Path(__file__).parents[2] / "configs" / "accelerate"
@@ -47,6 +48,26 @@ def sharding_everything(folder: Path, **keys: Any) -> Path:
     profile["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero.json")}
     (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
     return folder / "profile.yaml"
+
+
+def ppo_folder(folder: Path, reward: str, **keys: Any) -> Path:
+    """A folder with `my_run.yaml`: one update of 4 prompts, rewarded by the `score` of `reward`."""
+    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(folder / "model")
+    byte_tokenizer(add_bos=True).save_pretrained(folder / "model")
+    (folder / "prompts.jsonl").write_text('{"prompt": "hello"}\n' * 8)
+    (folder / "rewarding.py").write_text(reward)
+    config = {
+        "model": {"path": "model"},
+        "data": {"path": "prompts.jsonl", "eval_rows": 0},
+        "output_dir": "run",
+        "steps": 1,
+        "rollout": {"batch_size": 4, "max_new_tokens": 4},
+        "reward": {"models": "rewarding.score"},
+        "log": {"tensorboard": False, "progress": False},
+        "checkpoint": {"every": 0},
+    }
+    (folder / "my_run.yaml").write_text(yaml.safe_dump({**config, **keys}))
+    return folder
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,12 @@ def test_embeddings_of_texts_longer_than_the_model(
         UserError, match=rf"max_length: given {longest + 1}, must be 1 to {longest}"
     ):
         EmbeddingSimilarity(path=path, max_length=longest + 1).load()
+
+
+@pytest.mark.parametrize("eos", [99_999, [7, 9], [99_999, 7], []])
+def test_eos_of_the_configuration_that_is_several_or_no_token(eos: Any, tmp_path: Path) -> None:
+    path, _ = saved(tmp_path / "rm", "gpt2", 0)
+    wanted = RewardModel(path)([""], ["abc"])
+    file = tmp_path / "rm" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": eos}))
+    assert RewardModel(path)([""], ["abc"]) == wanted

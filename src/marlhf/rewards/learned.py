@@ -339,12 +339,14 @@ def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) 
         return limit
     model.float()  # files may hold halves, and not all operations of a CPU take them
     token = 1 if config.pad_token_id == 0 else 0  # a pad token would have no position
-    # encoder-decoders read their score off EOS
+    # encoder-decoders read their score off EOS; a configuration may name several, or no token
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    last = next((i for i in eos if i is not None and 0 <= i < config.vocab_size), token)
     faults: list[Exception] = []
 
     def is_too_long(length: int) -> bool:
         ids = torch.full((1, length), token)
-        ids[0, -1] = token if config.eos_token_id is None else config.eos_token_id
+        ids[0, -1] = last
         try:
             run(ids, torch.ones_like(ids, dtype=torch.bool))
         except Exception as error:  # families raise different errors for an index too high

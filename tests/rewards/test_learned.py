@@ -14,6 +14,7 @@ from support.tiny_models import (
     tiny_causal_lm,
     tiny_sequence_classifier,
 )
+from transformers import AutoConfig
 
 from marlhf.common.types import UserError
 from marlhf.config import ModelSettings
@@ -220,6 +221,15 @@ def test_an_encoder_cannot_be_a_policy_s_reward_model(make, tmp_path):
     settings = ModelSettings(path=str(tmp_path))
     with pytest.raises(UserError, match="no linear `score` head"):
         build_classifier(settings, load_model_config(settings), byte_tokenizer())
+
+
+def test_a_family_without_classifiers_is_refused_before_its_weights_are_read(
+    tmp_path: Path,
+) -> None:
+    settings = ModelSettings(path=str(tmp_path))
+    config = AutoConfig.for_model("lfm2", vocab_size=BYTES_VOCAB, hidden_size=32)
+    with pytest.raises(UserError, match="its family, lfm2, has no sequence classifier"):
+        build_classifier(settings, config, byte_tokenizer())
 
 
 SIZES = {

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+)
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.tokenization import Tokenizer
@@ -50,6 +53,7 @@ def build_classifier(
     is_lm = not any(n.endswith("Classification") for n in base_config.architectures or ())
     if is_lm:
         check_architecture(base_config, settings)
+        _without_weights(base_config)
 
     def read() -> Any:
         if is_lm:
@@ -79,19 +83,30 @@ def build_classifier(
 
 def _with_scalar_head(lm: Any) -> Any:
     """A sequence classifier around a causal LM's backbone."""
-    config = copy.deepcopy(lm.config)
+    model = _without_weights(lm.config)
+    setattr(model, model.base_model_prefix, backbone_of(lm))
+    hidden_size = hidden_width(lm)
+    model.score = nn.Linear(hidden_size, 1, bias=False)
+    # the scale of Stiennon et al. 2020 (arXiv 2009.01325)
+    nn.init.normal_(model.score.weight, std=(hidden_size + 1) ** -0.5)
+    return model
+
+
+def _without_weights(lm_config: Any) -> Any:
+    """The sequence classifier of a causal LM's family, on the meta device. Raises UserError."""
+    config = copy.deepcopy(lm_config)
     config.num_labels, config.architectures = 1, None
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"model.path: its family, {config.model_type}, has no sequence classifier in "
+            "transformers, and so no reward model; choose a base of another family"
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"model.path: {one_line(error)}") from error
     _check_head(model)  # an encoder has another
-    setattr(model, model.base_model_prefix, backbone_of(lm))
-    hidden_size = hidden_width(lm)
-    model.score = nn.Linear(hidden_size, 1, bias=False)
-    # the scale of Stiennon et al. 2020 (arXiv 2009.01325)
-    nn.init.normal_(model.score.weight, std=(hidden_size + 1) ** -0.5)
     return model
 
 

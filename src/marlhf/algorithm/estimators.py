@@ -23,7 +23,7 @@ from marlhf.common.registry import Registry, Spec, plugin_name
 from marlhf.common.types import AllReduceSum
 from marlhf.config import PPOConfig
 
-POSSIBLE = frozenset({"values", "groups"})
+REQUIREMENTS = frozenset({"values", "groups"})
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ def build_estimator(spec: Spec | Estimator) -> Estimator:
 
 
 def estimator_requires(estimator: Estimator) -> frozenset[str]:
-    """The attribute `requires`: names of `POSSIBLE`, none by default. Raises UserError."""
-    return requirements(estimator, ESTIMATORS.label(estimator), POSSIBLE, frozenset())
+    """The attribute `requires`: names of `REQUIREMENTS`, none by default. Raises UserError."""
+    return requirements(estimator, ESTIMATORS.label(estimator), REQUIREMENTS, frozenset())
 
 
 def check_estimator(estimator: Estimator, config: PPOConfig) -> None:

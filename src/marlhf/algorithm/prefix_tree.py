@@ -31,13 +31,13 @@ class PrefixTree:
         K, (B, M) = inputs.group_size, inputs.mask_BM.shape
         shared_GKK = shared_prefixes(inputs.token_ids, inputs.segment_ids >= 0, K)
         returns_GK = inputs.returns_B.reshape(-1, K)
+        # M + 1 prefixes of each response: before every macro action, and after the last
         ends_BM = macro_lengths(inputs.segment_ids).cumsum(1)
-        places_BM = torch.nn.functional.pad(ends_BM, (1, 0))  # tokens before each, and after all
-        begins_GKMK = shared_GKK[:, :, None] >= places_BM.reshape(-1, K, M + 1, 1)
-        weights_GKMK = begins_GKMK.to(returns_GK.dtype)
-        total_GKM = (weights_GKMK * returns_GK[:, None, None]).sum(-1)
-        values_BM = (total_GKM / weights_GKMK.sum(-1)).reshape(B, M + 1)
-        return Credit(values_BM.diff(dim=1))
+        prefix_lengths = torch.nn.functional.pad(ends_BM, (1, 0)).reshape(-1, K, M + 1, 1)
+        has_prefix = (shared_GKK[:, :, None] >= prefix_lengths).to(returns_GK.dtype)  # [G,K,M+1,K]
+        totals = (has_prefix * returns_GK[:, None, None]).sum(-1)
+        values = (totals / has_prefix.sum(-1)).reshape(B, M + 1)
+        return Credit(values.diff(dim=1))
 
 
 def shared_prefixes(token_ids: Tensor, mask: Tensor, group_size: int) -> Tensor:

@@ -20,7 +20,7 @@ _HIGH = (512, 64, 3)  # descriptors above those that programs close by number
 
 
 class _Calls:
-    """Number of calls under way in this process, which its end would cut short."""
+    """Counts plug-ins' calls under way; `os._exit` and `os.exec*` are replaced while there are."""
 
     def __init__(self) -> None:
         self.count, self.process = 0, 0
@@ -49,7 +49,7 @@ def _refusing(name: str, end: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def not_ended() -> Iterator[None]:
-    """Make SystemExit of `os._exit` and `os.exec*` of this process, in any thread."""
+    """Raise SystemExit where this process calls `os._exit` or `os.exec*`, in any thread."""
     _CALLS.add(1)
     try:
         yield
@@ -59,9 +59,9 @@ def not_ended() -> Iterator[None]:
 
 @contextmanager
 def streams_kept() -> Iterator[list[str]]:
-    """Put stdout and stderr back where they were; the list names those that were closed.
+    """Restore stdout and stderr, Python's streams and their file descriptors.
 
-    The streams of the system, below those of Python. It is filled in at the end.
+    Yields a list that holds, after the context, the names of those that were closed within it.
     """
     copies: dict[int, int] = {}
     for number in filter(_is_there, _STREAMS):

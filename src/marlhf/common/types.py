@@ -5,6 +5,7 @@ Axes, used as suffixes where a token and a macro version of a quantity meet:
     B  responses in a batch          T  response tokens, right-padded
     P  prompt tokens, left-padded    M  macro actions, right-padded
     V  vocabulary                    H  hidden size
+    G  prompts, each with a group    K  responses in each group
 
 Masks are bool and True means "keep". Every record is frozen: a stage makes a new one.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -37,6 +38,21 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # noqa: E402
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
     """Keep DDP, when it wraps `module`, from synchronising these parameters and buffers."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+
+
+# private: torch.distributed.distributed_c10d.default_pg_timeout, .default_pg_nccl_timeout, written
+#          (2.13)
+# why: DeepSpeed makes process groups of its own, and passes no timeout on
+# remove when: DeepSpeed passes the timeout of its configuration on
+@needs(
+    "torch.distributed.distributed_c10d:default_pg_timeout",
+    "torch.distributed.distributed_c10d:default_pg_nccl_timeout",
+)
+def set_default_timeout(timeout: timedelta) -> None:
+    """Set the timeout of process groups that are made without one."""
+    constants: Any = torch.distributed.distributed_c10d
+    constants.default_pg_timeout = timeout  # gloo's default: 30 minutes
+    constants.default_pg_nccl_timeout = timeout  # NCCL's default: 10
 
 
 # private: torch.utils.hooks.RemovableHandle.hooks_dict_ref, .id (2.13)

@@ -181,13 +181,13 @@ def _build(folder: Path, build: Callable[[Writer], Facts]) -> None:
             writer.close()
         (partial / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
         for file in partial.iterdir():
-            _to_disk(file)
+            _fsync(file)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _to_disk(file: Path) -> None:
+def _fsync(file: Path) -> None:
     """Fsync a file, so that no power failure leaves a complete entry of empty files."""
     with file.open("rb") as data:
         os.fsync(data.fileno())

@@ -17,7 +17,7 @@ they stay replicated, and DDP sums their gradients.
 """
 
 from marlhf.common.errors import PeerError
-from marlhf.distributed.placement import ALONE, Placement, multiplied
+from marlhf.distributed.placement import ALONE, Placement, matmul_parameters
 from marlhf.distributed.ranks import Distributed
 from marlhf.distributed.shutdown import lost_peer
 from marlhf.distributed.zero import in_bf16, linear_layers, replaced_parameters
@@ -30,6 +30,6 @@ __all__ = [
     "in_bf16",
     "linear_layers",
     "lost_peer",
-    "multiplied",
+    "matmul_parameters",
     "replaced_parameters",
 ]

@@ -135,7 +135,7 @@ class Placement:
 
         backbone   the part of it that every forward pass begins with; None: the module is small,
                    and every rank keeps all of it
-        use        decides dtypes, as said above
+        use        decides dtypes, as this module's docstring says
         as_given   parameters keep their dtypes instead
 
         Must be called on all ranks.
@@ -144,7 +144,7 @@ class Placement:
             is_half = buffer.dtype in (torch.float16, torch.bfloat16)
             buffer.data = buffer.data.to(self.device, torch.float32 if is_half else None)
 
-        rounded = multiplied(module) if self._is_bf16 and use != "trained" else set()
+        rounded = matmul_parameters(module) if self._is_bf16 and use != "trained" else set()
 
         def put(parameter: nn.Parameter) -> None:
             kept = parameter.dtype
@@ -167,11 +167,11 @@ class Placement:
         return module
 
 
-def multiplied(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters that only matrix products under autocast read: of linear layers and fused experts.
+def matmul_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters that only matrix products read, which autocast runs in bf16.
 
-    Not those of a tied head, which are embeddings too, and of a classifier's head, as scores are
-    computed in fp32.
+    Those of linear layers and fused experts. Not those of a tied head, which are embeddings too,
+    and of a classifier's head, as scores are computed in fp32.
     """
     read: set[nn.Parameter] = set()
     others: set[nn.Parameter] = set()
@@ -234,7 +234,10 @@ def _with_stand_ins(skeleton: bytes) -> Any:
 
 
 class OneByOne(nn.Module):
-    """A module's parameters, each of which is `put` in its place when it is taken."""
+    """A module whose parameters are placed by `put` as an iteration reaches them.
+
+    `deepspeed.zero.Init` shards each before it asks for the next: one at a time is complete.
+    """
 
     def __init__(self, module: nn.Module, put: Callable[[nn.Parameter], None]) -> None:
         super().__init__()

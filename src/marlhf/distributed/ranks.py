@@ -20,7 +20,7 @@ from marlhf.common.cpu_memory import GradientBuffer
 from marlhf.common.errors import PeerError, ReportedError, UserError, one_line
 from marlhf.common.types import AllReduceSum
 from marlhf.compat.deepspeed import is_engine, is_sharded, parameter_offload, passes_begin_at
-from marlhf.compat.torch import autocast_experts
+from marlhf.compat.torch import autocast_experts, set_default_timeout
 from marlhf.distributed import zero
 from marlhf.distributed.placement import OneByOne, Placement
 from marlhf.distributed.profile import (
@@ -43,13 +43,6 @@ _BUFFERS = {
     "stage3_max_reuse_distance": 20_000_000,
 }
 Result = TypeVar("Result")
-
-
-def _set_default_timeout(timeout: timedelta) -> None:
-    """Set the timeout of process groups that DeepSpeed creates: it passes none on."""
-    constants: Any = torch.distributed.distributed_c10d
-    constants.default_pg_timeout = timeout  # gloo's default: 30 minutes
-    constants.default_pg_nccl_timeout = timeout  # NCCL's default: 10
 
 
 class Distributed:
@@ -76,7 +69,7 @@ class Distributed:
             backend = "gloo" if on_cpu else "nccl"
             timeout = timedelta(minutes=timeout_minutes)
             handlers.append(InitProcessGroupKwargs(backend, timeout=timeout))
-            _set_default_timeout(timeout)
+            set_default_timeout(timeout)
         try:
             self._accelerator = Accelerator(
                 mixed_precision="no",

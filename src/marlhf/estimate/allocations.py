@@ -24,7 +24,7 @@ from marlhf.common.errors import UserError, one_line
 from marlhf.common.registry import split_spec
 from marlhf.compat.torch import FakeTensorMode, TorchDispatchMode, tree_leaves
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
-from marlhf.distributed import in_bf16, linear_layers, multiplied, replaced_parameters
+from marlhf.distributed import in_bf16, linear_layers, matmul_parameters, replaced_parameters
 from marlhf.estimate.memory_model import (
     FP32,
     Interval,
@@ -167,7 +167,7 @@ def fake_models(config: PPOConfig) -> FakeModels:
 
 def _round(models: Sequence[nn.Module]) -> None:
     """Bring frozen weights to the dtype in which `Placement` keeps them under bf16."""
-    for parameter in (parameter for model in models for parameter in multiplied(model)):
+    for parameter in (parameter for model in models for parameter in matmul_parameters(model)):
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
 
@@ -470,7 +470,7 @@ def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
     if not adapters and _has_reference(config):
         copied = sizes["policy"]
         is_bf16 = config.model.precision == "bf16"
-        halves = sum(p.numel() for p in multiplied(policy.model)) if is_bf16 else 0
+        halves = sum(p.numel() for p in matmul_parameters(policy.model)) if is_bf16 else 0
         sizes["reference"] = Weights(copied.trained, 0, copied.used, copied.largest, halves=halves)
     if critic is not None:
         sizes["critic"] = size(critic, "critic" if adapters else None)

@@ -95,12 +95,12 @@ class Policy(nn.Module):
             )
             before = hidden[:, -T - 1 : -1][response_mask]
             targets = input_ids[:, -T:][response_mask]
-            impossible = None
+            excluded = None
             if min_tokens and self.eos_ids:
                 early = torch.arange(T, device=hidden.device) < min_tokens
-                impossible = early.expand_as(response_mask)[response_mask], self.eos_ids
+                excluded = early.expand_as(response_mask)[response_mask], self.eos_ids
             logprobs, of_logits = target_logprobs(
-                causal_lm, before, targets, temperature, extras, impossible
+                causal_lm, before, targets, temperature, extras, excluded
             )
             outputs = {}
             if "hidden_states" in extras:
@@ -289,27 +289,26 @@ def target_logprobs(
     targets: Tensor,
     temperature: float,
     extras: Collection[str],
-    impossible: tuple[Tensor, Sequence[int]] | None = None,
+    excluded: tuple[Tensor, Sequence[int]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], in chunks of tokens.
 
     In training every chunk is checkpointed except the last, which backward needs first.
 
-    impossible   mask [N] of tokens, and the ids that have probability 0 there
+    excluded   mask [N] of tokens, and the ids that have probability 0 there
     """
     head = head_of(causal_lm)
     size = max(1, LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
-
     names = [name for name in ("entropy", "token_ranks") if name in extras]
+    no_token = torch.zeros_like(targets, dtype=torch.bool)
+    mask, excluded_ids = excluded or (no_token, [])
 
-    limited, ids = impossible or (targets, [])
-
-    def chunk(hidden: Tensor, targets: Tensor, limited: Tensor) -> tuple[Tensor, ...]:
+    def chunk(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         logits = head(hidden).float()
         if temperature != 1.0:
             logits = logits / temperature
-        if ids:  # probability 0 has gradient 0: no need for autograd
-            logits.detach()[limited.nonzero(), ids] = torch.finfo(logits.dtype).min
+        if excluded_ids:  # probability 0 has gradient 0: no need for autograd
+            logits.detach()[mask.nonzero(), excluded_ids] = torch.finfo(logits.dtype).min
         outputs = {}
         if "token_ranks" in names:
             fixed = logits.detach()
@@ -323,7 +322,7 @@ def target_logprobs(
         return nothing, dict.fromkeys(names, nothing)
     sizes = [size] * ((len(targets) - 1) // size)
     sizes = [len(targets) - sum(sizes), *sizes]
-    chunks = list(zip(*(x.split(sizes) for x in (hidden, targets, limited)), strict=True))
+    chunks = list(zip(*(x.split(sizes) for x in (hidden, targets, mask)), strict=True))
     recomputed = len(chunks) - 1 if torch.is_grad_enabled() else 0
     parts = [checkpoint(chunk, *part, use_reentrant=False) for part in chunks[:recomputed]]
     parts += [chunk(*part) for part in chunks[recomputed:]]

@@ -80,6 +80,7 @@ class PluginEngine:
             say(f"marlhf: {error}")
 
     def __getattr__(self, name: str) -> Any:
+        """The engine's own attributes, for whoever holds a trainer."""
         return getattr(self.engine, name)
 
 

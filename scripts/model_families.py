@@ -237,7 +237,7 @@ def _loaded(path: Path, **arguments: Any) -> Any:
 def _full(path: Path) -> tuple[str, str]:
     """What became of full fine-tuning, and of packing in `marlhf sft`."""
     from marlhf.common.errors import UserError
-    from marlhf.models.loading import check_packing
+    from marlhf.models.gate import check_packing
 
     try:
         policy = _loaded(path)
@@ -257,7 +257,7 @@ def _lora(path: Path, lora: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     from marlhf.common.errors import UserError
-    from marlhf.models.loading import save_policy
+    from marlhf.models.saving import save_policy
 
     try:
         policy = _loaded(path, lora=lora)

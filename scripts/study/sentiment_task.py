@@ -31,7 +31,8 @@ def main() -> None:
 def unpack(source: Path, folder: Path) -> None:
     """Write the model of a folder with a .gguf file as a plain `from_pretrained` one."""
     from marlhf.config import ModelSettings
-    from marlhf.models.loading import load_model_config, load_policy, load_tokenizer, save_policy
+    from marlhf.models.loading import load_model_config, load_policy, load_tokenizer
+    from marlhf.models.saving import save_policy
 
     settings = ModelSettings(path=str(source))
     tokenizer = load_tokenizer(settings)

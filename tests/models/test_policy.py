@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from marlhf.common.errors import UserError
 from marlhf.common.types import Generation, Sequences
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
-from marlhf.models import adapters, building, loading, policy
+from marlhf.models import adapters, building, loading, policy, saving
 from marlhf.models.gate import check_model
 from marlhf.models.policy import Critic, Policy, backbone_of, forward
 
@@ -332,7 +332,7 @@ def test_a_saved_policy_is_a_plain_directory(tmp_path: Path, lora: LoraSettings 
     if lora is not None:
         model = loading.add_adapter(model, lora, "policy")
     policy = Policy(model, "policy" if lora else None)
-    loading.save_policy(policy, byte_tokenizer(), tmp_path)
+    saving.save_policy(policy, byte_tokenizer(), tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tmp_path)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from marlhf.compat.torch import TorchDispatchMode
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.distributed import ALONE, Distributed, Placement
 from marlhf.distributed.profile import precision_note
-from marlhf.models import loading
+from marlhf.models import loading, saving
 from marlhf.models.policy import Policy, backbone_of
 from marlhf.models.reward_classifier import save_classifier
 from marlhf.rewards import RewardModel
@@ -113,7 +113,7 @@ def test_the_base_of_adapters_loses_nothing(
         results[-1]["logprobs"].sum().backward()
         results[-1] |= {n: p.grad for n, p in trained.items() if p.grad is not None}
         folder = tmp_path / f"final-{len(results)}"
-        loading.save_policy(policy, byte_tokenizer(), folder)
+        saving.save_policy(policy, byte_tokenizer(), folder)
         results[-1] |= load_file(folder / "model.safetensors")
     first, second = results
     assert first.keys() == second.keys()
@@ -179,12 +179,12 @@ def test_final_is_written_in_the_dtype_of_choice(
     make("gemma", BYTES_VOCAB).bfloat16().save_pretrained(tmp_path / "base")
     settings = ModelSettings(path=str(tmp_path / "base"), final_dtype=chosen)
     config = loading.load_model_config(settings)
-    dtype = loading.final_dtype(settings, config)
+    dtype = saving.final_dtype(settings, config)
     read = loading.read_causal_lm(settings, config) if kind == "policy" else None
     model: Any = read or loading.read_classifier(settings, "model.path")
     ALONE.place(model)
     if kind == "policy":
-        loading.save_policy(Policy(model), byte_tokenizer(), tmp_path / "final", dtype)
+        saving.save_policy(Policy(model), byte_tokenizer(), tmp_path / "final", dtype)
     else:
         save_classifier(model, byte_tokenizer(), 0.5, tmp_path / "final", dtype)
     weights = load_file(tmp_path / "final" / "model.safetensors")

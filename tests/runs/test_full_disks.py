@@ -27,7 +27,7 @@ from marlhf.config.loading import config_to_dict
 from marlhf.evaluation import job
 from marlhf.evaluation.judge import ResponsePair
 from marlhf.evaluation.raters import write_file
-from marlhf.models import loading
+from marlhf.models import loading, saving
 from marlhf.runs import directory
 from marlhf.training.learner import DivergedError, keeping_batch
 
@@ -231,12 +231,12 @@ def test_a_disk_that_fills_within_the_final_model(
     for place, room in rooms.items():
         with monkeypatch.context():
             made = trainer(disk / place, steps=2, checkpoint={"every": 1, "keep": 1})
-            real = loading.save_policy
-            filled_at(loading, "save_policy", room)
+            real = saving.save_policy
+            filled_at(saving, "save_policy", room)
             with pytest.raises(UserError, match=FULL) as raised:
                 made.train()
             assert "resume=auto" in str(raised.value), place
-            monkeypatch.setattr(loading, "save_policy", real)
+            monkeypatch.setattr(saving, "save_policy", real)
         free(disk)
         train(disk / place, steps=2, checkpoint={"every": 1, "keep": 1})
         assert (disk / place / "final/tokenizer.json").stat().st_size

@@ -18,9 +18,10 @@ from marlhf.algorithm.losses import sft_loss
 from marlhf.common.errors import ReportedError, UserError
 from marlhf.config import SFTConfig
 from marlhf.config.loading import config_from_dict, config_to_dict
-from marlhf.data.demonstrations import SFTExample, SFTExamples, load_examples, pack
+from marlhf.data.demonstrations import SFTExample, SFTExamples, load_examples
+from marlhf.data.packing import pack
 from marlhf.distributed import Distributed
-from marlhf.models.loading import check_packing
+from marlhf.models.gate import check_packing
 from marlhf.models.policy import Policy
 from marlhf.training import sft
 from marlhf.training.supervised import check_batch_size, shares

@@ -1,11 +1,9 @@
-"""Tokenises SFT data (completions of prompts, conversations, plain text) and packs it."""
+"""Tokenises SFT data: completions of prompts, conversations, plain text."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -173,33 +171,6 @@ def _encode_all(
         )
     counts = {"truncated": truncated, "left_out": left_out}
     return {"fact": digest.fact, **counts, "notes": notes.lines()}
-
-
-def pack(lengths: np.ndarray, size: int) -> np.ndarray:
-    """Pack examples into groups of at most `size` tokens, by best-fit decreasing.
-
-    lengths   int64 [N], each at most `size`
-
-    Returns the group of each example, int64 [N], numbered by its longest example. An example goes
-    into the group with the least room for it, the first of several.
-    """
-    groups = np.empty(len(lengths), int)
-    with_room: defaultdict[int, list[int]] = defaultdict(list)  # tokens left -> heap of groups
-    rooms = count = 0  # bit n of `rooms`: some group has n tokens left
-    for index in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[index])
-        left, group = size, count
-        if fitting := rooms >> length:
-            left = length + (fitting & -fitting).bit_length() - 1
-            group = heappop(with_room[left])
-            if not with_room[left]:
-                rooms ^= 1 << left
-        else:
-            count += 1
-        groups[index] = group
-        heappush(with_room[left - length], group)
-        rooms |= 1 << (left - length)
-    return groups
 
 
 class _Completions:

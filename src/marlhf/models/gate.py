@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from marlhf.common.errors import UserError, one_line
 from marlhf.compat.torch import TorchDispatchMode
 from marlhf.models.decoding import Decoder
-from marlhf.models.policy import backbone_forward, backbone_of, head_of
+from marlhf.models.policy import Policy, backbone_forward, backbone_of, head_of, unwrapped
 
 _TOKENS, _PADDING, _STEPS = 12, 2, 4  # of the longer sequence; left of the shorter; sampled tokens
 _TOLERANCE = 0.01  # of the standard deviation; kernels of one family differ by up to 0.002
@@ -75,6 +75,31 @@ def check_adapter(model: Any, samples: bool = False) -> None:
             "leave these layers out of target_modules, or give model.lora.extra.exclude_modules="
             f"[{names}]"
         )
+
+
+@torch.no_grad()
+def check_packing(policy: Policy) -> None:
+    """Check that two examples packed in one row have the hidden states of separate rows.
+
+    Raises UserError for a family in which one example sees another.
+    """
+    lm = unwrapped(policy.model)
+    ids = torch.arange(1, 8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    parts = ids[:, :3], ids[:, 3:]
+    positions = [torch.arange(part.shape[1], device=lm.device)[None] for part in parts]
+    backbone, fault = backbone_of(lm), "does not keep examples in one row apart"
+    try:
+        with as_computed(lm):
+            apart = [
+                backbone_forward(backbone, i, None, p)
+                for i, p in zip(parts, positions, strict=True)
+            ]
+            together = backbone_forward(backbone, ids, None, torch.cat(positions, 1))
+            if is_close(together, torch.cat(apart, 1)):
+                return
+    except Exception as error:  # of the model's code
+        fault = f"cannot read several examples in one row ({one_line(error)})"
+    raise UserError(f"packing: given true, but {type(lm).__name__} {fault}; must be false")
 
 
 def check_finite(model: nn.Module, key: str) -> None:

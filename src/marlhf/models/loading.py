@@ -1,4 +1,4 @@
-"""Model files -> policy, reference, critic and tokenizer, and back.
+"""Model files -> policy, reference, critic and tokenizer.
 
 A path is a hub name, a directory of safetensors, or a directory with one GGUF file. Every fault but
 one in the weights' values is reported before any weight is read.
@@ -30,18 +30,16 @@ from marlhf.common.paths import local_path, special_kind, text_file
 from marlhf.common.tokenization import Tokenizer
 from marlhf.compat.transformers import file_dtypes, fix_rotary, zero_noise
 from marlhf.config import LoraSettings, ModelSettings
-from marlhf.distributed import ALONE, Placement, replaced_parameters
+from marlhf.distributed import ALONE, Placement
 from marlhf.distributed.placement import Use
-from marlhf.models.adapters import add_adapter, grow, merged, save_adapter, saved_adapter
+from marlhf.models.adapters import add_adapter, grow, merged, saved_adapter
 from marlhf.models.decoding import eos_token_ids
 from marlhf.models.gate import (
-    as_computed,
     check_adapter,
     check_finite,
     check_model,
-    is_close,
 )
-from marlhf.models.policy import Policy, backbone_forward, backbone_of
+from marlhf.models.policy import Policy, backbone_of
 
 # an unreadable one is reported here, as transformers would call it missing
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
@@ -416,68 +414,9 @@ def enable_checkpointing(model: Any) -> None:
         ) from error
 
 
-def final_dtype(settings: ModelSettings, model_config: Any) -> torch.dtype:
-    """Dtype of the weights in `final/`."""
-    of_checkpoint = getattr(model_config, "dtype", None) or torch.float32
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "checkpoint": of_checkpoint}
-    return dtypes[settings.final_dtype]
-
-
-def save_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write a model's weights and configuration, in a dtype; the model stays as it is."""
-    cast = {
-        p: nn.Parameter(p.detach().to("cpu", dtype), requires_grad=False)
-        for p in model.parameters()
-        if p.is_floating_point() and p.dtype != dtype
-    }
-    with replaced_parameters(model.modules(), cast):
-        model.save_pretrained(folder)
-
-
-def save_policy(
-    policy: Policy, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
-    """Write a plain `from_pretrained` directory; adapters are merged, and also saved alone."""
-    model: Any = policy.model
-    if hasattr(model, "peft_config"):
-        assert policy.adapter is not None
-        save_adapter(model, folder / "adapter", policy.adapter)
-        model = copy.deepcopy(model).float()
-        model.set_adapter(policy.adapter)  # merging takes modules_to_save of the active adapter
-        model = model.merge_and_unload(adapter_names=[policy.adapter])
-    save_model(model, folder, dtype)
-    tokenizer.save_pretrained(folder)
-
-
 def position_limit(model_config: Any) -> int | None:
     """Maximum sequence length of the model in tokens, None without a limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
-
-
-@torch.no_grad()
-def check_packing(policy: Policy) -> None:
-    """Check that two examples packed in one row have the hidden states of separate rows.
-
-    Raises UserError for a family in which one example sees another.
-    """
-    model: Any = policy.model
-    lm = model.get_base_model() if policy.adapter else model
-    ids = torch.arange(1, 8, device=lm.device)[None] % lm.config.get_text_config().vocab_size
-    parts = ids[:, :3], ids[:, 3:]
-    positions = [torch.arange(part.shape[1], device=lm.device)[None] for part in parts]
-    backbone, fault = backbone_of(lm), "does not keep examples in one row apart"
-    try:
-        with as_computed(lm):
-            apart = [
-                backbone_forward(backbone, i, None, p)
-                for i, p in zip(parts, positions, strict=True)
-            ]
-            together = backbone_forward(backbone, ids, None, torch.cat(positions, 1))
-            if is_close(together, torch.cat(apart, 1)):
-                return
-    except Exception as error:  # of the model's code
-        fault = f"cannot read several examples in one row ({one_line(error)})"
-    raise UserError(f"packing: given true, but {type(lm).__name__} {fault}; must be false")
 
 
 def _without_quantization(model: Any) -> Any:

@@ -26,9 +26,9 @@ from marlhf.models.loading import (
     enable_checkpointing,
     read_causal_lm,
     read_classifier,
-    save_model,
 )
 from marlhf.models.policy import backbone_of, hidden_width, length_switch
+from marlhf.models.saving import save_model
 
 
 def build_classifier(

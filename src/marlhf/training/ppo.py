@@ -34,7 +34,7 @@ from marlhf.data.order import PromptStream
 from marlhf.data.prompts import Prompt, as_prompts, kinds_of, prompt_sets
 from marlhf.data.template_checks import strip_bos_for_rewards, template_notes, with_template_date
 from marlhf.distributed import Distributed
-from marlhf.models import building, loading
+from marlhf.models import building, loading, saving
 from marlhf.models.sharded_base import check_ppo_adapters
 from marlhf.rewards import RewardModel
 from marlhf.rollout.batching import check_batch_size, held_out_share, rank_share
@@ -121,7 +121,7 @@ class PPOTrainer:
 
         # all is checked that can be without weights; from here on they are loaded
         seed_generators(config.seed)
-        self._dtype = loading.final_dtype(config.model, lm_config)
+        self._dtype = saving.final_dtype(config.model, lm_config)
         self._load_models(start, model, critic, lm_config)
         context = EngineContext(self.policy.model, self.tokenizer, ranks, config.rollout.longest)
         self.engine = start_engine(built.engine, context)
@@ -260,7 +260,7 @@ class PPOTrainer:
     def save(self, folder: Path | str) -> None:
         """Write the policy and its tokenizer as a plain `from_pretrained` directory."""
         policy = self.distributed.unwrap(self.policy.model)
-        write = partial(loading.save_policy, policy, self.tokenizer, Path(folder), self._dtype)
+        write = partial(saving.save_policy, policy, self.tokenizer, Path(folder), self._dtype)
         with self.distributed.unsharded_on_cpu(policy), writing(self.run_dir.path):
             self.distributed.fail_together(write if self.distributed.is_main else lambda: None)
 

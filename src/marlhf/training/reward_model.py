@@ -27,6 +27,7 @@ from marlhf.distributed import Distributed
 from marlhf.models import loading
 from marlhf.models.policy import unwrapped
 from marlhf.models.reward_classifier import build_classifier, save_classifier
+from marlhf.models.saving import final_dtype
 from marlhf.rewards.learned import right_pad, sequence_scores
 from marlhf.runs.provenance import data_labels
 from marlhf.runs.state import claim_run
@@ -98,7 +99,7 @@ def run(config: RewardConfig) -> None:
         def write() -> None:
             text = json.dumps(report, indent=1) + "\n"
             (folder.parent / REPORT).write_text(text, encoding="utf-8")
-            dtype = loading.final_dtype(config.model, base_config)
+            dtype = final_dtype(config.model, base_config)
             save_classifier(scorer.model, tokenizer, offset, folder, dtype)
 
         trainer.write_final(write)

@@ -20,9 +20,11 @@ from marlhf.algorithm.losses import sft_loss
 from marlhf.common.plugins import seed_generators
 from marlhf.config import SFTConfig
 from marlhf.config.loading import check_kind
-from marlhf.data.demonstrations import SFTExample, SFTExamples, load_examples, pack
+from marlhf.data.demonstrations import SFTExample, SFTExamples, load_examples
+from marlhf.data.packing import pack
 from marlhf.distributed import Distributed
-from marlhf.models import loading
+from marlhf.models import loading, saving
+from marlhf.models.gate import check_packing
 from marlhf.runs.provenance import data_labels
 from marlhf.runs.state import claim_run
 from marlhf.training.supervised import (
@@ -60,7 +62,7 @@ def run(config: SFTConfig) -> None:
         samples=False,
     )
     if config.packing:
-        loading.check_packing(policy)
+        check_packing(policy)
 
     size = config.optimizer.micro_batch_size
     task = Task(
@@ -76,9 +78,9 @@ def run(config: SFTConfig) -> None:
         notes=[*examples.notes, *held_out.notes],
     )
     trainer = SupervisedTrainer(task, config, claimed, distributed)
-    dtype = loading.final_dtype(config.model, lm_config)
+    dtype = saving.final_dtype(config.model, lm_config)
     with trainer.running() as folder:
-        trainer.write_final(lambda: loading.save_policy(policy, tokenizer, folder, dtype))
+        trainer.write_final(lambda: saving.save_policy(policy, tokenizer, folder, dtype))
 
 
 class PackedRow:

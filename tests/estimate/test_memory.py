@@ -31,8 +31,8 @@ from marlhf.estimate.allocations import (
     _forward,
     _tokens,
     backward_intervals,
-    fake_models,
 )
+from marlhf.estimate.fake_models import fake_models
 from marlhf.estimate.memory_model import (
     PROFILES,
     Interval,

@@ -87,7 +87,8 @@ def _positive(word: str) -> float:
 
 def counter_of(config: PPOConfig) -> PassCounter:
     """The `PassCounter` of a config. Raises UserError."""
-    from marlhf.estimate.allocations import PassCounter, fake_models
+    from marlhf.estimate.allocations import PassCounter
+    from marlhf.estimate.fake_models import fake_models
 
     return PassCounter(config, fake_models(config))
 

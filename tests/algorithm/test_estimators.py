@@ -301,7 +301,7 @@ class Returning:
             "weights_BM holds -1, must be at least 0",
         ),
         (Returning(lambda i: Credit(i.rewards_BM), {"values"}), "gave no returns_BM for the crit"),
-        (Returning(0, {"value"}), "requires value; possible: groups, values"),
+        (Returning(0, {"value"}), "requires value; possible: continuations, groups, values"),
         (Returning(lambda i: 1 / 0), "estimator Returning: raised ZeroDivisionError"),
     ],
 )

@@ -2,8 +2,8 @@
 
 An estimator is any callable `CreditInputs -> Credit`, named in YAML by `ppo.estimator`. Its
 attribute `requires` says what it reads beyond rewards: `values` loads and trains a critic, `groups`
-wants several responses to each prompt. The built-in ones are frozen dataclasses whose fields are
-their configuration.
+wants several responses to each prompt, `continuations` samples the rest of responses again. The
+built-in ones are frozen dataclasses whose fields are their configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from marlhf.common.registry import Registry, Spec, plugin_name
 from marlhf.common.types import AllReduceSum
 from marlhf.config import PPOConfig
 
-REQUIREMENTS = frozenset({"values", "groups"})
+REQUIREMENTS = frozenset({"values", "groups", "continuations"})
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class CreditInputs:
     values_BM       the critic's; None unless `values` is required
     bootstrap_B     value after the last macro action: 0 for finished responses, and for all unless
                     `ppo.bootstrap_truncated`; None as above
+    continuation_values_BM   mean return of continuations from the start of each, NaN where none
+                    were sampled; None unless `continuations` are required
     finished_B      bool: not cut at the length limit
     group_size      consecutive responses that continue one prompt
     token_ids       [B,T] int64
@@ -60,6 +62,7 @@ class CreditInputs:
     group_size: int
     token_ids: Tensor | None
     all_reduce: AllReduceSum = lambda x: x
+    continuation_values_BM: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ ESTIMATORS = Registry(
         "grpo": "marlhf.algorithm.estimators.GRPO",
         "reinforce": "marlhf.algorithm.estimators.Reinforce",
         "prefix_tree": "marlhf.algorithm.prefix_tree.PrefixTree",
+        "monte_carlo": "marlhf.algorithm.monte_carlo.MonteCarlo",
     },
     arguments=("inputs",),
 )
@@ -198,6 +202,30 @@ def check_estimator(estimator: Estimator, config: PPOConfig) -> None:
         name, groups = plugin_name(estimator), "groups" in requires
         if fault := config.estimator_fault(name, groups=groups):
             raise UserError(fault)
+    if "continuations" in requires:
+        continuation_plan(estimator)
+        if fault := config.continuation_fault(plugin_name(estimator)):
+            raise UserError(fault)
+
+
+def continuation_plan(estimator: Estimator) -> tuple[int, int | None]:
+    """What an estimator that requires continuations asks for. Raises UserError.
+
+    Its attribute `continuations`, how many of each prefix, and `max_prefixes`, of how many prefixes
+    of a response at most; None, the default: of all that end where a macro action starts.
+    """
+    with plugin_call(ESTIMATORS.label(estimator)):
+        names = "continuations", "max_prefixes"
+        plan: dict[str, Any] = {name: getattr(estimator, name, None) for name in names}
+    for name, number in plan.items():
+        if number is None and name == "max_prefixes":
+            continue
+        if type(number) is not int or number < 1:
+            raise UserError(
+                f"{ESTIMATORS.label(estimator)}: {name} is {short_repr(number)}, must be a whole "
+                "number of at least 1"
+            )
+    return plan["continuations"], plan["max_prefixes"]
 
 
 def estimate_credit(estimator: Estimator, inputs: CreditInputs) -> Credit:

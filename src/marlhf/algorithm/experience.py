@@ -54,6 +54,8 @@ class TokenData:
     last_values     [B] value after the last token, None without a critic
     finished        [B] bool: by EOS or a stop string, not truncated at the length limit
     token_ids       [B,T] of the responses; None where no estimator reads them
+    continuation_values   [B,T] mean return of continuations from a token on, NaN where none were
+                    sampled; None where no estimator reads them
     """
 
     response_mask: Tensor
@@ -63,6 +65,7 @@ class TokenData:
     last_values: Tensor | None
     finished: Tensor
     token_ids: Tensor | None = None
+    continuation_values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ def macro_batch(
         values_BM = reduce(tokens.values, ids, macro.value)
         cut = ~tokens.finished & ppo.bootstrap_truncated
         bootstrap_B = torch.where(cut, tokens.last_values, torch.zeros_like(tokens.last_values))
+    continuation_values_BM = None
+    if tokens.continuation_values is not None:
+        continuation_values_BM = reduce(tokens.continuation_values, ids, "first")
     lam_BM = critic_lam_BM = macro_lambdas(build_lambdas(ppo.lam), ids, "ppo.lam")
     if ppo.critic_lam is not None:
         critic_lam_BM = macro_lambdas(build_lambdas(ppo.critic_lam), ids, "ppo.critic_lam")
@@ -134,6 +140,7 @@ def macro_batch(
         group_size=group_size,
         token_ids=tokens.token_ids,
         all_reduce=all_reduce,
+        continuation_values_BM=continuation_values_BM,
     )
     credit = estimate_credit(estimator, inputs)
 
@@ -228,6 +235,7 @@ class Rollout:
     task_rewards    [B,T] processed scores on the last tokens, and rewards inside responses
     truncated       [B] bool: the prompt was truncated on its left
     extras          outputs of the log-prob pass that token rewards require, see `models.Policy`
+    continuation_values   [B,T] see `TokenData`
     """
 
     prompt_texts: list[str]
@@ -241,6 +249,7 @@ class Rollout:
     task_rewards: Tensor
     truncated: Tensor
     extras: dict[str, Tensor]
+    continuation_values: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor | None:
@@ -264,6 +273,7 @@ class Rollout:
             last_values=self.last_values,
             finished=self.generation.finished,
             token_ids=self.responses.token_ids,
+            continuation_values=self.continuation_values,
         )
 
     def experience(

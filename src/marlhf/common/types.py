@@ -121,6 +121,16 @@ class Generation:
     logprobs: Tensor | None = None
 
     @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt, without padding."""
+        return unpadded(self.prompt_ids, self.prompt_mask)
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """The token ids of each response, without padding."""
+        return unpadded(self.response_ids, self.response_mask)
+
+    @property
     def lengths(self) -> Tensor:
         """[B] int64, tokens in each response."""
         return self.response_mask.sum(1)
@@ -176,6 +186,11 @@ class RewardResult:
         """Indices of responses to which no reward applied: their score of 0.0 means nothing."""
         columns = list(self.by_name.values())
         return [i for i in range(len(self.scores)) if all(c[i] is None for c in columns)]
+
+
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids [B,L] under a mask [B,L], row by row."""
+    return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 def kept_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:

@@ -82,8 +82,9 @@ class PPOSettings:
     """Advantages and the policy update."""
 
     estimator: Spec = "gae"
-    """Advantages: `gae` trains a critic; `rloo`, `grpo` and `reinforce` compare responses and load
-    none; an import path, or a mapping with `name` and arguments."""
+    """Advantages: `gae` trains a critic; `rloo`, `grpo`, `reinforce` and `prefix_tree` compare
+    responses, `monte_carlo` samples continuations, and none is loaded; an import path, or a mapping
+    with `name` and arguments."""
     gamma: Fraction = 1.0
     """Discount per token (or per macro action, see `macro.discount`)."""
     lam: Fraction | Spec = 0.95
@@ -284,6 +285,10 @@ class PPOConfig(TrainingConfig):
     def _unused_by_estimator(self) -> str | None:
         """A line on a key that a built-in estimator does not use, or lacks."""
         name, arguments = split_spec(self.ppo.estimator, "ppo.estimator")
+        if name == "monte_carlo":
+            unused = [*_CRITIC_KEYS, "ppo.lam"]
+            fault = self.estimator_fault(name, groups=False, unused=unused)
+            return fault or self.continuation_fault(name)
         if name in ("rloo", "grpo", "reinforce", "prefix_tree"):
             to_go = _MACRO_REWARD_KEYS if arguments.get("return_to_go") else ()
             groups = name != "reinforce"
@@ -312,6 +317,23 @@ class PPOConfig(TrainingConfig):
                 return (
                     f"{key}: given {setting!r}, but ppo.estimator={name} has no critic and does "
                     "not use it; leave it out"
+                )
+        return None
+
+    def continuation_fault(self, name: str) -> str | None:
+        """A line on what does not fit an estimator that reads continuations, or None."""
+        per_macro = self.macro.discount == "per_macro" and self.ppo.gamma < 1
+        faults = {
+            "reward.whiten=true": ("are another batch to whiten over", self.reward.whiten),
+            "reward.tokens": ("have no token rewards", bool(self.reward.tokens)),
+            "macro.reward=mean": ("return the sum of their rewards", self.macro.reward == "mean"),
+            "macro.discount=per_macro": ("have no macro actions to discount by", per_macro),
+        }
+        for key, (reason, given) in faults.items():
+            if given:
+                return (
+                    f"{key}: given with ppo.estimator={name}, whose continuations {reason}; leave "
+                    "it out"
                 )
         return None
 

@@ -7,7 +7,7 @@ sampling.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -74,32 +74,57 @@ class RolloutWorker:
             seeds = [row_seed(self.config.seed, step, row_id) for row_id in row_ids]
             generation = self._sample(encoded, seeds, held_out)
         with timer("score"):
-            sequences = Sequences.of(generation)
-            requested = frozenset() if held_out else self.requested_extras
-            with_head = self.config.has_head and with_values
-            extras = {"entropy", *requested, *(("values",) if with_head else ())}
-            outputs = self._logprobs(self.policy, sequences, extras)
-            values = outputs if with_head else {}
-            if self.critic is not None and with_values:
-                values = self._values(self.critic, sequences)
-            reference: dict[str, Tensor] = {}
-            if self.reference is not None:
-                reference = self._logprobs(self.reference, sequences)
-            responses = ResponseBatch(
-                token_ids=generation.response_ids,
-                response_mask=generation.response_mask,
-                logprobs=outputs["logprobs"],
-                ref_logprobs=reference.get("logprobs"),
-                entropy=outputs["entropy"],
-                row_ids=torch.tensor(row_ids),
-                step=step,
-                seed=self.config.seed,
-                tokenizer=self.tokenizer,
-                continues=[has_text(ids, self.tokenizer) for ids in encoded],
-                eos_ids=self.distributed.unwrap(self.policy).eos_ids,
-                skip_special_tokens=self.config.rollout.skip_special_tokens,
+            rollout = self.score(
+                prompts,
+                texts,
+                generation,
+                row_ids,
+                step,
+                held_out=held_out,
+                with_values=with_values,
             )
-            rewards, scores, task_rewards = self._reward(prompts, generation, responses, held_out)
+        return replace(rollout, truncated=torch.tensor(truncated))
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        texts: list[str],
+        generation: Generation,
+        row_ids: Sequence[int],
+        step: int,
+        held_out: bool = False,
+        with_values: bool = True,
+    ) -> Rollout:
+        """Log-probs, values and rewards of responses; arguments as of the call.
+
+        texts   the prompts as the policy read them
+        """
+        sequences = Sequences.of(generation)
+        requested = frozenset() if held_out else self.requested_extras
+        with_head = self.config.has_head and with_values
+        extras = {"entropy", *requested, *(("values",) if with_head else ())}
+        outputs = self._logprobs(self.policy, sequences, extras)
+        values = outputs if with_head else {}
+        if self.critic is not None and with_values:
+            values = self._values(self.critic, sequences)
+        reference: dict[str, Tensor] = {}
+        if self.reference is not None:
+            reference = self._logprobs(self.reference, sequences)
+        responses = ResponseBatch(
+            token_ids=generation.response_ids,
+            response_mask=generation.response_mask,
+            logprobs=outputs["logprobs"],
+            ref_logprobs=reference.get("logprobs"),
+            entropy=outputs["entropy"],
+            row_ids=torch.tensor(row_ids),
+            step=step,
+            seed=self.config.seed,
+            tokenizer=self.tokenizer,
+            continues=[has_text(ids, self.tokenizer) for ids in generation.prompts],
+            eos_ids=self.distributed.unwrap(self.policy).eos_ids,
+            skip_special_tokens=self.config.rollout.skip_special_tokens,
+        )
+        rewards, scores, task_rewards = self._reward(prompts, generation, responses, held_out)
         return Rollout(
             prompt_texts=texts,
             generation=generation,
@@ -110,7 +135,7 @@ class RolloutWorker:
             rewards=rewards,
             scores=scores,
             task_rewards=task_rewards,
-            truncated=torch.tensor(truncated),
+            truncated=torch.zeros(len(prompts), dtype=torch.bool),
             extras={name: outputs[name] for name in requested},
         )
 

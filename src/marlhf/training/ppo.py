@@ -38,6 +38,7 @@ from marlhf.models import building, loading, saving
 from marlhf.models.sharded_base import check_ppo_adapters
 from marlhf.rewards import RewardModel
 from marlhf.rollout.batching import check_batch_size, held_out_share, rank_share
+from marlhf.rollout.continuations import Continuer
 from marlhf.rollout.engine import EngineContext, start_engine
 from marlhf.rollout.policy_weights import policy_weights
 from marlhf.rollout.scores import add_token_rewards, check_rewards
@@ -137,6 +138,7 @@ class PPOTrainer:
             requested_extras=self.token_reward.requires - REF_LOGPROBS,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
+        self.continued = Continuer(self.worker, self.estimator, self.kl)
         self.update = PPOUpdate(config, self.policy, self.critic, self.texts, self.kl, ranks)
         self.state = RunState(self._parts(), config, ranks, claimed.provenance)
         self.step_count = 0 if checkpoint is None else self.state.load(checkpoint)
@@ -202,7 +204,9 @@ class PPOTrainer:
             starts = self.distributed.fail_together(lambda: self._segment(rollout))
             # from the next update on, segmenters that learn have seen these responses
             learn(self.segmenter, rollout.responses, self.distributed.gather_objects)
-            # 3. rewards and values -> advantages
+        # 3. rewards and values -> advantages
+        rollout = self.continued(starts, share[0], rollout, timer, metrics)
+        with timer("segment"):
             batch = self._macro_batch(starts, rollout)
             weigh = partial(weighted, batch, self.loss_weights, rollout.responses)
             batch = self.distributed.fail_together(weigh)

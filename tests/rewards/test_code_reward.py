@@ -14,7 +14,8 @@ import pytest
 from marlhf.common.errors import UserError
 from marlhf.jail.values import Opaque
 from marlhf.rewards import Code, RewardError, build_rewards
-from marlhf.rewards.code import apps_problem, extract_code, same_output, same_value
+from marlhf.rewards.code import extract_code
+from marlhf.rewards.problems import apps_problem, same_output, same_value
 from marlhf.rewards.sandbox import Calls
 
 INCREMENT = {"inputs": ["1\n", "41\n", "-1", "5"], "outputs": ["2\n", "42", ["0"], "6\n"]}

@@ -20,12 +20,7 @@ from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.distributed import matmul_parameters
 from marlhf.models import building, loading
 from marlhf.models.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
-from marlhf.models.policy import (
-    Critic,
-    Policy,
-    backbone_of,
-    unwrapped,
-)
+from marlhf.models.policy import Critic, Policy, backbone_of, unwrapped
 from marlhf.rewards import reward_models
 
 _MOST_LAYERS = 500  # no model has more, and each takes a second

@@ -13,7 +13,7 @@ from marlhf.common.errors import UserError
 from marlhf.data.file_formats import parse_json
 from marlhf.data.files import Files, Row
 from marlhf.data.presets.base import Example, RowError, Source, value
-from marlhf.rewards.code import apps_problem
+from marlhf.rewards.problems import apps_problem
 
 
 @dataclass(frozen=True)

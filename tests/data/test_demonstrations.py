@@ -20,8 +20,8 @@ from marlhf.data.demonstrations import (
     SFTExamples,
     as_examples,
     load_examples,
-    pack,
 )
+from marlhf.data.packing import pack
 
 CHAT = [
     {"role": "user", "content": "hi"},

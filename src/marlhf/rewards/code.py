@@ -37,8 +37,8 @@ class Code:
 
     format="apps": `tests_column` holds JSON text, or a mapping, with `inputs`, `outputs` and
     perhaps `fn_name`: without it each input is a stdin and each output the expected stdout (see
-    `problems.same_output`); with it each input is a list of arguments to that function, which may use names
-    that APPS's own evaluation imports (`List`, `Counter`, `math`). None where empty.
+    `problems.same_output`); with it each input is a list of arguments to that function, which may
+    use names that APPS's own evaluation imports (`List`, `Counter`, `math`). None where empty.
 
     format="humaneval": `check_column` holds code that defines `check(candidate)`, which either
     passes or fails; `entry_point_column` the function's name; `prefix_column` the code before the

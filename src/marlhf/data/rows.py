@@ -27,7 +27,7 @@ TEXT_SCHEMA = pa.schema([("row", pa.large_string())])  # rows as JSON: Arrow wou
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-class Table(Protocol):
+class ArrowRows(Protocol):
     """Arrow rows by position."""
 
     def __len__(self) -> int: ...
@@ -49,7 +49,7 @@ class Rows(Sequence[Row]):
 
     def __init__(
         self,
-        tables: Sequence[Table],
+        tables: Sequence[ArrowRows],
         key: str | None = None,
         names: Sequence[str] | None = None,
         span: range | None = None,

@@ -27,7 +27,7 @@ def minibatches(responses: int, group_size: int, count: int) -> list[Tensor]:
     return [(minibatch_of == i).nonzero().squeeze(1) for i in range(count)]
 
 
-def check_batch_size(prompts: int, ranks: int, count: int) -> None:
+def check_minibatches(prompts: int, ranks: int, count: int) -> None:
     """Check that all ranks get equally many prompts per minibatch. Raises UserError."""
     if prompts % (ranks * count):
         raise UserError(

@@ -73,7 +73,7 @@ class TransformersEngine:
                 )
                 for i in range(0, len(prompts), size)
             ]
-        return joined(parts, pad_token_id(self.tokenizer, policy.eos_ids))
+        return concatenated(parts, pad_token_id(self.tokenizer, policy.eos_ids))
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """No-op: nothing is copied."""
@@ -167,7 +167,7 @@ def _decode(
     return response_ids[:, :T].masked_fill(beyond, pad_id), lengths, sampled_logprobs
 
 
-def joined(parts: Sequence[Generation], pad_id: int) -> Generation:
+def concatenated(parts: Sequence[Generation], pad_id: int) -> Generation:
     """Responses of several calls in one batch."""
     if len(parts) == 1:
         return parts[0]

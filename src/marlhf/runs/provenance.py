@@ -42,7 +42,7 @@ _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _THREADS = 4
 _PART, _PARTS = 2**12, 64
 
-Facts = dict[str, dict[str, Any]]
+InputFacts = dict[str, dict[str, Any]]
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -187,7 +187,7 @@ class Provenance:
     def __init__(
         self, config: Any, rows: Mapping[str, Iterable[Any]], arguments: Mapping[str, Any]
     ) -> None:
-        self._facts: Facts = {label: {"rows": fact_of(part)} for label, part in rows.items()}
+        self._facts: InputFacts = {label: {"rows": fact_of(part)} for label, part in rows.items()}
         self._files: dict[Path, dict[str, Any]] = {}  # to be read; the same facts as in self._facts
         self._threads: list[threading.Thread] = []
         revision = getattr(config.model, "revision", None)  # evaluate has none
@@ -225,7 +225,7 @@ class Provenance:
                 changed.append(f"{label} ({excerpt})")
         return changed
 
-    def quick_facts(self) -> Facts:
+    def quick_facts(self) -> InputFacts:
         """Size of a file, and a digest of parts of it: no full read.
 
         Raises OSError.
@@ -249,7 +249,7 @@ class Provenance:
         for thread in self._threads:
             thread.start()
 
-    def facts(self) -> Facts:
+    def facts(self) -> InputFacts:
         """All facts as plain data, for a manifest; waits for the threads of `begin`."""
         for thread in self._threads:
             thread.join()

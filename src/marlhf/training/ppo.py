@@ -37,7 +37,7 @@ from marlhf.distributed import Distributed
 from marlhf.models import building, loading, saving
 from marlhf.models.sharded_base import check_ppo_adapters
 from marlhf.rewards import RewardModel
-from marlhf.rollout.batching import check_batch_size, held_out_share, rank_share
+from marlhf.rollout.batching import check_minibatches, held_out_share, rank_share
 from marlhf.rollout.continuations import Continuer
 from marlhf.rollout.engine import EngineContext, start_engine
 from marlhf.rollout.policy_weights import policy_weights
@@ -94,7 +94,7 @@ class PPOTrainer:
             raise UserError(f"model: given {str(model)!r}; a path goes into config.model.path")
         timeout = config.distributed_timeout_minutes
         ranks = self.distributed = Distributed(config.model.precision, timeout)
-        check_batch_size(config.rollout.batch_size, ranks.world_size, config.ppo.minibatches)
+        check_minibatches(config.rollout.batch_size, ranks.world_size, config.ppo.minibatches)
         arguments = {"reward": reward, "token_reward": token_reward, "segmenter": segmenter}
         arguments |= {"estimator": estimator, "engine": engine}
         built = build_plug_ins(config, arguments)
@@ -193,7 +193,7 @@ class PPOTrainer:
         config, metrics, timer = self.config, Metrics(), Timer()
         # 1. sample and score
         records, ranks = as_prompts(prompts, config.data), self.distributed
-        check_batch_size(len(records), ranks.world_size, config.ppo.minibatches)
+        check_minibatches(len(records), ranks.world_size, config.ppo.minibatches)
         copies = config.rollout.responses_per_prompt
         share = rank_share(records, copies, ranks.rank, ranks.world_size)
         rollout = self.worker(*share, self.step_count, timer)

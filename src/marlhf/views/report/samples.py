@@ -13,7 +13,7 @@ from marlhf.views.report.runs import Run
 _PROMPTS = 4
 _LONG_PROMPT = 240  # characters; the beginning of a longer prompt is folded
 
-Sample = dict[str, Any]
+SampleLine = dict[str, Any]
 
 
 def before_after(run: Run) -> str:
@@ -52,7 +52,7 @@ def before_after(run: Run) -> str:
     return "".join(parts)
 
 
-def _usable(sample: Sample) -> bool:
+def _usable(sample: SampleLine) -> bool:
     pieces = sample.get("macro_actions")
     return (
         isinstance(pieces, list)
@@ -61,12 +61,12 @@ def _usable(sample: Sample) -> bool:
     )
 
 
-def _scale(samples: Sequence[Sample]) -> float:
+def _scale(samples: Sequence[SampleLine]) -> float:
     """The largest absolute advantage, which gets the strongest shade; 1 without any."""
     return max((abs(a) for s in samples for a in _advantages(s)), default=0.0) or 1.0
 
 
-def _advantages(sample: Sample) -> list[float]:
+def _advantages(sample: SampleLine) -> list[float]:
     """Advantages, one per macro action; empty if unknown."""
     advantages = sample.get("macro_advantages")
     if not isinstance(advantages, list) or len(advantages) != len(sample["macro_actions"]):
@@ -75,7 +75,7 @@ def _advantages(sample: Sample) -> list[float]:
     return [] if None in numbers else [a for a in numbers if a is not None]
 
 
-def _prompt(sample: Sample, answers: Sequence[tuple[str, Sample]], scale: float) -> str:
+def _prompt(sample: SampleLine, answers: Sequence[tuple[str, SampleLine]], scale: float) -> str:
     prompt = str(sample.get("prompt", ""))
     if len(prompt) > _LONG_PROMPT:
         beginning, ending = prompt[:-_LONG_PROMPT], prompt[-_LONG_PROMPT:]
@@ -91,7 +91,7 @@ def _prompt(sample: Sample, answers: Sequence[tuple[str, Sample]], scale: float)
     )
 
 
-def _answer(label: str, sample: Sample, scale: float) -> str:
+def _answer(label: str, sample: SampleLine, scale: float) -> str:
     score, kl = finite(sample.get("score")), finite(sample.get("kl"))
     facts = [label]
     facts += [f"score {number(score)}"] if score is not None else []
@@ -108,7 +108,7 @@ def _answer(label: str, sample: Sample, scale: float) -> str:
 
 
 def _macro_action(
-    sample: Sample, index: int, piece: str, advantage: float | None, scale: float
+    sample: SampleLine, index: int, piece: str, advantage: float | None, scale: float
 ) -> str:
     lengths = sample.get("macro_lengths")
     tip = [f"macro action {index + 1}"]

@@ -15,7 +15,7 @@ from marlhf.config.ppo import (
     PPOSettings,
     PTXSettings,
 )
-from marlhf.config.reward import PairDataSettings, RewardConfig, RewardOptimizerSettings
+from marlhf.config.reward import PairDataSettings, RewardConfig
 from marlhf.config.sections import (
     AdamWSettings,
     CheckpointSettings,
@@ -29,7 +29,8 @@ from marlhf.config.sections import (
     RewardSettings,
     RolloutSettings,
 )
-from marlhf.config.sft import SFTConfig, SFTDataSettings, SFTOptimizerSettings
+from marlhf.config.sft import SFTConfig, SFTDataSettings
+from marlhf.config.supervised import SupervisedOptimizerSettings
 from marlhf.config.sweep import SweepConfig
 
 __all__ = [
@@ -55,11 +56,10 @@ __all__ = [
     "PassSettings",
     "RaterSettings",
     "RewardConfig",
-    "RewardOptimizerSettings",
     "RewardSettings",
     "RolloutSettings",
     "SFTConfig",
     "SFTDataSettings",
-    "SFTOptimizerSettings",
+    "SupervisedOptimizerSettings",
     "SweepConfig",
 ]

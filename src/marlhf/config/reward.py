@@ -7,7 +7,6 @@ from pydantic.dataclasses import dataclass
 
 from marlhf.config.sections import (
     STRICT,
-    AdamWSettings,
     Count,
     DataSettings,
     ModelSettings,
@@ -15,7 +14,7 @@ from marlhf.config.sections import (
     NonNegative,
     PathText,
 )
-from marlhf.config.supervised import SupervisedConfig
+from marlhf.config.supervised import SupervisedConfig, SupervisedOptimizerSettings
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -41,14 +40,6 @@ class PairDataSettings(DataSettings):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class RewardOptimizerSettings(AdamWSettings):
-    """AdamW."""
-
-    learning_rate: NonNegative = 1e-5
-    """The highest, after the warm-up."""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
 class RewardConfig(SupervisedConfig):
     """Everything a `marlhf reward` run needs."""
 
@@ -66,7 +57,7 @@ class RewardConfig(SupervisedConfig):
     `truncated_fraction`."""
     centring: NonNegative = 0.0
     """Weight of (chosen + rejected)^2 in the loss, which keeps scores around 0; 0.01 is usual."""
-    optimizer: RewardOptimizerSettings = Field(default_factory=RewardOptimizerSettings)
+    optimizer: SupervisedOptimizerSettings = Field(default_factory=SupervisedOptimizerSettings)
     """AdamW; `micro_batch_size` counts pairs."""
 
     @model_validator(mode="after")

@@ -9,14 +9,12 @@ from pydantic.dataclasses import dataclass
 
 from marlhf.config.sections import (
     STRICT,
-    AdamWSettings,
     Count,
     DataSettings,
     ModelSettings,
     NonEmptyPath,
-    NonNegative,
 )
-from marlhf.config.supervised import SupervisedConfig
+from marlhf.config.supervised import SupervisedConfig, SupervisedOptimizerSettings
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -32,14 +30,6 @@ class SFTDataSettings(DataSettings):
     text_column: str | None = None
     """Train on this column alone, without a prompt: conversations (lists of chat messages) or plain
     text."""
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class SFTOptimizerSettings(AdamWSettings):
-    """AdamW."""
-
-    learning_rate: NonNegative = 1e-5
-    """The highest, after the warm-up."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -63,7 +53,7 @@ class SFTConfig(SupervisedConfig):
     packing: bool = False
     """Fill sequences of `max_length` tokens with several examples. Each keeps its own positions and
     attends to itself alone, so that its loss is the same as without packing."""
-    optimizer: SFTOptimizerSettings = Field(default_factory=SFTOptimizerSettings)
+    optimizer: SupervisedOptimizerSettings = Field(default_factory=SupervisedOptimizerSettings)
     """AdamW."""
 
     @model_validator(mode="after")

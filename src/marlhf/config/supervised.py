@@ -11,9 +11,18 @@ from marlhf.config.sections import (
     CheckpointSettings,
     Count,
     MetricsSettings,
+    NonNegative,
     Positive,
     TrainingConfig,
 )
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SupervisedOptimizerSettings(AdamWSettings):
+    """AdamW."""
+
+    learning_rate: NonNegative = 1e-5
+    """The highest, after the warm-up."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -29,7 +38,7 @@ class SupervisedConfig(TrainingConfig):
     early_stopping: Count | None = None
     """Stop after this many consecutive evaluations without a lower held-out loss; `final/` is then
     the model with the lowest."""
-    optimizer: AdamWSettings = Field(default_factory=AdamWSettings)
+    optimizer: SupervisedOptimizerSettings = Field(default_factory=SupervisedOptimizerSettings)
     log: MetricsSettings = Field(default_factory=MetricsSettings)
     """Outputs."""
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)

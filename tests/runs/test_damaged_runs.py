@@ -18,7 +18,9 @@ from support.runs_that_die import in_child, train, trainer
 
 from marlhf.common.errors import UserError
 from marlhf.runs import checkpoint
+from marlhf.runs.alarms import AlarmSink
 from marlhf.runs.sinks import JsonLines, TensorBoard
+from marlhf.views.report.runs import read_runs
 
 DEEP = "[" * 100_000
 
@@ -63,6 +65,16 @@ def test_rows_out_of_order_and_without_a_line_break_are_kept(tmp_path: Path) -> 
     JsonLines.truncate(path, 2, pytest.fail)
     assert path.read_text() == "\n".join(rows(0, 1, 2)) + "\n"
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    """As an editor leaves it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*rows(0, 1, 2), ""]), encoding="utf-8-sig")
+    JsonLines.truncate(path, 1, pytest.fail)
+    read_back = [json.dumps(dict(row)) for row in AlarmSink(path)._history]
+    assert read_back == rows(0, 1)
+    assert [json.dumps(row) for row in read_runs([str(tmp_path)])[0].rows] == rows(0, 1)
 
 
 def test_events_after_a_broken_one_are_kept(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ about each is in docs/metrics.md under the same name.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from marlhf.runs.json_lines import parse_line
 
 History = Sequence[Mapping[str, Any]]
 _WINDOW = 5  # updates to average a value over
@@ -158,8 +159,9 @@ class AlarmSink:
     """
 
     def __init__(self, before: Path) -> None:
-        lines = before.read_text(encoding="utf-8").splitlines() if before.is_file() else []
-        self._history: list[Mapping[str, Any]] = [json.loads(line) for line in lines]
+        lines = before.read_bytes().split(b"\n") if before.is_file() else []
+        rows = map(parse_line, lines)
+        self._history: list[Mapping[str, Any]] = [row for row in rows if row is not None]
         self._fired = set(fired(self._history))
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -130,7 +130,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[MetricsRow]:
     if not path.is_file():
         return []
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             lines = list(file)  # not splitlines: a response may hold U+2028 and its like
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error.strerror}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
@@ -88,6 +90,7 @@ FAULTS = {
     "length of no number": Answer(b"{}", headers={"Content-Length": "\xb2"}),
     "nested": Answer(b"[" * 100_000),
     "no end": Answer(b"x" * 2**21),
+    "no gzip": Answer(b"x" * 99, headers={"Content-Encoding": "gzip"}),
 }
 
 
@@ -101,6 +104,34 @@ def test_what_may_be_better_next_time_is_asked_again(name):
         endpoint = client(server.url, timeout_seconds=0.3 if slow else 5.0)
         assert endpoint.ask(ASK).text == "Verdict: B"
         assert len(server.bodies) == endpoint.requests == 3
+
+
+ZEROS = gzip.compress(bytes(2**26))
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "says_why"),
+    [
+        (ZEROS, "gzip", "the answer is too large"),
+        (gzip.compress(ZEROS), "gzip, gzip", "the answer is encoded as 'gzip, gzip'"),
+    ],
+)
+def test_a_small_answer_does_not_fill_the_memory(body, encoding, says_why):
+    answer = Answer(body, headers={"Content-Encoding": encoding})
+    tracemalloc.start()
+    try:
+        with judge_server(lambda *_: answer) as server, pytest.raises(RequestError, match=says_why):
+            client(server.url, retries=0).ask(ASK)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_compressed_answer_is_read():
+    body = gzip.compress(json.dumps(completion("Verdict: A")).encode())
+    with judge_server(lambda *_: Answer(body, headers={"Content-Encoding": "gzip"})) as server:
+        assert client(server.url).ask(ASK).text == "Verdict: A"
+    assert server.headers[0]["Accept-Encoding"] == "gzip"
 
 
 @contextmanager

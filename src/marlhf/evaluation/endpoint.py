@@ -8,6 +8,7 @@ import json
 import os
 import random
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -183,6 +184,7 @@ class Endpoint:
     async def _exchange(self, data: bytes) -> _Answer:
         """Send a request; return the answer of any status, its body bounded."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers["Accept-Encoding"] = "gzip"  # others cannot be bounded
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
         parts, size = [], 0
@@ -193,14 +195,15 @@ class Endpoint:
             ) as client,
             client.stream("POST", self._address, content=data, headers=headers) as response,
         ):
-            async for part in response.aiter_bytes(65536):
+            async for part in response.aiter_raw(65536):
                 parts.append(part)
                 size += len(part)
                 if size > _LARGEST_REPLY:
                     raise httpx.DecodingError("the answer is too large")
-            retry_after = response.headers.get("Retry-After")
+            headers = response.headers
+            content = _unpacked(b"".join(parts), headers.get("Content-Encoding", "identity"))
             return _Answer(
-                response.status_code, response.reason_phrase, retry_after, b"".join(parts)
+                response.status_code, response.reason_phrase, headers.get("Retry-After"), content
             )
 
     def _parsed(self, data: bytes, estimate: int) -> Reply:
@@ -261,6 +264,25 @@ def _cause(error: BaseException) -> BaseException | str:
         error = deeper
     code = error.errno if isinstance(error, OSError) else None
     return os.strerror(code) if code is not None and code > 0 else error
+
+
+def _unpacked(body: bytes, encoding: str) -> bytes:
+    """A body as it was before its encoding. Raises httpx.DecodingError.
+
+    httpx would decode whatever a server sends, in memory without bound.
+    """
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "x-gzip"):
+        raise httpx.DecodingError(f"the answer is encoded as {encoding!r}")
+    decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        content = decoder.decompress(body, _LARGEST_REPLY)
+    except zlib.error as error:
+        raise httpx.DecodingError(str(error)) from error
+    if decoder.unconsumed_tail:
+        raise httpx.DecodingError("the answer is too large")
+    return content
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -22,6 +22,7 @@ rollout.batch_size=2147483647 -> rollout.batch_size: given 2147483647 & at most 
 rollout.batch_size=1000000 -> given 1000000, must be at most 800, 100 times the 8 rows
 rollout.responses_per_prompt=2147483647 -> responses_per_prompt: given 2147483647, must be at most
 rollout.responses_per_prompt=65536 ;; rollout.batch_size=32 -> at most 1048576 responses per update
+ppo.epochs=2147483647 -> ppo.epochs: given 2147483647, must be at most 1000
 ptx={path: data.jsonl, text_column: prompt, max_length: 9, batch_size: 801} -> ptx.batch_size
 """
 
@@ -52,15 +53,19 @@ def test_batches_of_the_other_jobs(job, refused):
     assert "batch_size: given 1000, must be at most 900, 100 times the 9 rows" in line
 
 
-def test_an_estimate_of_more_layers_than_any_model_has(refused):
+@pytest.mark.parametrize("layers", [100000, -1])
+def test_more_layers_than_any_model_has(layers, refused):
     def deepen(folder: Path) -> None:
         file = folder / "config.json"
-        text = file.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 100000')
+        text = file.read_text().replace('"num_hidden_layers": 2', f'"num_hidden_layers": {layers}')
         file.write_text(text)
 
-    folder = refused.copy("lm", deepen)
-    words = ("estimate", "config.yaml", "--gpus=1", "--gpu-memory=1", f"model.path={folder.name}")
-    assert "its config.json says 100000 layers" in refused(*words)
+    model = f"model.path={refused.copy('lm', deepen).name}"
+    for line in (
+        refused("estimate", "config.yaml", "--gpus=1", "--gpu-memory=1", model),
+        refused.of(model),
+    ):
+        assert f"says {layers} layers, must be 1 to 500" in line
 
 
 def test_a_template_that_never_ends(refused, monkeypatch):
@@ -70,6 +75,15 @@ def test_a_template_that_never_ends(refused, monkeypatch):
     assert "the chat template refuses the prompt" in line
     assert "took longer than 0.2 seconds" in line
     assert time.monotonic() - start < 30
+
+
+def test_a_template_that_writes_without_end(refused):
+    """The tokenizer would take minutes and gigabytes for it."""
+    line = refused.of(
+        "data.apply_chat_template=true", "model.chat_template=\"{{ 'ab' * 9999999 }}\""
+    )
+    assert "the chat template refuses the prompt" in line
+    assert "it writes 19999998 characters" in line
 
 
 def test_a_reward_models_template_that_never_ends(world, monkeypatch):

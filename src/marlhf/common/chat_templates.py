@@ -19,6 +19,7 @@ from marlhf.common.tokenization import Tokenizer
 Messages = Sequence[Mapping[str, Any]]
 
 TEMPLATE_SECONDS = 20.0  # for one conversation; a template can loop for days
+_MOST_ADDED = 2**20  # characters, such as of a system turn of the template's own
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZf"
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that datasets use for it
 
@@ -26,14 +27,18 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys that dataset
 def render_chat(tokenizer: Tokenizer, messages: Messages, **options: Any) -> str:
     """Render a conversation in a tokenizer's chat template, on the date set by `fix_date`.
 
-    options: of `apply_chat_template`. Raises any exception of the template, and TimeoutError for
-    one that does not end.
+    options: of `apply_chat_template`. Raises any exception of the template, TimeoutError for one
+    that does not end, and ValueError for one that writes far more than it is given.
     """
     day = getattr(tokenizer, "template_date", None)
     if day is not None and uses_date(tokenizer):
         options["chat_template"] = _clock(day) + tokenizer.get_chat_template()
     with time_limit(TEMPLATE_SECONDS):
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    content = sum(len(str(message)) for message in messages)
+    if len(text) > _MOST_ADDED + 10 * content:
+        raise ValueError(f"it writes {len(text)} characters for a conversation of {content}")
+    return text
 
 
 def uses_date(tokenizer: Tokenizer) -> bool:

@@ -94,7 +94,7 @@ class PPOSettings:
     """Lambda of the critic's targets alone (VC-PPO); null: that of the advantages."""
     bootstrap_truncated: bool = False
     """Use the critic's value after the last token of a response cut at the limit; else 0."""
-    epochs: Count = 1
+    epochs: Annotated[Count, Field(le=1000)] = 1
     """Passes over each rollout."""
     minibatches: Count = 1
     """Optimiser steps per pass."""

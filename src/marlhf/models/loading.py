@@ -44,6 +44,7 @@ from marlhf.models.policy import Policy, backbone_of
 # an unreadable one is reported here, as transformers would call it missing
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_MOST_LAYERS = 500  # no model has more
 
 
 def model_source(path: str, key: str) -> dict[str, Any]:
@@ -95,6 +96,12 @@ def load_model_config(
     they will not be read. Raises UserError.
     """
     config = _from_pretrained(AutoConfig, settings, key)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
+        raise UserError(
+            f"{key}: the config.json of {settings.path!r} says {layers} layers, must be 1 to "
+            f"{_MOST_LAYERS}"
+        )
     if weights:
         _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):

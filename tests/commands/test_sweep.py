@@ -156,6 +156,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, fake_job):
         ({"arms": {"a": {"output_dir": "x"}}}, "arms.a: output_dir is set by the sweep"),
         ({"overrides": {"segmenter.n": "x"}}, "segmenter ngram: n: given 'x'"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"grid": {f"k{i}": [*range(10)] for i in range(9)}}, "1000000000 runs, must be at most"),
         ({"job": "sft", "grid": {"kl.coef": [0.1]}}, "kl"),
     ],
 )

@@ -8,6 +8,7 @@ those that were stopped or failed.
 from __future__ import annotations
 
 import itertools
+import math
 import json
 import os
 import re
@@ -35,6 +36,7 @@ _CONFIGS: dict[str, Any] = {"ppo": PPOConfig, "sft": SFTConfig, "reward": Reward
 _RESERVED_KEYS = ("seed", "output_dir", "overwrite", "resume")
 _STILL_RUNS = "an earlier sweep, which was killed, has left it running"
 _RESUME_HINT = "; run the same command again to resume"
+_MOST_RUNS = 10_000
 _POLL = 0.2  # seconds
 _PATIENCE = 600.0  # seconds for a stopped run to finish its update and save it
 
@@ -104,6 +106,9 @@ def _run_trials(trials: Sequence[Trial], config: SweepConfig) -> list[Trial]:
 
 def plan(config: SweepConfig) -> list[Trial]:
     """All runs, with checked configurations. Raises UserError that names the run."""
+    lists = [config.arms or [None], config.seeds, *config.grid.values()]
+    if (count := math.prod(map(len, lists))) > _MOST_RUNS:
+        raise UserError(f"grid: with arms and seeds {count} runs, must be at most {_MOST_RUNS}")
     cls = _CONFIGS[config.job]
     base = read_yaml(config.config)
     trials: dict[Path, Trial] = {}  # a value given twice makes one run

@@ -119,6 +119,12 @@ def test_what_cannot_be_a_path_on_the_command_line(kind, words, refused):
         Path("run/metrics.jsonl").unlink()
 
 
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] in ("merge", "quickstart")])
+def test_a_model_has_a_name_in_utf_8(words, refused):
+    assert "half of a character" in refused(*words, "a\udcff")
+    assert "half of a character" in refused("segment", "a text", "--tokenizer=a\udcff")
+
+
 def test_half_of_a_character(refused):
     assert "half of a character" in refused("segment", "a \udcff b", "--tokenizer=lm")
     assert "unacceptable character" in refused.of("output_dir=a\udcff")

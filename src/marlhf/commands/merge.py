@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from marlhf.common.errors import Parser, UserError, say
-from marlhf.common.paths import local_path, writing
+from marlhf.common.paths import model_path, writing
 
 
 def main(words: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     _check_new(options.out)
     if options.base is not None:
-        local_path(options.base, "--base")
+        model_path(options.base, "--base")
     merge(options.adapter, options.out, options.base, trust_remote_code=options.trust_remote_code)
     say(f"wrote {options.out}", sys.stdout)
 
@@ -45,7 +45,7 @@ def merge(
     from marlhf.runs import checkpoint
     from marlhf.runs.directory import only_writer
 
-    out = local_path(out, "out")
+    out = model_path(out, "out")
 
     folder = find_adapter(adapter)
     config: Any = adapters.saved_adapter(folder)
@@ -62,7 +62,7 @@ def merge(
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer_path = str(folder) if has_tokenizer else path
     tokenizer = loading.load_tokenizer(replace(settings, path=tokenizer_path), "base")
-    partial = local_path(f"{out}.partial", "out")
+    partial = model_path(f"{out}.partial", "out")
     with only_writer(partial, "out"):
         _check_new(out)  # another process may have finished it meanwhile
         try:
@@ -76,13 +76,13 @@ def merge(
 
 
 def _check_new(out: Path) -> None:
-    if local_path(out, "out").exists():
+    if model_path(out, "out").exists():
         raise UserError(f"out: {str(out)!r} exists already; choose another")
 
 
 def find_adapter(path: str) -> Path:
     """Find the folder of an adapter: `path`, or one in a run or its `final/`. Raises UserError."""
-    root = local_path(path, "adapter")
+    root = model_path(path, "adapter")
     if not root.is_dir():
         raise UserError(f"adapter: given {path!r}, which is not a directory that exists")
     for prefix in ("", "adapter/*/", "final/adapter/*/"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from marlhf.common.errors import Parser, UserError, printable
-from marlhf.common.paths import writing
+from marlhf.common.paths import model_path, writing
 from marlhf.common.registry import spec_label
 from marlhf.common.third_party_output import hide_loading_bars
 from marlhf.config import PPOConfig
@@ -49,9 +49,11 @@ def quickstart_config(options: argparse.Namespace) -> PPOConfig:
     model = options.model or packaged_model()
     if model is None:
         raise UserError(_NOT_INSTALLED)
+    model_path(model, "--model")
+    model_path(options.output, "--output")
     values = read_yaml(_ASSETS / "quickstart.yaml")
     assignments = [
-        f"data.path={_ASSETS / 'quickstart_prompts.jsonl'}",
+        f"data.path={json.dumps(str(_ASSETS / 'quickstart_prompts.jsonl'))}",
         f"model.path={json.dumps(model)}",
         f"output_dir={json.dumps(options.output)}",
         f"seed={options.seed}",

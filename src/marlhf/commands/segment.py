@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from marlhf.common.errors import Parser, UserError, at_least_one, say
-from marlhf.common.paths import text_file
+from marlhf.common.paths import model_path, text_file
 from marlhf.common.registry import spec_label
 from marlhf.config.yaml_text import parse_yaml
 from marlhf.views.html_page import write_page
@@ -36,6 +36,7 @@ def main(words: Sequence[str]) -> None:
 
     segmenters = [build_segmenter(spec) for spec in specs]
     key = "--tokenizer" if options.tokenizer else "--model"
+    model_path(source, key)
     tokenizer = load_tokenizer(ModelSettings(path=source), key)
     segmented = segment_texts(texts, segmenters, tokenizer, options.model, prompts)
     labels = [spec_label(spec) for spec in specs]
@@ -107,8 +108,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str | None]]:
     if any("\ud800" <= letter <= "\udfff" for letter in f"{text}{options.prompt or ''}"):
         raise UserError("segment: the text holds half of a character (bytes that are not UTF-8)")
     if not text:
-        source = named_sources[0] if named_sources else "standard input"
-        raise UserError(f"segment: the text of {source} is empty")
+        source = f" of {options.file!r}" if options.file else ""
+        raise UserError(f"segment: the text{source} is empty")
     return [text], [options.prompt]
 
 

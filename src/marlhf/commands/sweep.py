@@ -8,8 +8,8 @@ those that were stopped or failed.
 from __future__ import annotations
 
 import itertools
-import math
 import json
+import math
 import os
 import re
 import signal

@@ -75,6 +75,14 @@ def local_path(path: str | Path, key: str) -> Path:
     return expanded
 
 
+def model_path(path: str | Path, key: str) -> Path:
+    """As `local_path`, for a model or its tokenizer, whose files need a UTF-8 name."""
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        shown = _quoted(str(path))
+        raise UserError(f"{key}: given {shown}, which holds half of a character (is not UTF-8)")
+    return local_path(path, key)
+
+
 def text_file(path: str | Path, key: str, streams: bool = False) -> Path:
     """Check a path as `local_path` does, and refuse pipes and devices, which may not end.
 

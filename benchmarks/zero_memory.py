@@ -28,11 +28,11 @@ def measure() -> None:
 
     from marlhf.config import PPOConfig
     from marlhf.config.loading import config_from_dict
-    from marlhf.runs.metrics import peak_memory_gb
+    from marlhf.runs.metrics import memory_row
     from marlhf.training.ppo import PPOTrainer
 
     torch.manual_seed(0)
-    before = 0.0 if torch.cuda.is_available() else peak_memory_gb()
+    before = 0.0 if torch.cuda.is_available() else memory_row()["peak_memory_gb"]
     lm_config = LlamaConfig(
         vocab_size=4096,
         hidden_size=768,
@@ -70,7 +70,7 @@ def measure() -> None:
     del lm
     for _ in range(2):
         trainer.step(["w1 w2 w3"] * 4)
-    peaks = trainer.distributed.gather_objects([peak_memory_gb() - before])
+    peaks = trainer.distributed.gather_objects([memory_row()["peak_memory_gb"] - before])
     if trainer.distributed.is_main:
         print(RESULT + json.dumps([count, peaks]), flush=True)
 

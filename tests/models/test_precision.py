@@ -18,6 +18,7 @@ from support.tiny_models import (
     tiny_sequence_classifier,
 )
 
+from marlhf.common.errors import UserError
 from marlhf.compat.torch import TorchDispatchMode
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.distributed import ALONE, Distributed, Placement
@@ -193,3 +194,27 @@ def test_final_is_written_in_the_dtype_of_choice(
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     again = loading.load_model_config(ModelSettings(path=str(tmp_path / "final")))
     assert again.get_text_config().tie_word_embeddings == config.tie_word_embeddings
+
+
+def test_attention_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(tmp_path)
+    ids, logits = torch.arange(9)[None], {}
+    for name in (None, "sdpa", "eager"):
+        settings = ModelSettings(path=str(tmp_path), attention=name)
+        lm = loading.load_causal_lm(settings).eval()
+        assert lm.config._attn_implementation == (name or "sdpa")
+        with torch.no_grad():
+            logits[name] = lm(ids).logits
+    assert torch.equal(logits[None], logits["sdpa"])
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "some/kernel", "nonsense"])
+def test_attention_that_cannot_be_had_is_refused_before_weights_are_read(
+    name: str, tmp_path: Path
+) -> None:
+    tiny_causal_lm("llama", BYTES_VOCAB).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    settings = ModelSettings(path=str(tmp_path), attention=name)
+    with pytest.raises(UserError, match=f"model.attention: given '{name}', which .* cannot have"):
+        loading.load_model_config(settings)

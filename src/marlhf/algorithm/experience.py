@@ -201,6 +201,7 @@ class Experience:
 
     def select(self, index: Tensor) -> Experience:
         """The sequences at `index`, without columns that are padding in all of them."""
+        index = index.to(self.input_ids.device)  # once, and not for every field
         full_width, response = kept_columns(self.attention_mask[index], self.response_mask[index])
         columns = {"input_ids": full_width, "attention_mask": full_width}
         selected: dict[str, Any] = {}

@@ -65,6 +65,9 @@ class ModelSettings:
     lora: LoraSettings | None = None
     """Train adapters instead of all weights; policy and critic then share one frozen base, and
     the reference is that base with the adapters off."""
+    attention: Text | None = None
+    """Attention of policy, reference and critic, by its name in transformers: `sdpa`, `eager`,
+    `flash_attention_2`, `flash_attention_3`, or a kernel's name on the hub; null: the model's."""
     chat_template: str | None = None
     """A Jinja chat template, for a tokenizer that has none."""
     final_dtype: Literal["fp32", "bf16", "checkpoint"] = "fp32"

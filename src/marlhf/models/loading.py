@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -95,18 +96,33 @@ def load_model_config(
     Checks that the weights exist and their files are complete, unless `weights` is false because
     they will not be read. Raises UserError.
     """
-    config = _from_pretrained(AutoConfig, settings, key)
+    attention = {} if settings.attention is None else {"attn_implementation": settings.attention}
+    config = _from_pretrained(AutoConfig, settings, key, **attention)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
         raise UserError(
             f"{key}: the config.json of {settings.path!r} says {layers} layers, must be 1 to "
             f"{_MOST_LAYERS}"
         )
+    if attention:
+        _check_attention(config, settings)
     if weights:
         _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):
         zero_noise(part)
     return config
+
+
+def _check_attention(config: Any, settings: ModelSettings) -> None:
+    """Check that the attention can be had here, for this model. Raises UserError."""
+    try:
+        with torch.device("meta"):
+            AutoModel.from_config(config, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:  # a package or device is missing, a family has no such attention
+        raise UserError(
+            f"model.attention: given {settings.attention!r}, which {settings.path!r} cannot have "
+            f"here: {one_line(error)}"
+        ) from error
 
 
 def load_classifier_config(settings: ModelSettings, key: str, weights: bool = True) -> Any:

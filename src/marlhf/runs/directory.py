@@ -21,6 +21,7 @@ from marlhf.config.yaml_text import dump_yaml
 from marlhf.runs import checkpoint
 from marlhf.runs.alarms import AlarmSink
 from marlhf.runs.checkpoint import Checkpoint
+from marlhf.runs.metrics import forget_loading
 from marlhf.runs.sinks import JsonLines, ProgressBar, TensorBoard, WandB
 
 _RUN_FILES = (
@@ -120,6 +121,7 @@ class RunDirectory:
 
         Everything after the checkpoint to resume from is truncated first.
         """
+        forget_loading()
         if not self._is_main or self._sinks:
             return
         resumed_step = self.checkpoint.step if self.checkpoint is not None else 0

@@ -25,6 +25,7 @@ RESERVED_NAMES = frozenset(
     continued_prefixes_mean continuation_tokens_mean
     policy_steps skipped_steps ptx_loss grad_norm_policy grad_norm_value learning_rate step_seconds
     generate_seconds score_seconds segment_seconds train_seconds tokens_per_second peak_memory_gb
+    reserved_memory_gb
     eval_score_mean eval_kl_mean eval_response_length_mean
     """.split()
 )
@@ -35,19 +36,22 @@ Statistic = Callable[[list[float]], float | None]
 
 
 class Metrics:
-    """Means, maxima and other statistics of one update, on one rank until `reduce`."""
+    """Means, maxima and other statistics of one update, on one rank until `reduce`.
+
+    Numbers stay on the device that they are computed on: reading one waits for all of its work.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}
+        self.sums: dict[str, list[Tensor | float]] = {}
         self._statistics: dict[str, tuple[Tensor, Statistic]] = {}
-        self.maxima: dict[str, float] = {}
+        self.maxima: dict[str, Tensor | float] = {}
         self._foreign: list[tuple[str, float, str]] = []
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Add to the sum and the count of a metric; `reduce` divides them."""
         entry = self.sums.setdefault(name, [0.0, 0.0])
-        entry[0] += float(total)
-        entry[1] += float(count)
+        entry[0] = entry[0] + _exact(total)
+        entry[1] = entry[1] + _exact(count)
 
     def add_foreign(self, values: Mapping[str, float], source: str) -> None:
         """Add a plug-in's numbers; `reduce` checks that their names are unique."""
@@ -73,7 +77,10 @@ class Metrics:
 
     def maximum(self, name: str, value: Tensor | float) -> None:
         """Keep the largest value."""
-        self.maxima[name] = max(float(value), self.maxima.get(name, -math.inf))
+        value, former = _exact(value), self.maxima.get(name)
+        if former is not None:
+            value = torch.maximum(torch.as_tensor(value), torch.as_tensor(former))
+        self.maxima[name] = value
 
     def include(self, metrics: Metrics) -> None:
         """Add the sums, counts and maxima of other metrics."""
@@ -95,20 +102,25 @@ class Metrics:
         # a rank without sequences has no sums
         gathered = distributed.gather_objects(list(self.sums))
         names = sorted(set(gathered))
-        sums = [self.sums.get(name, [0.0, 0.0]) for name in names]
+        sums = [list(map(float, self.sums.get(name, [0.0, 0.0]))) for name in names]
         table = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
         table = distributed.all_reduce(table)
         result: dict[str, Any] = {
             name: total / count if count else None
             for name, (total, count) in zip(names, table.tolist(), strict=True)
         }
-        maxima = distributed.gather_objects(list(self.maxima.items()))
+        maxima = distributed.gather_objects([(k, float(x)) for k, x in self.maxima.items()])
         for name, value in maxima:
             result[name] = max(value, result.get(name, value))
         for name, (parts, of_sums) in self._statistics.items():
             total = distributed.all_reduce(parts)
             result[name] = of_sums(total.tolist())
         return result
+
+
+def _exact(x: Tensor | float) -> Tensor | float:
+    """A number in double precision, a tensor as one on its device."""
+    return x.detach().double() if isinstance(x, Tensor) else float(x)
 
 
 def _deviation(sums: list[float]) -> float | None:
@@ -132,6 +144,7 @@ class Timer:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # the next phase needs blocks of other sizes
         self.seconds[phase] += time.perf_counter() - began
 
     def total(self) -> float:
@@ -139,11 +152,22 @@ class Timer:
         return time.perf_counter() - self._began
 
 
-def peak_memory_gb() -> float:
-    """Peak memory so far, GB (1e9 bytes): the GPU's, or without one this process's."""
+def forget_loading() -> None:
+    """Count a GPU's peak memory from here on, without what loading needed."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_row() -> dict[str, float]:
+    """Memory at most so far, GB (1e9 bytes): a GPU's, or without one this process's.
+
+    `peak_memory_gb` was used; with a GPU `reserved_memory_gb` is what torch has taken from it.
+    """
+    if torch.cuda.is_available():
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_memory_gb": allocated / 1e9, "reserved_memory_gb": reserved / 1e9}
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+    return {"peak_memory_gb": peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9}

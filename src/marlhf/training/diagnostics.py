@@ -12,7 +12,7 @@ from torch import Tensor
 from marlhf.algorithm.experience import MacroBatch, Rollout
 from marlhf.algorithm.losses import k1, k3
 from marlhf.algorithm.macro import segment_ids
-from marlhf.runs.metrics import Metrics, Timer, peak_memory_gb
+from marlhf.runs.metrics import Metrics, Timer, memory_row
 from marlhf.views.terminal import macro_pieces
 
 # In every row of metrics; null where nothing was trained: no critic, or critic warm-up.
@@ -89,7 +89,7 @@ def row(
         "step_seconds": seconds,
         **{f"{phase}_seconds": spent for phase, spent in timer.seconds.items()},
         "tokens_per_second": responses * reduced["response_length_mean"] / seconds,
-        "peak_memory_gb": peak_memory_gb(),
+        **memory_row(),
     }
 
 

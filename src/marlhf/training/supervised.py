@@ -35,7 +35,7 @@ from marlhf.distributed import Distributed
 from marlhf.models import loading
 from marlhf.models.sharded_base import check_adapters
 from marlhf.runs.directory import writing
-from marlhf.runs.metrics import Metrics, peak_memory_gb
+from marlhf.runs.metrics import Metrics, memory_row
 from marlhf.runs.state import ClaimedRun, RunState
 from marlhf.training.early_stopping import EarlyStopping
 from marlhf.training.learner import Learner, count_step, keeping_batch
@@ -205,7 +205,7 @@ class SupervisedTrainer:
             f"trained_{task.counts}": round(counted),
             f"{task.counts}_per_second": counted / seconds,
             "step_seconds": seconds,
-            "peak_memory_gb": peak_memory_gb(),
+            **memory_row(),
         }
 
     def _objective(self, metrics: Metrics, batch: Batch, count: float) -> Tensor:

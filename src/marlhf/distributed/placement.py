@@ -176,15 +176,15 @@ def matmul_parameters(module: nn.Module) -> set[nn.Parameter]:
     read: set[nn.Parameter] = set()
     others: set[nn.Parameter] = set()
     for name, part in module.named_modules():
-        own = part.parameters(recurse=False)
+        parameters = part.parameters(recurse=False)
         if isinstance(part, nn.Linear) and name.rpartition(".")[2] != "score":
-            read.update(own)
+            read.update(parameters)
         elif type(part).__name__.endswith("Experts"):
-            own = list(own)
-            read.update(p for p in own if p.dim() == 3)
-            others.update(p for p in own if p.dim() != 3)
+            parameters = list(parameters)
+            read.update(p for p in parameters if p.dim() == 3)
+            others.update(p for p in parameters if p.dim() != 3)
         else:
-            others.update(own)
+            others.update(parameters)
     return read - others
 
 

@@ -76,12 +76,12 @@ class Continuer:
         ids = segment_ids(starts, rollout.responses.response_mask)
         places = spread_starts(starts, ids, most)
         coef, gamma = self.kl.in_rewards_coef, self.worker.config.ppo.gamma
-        found = sample_continuations(
+        sampled = sample_continuations(
             self.worker, prompts, rollout, places, count, coef, gamma, timer
         )
-        metrics.add("continued_prefixes_mean", found.prefixes, len(starts))
-        metrics.add("continuation_tokens_mean", found.tokens, len(starts))
-        return replace(rollout, continuation_values=found.returns_BTK.mean(2))
+        metrics.add("continued_prefixes_mean", sampled.prefixes, len(starts))
+        metrics.add("continuation_tokens_mean", sampled.tokens, len(starts))
+        return replace(rollout, continuation_values=sampled.returns_BTK.mean(2))
 
 
 def sample_continuations(
@@ -200,11 +200,11 @@ def _distinct(
 ) -> list[Prefix]:
     """For each prefix the first of its prompt's responses that has the same one."""
     first: dict[tuple[int, tuple[int, ...]], Prefix] = {}
-    found = []
+    firsts = []
     for prefix in prefixes:
         tokens = tuple(responses[prefix.response][: prefix.length])
-        found.append(first.setdefault((prefix.response // copies, tokens), prefix))
-    return found
+        firsts.append(first.setdefault((prefix.response // copies, tokens), prefix))
+    return firsts
 
 
 def _parts(prefixes: Sequence[Prefix], size: int, settings: RolloutSettings) -> Iterator[list[int]]:

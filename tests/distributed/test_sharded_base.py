@@ -91,6 +91,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "aLoRA": ("llama", {"extra": {"alora_invocation_tokens": [5]}}, "extra.alora_invocation"),
     "more layers": ("llama", {"extra": {"layer_replication": [[0, 2], [1, 2]]}}, "replication"),
     "PiSSA": ("llama", {"extra": {"init_lora_weights": "pissa"}}, "extra.init_lora_weights"),
+    "what no profile takes": ("llama", {"extra": {"bias": "all"}}, "extra.bias: must stay none"),
     "tokens": ("llama", {"extra": {"trainable_token_indices": [3]}}, "trainable_token_indices"),
 }
 

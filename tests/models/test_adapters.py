@@ -17,6 +17,7 @@ from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from marlhf import cli
+from marlhf.common.errors import UserError
 from marlhf.config import LoraSettings, ModelSettings
 from marlhf.models import loading
 from marlhf.models.adapters import add_adapter
@@ -311,3 +312,34 @@ def test_adapters_are_written_the_same_in_every_process(tmp_path):
         assert Path(kind, "adapter", kind, "adapter_config.json") in first
     for other in others:
         assert {k for k in first | other if first.get(k) != other.get(k)} == set()
+
+
+NO_MODULE = [
+    (["q_proj", "v_poj"], {}, r"target_modules: given 'v_poj', .* it has .*, q_proj, up_proj, v"),
+    ("q_proj", {}, r"target_modules: given 'q_proj', .* so give a list, \[q_proj\]"),
+    (r".*\.h\.\d", {}, "target_modules: given"),
+    (
+        "all-linear",
+        {"rank_pattern": {"q_proj": 2, "1.c_fc": 4}},
+        "extra.rank_pattern: given '1.c_fc'",
+    ),
+    ("all-linear", {"exclude_modules": ["lm_haed"]}, "extra.exclude_modules: given 'lm_haed'"),
+]
+
+
+@pytest.mark.parametrize(("targets", "extra", "line"), NO_MODULE)
+def test_names_that_match_no_module_are_refused(targets: Any, extra: Any, line: str) -> None:
+    lora = LoraSettings(target_modules=targets, extra=extra)
+    with pytest.raises(UserError, match=line):
+        add_adapter(tiny_causal_lm("llama"), lora, "policy")
+
+
+def test_names_and_patterns_as_peft_reads_them() -> None:
+    ranks = {r"^model.*\.0\..*q_proj": 2, "1.self_attn.q_proj": 3, "v_proj": 5}
+    lora = LoraSettings(
+        target_modules=r"model\..*\.(q|v)_proj",
+        extra={"rank_pattern": ranks, "exclude_modules": r".*1\.self_attn\.v_proj"},
+    )
+    model = add_adapter(tiny_causal_lm("llama"), lora, "policy")
+    weights = {n: p.shape[0] for n, p in model.named_parameters() if "lora_A" in n}
+    assert sorted(weights.values()) == [2, 3, 5]

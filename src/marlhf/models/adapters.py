@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ _RESERVED_LORA_KEYS = {
     "r": "must be given as model.lora.r",
     "lora_alpha": "must be given as model.lora.alpha",
     "target_modules": "must be given as model.lora.target_modules",
-    "task_type": "is chosen by the library",
-    "inference_mode": "is chosen by the library",
     "bias": "must stay none: the reference is the base with the adapters off",
     "lora_dropout": "must stay 0: with dropout the ratio of new to old policy would be noise",
     "layer_replication": "cannot be given: it changes the base, which is the reference",
     "trainable_token_indices": "cannot be given: PEFT loses it when adapters are merged",
+}
+# keys whose values name modules
+_OF_MODULES = {
+    *("target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern"),
 }
 _HEADS = {"score", "classifier"}  # PEFT saves these of every sequence classifier
 
@@ -35,6 +39,8 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
     trained_before = [] if is_first else [p for p in model.parameters() if p.requires_grad]
     try:
         config = _lora_config(lora, task)
+        if is_first and task == "CAUSAL_LM":  # a classifier need not have all of the policy's
+            _check_names(model, lora)
         if not is_first:
             model.add_adapter(name, config)
         else:
@@ -48,6 +54,37 @@ def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_L
     for parameter in trained_before:
         parameter.requires_grad_(True)
     return model
+
+
+def _check_names(model: Any, lora: LoraSettings) -> None:
+    """Check that each name and pattern of the configuration matches a module or parameter.
+
+    PEFT ignores those that match nothing, as long as one module has an adapter. Raises UserError.
+    """
+    given = {"target_modules": lora.target_modules, **lora.extra}
+    modules = dict(model.named_modules())
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, value in given.items():
+        is_regex = isinstance(value, str)  # over full names
+        for entry in () if key not in _OF_MODULES else [value] if is_regex else value or ():
+            pattern = entry if is_regex or key.endswith("pattern") else re.escape(entry)
+            matches = re.compile(pattern if is_regex else rf"(.*\.)?({pattern})").fullmatch
+            names = modules if key == "target_modules" else [*modules, *parameters]
+            if entry == "all-linear" or any(map(matches, filter(None, names))):
+                continue
+            last = {name.rpartition(".")[2]: module for name, module in modules.items()}
+            with_matrices = sorted(
+                name
+                for name, m in last.items()
+                if getattr(getattr(m, "weight", None), "ndim", 0) > 1
+            )
+            possible = f"it has {', '.join(with_matrices)}"
+            if is_regex and entry in last:
+                possible = f"a text is a regex over full names, so give a list, [{entry}]"
+            raise UserError(
+                f"model.lora.{'' if key == 'target_modules' else 'extra.'}{key}: given {entry!r}, "
+                f"which matches no module of {type(model).__name__}; {possible}"
+            )
 
 
 def _check_merging(base: Any, config: Any) -> None:
@@ -97,12 +134,9 @@ def check_shared(base: Any, key: str) -> None:
 def _lora_config(lora: LoraSettings, task: str) -> Any:
     from peft import LoraConfig
 
-    allowed = {field.name for field in fields(LoraConfig)} - _RESERVED_LORA_KEYS.keys()
-    for key in lora.extra.keys() - allowed:
-        close = difflib.get_close_matches(key, allowed, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        fault = _RESERVED_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
-        raise UserError(f"model.lora.extra.{key}: {fault}")
+    for key in lora.extra:
+        if (fault := key_fault(key)) is not None:
+            raise UserError(f"model.lora.extra.{key}: {fault}")
     if lora.extra.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         raise UserError(
             f"model.lora.extra.init_lora_weights: given {lora.extra['init_lora_weights']!r}, must "
@@ -116,6 +150,20 @@ def _lora_config(lora: LoraSettings, task: str) -> Any:
         task_type=task,
         **lora.extra,
     )
+
+
+def key_fault(key: str) -> str | None:
+    """Why a key cannot be given in `model.lora.extra`; None if it can."""
+    from peft import LoraConfig, PeftConfig
+
+    if key in {field.name for field in fields(PeftConfig)}:
+        return "is chosen by the library"
+    allowed = {field.name for field in fields(LoraConfig)} - _RESERVED_LORA_KEYS.keys()
+    if key in allowed:
+        return None
+    close = difflib.get_close_matches(key, allowed, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return _RESERVED_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
 
 
 def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:

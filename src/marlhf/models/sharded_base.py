@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from marlhf.common.errors import UserError
 from marlhf.config import ModelSettings, PPOConfig
 from marlhf.models import building
-from marlhf.models.adapters import add_adapter, saved_adapter
+from marlhf.models.adapters import add_adapter, key_fault, saved_adapter
 from marlhf.models.loading import load_classifier_config
 
 _SUPPORTED_KEYS = {
@@ -37,7 +37,9 @@ def check_adapters(settings: ModelSettings, model_config: Any) -> None:
 
     plain = LoraConfig()
     for key, value in settings.lora.extra.items():
-        if key not in _SUPPORTED_KEYS and value != getattr(plain, key, value):
+        if key in _SUPPORTED_KEYS or key_fault(key) is not None:
+            continue  # a fault of a key is no matter of the profile, and reported below
+        if value != getattr(plain, key):
             raise UserError(
                 f"model.lora.extra.{key}: given {value!r}, which is not supported under ZeRO-3: "
                 f"there the base is sharded; {_ELSEWHERE}"
@@ -136,7 +138,7 @@ def _layers(model: Any) -> tuple[str | None, list[str]]:
         elif unsupported is None:
             kind = (
                 "the fused experts"
-                if is_fused(layer)
+                if is_fused(layer) and name.endswith("experts")
                 else f"by PEFT's {type(layer).__name__} the module"
             )
             unsupported = f"{kind} {name}"

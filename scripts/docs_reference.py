@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import mkdocs_gen_files
 
 import marlhf
-from marlhf import rewards, segmenters
+from marlhf import rewards, segmenters, testing
 from marlhf.cli import JOBS
 from marlhf.common.registry import import_path
 from marlhf.config.loading import config_fields
@@ -68,10 +68,11 @@ for job, (config_path, _, summary) in JOBS.items():
 
 with mkdocs_gen_files.open("reference/python.md", "w") as page:
     page.write(
-        "# Python\n\nThe public names of `marlhf`, `marlhf.segmenters` and `marlhf.rewards`.\n"
+        "# Python\n\nThe public names of `marlhf`, `marlhf.segmenters`, `marlhf.rewards` and "
+        "`marlhf.testing`.\n"
     )
     shown: set[str] = set()
-    for module in (marlhf, segmenters, rewards):
+    for module in (marlhf, segmenters, rewards, testing):
         public = [name for name in module.__all__ if name not in shown and name != "__version__"]
         shown.update(public)
         page.write(f"\n## `{module.__name__}`\n\n")

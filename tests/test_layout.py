@@ -25,7 +25,7 @@ ROOMS = """
     data
     runs
     rollout views
-    estimate evaluation training
+    estimate evaluation testing training
     commands
 """
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import warm_python
 from support.bad_input import CONFIG, Refusals, build_world, cases
 
 from marlhf.cli import main
@@ -432,7 +431,7 @@ def test_a_closed_pipe_is_no_fault(words):
     """As in `marlhf --help | head`."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [warm_python.command(), "-m", "marlhf", *words]
+    command = [sys.executable, "-m", "marlhf", *words]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

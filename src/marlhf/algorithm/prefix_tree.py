@@ -43,10 +43,11 @@ class PrefixTree:
 def shared_prefixes(token_ids: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """Tokens that responses of a group have in common from the start, int64 [G,K,K].
 
-    token_ids, mask [B,T] of the responses; a response shares all its tokens with itself.
+    token_ids, mask [B,T] of the responses; a response shares all its tokens with itself. Tokens
+    outside the mask, an environment's, do not count, but responses part there too.
     """
     ids_GKT = token_ids.reshape(-1, group_size, token_ids.shape[1])
     mask_GKT = mask.reshape(ids_GKT.shape)
     same = ids_GKT[:, :, None] == ids_GKT[:, None]
-    same &= mask_GKT[:, :, None] & mask_GKT[:, None]
-    return same.int().cumprod(-1).sum(-1)
+    same &= mask_GKT[:, :, None] == mask_GKT[:, None]
+    return (same.int().cumprod(-1) * mask_GKT[:, :, None]).sum(-1)

@@ -1,0 +1,324 @@
+"""The laws hold for what is built in, and a dozen plausible mistakes are each caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import byte_tokenizer
+from torch import Tensor
+
+from marlhf import Credit, CreditInputs
+from marlhf.algorithm.estimators import RLOO
+from marlhf.algorithm.macro import macro_lengths, reduce
+from marlhf.common.errors import UserError
+from marlhf.testing import check_estimator, check_reward, check_segmenter
+from marlhf.testing.toy import Toy
+
+# --- estimators
+
+BIASED = ["grpo", {"name": "grpo", "return_to_go": True}, "prefix_tree"]
+
+
+@pytest.mark.parametrize(
+    "spec", ["gae", "rloo", {"name": "rloo", "return_to_go": True}, "reinforce", "monte_carlo"]
+)
+def test_the_built_in_estimators_obey_every_law(spec: Any) -> None:
+    check_estimator(spec)
+
+
+@pytest.mark.parametrize("spec", BIASED)
+def test_these_are_biased_and_obey_the_others(spec: Any) -> None:
+    check_estimator(spec, unbiased=False)
+    with pytest.raises(AssertionError, match="gradient: over all pairs of responses"):
+        check_estimator(spec)
+
+
+def test_the_toys_gradient_is_that_of_finite_differences() -> None:
+    toy, step = Toy(), 1e-6
+    for s, a in [(0, 0), (1, 2), (4, 1)]:
+        values = []
+        for sign in (1, -1):
+            moved = Toy()
+            logits = toy.logits.clone()
+            logits[s, a] += sign * step
+            moved.__dict__["logits"] = logits
+            values.append(moved.value(()))
+        slope = (values[0] - values[1]) / (2 * step)
+        assert float(toy.true_gradient[s, a]) == pytest.approx(slope, abs=1e-6)
+
+
+def to_go(inputs: CreditInputs) -> Tensor:
+    """Undiscounted reward from each macro action on."""
+    rewards = inputs.rewards_BM.where(inputs.mask_BM, 0.0)
+    return rewards.flip(1).cumsum(1).flip(1)
+
+
+def values_of(inputs: CreditInputs) -> Tensor:
+    assert inputs.values_BM is not None
+    return inputs.values_BM.where(inputs.mask_BM, 0.0)
+
+
+def with_values(function: Callable[[CreditInputs], Tensor]) -> Any:
+    class Wrong:
+        requires = frozenset({"values"})
+
+        def __call__(self, inputs: CreditInputs) -> Credit:
+            advantages = function(inputs)
+            return Credit(advantages, advantages)
+
+    return Wrong()
+
+
+def from_returns(function: Callable[[CreditInputs], Tensor]) -> Any:
+    class Wrong:
+        requires = frozenset({"groups"})
+
+        def __call__(self, inputs: CreditInputs) -> Credit:
+            return Credit(function(inputs))
+
+    return Wrong()
+
+
+def next_values(inputs: CreditInputs) -> Tensor:
+    return torch.nn.functional.pad(values_of(inputs)[:, 1:], (0, 1))
+
+
+def group_mean(inputs: CreditInputs) -> Tensor:
+    pairs = inputs.returns_B.reshape(-1, inputs.group_size)
+    return pairs.mean(1, keepdim=True).expand_as(pairs).reshape(-1, 1)
+
+
+def per_response(inputs: CreditInputs, x: Tensor) -> Tensor:
+    return x[:, None].expand_as(inputs.rewards_BM)
+
+
+def mean_over_padding(inputs: CreditInputs) -> Tensor:
+    return to_go(inputs) - inputs.rewards_BM.mean()
+
+
+def whitened_on_each_rank(inputs: CreditInputs) -> Tensor:
+    kept = to_go(inputs)[inputs.mask_BM]
+    return (to_go(inputs) - kept.mean()) / kept.std()
+
+
+def cut_at_holes(inputs: CreditInputs) -> Tensor:
+    """The reward of what comes after an environment's tokens is lost."""
+    before_hole = (inputs.segment_ids >= 0).int().cumprod(1)
+    reached = reduce(before_hole.double(), inputs.segment_ids, "first")
+    return to_go(inputs) * reached - values_of(inputs)
+
+
+def all_reduce_where_it_pays(inputs: CreditInputs) -> Tensor:
+    if inputs.rewards_BM.sum() > 0:
+        inputs.all_reduce(inputs.rewards_BM.sum())
+    return to_go(inputs)
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "a sum where a mean belongs": (
+        from_returns(lambda i: per_response(i, i.returns_B * macro_lengths(i.segment_ids).sum(1))),
+        "gradient: ",
+    ),
+    "a mean where a sum belongs": (
+        from_returns(lambda i: per_response(i, i.returns_B / i.mask_BM.sum(1))),
+        "gradient: ",
+    ),
+    "the reward before is the macro action's": (
+        with_values(lambda i: to_go(i).roll(1, 1) - values_of(i)),
+        "gradient: ",
+    ),
+    "the value after the macro action is the baseline": (
+        with_values(lambda i: to_go(i) - next_values(i)),
+        "gradient: ",
+    ),
+    "the macro action's own reward is lost": (
+        with_values(lambda i: to_go(i) - i.rewards_BM - values_of(i)),
+        "gradient: ",
+    ),
+    "nothing follows": (with_values(lambda i: i.rewards_BM - values_of(i)), "gradient: "),
+    "the baseline depends on the action": (
+        from_returns(lambda i: per_response(i, i.returns_B.clamp(min=0))),
+        "gradient: ",
+    ),
+    "the group's best is the baseline": (
+        from_returns(
+            lambda i: (
+                (i.returns_B.reshape(-1, 2) - i.returns_B.reshape(-1, 2).amax(1, keepdim=True))
+                .reshape(-1, 1)
+                .expand_as(i.rewards_BM)
+            )
+        ),
+        "gradient: ",
+    ),
+    "the sign of the baseline": (
+        with_values(lambda i: -to_go(i) + values_of(i)),
+        "gradient: ",
+    ),
+    "a mean over padding too": (from_returns(mean_over_padding), "ranks: |padding: "),
+    "whitened on each rank alone": (from_returns(whitened_on_each_rank), "ranks: "),
+    "all_reduce on some ranks alone": (
+        from_returns(all_reduce_where_it_pays),
+        "ranks: two ranks call all_reduce unequally often",
+    ),
+    "returns are lost at an environment's tokens": (with_values(cut_at_holes), "holes: "),
+    "the tokens' places count": (
+        from_returns(lambda i: per_response(i, i.segment_ids.argmax(1).double())),
+        "holes: ",
+    ),
+    "groups of the whole batch": (
+        from_returns(lambda i: to_go(i) - to_go(i)[:1]),
+        "order: |ranks: ",
+    ),
+    "another number each time": (
+        from_returns(lambda i: torch.rand_like(i.rewards_BM)),
+        "repetition: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_is_caught(mistake: str) -> None:
+    estimator, law = MISTAKES[mistake]
+    with pytest.raises(AssertionError, match=law):
+        check_estimator(estimator)
+
+
+def test_the_right_ones_beside_the_mistakes_pass() -> None:
+    check_estimator(with_values(lambda i: to_go(i) - values_of(i)))
+    check_estimator(from_returns(lambda i: per_response(i, i.returns_B) - group_mean(i)))
+    check_estimator(from_returns(to_go))
+
+
+def test_the_contract_comes_first() -> None:
+    with pytest.raises(UserError, match="advantages_BM has shape"):
+        check_estimator(from_returns(lambda i: i.returns_B))
+
+
+def test_an_advantage_function_of_another_framework() -> None:
+    """Over tokens, with arguments of its own."""
+
+    def foreign(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
+        after, advantages = torch.zeros(len(rewards)).double(), torch.zeros_like(rewards)
+        value_after = torch.zeros_like(after)
+        for t in reversed(range(rewards.shape[1])):
+            delta = rewards[:, t] + value_after - values[:, t]
+            after = torch.where(mask[:, t], delta + lam * after, 0.0)
+            value_after = torch.where(mask[:, t], values[:, t], 0.0)
+            advantages[:, t] = after
+        return advantages
+
+    def adapter(inputs: CreditInputs) -> Tensor:
+        return foreign(inputs.rewards_BM, values_of(inputs), inputs.mask_BM, 0.9)
+
+    check_estimator(with_values(adapter), segment_length=1)
+
+
+def test_subclasses_of_what_is_built_in_are_told_apart() -> None:
+    class Weighted(RLOO):
+        def __call__(self, inputs: CreditInputs) -> Credit:
+            credit = super().__call__(inputs)
+            return replace(credit, weights_BM=(credit.advantages_BM > 0) * 1.0)
+
+    check_estimator(Weighted(), unbiased=False)
+    with pytest.raises(AssertionError, match="gradient"):
+        check_estimator(Weighted())
+
+
+# --- segmenters and rewards
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["token", {"name": "ngram", "n": 3}, "sequence", "perplexity", "word", "sentence", "line",
+     "entropy_jump", "random_ngram", {"name": "union", "of": ["sentence", "line"]}],
+)  # fmt: skip
+def test_the_built_in_segmenters_obey_every_law(spec: Any) -> None:
+    check_segmenter(spec, byte_tokenizer())
+
+
+def starts(batch: Any) -> Tensor:
+    found = torch.zeros_like(batch.response_mask)
+    found[:, 0] = batch.response_mask[:, 0]
+    return found
+
+
+def middle_of_the_batch(batch: Any) -> Tensor:
+    found = starts(batch)
+    middle = batch.response_mask.shape[1] // 2
+    found[:, middle] |= batch.response_mask[:, middle]
+    return found
+
+
+def after_the_longest(batch: Any) -> Tensor:
+    found = starts(batch)
+    found[0] = batch.response_mask[0]
+    return found
+
+
+def likelier_than_the_mean(batch: Any) -> Tensor:
+    return (starts(batch) | (batch.logprobs > batch.logprobs.mean())) & batch.response_mask
+
+
+def at_random(batch: Any) -> Tensor:
+    return (starts(batch) | (torch.rand(batch.response_mask.shape) < 0.5)) & batch.response_mask
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"),
+    [
+        (middle_of_the_batch, "padding: three more tokens"),
+        (after_the_longest, "company: "),
+        (likelier_than_the_mean, "padding: "),
+        (at_random, "repetition: "),
+    ],
+)
+def test_wrong_segmenters_are_caught(wrong: Any, law: str) -> None:
+    with pytest.raises(AssertionError, match=law):
+        check_segmenter(wrong, byte_tokenizer())
+    check_segmenter(wrong, byte_tokenizer(), stateful=True)
+
+
+def test_a_segmenter_that_breaks_the_contract_is_refused() -> None:
+    with pytest.raises(UserError, match="is not a start"):
+        check_segmenter(lambda batch: torch.zeros_like(batch.response_mask), byte_tokenizer())
+
+
+class Counts:
+    """Remembers how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        self.calls += 1
+        return [float(self.calls)] * len(completions)
+
+
+def relative(prompts: list[str], completions: list[str]) -> list[float]:
+    longest = max(map(len, completions)) or 1
+    return [len(c) / longest for c in completions]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "law"), [(Counts(), "repetition: "), (relative, "company: a completion alone")]
+)
+def test_wrong_rewards_are_caught(wrong: Any, law: str) -> None:
+    with pytest.raises(AssertionError, match=law):
+        check_reward(wrong)
+    check_reward(wrong, deterministic=False)
+
+
+def test_right_rewards_pass() -> None:
+    check_reward({"name": "length", "target": 5})
+    check_reward(lambda prompts, completions: [None if not c else len(c) for c in completions])
+    check_reward(
+        lambda prompts, completions, wanted: [
+            [(len(c), float(w in c))] for c, w in zip(completions, wanted, strict=True)
+        ],
+        completions=["a b", "c"],
+        columns={"wanted": ["b", "d"]},
+    )

@@ -54,6 +54,10 @@ COMMANDS = {
         "marlhf.views.report.command.main",
         "one HTML page about runs: curves, frontier, macro actions, samples, parity",
     ),
+    "replay": (
+        "marlhf.commands.replay.main",
+        "the credit of a run's own rollouts under other settings, side by side",
+    ),
     "estimate": (
         "marlhf.estimate.command.main",
         "memory that a ppo run needs on each GPU, under every launch profile",

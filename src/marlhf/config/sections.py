@@ -290,6 +290,9 @@ class LogSettings(MetricsSettings):
 
     samples: Natural = 4
     """Responses per update written to samples.jsonl."""
+    rollouts_every: Natural = 0
+    """Keep whole rollouts of every this many updates in rollouts/, for `marlhf replay`: some 40
+    bytes for each token, padding included; 0: never."""
     warnings: bool = True
     """Print a line when metrics show that training goes wrong; docs/metrics.md lists the signs."""
 

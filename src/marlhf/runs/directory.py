@@ -25,7 +25,7 @@ from marlhf.runs.metrics import forget_loading
 from marlhf.runs.sinks import JsonLines, ProgressBar, TensorBoard, WandB
 
 _RUN_FILES = (
-    *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints"),
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "rollouts"),
     *("final", "final.partial", "reward_report.json", "metrics.jsonl.bad", "samples.jsonl.bad"),
 )
 PATIENCE = 5.0  # seconds that a killed process may take to exit
@@ -165,6 +165,7 @@ class RunDirectory:
         JsonLines.truncate(self.path / "metrics.jsonl", step, notice)
         JsonLines.truncate(self.path / "samples.jsonl", step, notice)
         TensorBoard.truncate(self.path / "tensorboard", step)
+        checkpoint.delete_after(self.path / "rollouts", step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Send one row of metrics to every sink, after its samples.

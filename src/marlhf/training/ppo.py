@@ -46,6 +46,7 @@ from marlhf.rollout.worker import RolloutWorker
 from marlhf.runs.directory import writing
 from marlhf.runs.metrics import Metrics, Timer
 from marlhf.runs.provenance import data_labels
+from marlhf.runs.rollouts import keep_rollout
 from marlhf.runs.state import RunState, claim_run
 from marlhf.segmenters import learn, segment, segmenter_metrics, segmenter_requires
 from marlhf.training import diagnostics
@@ -165,13 +166,13 @@ class PPOTrainer:
             fail_together(lambda: self.run_dir.open(config, config.steps, self.notes))
             with StopSignals(self.distributed.gather_objects) as signals:
                 if self.step_count == 0 and self._evaluation_is_due():
-                    self._write({"step": 0} | self.evaluate())
+                    fail_together(partial(self.run_dir.write, {"step": 0} | self.evaluate()))
                 while self.step_count < config.steps:
                     row = self.step(self.stream.batch(self.step_count, config.rollout.batch_size))
                     with self.run_dir.kept_on_error(row):
                         if self._evaluation_is_due():
                             row |= self.evaluate()
-                    self._write(row)
+                    fail_together(partial(self.run_dir.write, row))
                     stopped_by = signals.requested()
                     if self.state.is_due(self.step_count, stopped_by is not None):
                         fail_together(self.run_dir.sync)
@@ -228,6 +229,8 @@ class PPOTrainer:
         metrics.add_foreign(segmenter_metrics(self.segmenter), "segmenter")
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
             self.run_dir.write_sample({"step": self.step_count, "held_out": False, **sample})
+        kept = rollout, starts, batch, self.kl.in_rewards_coef, self.run_dir.path, config.log
+        ranks.fail_together(lambda: keep_rollout(*kept, self.step_count, ranks.rank))
         reduced = metrics.reduce(self.distributed)
         responses = len(prompts) * copies
         self.kl.update(reduced["kl_mean"], responses)
@@ -339,9 +342,6 @@ class PPOTrainer:
     def _evaluation_is_due(self) -> bool:
         every, step, last = self.config.log.eval_every, self.step_count, self.config.steps
         return bool(self.eval_prompts and every and (step % every == 0 or step == last))
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.distributed.fail_together(lambda: self.run_dir.write(row))
 
 
 def run(config: PPOConfig) -> None:

@@ -51,7 +51,7 @@ class Continuations:
 
 
 @dataclass(frozen=True)
-class Continuer:
+class ContinuationSampler:
     """Continuations for an estimator: what it asks for, from a worker."""
 
     worker: RolloutWorker

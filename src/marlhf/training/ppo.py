@@ -38,7 +38,7 @@ from marlhf.models import building, loading, saving
 from marlhf.models.sharded_base import check_ppo_adapters
 from marlhf.rewards import RewardModel
 from marlhf.rollout.batching import check_minibatches, held_out_share, rank_share
-from marlhf.rollout.continuations import Continuer
+from marlhf.rollout.continuations import ContinuationSampler
 from marlhf.rollout.engine import EngineContext, start_engine
 from marlhf.rollout.policy_weights import policy_weights
 from marlhf.rollout.scores import add_token_rewards, check_rewards
@@ -139,7 +139,7 @@ class PPOTrainer:
             requested_extras=self.token_reward.requires - REF_LOGPROBS,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
-        self.continued = Continuer(self.worker, self.estimator, self.kl)
+        self.continued = ContinuationSampler(self.worker, self.estimator, self.kl)
         self.update = PPOUpdate(config, self.policy, self.critic, self.texts, self.kl, ranks)
         self.state = RunState(self._parts(), config, ranks, claimed.provenance)
         self.step_count = 0 if checkpoint is None else self.state.load(checkpoint)

@@ -82,7 +82,7 @@ class Replay:
                     arm.label,
                     f"{int(batch.mask_BM.sum())}",
                     f"{float(batch.lengths_BM[batch.mask_BM].double().mean()):.2f}",
-                    f"{float(macro.mean()):.3g} ± {float(macro.double().std(correction=0)):.3g}",
+                    f"{float(macro.mean()):+.3f} ± {float(macro.double().std(correction=0)):.3g}",
                     f"{float((of_tokens.sign() == first.sign()).double().mean()):.0%}",
                     _correlation(of_tokens, first),
                     "1" if weights is None else f"{float(weights[self.mask].mean()):.2f}",

@@ -157,6 +157,10 @@ def test_every_group_waits_as_long_as_was_said(launcher: list[str], tmp_path: Pa
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK: given None, must be 0 to 1"),
         ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK: given '2', must be 0 to 1"),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "a"}, "LOCAL_RANK: given 'a', must be a"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "99999"},
+            "MASTER_PORT: given '99999', must be 1 to 65535",
+        ),
     ],
 )
 def test_what_a_launcher_says_is_checked(

@@ -65,6 +65,11 @@ def launched_processes() -> int:
                     f"{name}: given {os.environ.get(name)!r}, must be 0 to {world - 1} where "
                     f"WORLD_SIZE is {world}; start with {_HOW_TO_START}"
                 )
+        if not 0 < _number("MASTER_PORT", 1) < 2**16:
+            raise UserError(
+                f"MASTER_PORT: given {os.environ['MASTER_PORT']!r}, must be 1 to 65535, set by the "
+                "launcher"
+            )
     return world
 
 

@@ -31,6 +31,7 @@ from marlhf.distributed.profile import (
     precision_note,
     uses_cpu,
 )
+from marlhf.distributed.roll_call import all_ranks_present
 from marlhf.distributed.shutdown import disconnect, remember, this_process
 from marlhf.distributed.trained import Replicated, Sharded, Trained
 
@@ -63,21 +64,21 @@ class Distributed:
         check_precision(precision)
         if (line := lone_process()) is not None:
             print(f"marlhf: {line}", file=sys.stderr)
-        handlers = []
+        handlers, timeout = [], timedelta(minutes=timeout_minutes)
         if world > 1 or plugin is not None:
             # by default accelerate counts CPU ranks but silently does not connect them
             backend = "gloo" if on_cpu else "nccl"
-            timeout = timedelta(minutes=timeout_minutes)
             handlers.append(InitProcessGroupKwargs(backend, timeout=timeout))
             set_default_timeout(timeout)
         try:
-            self._accelerator = Accelerator(
-                mixed_precision="no",
-                # excludes Apple's GPU, which has no float64; `cpu` would exclude DeepSpeed too
-                cpu=on_cpu and plugin is None,
-                deepspeed_plugin=plugin,
-                kwargs_handlers=handlers,
-            )
+            with all_ranks_present(world, timeout):
+                self._accelerator = Accelerator(
+                    mixed_precision="no",
+                    # excludes Apple's GPU, which has no float64; `cpu` would exclude DeepSpeed too
+                    cpu=on_cpu and plugin is None,
+                    deepspeed_plugin=plugin,
+                    kwargs_handlers=handlers,
+                )
         except torch.distributed.DistError as error:
             raise ReportedError(
                 f"ranks: the {world} processes could not connect (MASTER_ADDR, MASTER_PORT, "

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_models import byte_tokenizer
+from peft import LoraConfig, get_peft_model
+from support.tiny_models import byte_tokenizer, tiny_sequence_classifier
 
 from marlhf.common.types import ResponseBatch, UserError
 from marlhf.rewards import (
@@ -303,6 +304,22 @@ def test_a_bad_spec_is_one_line_at_once(spec, fault):
     with pytest.raises(UserError, match=fault) as error:
         build_rewards(spec)
     one_line(error)
+
+
+def test_a_model_that_reads_token_ids_is_no_function_of_texts():
+    model = tiny_sequence_classifier("llama")
+    adapter = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    for spec, name in [(model, "LlamaFor"), ([(adapter, 0.5)], "PeftModelFor")]:
+        with pytest.raises(UserError, match=f"given a {name}.*reads token ids; must be its path"):
+            build_rewards(spec)
+
+    class Network(torch.nn.Module):
+        """A network of one's own, called by the contract."""
+
+        def forward(self, prompts, completions):
+            return [float(len(c)) for c in completions]
+
+    assert build_rewards(Network())(["a"], ["bc"]).scores == [2.0]
 
 
 @pytest.mark.parametrize(

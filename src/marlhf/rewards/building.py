@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -97,8 +98,24 @@ def _build(spec: Any) -> NamedReward:
             f"reward: given {spec!r}, must be a name, a path, a mapping, a callable, or a pair of "
             "one of these and its weight"
         )
+    if _reads_token_ids(spec):
+        raise UserError(
+            f"reward: given a {type(spec).__name__}, which reads token ids; must be its path (of "
+            "save_pretrained, tokenizer included), or a function of prompts and completions"
+        )
     function = construct(spec, {}, f"reward {spec.__name__}") if isinstance(spec, type) else spec
     return NamedReward(_function_name(function), function)
+
+
+def _reads_token_ids(spec: Any) -> bool:
+    """Whether an object is called as models of transformers and peft are."""
+    forward = getattr(spec, "forward", None)
+    if isinstance(spec, type) or not callable(forward):
+        return False
+    try:
+        return "input_ids" in inspect.signature(forward).parameters
+    except (TypeError, ValueError):  # Python cannot inspect it
+        return False
 
 
 def weight_of(weight: Any) -> float:

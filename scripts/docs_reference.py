@@ -29,7 +29,8 @@ def key_table(config_class: type) -> Iterator[str]:
             sections[field.key] = []
             summaries[field.key] = field.description
             continue
-        kind = f"{_cell(field.type)}<br>{_code(field.default)}"
+        type_name = _cell(field.type).replace("\\|", "\\|<wbr>")  # for narrow windows
+        kind = f"{type_name}<br>{_code(field.default)}"
         sections[section].append(f"| `{name}` | {kind} | {_cell(field.description)} |")
     for section, rows in sections.items():
         if not rows:

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from support.launches import PROFILES, accelerate, first_error, run, torchrun
 from support.runs import PROMPTS, tiny_trainer
 from support.runs_that_die import contents, in_child, train, trainer
 
+from marlhf.algorithm.estimators import GAE, Credit, CreditInputs
 from marlhf.common.errors import UserError
 from marlhf.distributed import trained
 from marlhf.rewards import TokenReward
 from marlhf.runs import checkpoint, sinks, state
+from marlhf.segmenters import NGram
 
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks_that_die.py"
 
@@ -212,6 +214,52 @@ def test_token_rewards_that_reduce_differently_end_both_with_one_line(
     outcomes = two_ranks(work, tmp_path)
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].startswith(f"UserError: token reward Odd: {ODD[on_one]}; all ranks must ")
+
+
+FAULT = "none"  # of the second rank
+
+
+def fail(name: str) -> None:
+    if name == FAULT and torch.distributed.get_rank() == 1:
+        raise RuntimeError(f"no {name} today")
+
+
+class Learning(NGram):
+    def learn(self, responses: Any) -> None:
+        fail("learn")
+
+    def metrics(self) -> dict[str, float]:
+        fail("metrics")
+        return {}
+
+
+class Failing(GAE):
+    def __call__(self, inputs: CreditInputs) -> Credit:
+        fail("estimator")
+        if FAULT == "all_reduce" and torch.distributed.get_rank() == 1:
+            inputs.all_reduce(torch.ones(3))
+        return super().__call__(inputs)
+
+
+@pytest.mark.parametrize("fault", ["learn", "metrics", "estimator", "all_reduce"])
+def test_segmenters_and_estimators_that_fail_on_one_rank_end_both_with_their_error(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "FAULT", fault)
+
+    def work(_: int) -> str:
+        made = tiny_trainer(tmp_path, distributed_timeout_minutes=1)
+        made.segmenter, made.credit = Learning(3), replace(made.credit, estimator=Failing())
+        made.step(PROMPTS)
+        return "done"
+
+    first, second = two_ranks(work, tmp_path)
+    if fault == "all_reduce":
+        assert first == second
+        assert "all_reduce of float32 [3] on rank 1, all_reduce of float64 [2] on rank 0" in first
+    else:
+        assert f"raised RuntimeError: no {fault} today" in second
+        assert first == f"PeerError: rank 1 failed: {second.removeprefix('UserError: ')}"
 
 
 def test_a_resume_says_that_the_threads_are_others(

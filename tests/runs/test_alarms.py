@@ -216,15 +216,15 @@ def test_correlation_and_spread_against_plain_formulas(tmp_path):
     longer = {"max_new_tokens": 120}
     trainer = tiny_trainer(tmp_path, score=score, rollout=longer, segmenter="token")
     batches = []
-    original = trainer._macro_batch
+    original = trainer.credit
 
-    def spy(starts, rollout, held_out=False):
-        batch = original(starts, rollout, held_out)
+    def spy(starts, rollout):
+        batch = original(starts, rollout)
         lengths.extend(rollout.generation.lengths.tolist())
         batches.append(batch)
         return batch
 
-    trainer._macro_batch = spy  # type: ignore[method-assign]
+    trainer.credit = spy  # type: ignore[assignment]
     row = trainer.step(PROMPTS)
     pair = torch.tensor([scores, [float(n) for n in lengths]], dtype=torch.float64)
     expected = float(torch.corrcoef(pair)[0, 1])

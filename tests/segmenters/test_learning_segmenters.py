@@ -86,9 +86,11 @@ def test_every_phrase_was_written_and_none_is_used_twice_for_a_token(responses) 
 def test_all_ranks_learn_from_the_responses_of_all_in_their_order() -> None:
     phrases = Phrases(min_count=1, new=1)
     mine = batch_of(None, [[5, 6]])
-    learn(phrases, mine, lambda own: [[1, 2, 1, 2], *own])
+    learn(phrases, mine, lambda own: [[1, 2, 1, 2], *own], lambda work: work())
     assert phrases.state_dict()["phrases"] == [[1, 2]]
-    learn(NGram(2), mine, pytest.fail)  # nothing is gathered for one that does not learn
+    learn(
+        NGram(2), mine, pytest.fail, pytest.fail
+    )  # nothing is gathered for one that does not learn
 
 
 def test_a_union_hands_on_what_there_is_to_learn_and_keeps_it() -> None:

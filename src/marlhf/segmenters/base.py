@@ -101,16 +101,27 @@ def segment(segmenter: SegmenterFn, batch: ResponseBatch) -> Tensor:
 
 
 def learn(
-    segmenter: SegmenterFn, batch: ResponseBatch, gather: Callable[[list[Any]], list[Any]]
+    segmenter: SegmenterFn,
+    batch: ResponseBatch,
+    gather: Callable[[list[Any]], list[Any]],
+    together: Callable[[Callable[[], None]], None],
 ) -> None:
     """Pass the responses of an update to a segmenter that has a method `learn`.
 
     They are the token ids of all ranks, in batch order, so that every rank learns the same.
+
+    gather     concatenates the lists of all ranks
+    together   runs a function on all ranks, and fails on all where it fails on one
     """
-    if (method := getattr(segmenter, "learn", None)) is not None:
-        responses = copied(gather(batch.unpadded))
+    if (method := getattr(segmenter, "learn", None)) is None:
+        return
+    responses = copied(gather(batch.unpadded))
+
+    def call() -> None:
         with plugin_call(f"segmenter {segmenter_name(segmenter)}"):
             method(responses)
+
+    together(call)
 
 
 def validate(starts: Any, batch: ResponseBatch, name: str) -> Tensor:

@@ -11,16 +11,14 @@ One update, `PPOTrainer.step`:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from marlhf.algorithm.experience import MacroBatch, Rollout, macro_batch
+from marlhf.algorithm.experience import Rollout
 from marlhf.algorithm.kl import KLCoefficient, reads_reference
-from marlhf.algorithm.loss_weights import weighted
 from marlhf.algorithm.macro import isolate_last_token
 from marlhf.common.errors import UserError
 from marlhf.common.plugins import seed_generators
@@ -50,6 +48,7 @@ from marlhf.runs.rollouts import keep_rollout
 from marlhf.runs.state import RunState, claim_run
 from marlhf.segmenters import learn, segment, segmenter_metrics, segmenter_requires
 from marlhf.training import diagnostics
+from marlhf.training.credit import CreditAssignment
 from marlhf.training.learner import Learner, keeping_batch
 from marlhf.training.plug_ins import build_plug_ins
 from marlhf.training.ptx import TextStream
@@ -101,7 +100,6 @@ class PPOTrainer:
         built = build_plug_ins(config, arguments)
         self.segmenter, self.estimator, self.reward = built.segmenter, built.estimator, built.reward
         self.token_reward = built.token_reward.to(ranks.device)
-        self.loss_weights = built.loss_weights
         train, self.eval_prompts = sets = prompt_sets(train_dataset, eval_dataset, config.data)
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
@@ -139,6 +137,8 @@ class PPOTrainer:
             requested_extras=self.token_reward.requires - REF_LOGPROBS,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
+        of_plug_ins = built.estimator, built.loss_weights
+        self.credit = CreditAssignment(config, *of_plug_ins, self.kl, ranks)
         self.continued = ContinuationSampler(self.worker, self.estimator, self.kl)
         self.update = PPOUpdate(config, self.policy, self.critic, self.texts, self.kl, ranks)
         self.state = RunState(self._parts(), config, ranks, claimed.provenance)
@@ -199,18 +199,16 @@ class PPOTrainer:
         share = rank_share(records, copies, ranks.rank, ranks.world_size)
         rollout = self.worker(*share, self.step_count, timer)
         with timer("score"):
-            rollout = add_token_rewards(rollout, self.token_reward, self.distributed, metrics)
+            rollout = add_token_rewards(rollout, self.token_reward, ranks, metrics)
         with timer("segment"):
             # 2. cut into macro actions
-            starts = self.distributed.fail_together(lambda: self._segment(rollout))
+            starts = ranks.fail_together(lambda: self._segment(rollout))
             # from the next update on, segmenters that learn have seen these responses
-            learn(self.segmenter, rollout.responses, self.distributed.gather_objects)
+            learn(self.segmenter, rollout.responses, ranks.gather_objects, ranks.fail_together)
         # 3. rewards and values -> advantages
         rollout = self.continued(starts, share[0], rollout, timer, metrics)
         with timer("segment"):
-            batch = self._macro_batch(starts, rollout)
-            weigh = partial(weighted, batch, self.loss_weights, rollout.responses)
-            batch = self.distributed.fail_together(weigh)
+            batch = self.credit(starts, rollout)
         with timer("train"):
             # 4. step policy and critic
             learning_rate = self.policy.learning_rate
@@ -226,7 +224,8 @@ class PPOTrainer:
         diagnostics.measure(rollout, batch, self.kl.coef, metrics)
         if config.kl.target is not None:
             metrics.add("kl_coef", self.kl.coef)
-        metrics.add_foreign(segmenter_metrics(self.segmenter), "segmenter")
+        of_segmenter = ranks.fail_together(partial(segmenter_metrics, self.segmenter))
+        metrics.add_foreign(of_segmenter, "segmenter")
         for sample in diagnostics.samples(rollout, starts, config.log.samples, batch):
             self.run_dir.write_sample({"step": self.step_count, "held_out": False, **sample})
         kept = rollout, starts, batch, self.kl.in_rewards_coef, self.run_dir.path, config.log
@@ -245,8 +244,8 @@ class PPOTrainer:
 
     def _evaluate_share(self, metrics: Metrics) -> None:
         held_out, size = self.eval_prompts, self.config.rollout.batch_size
-        rank, ranks = self.distributed.rank, self.distributed.world_size
-        indices, count = held_out_share(len(held_out), rank, ranks)
+        ranks = self.distributed
+        indices, count = held_out_share(len(held_out), ranks.rank, ranks.world_size)
         for start in range(0, len(indices), size):
             row_ids = indices[start : start + size]
             prompts = [held_out[index] for index in row_ids]
@@ -260,7 +259,7 @@ class PPOTrainer:
                 continue
             starts, batch = self._segment(rollout), None
             if rollout.values is not None:
-                batch = self._macro_batch(starts, rollout, held_out=True)
+                batch = self.credit.held_out(starts, rollout)
             for sample in diagnostics.samples(rollout, starts, self.config.log.samples, batch):
                 self.run_dir.write_sample({"step": self.step_count, "held_out": True, **sample})
 
@@ -281,18 +280,6 @@ class PPOTrainer:
         starts = segment(self.segmenter, responses)
         alone = self.config.macro.last_token_alone
         return isolate_last_token(starts, responses.response_mask) if alone else starts
-
-    def _macro_batch(self, starts: Tensor, rollout: Rollout, held_out: bool = False) -> MacroBatch:
-        config = self.config
-        return macro_batch(
-            starts,
-            rollout.token_data(self.kl.in_rewards_coef),
-            replace(config.macro, whiten="none") if held_out else config.macro,
-            config.ppo,
-            config.rollout.responses_per_prompt,
-            self.distributed.all_reduce,
-            self.estimator,
-        )
 
     # -- set-up ----------------------------------------------------------------------------------
 

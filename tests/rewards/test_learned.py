@@ -64,6 +64,17 @@ def test_scores_do_not_depend_on_padding_or_batch_size(save, family, batch_size)
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("offset", ["x", [1], 10**400, float("nan"), 1e39])
+def test_an_offset_that_is_no_number(save, offset):
+    path = save()[0]
+    file = Path(path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_offset": offset}))
+    with pytest.raises(UserError, match=r"score_offset .*, must be a finite number"):
+        build_rewards(path)(["a"], ["b"])
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_offset": None}))
+    assert RewardModel(path)(["a"], ["b"]) == RewardModel(save()[0])(["a"], ["b"])
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_pad_that_equals_eos(save, family):
     """transformers itself would pool before the EOS that ends the text."""

@@ -36,7 +36,7 @@ from marlhf.models.loading import (
     read_causal_lm,
     read_classifier,
 )
-from marlhf.models.policy import Critic, Policy, backbone_of, hidden_width
+from marlhf.models.policy import Critic, Policy, backbone_of, hidden_width, score_offset
 
 
 class Models(NamedTuple):
@@ -287,7 +287,7 @@ def critic_from_classifier(
 
     head   with LoRA: a copy of the reward model's head, to train; default: made here
     """
-    offset = float(getattr(model.config, "score_offset", 0.0))
+    offset = score_offset(model.config, "critic.path")
     score = _score_of(model)
     if lora is None:
         return Critic(backbone_of(model), score, offset)
@@ -322,7 +322,7 @@ def classifier_on_shared_base(model: Any, folder: str, name: str) -> Critic:
     head.weight.data.copy_(weight)
     head.to(model.device)
     config = load_model_config(ModelSettings(path=folder), "adapter")
-    offset = float(getattr(config, "score_offset", 0.0))
+    offset = score_offset(config, "adapter")
     return Critic(backbone_of(model.get_base_model()), head, offset, model=model, adapter=name)
 
 

@@ -40,7 +40,7 @@ from marlhf.models.gate import (
     check_finite,
     check_model,
 )
-from marlhf.models.policy import Policy, backbone_of
+from marlhf.models.policy import Policy, backbone_of, score_offset
 
 # an unreadable one is reported here, as transformers would call it missing
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
@@ -134,6 +134,7 @@ def load_classifier_config(settings: ModelSettings, key: str, weights: bool = Tr
             f"{key}: {settings.path!r} {kind}has {config.num_labels} labels, must have 1 (a "
             "sequence classifier trained as a reward model)"
         )
+    score_offset(config, key)
     return config
 
 

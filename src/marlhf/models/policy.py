@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from marlhf.common.errors import UserError
+from marlhf.common.errors import UserError, short_repr
 from marlhf.common.types import Sequences
 
 LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the vocabulary
@@ -177,6 +177,21 @@ def split_states(states: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]
     """Split values `[B,T+1]` into those before each token [B,T] and after the last [B]."""
     last = states.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
     return states[:, :-1], last
+
+
+def score_offset(config: Any, key: str) -> float:
+    """What a reward model's configuration subtracts from its scores; 0 without any.
+
+    Raises UserError, naming `key`.
+    """
+    offset = getattr(config, "score_offset", None)
+    if offset is None:
+        return 0.0
+    if not isinstance(offset, int | float) or not abs(offset) < torch.finfo(torch.float32).max:
+        raise UserError(
+            f"{key}: the config.json has score_offset {short_repr(offset)}, must be a finite number"
+        )
+    return float(offset)
 
 
 def length_switch(config: Any) -> int | None:

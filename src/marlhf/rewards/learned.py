@@ -15,7 +15,7 @@ from marlhf.common.errors import UserError, one_line
 from marlhf.common.tokenization import Tokenizer, encode_texts, text_start
 from marlhf.config import ModelSettings
 from marlhf.distributed import ALONE, Placement
-from marlhf.models.policy import Critic, length_switch
+from marlhf.models.policy import Critic, length_switch, score_offset
 
 Messages = Sequence[dict[str, Any]]
 
@@ -157,10 +157,7 @@ class RewardModel:
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float]:
         model = self.model
-        if isinstance(model, Critic):
-            offset = model.offset
-        else:
-            offset = float(getattr(model.config, "score_offset", None) or 0.0)
+        offset = model.offset if isinstance(model, Critic) else score_offset(model.config, "reward")
         prompts = [without_start(prompt, self._policy_bos) for prompt in prompts]
         texts, templated = reward_texts(
             self.tokenizer, prompts, completions, columns.get("messages")

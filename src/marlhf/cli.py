@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:  # import paths may name modules of the working folder
         sys.path.append("")
-    sys.excepthook = _show_fault
+    sys.excepthook, threading.excepthook = _show_fault, _show_thread_fault
     try:
         if words and words[0] not in ("-h", "--help"):
             _run(words[0], words[1:])
@@ -131,6 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _show_fault(kind: Any, error: BaseException, trace: Any) -> None:
     """Print the traceback of a bug, made printable: it may quote any input."""
     report("".join(traceback.format_exception(kind, error, trace)), head="")
+
+
+def _show_thread_fault(fault: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread's exception, but TensorBoard's: its writer raises it again.
+
+    That of a full disk, for example, is then one line.
+    """
+    if fault.exc_value is not None and not type(fault.thread).__module__.startswith("tensorboard."):
+        _show_fault(fault.exc_type, fault.exc_value, fault.exc_traceback)
 
 
 def _report(error: Exception) -> bool:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,24 @@ def test_a_fault_of_ours_may_quote_them_too(capfd: Any) -> None:
     error = ValueError("\x1b[31m")
     sys.excepthook(ValueError, error, None)
     assert capfd.readouterr().err == "ValueError: �[31m\n\n"
+
+
+def test_nor_does_a_thread_of_a_plug_in_command_the_terminal(
+    capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", None)
+    monkeypatch.setattr(threading, "excepthook", None)
+    with pytest.raises(SystemExit):
+        main([])
+    capfd.readouterr()
+
+    def fail() -> None:
+        raise ValueError("\x1b[31m")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert "ValueError: �[31m" in capfd.readouterr().err
 
 
 def test_what_libraries_log(caplog: Any) -> None:

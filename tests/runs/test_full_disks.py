@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,14 +244,24 @@ def test_a_disk_that_fills_within_the_final_model(
         shutil.rmtree(disk / place)
 
 
-def test_events_that_find_no_room(disk: Path, filled_at: Any, tmp_path: Path) -> None:
-    """TensorBoard writes in a thread of its own."""
+def test_events_that_find_no_room(
+    disk: Path,
+    filled_at: Any,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorBoard writes in a thread of its own, whose traceback nobody needs."""
     from marlhf.runs.sinks import TensorBoard
 
+    monkeypatch.setattr(threading, "excepthook", None)
+    with pytest.raises(SystemExit):
+        main([])
     made = trainer(disk / "run", steps=3, checkpoint={"every": 1, "keep": 1})
     filled_at(TensorBoard, "write", 0)
+    capfd.readouterr()
     with pytest.raises(UserError, match=FULL):
         made.train()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_batch_that_cannot_be_kept_does_not_hide_why_it_should_be(disk: Path) -> None:

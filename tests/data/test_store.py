@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,38 @@ def test_an_error_in_a_row_is_no_entry(tmp_path, cache):
             load_rows(DataSettings(path=file, eval_rows=0))
     assert not list(cache.glob("prompts-*[!k]"))
     assert not list(cache.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: os.truncate(entry / "00000.arrow", 200),
+        lambda entry: (entry / "00000.arrow").unlink(),
+        lambda entry: ((entry / "00000.arrow").unlink(), os.mkfifo(entry / "00000.arrow")),
+        lambda entry: (entry / "facts.json").unlink(),
+        lambda entry: (entry / "facts.json").write_text("["),
+        lambda entry: (entry / "facts.json").write_text("[" * 100_000),
+        lambda entry: (shutil.rmtree(entry), entry.write_text("a file")),
+        lambda entry: (shutil.rmtree(entry), entry.symlink_to("nowhere")),
+    ],
+)
+def test_an_entry_that_is_not_as_it_was_written_is_made_anew(tmp_path, cache, damage):
+    file = written(tmp_path / "d.jsonl", [{"prompt": "a"}] * 3)
+    before = [*read_rows(file)]
+    (entry,) = cache.glob("rows-*[!k]")
+    damage(entry)
+    assert [*read_rows(file)] == before
+    assert (entry / "00000.arrow").is_file()
+
+
+def test_an_entry_with_a_damaged_table_is_named(tmp_path, cache):
+    file = written(tmp_path / "d.jsonl", [{"prompt": "a"}] * 3)
+    read_rows(file)
+    (table,) = cache.glob("rows-*/00000.arrow")
+    table.write_bytes(bytes(table.stat().st_size))
+    for read in (lambda: read_rows(file), lambda: load_rows(DataSettings(path=file, eval_rows=0))):
+        with pytest.raises(UserError, match=rf"data: '{table.parent}' in the cache .* delete it"):
+            [*read()]
 
 
 # what it needs

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from filelock import FileLock
 
+from marlhf.common.errors import UserError, one_line
 from marlhf.common.paths import writing
 
 Item = TypeVar("Item")
@@ -45,8 +47,9 @@ class ArrowTable:
     def _table(self) -> pa.Table:
         """The rows without a copy: pages of a file are read on access."""
         source = self._source
-        mapped = pa.memory_map(str(source)) if isinstance(source, Path) else source
-        return pa.ipc.open_stream(mapped).read_all()
+        with self._reading():
+            mapped = pa.memory_map(str(source)) if isinstance(source, Path) else source
+            return pa.ipc.open_stream(mapped).read_all()
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -62,9 +65,26 @@ class ArrowTable:
     def scan(self) -> Iterator[pa.RecordBatch | pa.Table]:
         """All rows in batches, read and not mapped: mapped pages count as memory in use."""
         source = self._source
-        stream = pa.OSFile(str(source)) if isinstance(source, Path) else source
-        with pa.ipc.open_stream(stream) as reader:
-            yield from reader
+        with self._reading():
+            stream = pa.OSFile(str(source)) if isinstance(source, Path) else source
+            reader = pa.ipc.open_stream(stream)
+        while True:
+            with self._reading():
+                batch = next(reader, None)
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Wrap reads: a damaged file becomes a UserError that names its entry."""
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            folder = str(self._source.parent) if isinstance(self._source, Path) else "memory"
+            raise UserError(
+                f"data: {folder!r} in the cache of data is damaged; delete it: {one_line(error)}"
+            ) from error
 
 
 class Writer:
@@ -138,15 +158,31 @@ def stored(kind: str, key: Any, build: Callable[[Writer], Facts]) -> Stored:
         return Stored(facts, writer.in_memory())
     digest = digest_of([key, _versions()])
     folder = cache_folder() / f"{kind}-{digest}"
-    with writing("data", folder.parent, _ADVICE):
-        if not folder.is_dir():
+    entry = _read(folder)
+    if entry is None:
+        with writing("data", folder.parent, _ADVICE):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
-                if not folder.is_dir():
+                entry = _read(folder)  # another process may have built it meanwhile
+                if entry is None:
                     _build(folder, build)
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-    files = sorted(folder.glob("*.arrow"))
+                    entry = _read(folder)
+    assert entry is not None, "it was built under a lock"
+    facts, files = entry
     return Stored(facts, [ArrowTable(file) for file in files], digest)
+
+
+def _read(folder: Path) -> tuple[Facts, list[Path]] | None:
+    """Facts and tables' files of an entry; None where it is absent or not as it was written."""
+    try:
+        if not (folder / _FACTS).is_file():
+            return None
+        contents = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        files = [folder / f"{i:05d}.arrow" for i in range(len(contents["sizes"]))]
+        sizes = [file.stat().st_size if file.is_file() else None for file in files]
+        return (contents["facts"], files) if sizes == contents["sizes"] else None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
 
 
 def batched(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -179,12 +215,23 @@ def _build(folder: Path, build: Callable[[Writer], Facts]) -> None:
             facts = build(writer)
         finally:
             writer.close()
-        (partial / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        sizes = [file.stat().st_size for file in sorted(partial.iterdir())]
+        contents = json.dumps({"facts": facts, "sizes": sizes})
+        (partial / _FACTS).write_text(contents, encoding="utf-8")
         for file in partial.iterdir():
             _fsync(file)
+        _remove(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove an entry that is not as it was written, or what else has its name."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def _fsync(file: Path) -> None:

@@ -173,7 +173,7 @@ def stored(kind: str, key: Any, build: Callable[[Writer], Facts]) -> Stored:
 
 
 def _read(folder: Path) -> tuple[Facts, list[Path]] | None:
-    """Facts and tables' files of an entry; None where it is absent or not as it was written."""
+    """Facts and tables' files of an entry, None where it is absent or damaged."""
     try:
         if not (folder / _FACTS).is_file():
             return None
@@ -227,7 +227,7 @@ def _build(folder: Path, build: Callable[[Writer], Facts]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove an entry that is not as it was written, or what else has its name."""
+    """Remove a damaged entry, or what else has its name."""
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
     else:

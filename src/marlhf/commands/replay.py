@@ -49,9 +49,9 @@ def main(words: Sequence[str]) -> None:
         for label, overrides in settings.items()
     }
     kept = read_rollout(run, step)
-    own = configs["the run"]
-    model = run / "final" if (run / "final").is_dir() else Path(own.model.path)
-    source = ModelSettings(path=str(model), chat_template=own.model.chat_template)
+    of_run = configs["the run"]
+    model = run / "final" if (run / "final").is_dir() else Path(of_run.model.path)
+    source = ModelSettings(path=str(model), chat_template=of_run.model.chat_template)
     tokenizer = load_tokenizer(source, "model.path")
     arms = [
         arm_of(label, kept, config, tokenizer, own_kl=not _names_kl(settings[label]))

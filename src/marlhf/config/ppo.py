@@ -329,8 +329,8 @@ class PPOConfig(TrainingConfig):
             "macro.reward=mean": ("return the sum of their rewards", self.macro.reward == "mean"),
             "macro.discount=per_macro": ("have no macro actions to discount by", per_macro),
         }
-        for key, (reason, given) in faults.items():
-            if given:
+        for key, (reason, is_set) in faults.items():
+            if is_set:
                 return (
                     f"{key}: given with ppo.estimator={name}, whose continuations {reason}; leave "
                     "it out"

@@ -279,10 +279,10 @@ def _check_gradient(estimator: Estimator, n: int) -> None:
             for row, response in enumerate((one, other)):
                 terms = logprobs[response] * advantages_BT[row, : len(response)]
                 objective = objective + chances[one] * chances[other] * terms.sum()
-    (found,) = torch.autograd.grad(objective, logits)
+    (gradient,) = torch.autograd.grad(objective, logits)
     true = toy.true_gradient
-    factor = float((found * true).sum() / (true * true).sum())
-    error = float((found - factor * true).norm() / true.norm())
+    factor = float((gradient * true).sum() / (true * true).sum())
+    error = float((gradient - factor * true).norm() / true.norm())
     is_true = factor > 1e-6 and error < 1e-6 * max(1.0, factor)
     assert is_true, (
         f"gradient: over all pairs of responses of a toy with exact values, in segments of {n}, "
@@ -307,14 +307,14 @@ def _same(
         _compare(getattr(before, name), None if x is None else back(x), f"{law}: {name}")
 
 
-def _compare(wanted: Tensor | None, found: Tensor | None, law: str) -> None:
-    if wanted is None or found is None:
-        assert wanted is found, f"{law} is once None and once a tensor"
+def _compare(wanted: Tensor | None, actual: Tensor | None, law: str) -> None:
+    if wanted is None or actual is None:
+        assert wanted is actual, f"{law} is once None and once a tensor"
         return
-    if not torch.allclose(found, wanted, atol=1e-9, rtol=1e-9):
-        row = int((found - wanted).abs().amax(1).argmax())
+    if not torch.allclose(actual, wanted, atol=1e-9, rtol=1e-9):
+        row = int((actual - wanted).abs().amax(1).argmax())
         raise AssertionError(
-            f"{law} of response {row} becomes {_short(found[row])}, was {_short(wanted[row])}"
+            f"{law} of response {row} becomes {_short(actual[row])}, was {_short(wanted[row])}"
         )
 
 

@@ -47,8 +47,8 @@ def check_reward(
     if not deterministic:
         return
 
-    def compare(found: Sequence[Any], order: Sequence[int], law: str) -> None:
-        for i, now in zip(order, found, strict=True):
+    def compare(actual: Sequence[Any], order: Sequence[int], law: str) -> None:
+        for i, now in zip(order, actual, strict=True):
             assert _equal(now, first[i], tolerance), (
                 f"{law}: the reward of {completions[i]!r} is {now[0]}, was {first[i][0]}"
             )

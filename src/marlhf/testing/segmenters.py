@@ -98,8 +98,8 @@ def _changed(batch: ResponseBatch, change: Any) -> ResponseBatch:
     return replace(batch, **{name: change(getattr(batch, name)) for name in names})
 
 
-def _compare(found: Tensor, wanted: Tensor, texts: Sequence[str], law: str) -> None:
-    for text, now, before in zip(texts, found, wanted, strict=True):
+def _compare(actual: Tensor, wanted: Tensor, texts: Sequence[str], law: str) -> None:
+    for text, now, before in zip(texts, actual, wanted, strict=True):
         assert torch.equal(now, before), (
             f"{law}: {text!r} is cut at tokens {now.nonzero().flatten().tolist()}, was at "
             f"{before.nonzero().flatten().tolist()}"

@@ -26,11 +26,11 @@ class Toy:
     @cached_property
     def prefixes(self) -> list[Prefix]:
         """Every prefix in which a token is chosen, the empty one first."""
-        found: list[Prefix] = [()]
-        for prefix in found:
+        prefixes: list[Prefix] = [()]
+        for prefix in prefixes:
             if len(prefix) + 1 < self.longest:
-                found += [(*prefix, token) for token in range(EOS)]
-        return found
+                prefixes += [(*prefix, token) for token in range(EOS)]
+        return prefixes
 
     @cached_property
     def logits(self) -> Tensor:

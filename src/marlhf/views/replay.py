@@ -192,8 +192,8 @@ def _macro_actions(replay: Replay, arm: Arm, i: int) -> list[tuple[range, float,
     begins = [t for t in range(length) if t == 0 or ids[t] != ids[t - 1]]
     macro = arm.batch.advantages_BM
     deviation = float(macro[arm.batch.mask_BM].double().std(correction=0)) or 1.0
-    found = []
+    macro_actions = []
     for k, (start, stop) in enumerate(pairwise([*begins, length])):
         advantage = float(macro[i, k])
-        found.append((range(start, stop), advantage, abs(advantage) / deviation / _FULL))
-    return found
+        macro_actions.append((range(start, stop), advantage, abs(advantage) / deviation / _FULL))
+    return macro_actions

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from marlhf.common.errors import PeerError, ReportedError, Stopped, UserError, one_line, raised
+from marlhf.common.memory_errors import is_memory_error, phase_of, without_noise
 from marlhf.common.process_guard import not_ended
 from marlhf.common.reports import report, report_of_peer, set_reported
 from marlhf.compat import IncompatibleError
@@ -165,6 +166,8 @@ def _one_line(error: Exception) -> str | None:
         return one_line(error, sys.maxsize)
     if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
         return one_line(f"{error.filename or 'the system'}: {error.strerror}", sys.maxsize)
+    if is_memory_error(error):
+        return f"out of memory: {without_noise(error)}"
     return None
 
 
@@ -203,6 +206,14 @@ def _run(job: str, words: list[str]) -> None:
         if isinstance(error, Stopped) or error.code not in (None, 0):
             raise
         raise UserError(f"{job}: something {raised(error)} before the end") from error
+    except Exception as error:
+        if (phase := phase_of(error)) is None:
+            raise
+        from marlhf.runs.memory_advice import memory_advice
+
+        advice = memory_advice(config, phase)
+        line = f"out of memory while {phase}: {without_noise(error)}{advice}"
+        raise ReportedError(line) from error
 
 
 def _check_file(path: str, config: Any) -> None:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from marlhf.common.cpu_memory import GradientBuffer
 from marlhf.common.errors import PeerError, ReportedError, UserError, one_line
+from marlhf.common.memory_errors import doing
 from marlhf.common.types import AllReduceSum
 from marlhf.compat.deepspeed import is_engine, is_sharded, parameter_offload, passes_begin_at
 from marlhf.compat.torch import autocast_experts, set_default_timeout
@@ -247,6 +248,7 @@ class Distributed:
         """Puts models on the ranks: sharded under ZeRO-3, unless `sharded` is false."""
         return Placement(self, shard=self._shard if sharded and self.zero_stage == 3 else None)
 
+    @doing("loading")
     def prepare(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> Trained:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import torch
 
 from marlhf.common.errors import UserError
+from marlhf.common.memory_errors import doing
 from marlhf.common.seeds import EVAL_STEP, row_seed
 from marlhf.common.tokenization import ResponseDecoder, has_text
 from marlhf.common.types import Generation, Sequences
@@ -59,6 +60,7 @@ def sample_policy(bench: Bench, source: PolicySource, prints: Sequence[str]) -> 
         free_memory()
 
 
+@doing("sampling")
 def _sample_keys(
     bench: Bench, source: PolicySource, prints: Sequence[str], pending: list[Key]
 ) -> None:
@@ -106,6 +108,7 @@ def _sampled(
 
 
 @torch.no_grad()
+@doing("scoring")
 def sequence_logprobs(
     bench: Bench, policy: Policy, generation: Generation, temperature: float
 ) -> list[float]:
@@ -127,6 +130,7 @@ def sequence_logprobs(
     return totals
 
 
+@doing("scoring")
 def measure_kl(bench: Bench, reference: PolicySource) -> None:
     """Record the k1 KL of every response, log(policy / reference) at its temperature, nats."""
     samples, identity = bench.samples.lines, bench.from_main(reference.identity)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlhf.common.memory_errors import doing
 from marlhf.config import EvaluateConfig
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.records import Key, fingerprint, identity
@@ -60,6 +61,7 @@ def _files(reward: NamedReward) -> list[Any]:
     return [identity(path)] if is_model and isinstance(path, str) else []
 
 
+@doing("scoring")
 def apply_measure(bench: Bench, measure: Measure) -> None:
     """Score every response. Raises RewardError and UserError."""
     prompts, samples = bench.prompts, bench.samples.lines

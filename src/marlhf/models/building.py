@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from marlhf.algorithm.estimators import Estimator, build_estimator, estimator_requires
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.memory_errors import doing
 from marlhf.common.tokenization import Tokenizer
 from marlhf.config import LoraSettings, ModelSettings, PPOConfig
 from marlhf.distributed import ALONE, Placement
@@ -47,6 +48,7 @@ class Models(NamedTuple):
     reference: Policy | None
 
 
+@doing("loading")
 def build_models(
     config: PPOConfig,
     tokenizer: Tokenizer,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.memory_errors import is_memory_error
 from marlhf.compat.torch import TorchDispatchMode
 from marlhf.models.decoding import Decoder
 from marlhf.models.policy import Policy, backbone_forward, backbone_of, head_of, unwrapped
@@ -98,6 +99,8 @@ def check_packing(policy: Policy) -> None:
             if is_close(together, torch.cat(apart, 1)):
                 return
     except Exception as error:  # of the model's code
+        if is_memory_error(error):
+            raise
         fault = f"cannot read several examples in one row ({one_line(error)})"
     raise UserError(f"packing: given true, but {type(lm).__name__} {fault}; must be false")
 
@@ -126,6 +129,8 @@ def _outcome(case: _Case, compute: Callable[[], _Pairs]) -> str | None:
     try:
         return None if all(is_close(*pair) for pair in compute()) else ""
     except Exception as error:  # any error of the model's code
+        if is_memory_error(error):
+            raise
         return _raised(error)
 
 

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.memory_errors import doing
 from marlhf.common.paths import local_path, special_kind, text_file
 from marlhf.common.tokenization import Tokenizer
 from marlhf.compat.transformers import file_dtypes, fix_rotary, zero_noise
@@ -175,6 +176,7 @@ def read_causal_lm(
     return model
 
 
+@doing("loading")
 def load_policy(
     settings: ModelSettings,
     tokenizer: Tokenizer,
@@ -368,6 +370,7 @@ def place_object(model: Any, lora: LoraSettings | None, argument: str, placement
     return placement.place(model, backbone_of(model), as_given=lora is not None)
 
 
+@doing("loading")
 def build_policy(
     settings: ModelSettings,
     tokenizer: Tokenizer,

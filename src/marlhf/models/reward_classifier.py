@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.memory_errors import doing
 from marlhf.common.tokenization import Tokenizer
 from marlhf.config import ModelSettings
 from marlhf.distributed import ALONE, Placement
@@ -31,6 +32,7 @@ from marlhf.models.policy import backbone_of, hidden_width, length_switch
 from marlhf.models.saving import save_model
 
 
+@doing("loading")
 def build_classifier(
     settings: ModelSettings,
     base_config: Any,
@@ -128,6 +130,7 @@ def _pad(model: Any, tokenizer: Tokenizer) -> None:
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
+@doing("saving")
 def save_classifier(
     model: Any,
     tokenizer: Tokenizer,

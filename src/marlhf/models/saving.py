@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from marlhf.common.memory_errors import doing
 from marlhf.common.tokenization import Tokenizer
 from marlhf.config import ModelSettings
 from marlhf.distributed import replaced_parameters
@@ -34,6 +35,7 @@ def save_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
         model.save_pretrained(folder)
 
 
+@doing("saving")
 def save_policy(
     policy: Policy, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
 ) -> None:

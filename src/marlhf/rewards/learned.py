@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from marlhf.common.chat_templates import render_chat
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.memory_errors import doing, is_memory_error
 from marlhf.common.tokenization import Tokenizer, encode_texts, text_start
 from marlhf.config import ModelSettings
 from marlhf.distributed import ALONE, Placement
@@ -91,6 +92,7 @@ class RewardModel:
         """Whether the weights are loaded."""
         return self._model is not None
 
+    @doing("loading")
     def load(self) -> RewardModel:
         """Load the weights, unless loaded. Raises UserError."""
         if not self.is_loaded:
@@ -347,6 +349,8 @@ def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) 
         try:
             run(ids, torch.ones_like(ids, dtype=torch.bool))
         except Exception as error:  # families raise different errors for an index too high
+            if is_memory_error(error):
+                raise
             faults.append(error)
             return True
         return False

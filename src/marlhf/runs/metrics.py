@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marlhf.common.errors import UserError
+from marlhf.common.memory_errors import Phase, doing
 from marlhf.distributed import Distributed
 
 # Metrics of `marlhf ppo` in addition to reward_NAME_mean, written always or on request.
@@ -29,7 +30,13 @@ RESERVED_NAMES = frozenset(
     eval_score_mean eval_kl_mean eval_response_length_mean
     """.split()
 )
-PHASES = ("generate", "score", "segment", "train")  # of one update, in order
+# of one update, in order
+PHASES: dict[str, Phase] = {
+    "generate": "sampling",
+    "score": "scoring",
+    "segment": "segmenting",
+    "train": "training",
+}
 
 Statistic = Callable[[list[float]], float | None]
 """Maps sums over all responses to a number, such as a correlation."""
@@ -141,7 +148,8 @@ class Timer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with doing(PHASES[phase]):
+            yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the next phase needs blocks of other sizes

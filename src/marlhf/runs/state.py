@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.memory_errors import doing
 from marlhf.common.plugins import (
     check_state,
     generators,
@@ -56,6 +57,7 @@ MAY_DIFFER = (
     "optimizer.max_skipped_steps",
     "distributed_timeout_minutes",
 )
+ENGINE_SIZE = "rollout.engine.batch_size"  # may differ too where the engine is `transformers`
 
 
 class RunState:
@@ -94,6 +96,7 @@ class RunState:
             return False
         return stopping or step % every == 0 or step == self._config.steps
 
+    @doing("saving")
     def save(self, root: Path, step: int, score: float | None) -> None:
         """Write `root/step-N` and delete the checkpoints that `config.checkpoint` does not keep.
 
@@ -132,6 +135,7 @@ class RunState:
         files = dict(gathered)
         self._on_main(lambda: checkpoint.commit(partial, facts, files), root)
 
+    @doing("loading")
     def load(self, start: Checkpoint) -> int:
         """Load a checkpoint and return its step. Raises UserError."""
         blocks = self._distributed.zero_stage > 0  # and load collectively
@@ -287,9 +291,10 @@ def _begin(provenance: Provenance | None, config: Any, start: Checkpoint | None)
 
 def check_config(config: Any, start: Checkpoint) -> None:
     """Check that a checkpoint can be resumed with this configuration. Raises UserError."""
+    old, new = _config_of(start, config), config_to_dict(config)
     faults = [
         f"{key} ({a!r}, now {b!r})"
-        for key, a, b in differences(_config_of(start, config), config_to_dict(config))
+        for key, a, b in differences(_with_plain_engine(old), _with_plain_engine(new))
         if key not in MAY_DIFFER and key.split(".")[0] not in MAY_DIFFER
     ]
     if faults:
@@ -302,6 +307,14 @@ def check_config(config: Any, start: Checkpoint) -> None:
             f"steps: given {config.steps}, but the checkpoint {start.path} to resume is already of "
             f"update {start.step}"
         )
+
+
+def _with_plain_engine(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in which the engine `transformers` samples all responses at a time."""
+    engine = config.get("rollout", {}).get("engine")
+    if not isinstance(engine, dict) or engine.get("name") != "transformers":
+        return config
+    return {**config, "rollout": {**config["rollout"], "engine": "transformers"}}
 
 
 def _config_of(start: Checkpoint, config: Any) -> dict[str, Any]:

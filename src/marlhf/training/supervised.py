@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.common.errors import UserError
+from marlhf.common.memory_errors import doing
 from marlhf.common.signals import StopSignals, stop
 from marlhf.common.tokenization import Tokenizer
 from marlhf.config import RewardConfig, SFTConfig
@@ -175,6 +176,7 @@ class SupervisedTrainer:
             if stopped_by is not None:
                 stop(stopped_by)
 
+    @doing("training")
     def step(self) -> dict[str, Any]:
         """Take one optimiser step and return its row of metrics."""
         config, task, distributed, metrics = self.config, self.task, self.distributed, Metrics()
@@ -216,6 +218,7 @@ class SupervisedTrainer:
         metrics.add("counted", count)
         return loss
 
+    @doing("training")
     def _evaluate_if_due(self) -> dict[str, Any]:
         """Held-out metrics, exact over all rows of all ranks; empty where not due."""
         every, step = self.config.log.eval_every, self.step_count

@@ -292,7 +292,7 @@ def test_frozen_hashable_picklable():
     again = pickle.loads(pickle.dumps(segmenter))
     assert again == segmenter
     assert hash(again) == hash(segmenter)
-    assert "_last_metrics" not in repr(segmenter)
+    assert "_fallbacks" not in repr(segmenter)
 
 
 def test_an_unhashable_parser_works():

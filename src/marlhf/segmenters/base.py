@@ -52,9 +52,6 @@ class Segmenter(abc.ABC):
     """
 
     max_length: int | None = field(default=None, kw_only=True)
-    _last_metrics: dict[str, float] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # what `starts` measures; the configuration itself stays frozen
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
@@ -69,9 +66,20 @@ class Segmenter(abc.ABC):
         starts = _check_form(self.starts(batch), batch.response_mask, segmenter_name(self))
         return close(starts, batch.response_mask, self.max_length)
 
-    def metrics(self) -> dict[str, float]:
-        """Metrics of the last batch, by name."""
-        return dict(getattr(self, "_last_metrics", {}))  # `__init__` may not have called ours
+
+class Fallbacks:
+    """Counts what a segmenter's last batch had, and what of it could not be parsed."""
+
+    def __init__(self) -> None:
+        self._fraction: float | None = None
+
+    def count(self, fallbacks: int, total: int) -> None:
+        """Replace the counts of the batch before."""
+        self._fraction = fallbacks / max(total, 1)
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """The fraction by its name; nothing before the first batch."""
+        return {} if self._fraction is None else {name: self._fraction}
 
 
 def close(starts: Tensor, response_mask: Tensor, max_length: int | None = None) -> Tensor:

@@ -10,14 +10,14 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from marlhf.common.errors import UserError
 from marlhf.common.types import ResponseBatch
-from marlhf.segmenters.base import Segmenter
+from marlhf.segmenters.base import Fallbacks, Segmenter
 from marlhf.segmenters.offsets import TokenIndex, starts_tensor
 from marlhf.segmenters.parsers import Parse, check_installed, load_parser
 from marlhf.segmenters.text import run_cuts, sentence_spans
@@ -63,6 +63,7 @@ class Parsing(Segmenter):
     cutoff: int = 5
     parser: str | Callable[[str], Any] = "spacy"
     pipeline: str | None = None
+    _fallbacks: Fallbacks = field(default_factory=Fallbacks, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,11 +71,15 @@ class Parsing(Segmenter):
             raise UserError(f"cutoff: given {self.cutoff}, must be at least 1")
         check_installed(self.parser, self.pipeline)
 
+    def metrics(self) -> dict[str, float]:
+        """`parsing_fallback_fraction` of the last batch."""
+        return self._fallbacks.metrics("parsing_fallback_fraction")
+
     def starts(self, batch: ResponseBatch) -> Tensor:
         sentences = [[(a, text[a:b]) for a, b in sentence_spans(text)] for text in batch.texts]
         parse = _sentence_parser(self.parser, self.pipeline)
         parsed = parse([sentence for row in sentences for _, sentence in row])
-        self._last_metrics["parsing_fallback_fraction"] = parsed.count(None) / max(len(parsed), 1)
+        self._fallbacks.count(parsed.count(None), len(parsed))
         remaining = iter(parsed)
         starts: list[set[int]] = []
         for text, spans, row in zip(batch.texts, batch.offsets, sentences, strict=True):

@@ -10,7 +10,7 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.markdown import fenced_blocks
 from marlhf.common.types import ResponseBatch
-from marlhf.segmenters.base import Segmenter
+from marlhf.segmenters.base import Fallbacks, Segmenter
 from marlhf.segmenters.offsets import TokenIndex, starts_tensor
 from marlhf.segmenters.parsers import is_importable
 from marlhf.segmenters.text import line_boundaries, sentence_spans
@@ -60,6 +60,7 @@ class Syntax(Segmenter):
 
     language: str = "python"
     cutoff: int = 5
+    _fallbacks: Fallbacks = field(default_factory=Fallbacks, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +73,10 @@ class Syntax(Segmenter):
                 f"language: tree-sitter's grammar of {self.language!r} is not installed; "
                 f"pip install tree-sitter-{_package(self.language).replace('_', '-')}"
             )
+
+    def metrics(self) -> dict[str, float]:
+        """`syntax_fallback_fraction` of the last batch."""
+        return self._fallbacks.metrics("syntax_fallback_fraction")
 
     def starts(self, batch: ResponseBatch) -> Tensor:
         blocks = fallbacks = 0
@@ -91,7 +96,7 @@ class Syntax(Segmenter):
                 blocks += language is not None
                 fallbacks += language is not None and parser is None
             starts.append({t for char in chars if (t := index.token_at(char)) is not None})
-        self._last_metrics["syntax_fallback_fraction"] = fallbacks / max(blocks, 1)
+        self._fallbacks.count(fallbacks, blocks)
         return starts_tensor(batch, starts)
 
 

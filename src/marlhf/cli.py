@@ -14,7 +14,7 @@ from typing import Any
 
 from marlhf.common.errors import PeerError, ReportedError, Stopped, UserError, one_line, raised
 from marlhf.common.memory_errors import is_memory_error, phase_of, without_noise
-from marlhf.common.process_guard import not_ended
+from marlhf.common.process_guard import not_ended, open_streams
 from marlhf.common.reports import report, report_of_peer, set_reported
 from marlhf.compat import IncompatibleError
 
@@ -101,6 +101,7 @@ def usage() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a job or command. Exits with 2 and one line for bad input, 130 after Ctrl-C."""
+    open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:  # import paths may name modules of the working folder
         sys.path.append("")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
@@ -37,6 +38,15 @@ def test_nothing_that_commands_is_shown(command: str, capfd: Any) -> None:
     say(foreign)
     say(foreign, sys.stdout)
     assert capfd.readouterr() == (wanted + "\n", wanted + "\n")
+
+
+def test_a_log_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115  closing it raises too
+    monkeypatch.setattr(sys, "stderr", full)
+    say("one")
+    with pytest.raises(OSError, match="No space left"):
+        say("the result", full)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
 def test_what_people_write_stays() -> None:

@@ -20,6 +20,7 @@ from support.runs_that_die import in_child
 from marlhf import cli
 from marlhf.common.errors import UserError
 from marlhf.common.plugins import plugin_call
+from marlhf.common.process_guard import open_streams
 from marlhf.common.signals import StopSignals
 from marlhf.rewards import RewardError, build_rewards
 from marlhf.runs.directory import only_writer
@@ -31,6 +32,22 @@ ENDS: dict[str, Callable[[], Any]] = {
     "os.execv('/bin/true', ['true'])": lambda: os.execv("/bin/true", ["true"]),
     "os.execve('/bin/true', ('true',), {})": lambda: os.execle("/bin/true", "true", {}),
 }
+
+
+def test_files_do_not_take_the_numbers_of_closed_streams(tmp_path: Path) -> None:
+    def run() -> None:
+        os.closerange(0, 3)
+        sys.stdin = sys.stdout = sys.stderr = None  # pyright: ignore  as Python starts then
+        open_streams()
+        with (tmp_path / "metrics").open("w") as file:
+            assert file.fileno() > 2
+            os.write(2, b"of a C library")
+            print("nobody sees it")
+        (tmp_path / "told").touch()
+
+    assert in_child(run) == 0
+    assert (tmp_path / "told").exists()
+    assert (tmp_path / "metrics").read_text() == ""
 
 
 @pytest.mark.parametrize("words", ENDS)

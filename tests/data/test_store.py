@@ -33,7 +33,7 @@ from marlhf.config import (
 )
 from marlhf.data import demonstrations, store
 from marlhf.data.demonstrations import SFTExamples, load_examples
-from marlhf.data.encoding import token_bound
+from marlhf.data.encoding import token_bound, tokenizer_key
 from marlhf.data.files import read_rows
 from marlhf.data.pairs import load_preferences
 from marlhf.data.prompts import load_rows
@@ -279,6 +279,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"data: cannot write in .*full; .*HF_DATASETS_CACHE"):
             read_rows(file)
         assert not [path for path in (disk / "marlhf").iterdir() if path.suffix != ".lock"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_temporary_folder_is_one_line(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    if not disks.mounted(disk, 8):
+        pytest.skip("the system does not let this process mount a disk")
+    try:
+        monkeypatch.setattr("tempfile.tempdir", str(disk))
+        with pytest.raises(UserError, match="the disk is full; TMPDIR names another folder"):
+            tokenizer_key(TOKENIZER)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -72,9 +72,15 @@ def printable(text: str, keep: str = "") -> str:
 def say(text: object, file: TextIO | None = None) -> None:
     """Print lines for the user, with the terminal's control characters replaced.
 
-    file   stderr by default
+    file   stderr by default, which may be a log on a full disk: that ends no job
     """
-    print(printable(str(text), "\n\t"), file=file or sys.stderr, flush=True)
+    try:
+        print(printable(str(text), "\n\t"), file=file or sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        if file is not None:
+            raise
 
 
 def one_line(text: object, length: int = 300) -> str:

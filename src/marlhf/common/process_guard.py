@@ -57,6 +57,19 @@ def not_ended() -> Iterator[None]:
         _CALLS.add(-1)
 
 
+def open_streams() -> None:
+    """Open the standard streams that are closed on the null device.
+
+    Else the next files that a job opens, such as its metrics, would take their numbers, and with
+    them what C libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if not _is_there(number):
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, _opened(number))
+
+
 @contextmanager
 def streams_kept() -> Iterator[list[str]]:
     """Restore stdout and stderr, Python's streams and their file descriptors.
@@ -102,6 +115,10 @@ def _is_there(number: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _opened(number: int) -> Any:
+    return open(number, "w" if number else "r", encoding="utf-8", errors="replace", closefd=False)
 
 
 def _reopened(number: int, stream: Any) -> Any:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from marlhf.common.errors import UserError
-from marlhf.common.paths import digest_of_file
+from marlhf.common.paths import digest_of_file, writing
 from marlhf.common.tokenization import Tokenizer, encode_texts, text_start
 from marlhf.config import RolloutSettings
 from marlhf.data.files import Row
@@ -91,7 +91,8 @@ def tokenizer_key(tokenizer: Any) -> str:
     kind = type(tokenizer)
     day = getattr(tokenizer, "template_date", None)
     with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        with writing("data", folder, "; TMPDIR names another folder for it"):
+            tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         contents = {str(path.relative_to(folder)): digest_of_file(path) for path in files}
     return digest_of([f"{kind.__module__}.{kind.__qualname__}", day, contents])

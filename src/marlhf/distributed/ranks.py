@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from marlhf.common.cpu_memory import GradientBuffer
-from marlhf.common.errors import PeerError, ReportedError, UserError, one_line
+from marlhf.common.errors import PeerError, ReportedError, UserError, one_line, say
 from marlhf.common.memory_errors import doing
 from marlhf.common.types import AllReduceSum
 from marlhf.compat.deepspeed import is_engine, is_sharded, parameter_offload, passes_begin_at
@@ -64,7 +63,7 @@ class Distributed:
         plugin = deepspeed_plugin(on_cpu)
         check_precision(precision)
         if (line := lone_process()) is not None:
-            print(f"marlhf: {line}", file=sys.stderr)
+            say(f"marlhf: {line}")
         handlers, timeout = [], timedelta(minutes=timeout_minutes)
         if world > 1 or plugin is not None:
             # by default accelerate counts CPU ranks but silently does not connect them
@@ -91,7 +90,7 @@ class Distributed:
         elif precision == "bf16":
             autocast_experts(self.device.type)
         if (line := precision_note(precision, self.device)) is not None and self.is_main:
-            print(f"marlhf: {line}", file=sys.stderr)
+            say(f"marlhf: {line}")
         if plugin is not None:
             from marlhf.compat.transformers import load_complete_models
 

@@ -7,11 +7,11 @@ about each is in docs/metrics.md under the same name.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from marlhf.common.errors import say
 from marlhf.runs.json_lines import parse_line
 
 History = Sequence[Mapping[str, Any]]
@@ -170,10 +170,9 @@ class AlarmSink:
         for name, rule in RULES.items():
             if name not in self._fired and (message := rule(self._history)):
                 self._fired.add(name)
-                print(
+                say(
                     f"marlhf: warning at update {row['step']}: {message} "
-                    f"({name}, see docs/metrics.md)",
-                    file=sys.stderr,
+                    f"({name}, see docs/metrics.md)"
                 )
 
     def sync(self) -> None:

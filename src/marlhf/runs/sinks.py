@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from marlhf.common.errors import say
 from marlhf.runs.json_lines import keep_spans, tidy
 
 
@@ -186,8 +187,7 @@ class ProgressBar:
             elapsed = time.perf_counter() - self._began
             step, new = row["step"], row["step"] - self._resumed_step
             remaining = f"  {elapsed / new * (self._steps - step):.0f} s left" if new else ""
-            line = f"update {step}/{self._steps}  {status}{remaining}"
-            self._console.print(line, highlight=False)
+            say(f"update {step}/{self._steps}  {status}{remaining}")
 
     def sync(self) -> None:
         """No-op."""

@@ -138,7 +138,7 @@ kl.where=nowhere -> kl.where: given 'nowhere', must be 'auto', 'reward' or 'loss
 macro.value=mean -> macro.value: given 'mean', must be 'equal', 'position', 'last' or 'first'
 macro.discount=0.9 -> macro.discount: given 0.9, must be 'per_token' or 'per_macro'
 macro.whiten=false -> macro.whiten: given false, must be 'auto', 'macro', 'token' or 'none'
-ppo.estimator=ppo -> no estimator is called 'ppo' & gae, grpo, prefix_tree, reinforce, rloo
+ppo.estimator=ppo -> no estimator is called 'ppo' & gae, grpo, monte_carlo, prefix_tree, reinforce
 ppo.estimator=grpo -> rollout.responses_per_prompt: given 1 & at least 2 for ppo.estimator=grpo
 ppo.gamma=1.5 -> ppo.gamma: given 1.5, must be at most 1
 ppo.lam=-0.1 -> ppo.lam: given -0.1 & at least 0

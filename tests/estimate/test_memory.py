@@ -406,7 +406,7 @@ def test_the_command_says_what_would_help(given, capsys):
         (["--gpu-memory", "80", "epochs=2"], "(estimate takes a config of marlhf ppo)"),
         (["--gpu-memory", "80", "model.path=./no/model"], "model.path: given './no/model', which"),
         (["--gpu-memory", "80", "reward.models=./none"], "reward: given './none', which is not"),
-        (["--gpu-memory", "80", "model.lora.target_modules=nope"], "model.lora: "),
+        (["--gpu-memory", "80", "model.lora.target_modules=nope"], "model.lora.target_modules: "),
     ],
 )
 def test_bad_words_are_one_line(given, words, complaint, capsys):

@@ -19,6 +19,7 @@ from marlhf.common.errors import UserError, short_repr
 from marlhf.common.plugins import copied, plugin_call
 from marlhf.common.registry import Registry, Spec
 from marlhf.common.types import ResponseBatch
+from marlhf.segmenters import SegmenterFn
 
 LossWeights = Callable[[ResponseBatch, Tensor, Tensor], Tensor]
 """(responses, segment_ids [B,T], advantages [B,M]) -> weights [B,T], at least 0.
@@ -76,10 +77,17 @@ class Positive:
         return expand(weights_BM.to(advantages_BM.dtype), segment_ids)
 
 
-def build_loss_weights(specs: Spec | Sequence[Spec | LossWeights]) -> tuple[LossWeights, ...]:
-    """Build the weights of a spec or of a list of them. Raises UserError."""
-    specs = [specs] if isinstance(specs, str | dict) else specs
-    return tuple(LOSS_WEIGHTS.build(spec) for spec in specs)
+def build_loss_weights(
+    specs: Spec | Sequence[Spec], segmenter: SegmenterFn | None = None
+) -> tuple[LossWeights, ...]:
+    """Build the weights of a spec or of a list of them. Raises UserError.
+
+    segmenter   weighs too, if it has a method `loss_weights`
+    """
+    of_segmenter = getattr(segmenter, "loss_weights", None)
+    named = [specs] if isinstance(specs, str | dict) else specs
+    all_specs = [*named, *([] if of_segmenter is None else [of_segmenter])]
+    return tuple(LOSS_WEIGHTS.build(spec) for spec in all_specs)
 
 
 def weighted(

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from marlhf.common.errors import Parser, UserError, at_least_one, say
 from marlhf.common.paths import local_path
@@ -102,10 +102,8 @@ def arm_of(
     copies = config.rollout.responses_per_prompt
     tokens = kept.token_data(coef)
     batch = macro_batch(starts, tokens, config.macro, config.ppo, copies, estimator=estimator)
-    functions: list[Any] = list(build_loss_weights(config.ppo.weights))
-    if hasattr(segmenter, "loss_weights"):
-        functions.append(segmenter.loss_weights)  # pyright: ignore[reportFunctionMemberAccess]
-    return Arm(label, weighted(batch, functions, responses))
+    weights = build_loss_weights(config.ppo.weights, segmenter)
+    return Arm(label, weighted(batch, weights, responses))
 
 
 def _names_kl(overrides: Sequence[str]) -> bool:

@@ -44,9 +44,9 @@ class KeptRollout:
     @staticmethod
     def of(rollout: Rollout, starts: Tensor, batch: MacroBatch, kl_coef: float) -> KeptRollout:
         """What is kept of a rollout."""
-        responses = rollout.responses
+        responses, tokens = rollout.responses, rollout.token_data(kl_coef)
         tensors = {name: getattr(responses, name) for name in _RESPONSES}
-        tensors |= {name: getattr(rollout.token_data(kl_coef), name) for name in _TOKENS}
+        tensors |= {name: getattr(tokens, name) for name in _TOKENS}
         tensors |= {"scores": rollout.scores, "starts": starts, "advantages": batch.advantages_BT}
         kept = {k: x.detach().cpu().contiguous() for k, x in tensors.items() if x is not None}
         facts = {

@@ -46,8 +46,5 @@ def build_plug_ins(config: PPOConfig, arguments: Mapping[str, Any]) -> PlugIns:
     engine, reward = build_engine(specs["engine"]), build_rewards(specs["reward"])
     names = [reward.name for reward in reward.rewards]
     token_reward = build_token_rewards(specs["token_reward"], names)
-    weights = build_loss_weights(config.ppo.weights)
-    of_segmenter: LossWeights | None = getattr(segmenter, "loss_weights", None)
-    if of_segmenter is not None:
-        weights += build_loss_weights([of_segmenter])
+    weights = build_loss_weights(config.ppo.weights, segmenter)
     return PlugIns(segmenter, estimator, engine, reward, token_reward, weights)

@@ -25,8 +25,8 @@ ROOMS = """
     data
     runs
     rollout views
-    estimate evaluation testing training
-    commands
+    evaluation testing training
+    commands estimate
 """
 
 HEAVY = {

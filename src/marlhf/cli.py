@@ -62,7 +62,7 @@ COMMANDS = {
     ),
     "estimate": (
         "marlhf.estimate.command.main",
-        "memory that a ppo run needs on each GPU, under every launch profile",
+        "memory that a job needs on each GPU and on the host, by launch profile",
     ),
     "merge": ("marlhf.commands.merge.main", "write the model that an adapter makes of its base"),
     "quickstart": (

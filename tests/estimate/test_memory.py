@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig
 from support.tiny_models import (
     byte_tokenizer,
     tiny_causal_lm,
@@ -37,9 +36,11 @@ from marlhf.estimate.memory_model import (
     PROFILES,
     Interval,
     RunSizes,
+    SamplingBytes,
     Weights,
     estimate,
 )
+from marlhf.estimate.shapes import Batch
 from marlhf.models import building
 from marlhf.models.loading import load_model_config
 from marlhf.models.policy import backbone_forward, backbone_of
@@ -47,14 +48,6 @@ from marlhf.rewards import RewardModel, reward_models
 
 BYTES = 4
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 160}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's config.json, and nothing else of it."""
-    folder = tmp_path_factory.mktemp("shape")
-    tiny_config("llama", 300, **SHAPE).save_pretrained(folder)
-    return folder
 
 
 def config(folder: Path, **model: Any) -> PPOConfig:
@@ -65,6 +58,11 @@ def config(folder: Path, **model: Any) -> PPOConfig:
 def counted(folder: Path, **model: Any) -> RunSizes:
     given = config(folder, **model)
     return PassCounter(given, fake_models(given)).run(2)
+
+
+def sampling_of(run: RunSizes) -> SamplingBytes:
+    assert run.sampling is not None
+    return run.sampling
 
 
 @pytest.fixture(scope="module")
@@ -202,18 +200,18 @@ def test_an_adapter_on_the_policys_base_adds_no_second_base(folder, tmp_path):
 def test_generation_keeps_keys_and_values_of_every_row(plain):
     rows, length = 8, 24 + 16 - 1  # the last token is not read again
     keys_and_values = 2 * 2 * rows * length * (2 * 8) * BYTES  # layers, key-value heads x head size
-    assert plain.sampling.cache == keys_and_values
-    assert plain.sampling.other > rows * 300 * (3 * 4 + 2 * 8)  # logits in fp32, noise in fp64
+    assert sampling_of(plain).cache == keys_and_values
+    assert sampling_of(plain).other > rows * 300 * (3 * 4 + 2 * 8)  # logits in fp32, noise in fp64
 
 
 def test_sampling_in_bf16_keeps_keys_values_and_gathered_matrices_in_it(folder, plain):
     given = config(folder, precision="bf16")
     counter = PassCounter(given, fake_models(given))
-    whole, sharded = counter.run(2).sampling, counter.run(2, sharded=True).sampling
-    assert whole.cache == sharded.cache == plain.sampling.cache / 2
+    whole, sharded = (sampling_of(counter.run(2, sharded)) for sharded in (False, True))
+    assert whole.cache == sharded.cache == sampling_of(plain).cache / 2
     rows = 300 * 64 + (2 * 2 + 1) * 64  # embeddings and norms stay in fp32
     matrices = plain.models["policy"].trained - rows
-    assert plain.sampling.gathered == BYTES * (rows + matrices)
+    assert sampling_of(plain).gathered == BYTES * (rows + matrices)
     assert sharded.gathered == BYTES * rows + 2 * matrices
     assert sharded.other < whole.other  # autocast keeps no copies
 
@@ -235,28 +233,11 @@ def test_checkpointing_and_smaller_micro_batches_need_less(folder, plain):
     engine = {"name": "transformers", "batch_size": 2}
     in_parts = replace(given, rollout=replace(given.rollout, engine=engine))
     responses = given.rollout.batch_size // 2
-    sampled = PassCounter(in_parts, fake_models(in_parts)).run(2).sampling
-    assert sampled.cache * responses == plain.sampling.cache * 2
+    sampled = sampling_of(PassCounter(in_parts, fake_models(in_parts)).run(2))
+    assert sampled.cache * responses == sampling_of(plain).cache * 2
 
 
 # -- copies of the originals -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy, a reward model and a reward adapter of the policy's base, with weights."""
-    folder = tmp_path_factory.mktemp("saved")
-    lm, reward = tiny_causal_lm("llama", 300), tiny_sequence_classifier("llama", 300)
-    for name, model in (("policy", lm), ("reward", reward)):
-        model.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    adapter = LoraConfig(r=3, target_modules=["q_proj"], task_type=TaskType.SEQ_CLS)
-    reward.name_or_path = str(folder / "policy")
-    adapted = get_peft_model(reward, adapter)
-    adapted.peft_config["default"].base_model_name_or_path = str(folder / "policy")
-    adapted.save_pretrained(folder / "adapter")
-    reward.config.save_pretrained(folder / "adapter")
-    return folder
 
 
 def shapes(model: nn.Module | None) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -293,9 +274,8 @@ def test_models_without_weights_are_those_that_a_run_builds(saved, model, sectio
     fakes = fake_models(config)
     adapters = {name for name in shapes(fakes.policy) if ".reward_0." in name}
     assert {k: v for k, v in shapes(fakes.policy).items() if k not in adapters} == shapes(policy)
-    assert {k: v for k, v in shapes(fakes.critic).items() if ".reward_0." not in k} == shapes(
-        critic
-    )
+    fake_critic = shapes(fakes.trained.get("critic"))
+    assert {k: v for k, v in fake_critic.items() if ".reward_0." not in k} == shapes(critic)
     assert bool(adapters) == ("adapter" in paths)
 
 
@@ -319,6 +299,7 @@ def test_frozen_weights_have_the_bytes_that_a_run_gives_them(saved, monkeypatch)
     reward = RewardModel("reward")
     reward.use_placement(placement)
     run = PassCounter(config, fake_models(config)).run(1)
+    assert built.reference is not None
     for name, module in (("reference", built.reference), ("reward model", reward.model)):
         counted = run.models[name]
         size = BYTES * counted.frozen - 2 * counted.halves
@@ -341,14 +322,14 @@ def test_the_pass_that_is_counted_is_the_original(saved, critic):
     with torch.no_grad(), LiveBytes(known) as original:
         output = policy(ids, mask, mask[:, -8:], 0.7, extras=extras)
     with torch.no_grad(), LiveBytes(known) as counted:
-        logprobs, *values = _forward(policy, config, 4, 20, 8, ["entropy"])
+        logprobs, *values = _forward(policy, Batch(4, 20, 8), 0.7, ["entropy"])
     assert torch.equal(logprobs, output.logprobs.flatten())
     assert counted.peak == pytest.approx(original.peak, rel=0.05)
     if value_model is None:
         assert torch.equal(values[0][:, :-1], output.extras["values"])
     else:
         passed = value_model(ids, mask, mask[:, -8:])
-        assert all(map(torch.equal, _forward(value_model, config, 4, 20, 8), passed))
+        assert all(map(torch.equal, _forward(value_model, Batch(4, 20, 8), 0.7), passed))
 
 
 # -- ranks -----------------------------------------------------------------------------------------
@@ -375,10 +356,12 @@ def given(folder: Path, tmp_path: Path) -> list[str]:
 def test_the_command_prints_every_profile_and_what_fits(given, capsys):
     main([*given, "--gpu-memory", "80"])
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(PROFILES)}
+    lines = out.partition("host memory")[0].splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(PROFILES)}
     assert set(rows) == set(PROFILES)
-    assert all(row[-2] == "yes" for row in rows.values())
-    assert re.search(r"Loading, .*: 0\.\d+ GB on each GPU, and 0\.\d+ GB on the host", out)
+    assert all(row[-1] == "yes" for row in rows.values())
+    host = out.partition("host memory:")[2].splitlines()
+    assert [line.split()[0] for line in host[1:7]] == list(PROFILES)
     assert "Fits: single, ddp, zero1, zero2, zero3, zero3_offload." in out
 
 
@@ -394,6 +377,14 @@ def test_the_command_says_what_would_help(given, capsys):
     assert "fits" in helped
 
 
+def test_a_model_that_no_gpu_can_load_is_said_to_be_one(given, capsys):
+    main([*given, "--gpu-memory", "0.0005"])
+    out = capsys.readouterr().out.partition("host memory")[0]
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(PROFILES)}
+    assert rows["single"].endswith("cannot load")
+    assert rows["zero3_offload"].endswith("no")  # one tensor at a time passes through the GPU
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -403,7 +394,8 @@ def test_the_command_says_what_would_help(given, capsys):
         (["--gpu-memory", "80", "--what"], "unrecognized arguments: --what"),
         ([], "required: --gpu-memory"),
         (["--gpu-memory", "80", "model.pth=x"], "model.pth: unknown key"),
-        (["--gpu-memory", "80", "epochs=2"], "(estimate takes a config of marlhf ppo)"),
+        (["--gpu-memory", "80", "epochs=2"], "(read as a config of marlhf ppo; --job is for sft,"),
+        (["--gpu-memory", "80", "--job", "merge"], "--job: invalid choice: 'merge'"),
         (["--gpu-memory", "80", "model.path=./no/model"], "model.path: given './no/model', which"),
         (["--gpu-memory", "80", "reward.models=./none"], "reward: given './none', which is not"),
         (["--gpu-memory", "80", "model.lora.target_modules=nope"], "model.lora.target_modules: "),

@@ -72,8 +72,11 @@ def test_bytes_a_parameter_of_every_profile():
     assert saved["single"] == (1200, 0)
     assert saved["zero3"] == (300, 0)
     assert saved["zero3_offload"] == (0, found["zero3_offload"].host - 300)
-    assert {(e.loading, e.reading) for e in found.values()} == {(4000, 4000)}
+    assert {(e.loading - e.weights, e.reading) for e in found.values()} == {(4000, 4000)}
     assert estimate(replace(run, unmapped=9000), "zero3", 4).reading == 9000
+    assert estimate(replace(run, saved=500), "single", 4).saving == 500
+    zero3 = estimate(replace(run, saved=500), "zero3", 4)  # gathered in fp32 before that
+    assert (zero3.saving, zero3.host_peak) == (4500, 4500)
 
 
 HUNDRED = 100_000_000

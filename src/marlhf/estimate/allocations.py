@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.algorithm.kl import reads_reference
-from marlhf.common.registry import split_spec
 from marlhf.compat.torch import TorchDispatchMode, tree_leaves
-from marlhf.config import PPOConfig
+from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, RolloutSettings, SFTConfig
 from marlhf.distributed import in_bf16, linear_layers, matmul_parameters, replaced_parameters
-from marlhf.estimate.fake_models import FakeModels
+from marlhf.estimate.fake_models import FakeModels, reward_specs
 from marlhf.estimate.memory_model import (
+    BF16,
     FP32,
     Interval,
     RunSizes,
@@ -31,6 +31,7 @@ from marlhf.estimate.memory_model import (
     Training,
     Weights,
 )
+from marlhf.estimate.shapes import Batch, JobConfig, Sampled, engine_spec, shapes_of
 from marlhf.models import loading
 from marlhf.models.adapters import saved_adapter, trainable_parameters
 from marlhf.models.decoding import Decoder
@@ -44,9 +45,11 @@ from marlhf.models.policy import (
     unwrapped,
     use_adapter,
 )
+from marlhf.models.saving import final_dtype
 from marlhf.rewards import build_token_rewards, reward_models
 from marlhf.rewards.learned import sequence_scores
 from marlhf.rollout.transformers_engine import Sampler
+from marlhf.rollout.vllm_engine import VLLM
 from marlhf.segmenters import build_segmenter, segmenter_requires
 
 
@@ -107,17 +110,19 @@ def backward_intervals(
 
 
 class PassCounter:
-    """Counter of allocations in a run's passes; cached across launch profiles."""
+    """Counter of allocations in a job's passes; cached across launch profiles.
 
-    def __init__(self, config: PPOConfig, models: FakeModels) -> None:
-        self._config, self._models = config, models
-        self._trainees: dict[str, Policy | Critic] = {"policy": models.policy}
-        if models.critic is not None:
-            self._trainees["critic"] = models.critic
-        frozen = [model for model, _ in models.rewards.values()]
+    device_memory   bytes of a device, of which an engine may reserve a share
+    """
+
+    def __init__(
+        self, config: JobConfig, models: FakeModels, device_memory: int | None = None
+    ) -> None:
+        self._config, self._models, self._memory = config, models, device_memory
+        self._named = models.trained | models.frozen
         self._allocated = [
             tensor
-            for model in (*self._trainees.values(), *frozen)
+            for model in self._named.values()
             for tensor in (*model.parameters(), *model.buffers())
         ]
         self._weights = _weights(config, models)
@@ -125,23 +130,29 @@ class PassCounter:
         self._counted: dict[tuple[Any, ...], Any] = {}
 
     def run(self, ranks: int, sharded: bool = False) -> RunSizes:
-        """All passes of one of `ranks` ranks, at maximal prompt and response lengths.
+        """All passes of one of `ranks` ranks, at maximal lengths.
 
         sharded   weights are sharded, as under ZeRO-3; then autocast caches no bf16 copies of them
         """
-        responses = _responses(self._config, ranks)
-        cache = not sharded or self._config.model.precision == "fp32"
-        training = {name: self._training(name, ranks, cache) for name in self._trainees}
-        limit = self._config.rollout.micro_batch_size or self._config.optimizer.micro_batch_size
-        scoring = {
-            name: self._once(self._scoring, name, min(limit, responses), cache)
-            for name in self._trainees
-        } | {
-            name: self._once(self._reward, name, min(batch, responses), cache)
-            for name, (_, batch) in self._models.rewards.items()
+        config = self._config
+        shapes = shapes_of(config, self._models.trained, self._models.text_batches, ranks)
+        in_turn = isinstance(config, EvaluateConfig)
+        cache = in_turn or not sharded or config.model.precision == "fp32"
+        training = {
+            name: self._training(name, batches, name in shapes.accumulates, cache)
+            for name, batches in shapes.training.items()
         }
-        sampling = self._once(self._sampling, _sampled_at_once(self._config, responses), cache)
-        return RunSizes(self._weights, training, scoring, sampling, self._unmapped)
+        scoring = {
+            name: self._once(self._scoring, name, batch, cache)
+            for name, batch in shapes.scoring.items()
+        }
+        sampling = None
+        if shapes.sampling is not None:
+            sampling = self._once(self._sampling, shapes.sampling, cache)
+        elif not isinstance(config, SFTConfig | RewardConfig):
+            sampling = self._by_engine(config.rollout)
+        saved = 0 if isinstance(config, EvaluateConfig) else _saved(config, self._weights)
+        return RunSizes(self._weights, training, scoring, sampling, self._unmapped, saved, in_turn)
 
     def _once(self, count: Callable[..., Any], *arguments: Any) -> Any:
         key = (count.__name__, *arguments)
@@ -160,66 +171,56 @@ class PassCounter:
         enabled = self._config.model.precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
-    def _training(self, name: str, ranks: int, cache: bool) -> Training:
-        config, limit = self._config, self._config.optimizer.micro_batch_size
-        responses = max(1, _responses(config, ranks) // config.ppo.minibatches)
-        # sequences, tokens per sequence, and tokens per sequence that have a loss
-        shapes = [(min(limit, responses), _length(config), config.rollout.max_new_tokens)]
-        if name == "policy" and config.ptx is not None:
-            texts = max(1, config.ptx.batch_size // ranks)
-            shapes.append((min(limit, texts), config.ptx.max_length, config.ptx.max_length - 1))
-        passes = [self._once(self._backward, name, shape, cache) for shape in shapes]
+    def _training(
+        self, name: str, batches: Sequence[Batch], accumulates: bool, cache: bool
+    ) -> Training:
+        passes = [self._once(self._backward, name, batch, cache) for batch in batches]
         largest = max(passes, key=lambda intervals: max(interval.peak for interval in intervals))
-        return Training(largest, responses > limit or len(shapes) > 1)
+        return Training(largest, accumulates)
 
-    def _backward(
-        self, name: str, shape: tuple[int, int, int], cache: bool
-    ) -> tuple[Interval, ...]:
-        model = self._trainees[name]
+    def _backward(self, name: str, batch: Batch, cache: bool) -> tuple[Interval, ...]:
+        model = self._models.trained[name]
         model.train()
 
         def loss() -> Tensor:
             with self._autocast(cache):
-                outputs = _forward(model, self._config, *shape)
+                outputs = _forward(model, batch, _temperature(self._config))
                 return torch.stack([output.sum() for output in outputs]).sum()
 
-        trained = trainable_parameters(model, name if self._config.model.lora else None)
+        trained = trainable_parameters(model, _adapter(self._config, name))
         return backward_intervals(trained, self._allocated, loss)
 
-    def _scoring(self, name: str, responses: int, cache: bool) -> int:
-        config = self._config
-        with self._counting(cache) as count:
-            T = config.rollout.max_new_tokens
-            _forward(self._trainees[name], config, responses, _length(config), T, ("entropy",))
-        return count.peak
-
-    def _reward(self, name: str, responses: int, cache: bool) -> int:
-        model, _ = self._models.rewards[name]
-        is_decoder = isinstance(model, Critic) or hasattr(model, "score")
+    def _scoring(self, name: str, batch: Batch, cache: bool) -> int:
+        model = self._named[name]
+        is_decoder = isinstance(model, Policy | Critic) or hasattr(unwrapped(model), "score")
+        extras = () if isinstance(self._config, SFTConfig | EvaluateConfig) else ("entropy",)
         autocast = self._autocast(cache) if is_decoder else nullcontext()
         with torch.no_grad(), LiveBytes(self._allocated) as count, autocast:
-            sequence_scores(model, *_tokens(responses, _length(self._config)))
+            _forward(model, batch, _temperature(self._config), extras)
         return count.peak
 
-    def _sampling(self, responses: int, cache: bool) -> SamplingBytes:
+    def _sampling(self, sampled: Sampled, cache: bool) -> SamplingBytes:
         """Bytes of the prefill, and of the last decoding step of the longest responses.
 
         Where autocast must not cache copies, weights are rounded as by `Distributed.gathered`.
         """
         policy, config = self._models.policy, self._config
+        assert isinstance(config, PPOConfig | EvaluateConfig)
         lm = unwrapped(policy.model).eval()
-        base = {p for p in lm.parameters() if not (config.model.lora and p.requires_grad)}
+        lora = policy.adapter is not None
+        base = {p for p in lm.parameters() if not (lora and p.requires_grad)}
         linear = [] if cache else linear_layers(lm)
         weights = (p for layer in linear for p in layer.parameters(recurse=False) if p in base)
         rounded = {p: in_bf16(p) for p in weights}
 
+        responses = sampled.sequences
         counting = partial(self._counting, cache, list(rounded.values()))
         with use_adapter(policy.model, policy.adapter), replaced_parameters(linear, rounded):
             gathered = sum(p.nbytes for p in lm.parameters() if p in base.union(rounded.values()))
             with counting() as first:
-                Decoder(lm, *_tokens(responses, config.rollout.max_prompt_length))
+                Decoder(lm, *_tokens(responses, sampled.prompt))
             with counting() as last:
-                decoder = Decoder(lm, *_tokens(responses, _length(config) - 1))
+                decoder = Decoder(lm, *_tokens(responses, sampled.prompt + sampled.response - 1))
                 cache_bytes = decoder.cache_bytes
                 last.peak = last.live
                 # stop strings read token ids alone, and EOS ids have no size to speak of
@@ -229,22 +230,32 @@ class PassCounter:
                 sampler(decoder.step(last_tokens), range(responses), 0)
         return SamplingBytes(cache_bytes, max(first.peak, last.peak) - cache_bytes, gathered)
 
+    def _by_engine(self, rollout: RolloutSettings) -> SamplingBytes:
+        """What an engine that is not ours takes of this rank's device and host.
 
-def _responses(config: PPOConfig, ranks: int) -> int:
-    """Responses per update on one rank."""
-    responses = config.rollout.batch_size * config.rollout.responses_per_prompt
-    return max(1, -(-responses // ranks))
+        vLLM in this process reserves a share of the device; asleep, it keeps its weights on the
+        host. Servers, and engines of the user, are not counted. Weights go over one at a time.
+        """
+        name, arguments = engine_spec(rollout)
+        policy = self._weights["policy"]
+        largest = FP32 * policy.largest
+        if name != "vllm" or "address" in arguments:
+            return SamplingBytes(0, 0, largest)
+        share = float(arguments.get("memory_fraction", VLLM.memory_fraction))
+        dtype = arguments.get("dtype", "auto")
+        is_fp32 = dtype == "float32" or (dtype == "auto" and self._config.model.precision != "bf16")
+        reserved = round(share * (self._memory or 0))
+        return SamplingBytes(0, reserved, largest, (FP32 if is_fp32 else BF16) * policy.used)
 
 
-def _sampled_at_once(config: PPOConfig, responses: int) -> int:
-    """Of the responses of a rank, those in one KV cache of the engine `transformers`."""
-    _, arguments = split_spec(config.rollout.engine, "engine")
-    return min(responses, int(arguments.get("batch_size") or responses))
+def _adapter(config: JobConfig, name: str) -> str | None:
+    """The adapter that is trained in a model, where it may hold others."""
+    return name if isinstance(config, PPOConfig) and config.model.lora else None
 
 
-def _length(config: PPOConfig) -> int:
-    """Tokens of the longest prompt plus the longest response."""
-    return config.rollout.longest
+def _temperature(config: JobConfig) -> float:
+    has_rollout = isinstance(config, PPOConfig | EvaluateConfig)
+    return config.rollout.temperature if has_rollout else 1.0
 
 
 def _tokens(sequences: int, length: int) -> tuple[Tensor, Tensor]:
@@ -255,45 +266,46 @@ def _tokens(sequences: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    model: Policy | Critic,
-    config: PPOConfig,
-    sequences: int,
-    length: int,
-    T: int,
-    extras: Collection[str] = (),
+    model: Any, batch: Batch, temperature: float, extras: Collection[str] = ()
 ) -> list[Tensor]:
-    """Log-probabilities and values of the last T tokens, unmasked.
+    """Log-probabilities, values or scores of a batch, unmasked.
 
-    The outputs of `Policy.forward` [sequences*T] and of its head, if it has one, [sequences,T+1];
-    or those of `Critic.forward`.
+    The outputs of `Policy.forward` [sequences*scored] and of its head, if it has one,
+    [sequences,scored+1]; those of `Critic.forward`; or a classifier's scores [sequences].
     """
+    sequences, length, T = batch
     ids, mask = _tokens(sequences, length)
-    if isinstance(model, Critic):
+    if isinstance(model, Critic) and T:
         return list(model(ids, mask, mask[:, -T:]))
+    if not isinstance(model, Policy):
+        return [sequence_scores(unwrapped(model), ids, mask)]
     lm = unwrapped(model.model)
     with use_adapter(model.model, model.adapter):
         hidden = backbone_forward(backbone_of(lm), ids, mask)
         # `Policy.forward` picks these by the mask, which fake tensors cannot do
         before, targets = hidden[:, -T - 1 : -1].flatten(0, 1), ids[:, -T:].flatten()
-        temperature = config.logprob_settings["temperature"]
         values = [] if model.head is None else [head_states(model.head, hidden[:, -T - 1 :])]
         return [target_logprobs(lm, before, targets, temperature, extras)[0], *values]
 
 
-def _has_reference(config: PPOConfig) -> bool:
+def _has_reference(config: JobConfig) -> bool:
+    if not isinstance(config, PPOConfig) or config.model.lora:
+        return False  # with adapters it is the base
     required = segmenter_requires(build_segmenter(config.segmenter))
     return reads_reference(config.kl, required | build_token_rewards(config.reward.tokens).requires)
 
 
-def _unmapped(config: PPOConfig, weights: Mapping[str, Weights]) -> int:
+def _unmapped(config: JobConfig, weights: Mapping[str, Weights]) -> int:
     """fp32 bytes of the largest model that is not read as it lies in files.
 
     These are models in GGUF, and reward models whose adapters are merged into another base.
     """
     sizes = [0]
-    if "gguf_file" in loading.model_source(config.model.path, "model.path"):
-        sizes.append(weights["policy"].used)
-    specs = reward_models(config.reward.models)
+    if not isinstance(config, EvaluateConfig):
+        first = next(iter(weights.values()))
+        if "gguf_file" in loading.model_source(config.model.path, "model.path"):
+            sizes.append(first.used)
+    specs = reward_models(reward_specs(config))
     rewards = [model for name, model in weights.items() if name.startswith("reward model")]
     for spec, model in zip(specs, rewards, strict=True):
         # one on the policy's base has no weights of its own but the adapter's
@@ -302,13 +314,20 @@ def _unmapped(config: PPOConfig, weights: Mapping[str, Weights]) -> int:
     return FP32 * max(sizes)
 
 
-def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
-    """Sizes of all models; parameters shared by two are counted at the first."""
-    policy, critic = models.policy, models.critic
-    counted: set[int] = set()
-    adapters = config.model.lora is not None
+def _saved(config: PPOConfig | SFTConfig | RewardConfig, weights: Mapping[str, Weights]) -> int:
+    """Host bytes for writing `final/`, where adapters are first merged in fp32."""
+    model_config = loading.load_model_config(config.model, weights=False)
+    dtype = final_dtype(config.model, model_config)
+    merged = FP32 if config.model.lora else 0
+    return (merged + dtype.itemsize) * next(iter(weights.values())).used
 
-    def size(module: nn.Module, adapter: str | None, trains: bool = True) -> Weights:
+
+def _weights(config: JobConfig, models: FakeModels) -> dict[str, Weights]:
+    """Sizes of all models; parameters shared by two are counted at the first."""
+    counted: set[int] = set()
+    adapters = not isinstance(config, EvaluateConfig) and config.model.lora is not None
+
+    def size(module: nn.Module, adapter: str | None, trains: bool) -> Weights:
         parameters = {id(p): p for p in module.parameters()}
         trained = trainable_parameters(module, adapter) if trains else []
         trained_ids = {id(p) for p in trained}
@@ -327,14 +346,16 @@ def _weights(config: PPOConfig, models: FakeModels) -> dict[str, Weights]:
             halves=halves,
         )
 
-    sizes = {"policy": size(policy, "policy" if adapters else None)}
-    if not adapters and _has_reference(config):
-        copied = sizes["policy"]
-        is_bf16 = config.model.precision == "bf16"
-        halves = sum(p.numel() for p in matmul_parameters(policy.model)) if is_bf16 else 0
-        sizes["reference"] = Weights(copied.trained, 0, copied.used, copied.largest, halves=halves)
-    if critic is not None:
-        sizes["critic"] = size(critic, "critic" if adapters else None)
-    for name, (model, _) in models.rewards.items():
+    sizes = {}
+    for name, model in models.trained.items():
+        sizes[name] = size(model, _adapter(config, name), trains=True)
+        if name == "policy" and _has_reference(config):
+            copied = sizes[name]
+            is_bf16 = config.model.precision == "bf16"
+            halves = sum(p.numel() for p in matmul_parameters(model.model)) if is_bf16 else 0
+            sizes["reference"] = Weights(
+                copied.trained, 0, copied.used, copied.largest, halves=halves
+            )
+    for name, model in models.frozen.items():
         sizes[name] = size(model, None, trains=False)
     return sizes

@@ -1,4 +1,4 @@
-"""`marlhf estimate`: memory of a ppo run per GPU, under every launch profile."""
+"""`marlhf estimate`: memory of a job under every launch profile."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from marlhf.common.errors import Parser, UserError, at_least_one, say
-from marlhf.config import PPOConfig
+from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
 from marlhf.config.loading import load_config
 from marlhf.estimate.memory_model import (
     PROFILES,
     MemoryEstimate,
-    Profile,
     RunSizes,
     estimate,
     is_sharded,
 )
+from marlhf.estimate.shapes import JOBS, JobConfig, engine_spec
 
 if TYPE_CHECKING:
     from marlhf.estimate.allocations import PassCounter
@@ -26,26 +26,29 @@ if TYPE_CHECKING:
 _GB = 10**9
 _TIGHT = 0.9  # share of the memory: CUDA's own and fragmentation come on top
 _NOTES = """\
-GB are 1e9 bytes. Prompts and responses are as long as the config allows. A peak is the permanent
-part plus the largest phase. CUDA's own memory and gaps between tensors come on top: "tight" is
-more than 90%. Profiles are those of configs/accelerate; host is the CPU memory for this rank's
-part of an offloaded run."""
+GB are 1e9 bytes. Prompts, responses and texts are as long as the config allows. A peak is that of
+loading, or the permanent part plus the largest phase. CUDA's own memory and gaps between tensors
+come on top: "tight" is more than 90%. Profiles are those of configs/accelerate. Host memory is in
+addition to Python and its libraries; what the first rank reads and writes is on its node alone."""
 
 
 def main(words: Sequence[str]) -> None:
     """Print the table. Reads only the models' config.json."""
     options = _parse(words)
+    kind = JOBS[options.job]
     try:
-        config = load_config(PPOConfig, options.config, options.overrides)
+        config = load_config(kind, options.config, options.overrides)
     except UserError as error:
-        raise UserError(f"{error} (estimate takes a config of marlhf ppo)") from None
-    memory = round(options.gpu_memory * _GB)
-    gpus = options.gpus
-    counter = counter_of(config)
+        others = ", ".join(name for name in JOBS if name != options.job)
+        raise UserError(
+            f"{error} (read as a config of marlhf {options.job}; --job is for {others})"
+        ) from None
+    memory, gpus = round(options.gpu_memory * _GB), options.gpus
+    counter = counter_of(config, memory)
     by_profile = estimates(counter, gpus)
     say(header(config, counter.run(gpus), gpus, options.gpu_memory), sys.stdout)
     print(table(by_profile, memory))
-    print(loading_line(next(iter(by_profile.values()))))
+    print(host_table(by_profile))
     print(_NOTES)
     fits = [profile for profile, needed in by_profile.items() if needed.peak <= memory]
     if fits:
@@ -55,7 +58,7 @@ def main(words: Sequence[str]) -> None:
         f"\nNothing fits in {options.gpu_memory:g} GB. What would help, and the profile with the "
         "lowest peak then:"
     )
-    for changes, by_profile in helps(config, gpus):
+    for changes, by_profile in helps(config, gpus, memory):
         profile, lowest = min(by_profile.items(), key=lambda item: item[1].peak)
         print(f"  {changes}\n    {profile}: {lowest.peak / _GB:.4g} GB{_mark(lowest, memory)}")
 
@@ -63,15 +66,17 @@ def main(words: Sequence[str]) -> None:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="marlhf estimate",
-        usage="marlhf estimate CONFIG.yaml [key.sub=value ...] --gpus N --gpu-memory GB",
-        description="How much memory `marlhf ppo CONFIG.yaml` needs on each GPU, without running "
-        "it: only the models' config.json are read.",
+        usage="marlhf estimate CONFIG.yaml [key.sub=value ...] --gpus N --gpu-memory GB "
+        "[--job JOB]",
+        description="How much memory a job needs on each GPU and on the host, without running it: "
+        "only the models' config.json are read.",
     )
     add = parser.add_argument
-    add("config", metavar="CONFIG.yaml", help="a config of marlhf ppo")
-    add("overrides", nargs="*", metavar="key.sub=value", help="as for marlhf ppo")
+    add("config", metavar="CONFIG.yaml", help="a config of the job")
+    add("overrides", nargs="*", metavar="key.sub=value", help="as for the job")
     add("--gpus", type=at_least_one, required=True, metavar="N", help="processes, one per GPU")
     add("--gpu-memory", type=_positive, required=True, metavar="GB", help="of one GPU, 1e9 bytes")
+    add("--job", choices=list(JOBS), default="ppo", help="default: ppo")
     return parser.parse_intermixed_args(list(words))
 
 
@@ -85,29 +90,29 @@ def _positive(word: str) -> float:
     return number
 
 
-def counter_of(config: PPOConfig) -> PassCounter:
-    """The `PassCounter` of a config. Raises UserError."""
+def counter_of(config: JobConfig, device_memory: int | None = None) -> PassCounter:
+    """The `PassCounter` of a config, for devices of so many bytes. Raises UserError."""
     from marlhf.estimate.allocations import PassCounter
     from marlhf.estimate.fake_models import fake_models
 
-    return PassCounter(config, fake_models(config))
+    return PassCounter(config, fake_models(config), device_memory)
 
 
-def estimates(counter: PassCounter, gpus: int) -> dict[Profile, MemoryEstimate]:
-    """Memory per rank, by profile."""
-    by_profile = {}
+def estimates(counter: PassCounter, gpus: int) -> dict[str, MemoryEstimate]:
+    """Memory per rank, by profile; an evaluation is the same under every profile."""
+    by_profile: dict[str, MemoryEstimate] = {}
     for profile in PROFILES:
-        ranks = _ranks(profile, gpus)
+        ranks = 1 if profile == "single" else gpus
         run = counter.run(ranks, is_sharded(profile))
+        if run.in_turn:
+            return {"any": estimate(counter.run(gpus), profile, gpus)}
         by_profile[profile] = estimate(run, profile, ranks)
     return by_profile
 
 
-def _ranks(profile: Profile, gpus: int) -> int:
-    return 1 if profile == "single" else gpus
-
-
-def helps(config: PPOConfig, gpus: int) -> Iterable[tuple[str, dict[Profile, MemoryEstimate]]]:
+def helps(
+    config: JobConfig, gpus: int, device_memory: int | None = None
+) -> Iterable[tuple[str, dict[str, MemoryEstimate]]]:
     """Yield `(changes, estimates with them)` for settings that lower the memory.
 
     Changes accumulate: settings first, then more GPUs with them, then LoRA, on `gpus` GPUs again.
@@ -118,12 +123,22 @@ def helps(config: PPOConfig, gpus: int) -> Iterable[tuple[str, dict[Profile, Mem
     changes: list[str] = []
 
     def counter() -> PassCounter:
-        return counter_of(config_from_dict(PPOConfig, apply_overrides(PPOConfig, values, changes)))
+        kind: Any = type(config)
+        changed = config_from_dict(kind, apply_overrides(kind, values, changes))
+        return counter_of(changed, device_memory)
 
-    for change in ("model.gradient_checkpointing=true", "optimizer.micro_batch_size=1"):
+    trains = not isinstance(config, EvaluateConfig)
+    settings = (
+        ("model.gradient_checkpointing=true", "optimizer.micro_batch_size=1")
+        if trains
+        else ("rollout.micro_batch_size=1", f"rollout.batch_size={gpus}")
+    )
+    for change in settings:
         if not _has(values, change):
             changes.append(change)
             yield " ".join(changes), estimates(counter(), gpus)
+    if not trains:
+        return
     last = counter()
     for count in (2 * gpus, 8 * gpus):
         yield " ".join([*changes, f"--gpus {count}"]), estimates(last, count)
@@ -138,67 +153,91 @@ def _has(values: dict[str, Any], change: str) -> bool:
     return str(values[section][name]).lower() == proposed
 
 
-def header(config: PPOConfig, run: RunSizes, gpus: int, gpu_memory: float) -> str:
+def header(config: JobConfig, run: RunSizes, gpus: int, gpu_memory: float) -> str:
     """Sizes of the models, and shapes of their batches."""
-    rollout = config.rollout
-    responses = rollout.batch_size * rollout.responses_per_prompt
     models = [
         f"{name} {_millions(model.frozen + model.trained)}"
         + (f" ({_millions(model.trained)} trained)" if model.trained and model.frozen else "")
         for name, model in run.models.items()
     ]
-    return (
-        f"Parameters: {', '.join(models)}.\n"
-        f"{gpus} GPUs of {gpu_memory:g} GB; {responses} responses per update, prompts of "
-        f"{rollout.max_prompt_length} and responses of {rollout.max_new_tokens} tokens; "
-        f"micro-batches of {config.optimizer.micro_batch_size} sequences in "
-        f"{config.model.precision}; KV cache of a rank's responses "
-        f"{run.sampling.cache / _GB:.1f} GB.\n"
-    )
+    lines = [f"Parameters: {', '.join(models)}.", f"{gpus} GPUs of {gpu_memory:g} GB"]
+    if isinstance(config, PPOConfig | EvaluateConfig):
+        rollout = config.rollout
+        copies = rollout.responses_per_prompt if isinstance(config, PPOConfig) else 1
+        when = "per update" if isinstance(config, PPOConfig) else "at a time"
+        lines[-1] += (
+            f"; {rollout.batch_size * copies} responses {when}, prompts of "
+            f"{rollout.max_prompt_length} and responses of {rollout.max_new_tokens} tokens; "
+            f"{_sampling_words(config, run)}"
+        )
+    else:
+        unit = "sequences" if isinstance(config, SFTConfig) else "pairs"
+        lines[-1] += (
+            f"; {config.batch_size} {unit} of {config.max_length} tokens per optimiser step"
+        )
+    if not isinstance(config, EvaluateConfig):
+        unit = "pairs" if isinstance(config, RewardConfig) else "sequences"
+        lines[-1] += f"; micro-batches of {config.optimizer.micro_batch_size} {unit}"
+    return "\n".join(lines) + f" in {config.model.precision}.\n"
+
+
+def _sampling_words(config: PPOConfig | EvaluateConfig, run: RunSizes) -> str:
+    """What is counted for sampling."""
+    assert run.sampling is not None
+    if run.sampling.cache:
+        return f"KV cache of a rank's responses {run.sampling.cache / _GB:.1f} GB"
+    name, _ = engine_spec(config.rollout)
+    if run.sampling.other:
+        return f"{run.sampling.other / _GB:.1f} GB reserved by the engine {name}"
+    return f"what the engine {name} needs is not counted"
 
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.{0 if count >= 1e7 else 2}f}M"
 
 
-def table(by_profile: Mapping[Profile, MemoryEstimate], memory: int) -> str:
+def table(by_profile: Mapping[str, MemoryEstimate], memory: int) -> str:
     """One line per profile, in GB."""
     first = next(iter(by_profile.values()))
     phases = list(first.phases)
-    heads = ["profile", "weights", "optimiser", "buffers", *phases, "peak", "fits", "host"]
-    above = ["", "permanent:", "", "", "plus one of:", *[""] * (len(phases) - 1), "", "", ""]
-    rows = [above, heads]
-    details = []
+    heads = ["profile", "weights", "optimiser", "buffers", *phases, "load", "peak", "in", "fits"]
+    above = ["", "permanent:", "", "", "plus one of:", *[""] * (len(phases) - 1), "", "", "", ""]
+    rows, details = [above, heads], []
     for profile, needed in by_profile.items():
         permanent = [needed.weights, needed.optimizer, needed.buffers]
         extra = [phase.total for phase in needed.phases.values()]
-        numbers = [f"{size / _GB:.2f}" for size in (*permanent, *extra, needed.peak)]
-        rows.append([profile, *numbers, _verdict(needed, memory), f"{needed.host / _GB:.1f}"])
+        sizes = (*permanent, *extra, needed.loading, needed.peak)
+        numbers = [f"{size / _GB:.2f}" for size in sizes]
+        rows.append([profile, *numbers, needed.binding, _verdict(needed, memory)])
         parts = [
             f"{name}: {_parts(phase)}"
             for name, phase in needed.phases.items()
             if phase.gathered or phase.gradients
         ]
-        details.append(f"  {profile:<14} {'; '.join(parts)}")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = [
+        if parts:
+            details.append(f"  {profile:<14} {'; '.join(parts)}")
+    heading = ["", "Of these, weights gathered + gradients + activations:"] if details else []
+    return "\n".join([*_aligned(rows), *heading, *details, ""])
+
+
+def host_table(by_profile: Mapping[str, MemoryEstimate]) -> str:
+    """Host memory of each rank, and of the first at its moments, in GB."""
+    rows = [["host memory:", "each rank", "first, to read", "to write final/", "first's peak"]]
+    for profile, needed in by_profile.items():
+        sizes = (needed.host, needed.reading, needed.saving, needed.host_peak)
+        rows.append([profile, *(f"{size / _GB:.2f}" for size in sizes)])
+    return "\n".join([*_aligned(rows), ""])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    return "\n".join(
-        [*lines, "", "Of these, weights gathered + gradients + activations:", *details, ""]
-    )
-
-
-def loading_line(needed: MemoryEstimate) -> str:
-    """What loading needs in addition to what stays, which is the same under every profile."""
-    return (
-        f"Loading, beyond what is permanent: {needed.loading / _GB:.2f} GB on each GPU, and "
-        f"{needed.reading / _GB:.2f} GB on the host of the first rank.\n"
-    )
 
 
 def _parts(phase: Any) -> str:
@@ -208,9 +247,11 @@ def _parts(phase: Any) -> str:
 
 def _verdict(needed: MemoryEstimate, memory: int) -> str:
     if needed.peak > memory:
-        return "no"
+        return "cannot load" if needed.loading > memory else "no"
     return "tight" if needed.peak > _TIGHT * memory else "yes"
 
 
 def _mark(needed: MemoryEstimate, memory: int) -> str:
-    return {"no": "", "tight": ", fits tightly", "yes": ", fits"}[_verdict(needed, memory)]
+    return {"no": "", "cannot load": "", "tight": ", fits tightly", "yes": ", fits"}[
+        _verdict(needed, memory)
+    ]

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,8 +16,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.compat.torch import FakeTensorMode
-from marlhf.config import LoraSettings, ModelSettings, PPOConfig
+from marlhf.config import (
+    EvaluateConfig,
+    LoraSettings,
+    ModelSettings,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from marlhf.distributed import matmul_parameters
+from marlhf.estimate.shapes import JobConfig
+from marlhf.evaluation.policies import labelled, policy_settings
 from marlhf.models import building, loading
 from marlhf.models.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
 from marlhf.models.policy import Critic, Policy, backbone_of, unwrapped
@@ -26,49 +35,137 @@ from marlhf.rewards import reward_models
 
 @dataclass(frozen=True)
 class FakeModels:
-    """The models of a run without weights; `rewards` has each model's batch size."""
+    """The models of a job without weights.
 
-    policy: Policy
-    critic: Critic | None
-    rewards: dict[str, tuple[Any, int]]
+    trained       name -> Policy, Critic, or a sequence classifier, perhaps in PEFT
+    frozen        name -> the same
+    text_batches  reward model -> texts that it scores at a time
+    """
+
+    trained: dict[str, Any]
+    frozen: dict[str, Any]
+    text_batches: dict[str, int]
     mode: FakeTensorMode
 
+    @property
+    def policy(self) -> Policy:
+        """The policy of a job that has one."""
+        return (self.trained | self.frozen)["policy"]
 
-def fake_models(config: PPOConfig) -> FakeModels:
-    """The models of a run, from their config.json alone. Raises UserError."""
+
+def fake_models(config: JobConfig) -> FakeModels:
+    """The models of a job, from their config.json alone. Raises UserError."""
+    if isinstance(config, PPOConfig):
+        trained, frozen, rounded = _of_ppo(config)
+    elif isinstance(config, EvaluateConfig):
+        trained, frozen, rounded = _of_evaluation(config)
+    else:
+        trained, frozen, rounded = _of_training(config)
+    if config.model.precision == "bf16":
+        _round(rounded)
+    specs = reward_models(reward_specs(config))
+    names = (name for name in frozen if name != "policy")
+    batches = {name: spec.get("batch_size", 16) for name, spec in zip(names, specs, strict=True)}
+    mode = _fill([*trained.values(), *frozen.values()])
+    return FakeModels(trained, frozen, batches, mode)
+
+
+# trained and frozen models, and those whose frozen weights are in bf16 under `precision: bf16`
+_Built: TypeAlias = tuple[dict[str, Any], dict[str, Any], list[Any]]
+
+
+def _of_ppo(config: PPOConfig) -> _Built:
     settings, specs = config.model, reward_models(config.reward.models)
     lm_config = loading.load_model_config(settings, weights=False)
-    reward_configs = [
-        loading.load_classifier_config(_reward_settings(spec), "reward.models", weights=False)
-        for spec in specs
-    ]
+    reward_configs = _reward_configs(specs, "reward.models")
     first = specs[0]["path"] if specs else None
     with torch.device("meta"):
         policy = Policy(_meta(AutoModelForCausalLM, settings, lm_config, "model.path"))
         critic = _meta_critic(config, policy, first)
-        rewards = {}
+        scorers = {}
         for i, (spec, reward_config) in enumerate(zip(specs, reward_configs, strict=True)):
-            name = "reward model" if len(specs) == 1 else f"reward model {i + 1}"
             if settings.lora is not None and is_adapter_of(spec["path"], settings.path):
                 model = _on_shared_base(policy.model, spec["path"], f"reward_{i}")
                 for parameter in trainable_parameters(model, f"reward_{i}"):
                     parameter.requires_grad_(False)
+                scorers[_reward_name(i, specs)] = model.eval()
             else:
-                model = _meta(
-                    AutoModelForSequenceClassification,
-                    _reward_settings(spec),
-                    reward_config,
-                    "reward.models",
-                ).requires_grad_(False)
-            rewards[name] = model.eval(), spec.get("batch_size", 16)
-    scorers = [model for model, _ in rewards.values()]
-    models = [model for model in (policy, critic, *scorers) if model is not None]
-    if settings.precision == "bf16":
-        # files of a base are taken to have the dtype that the configuration names
-        in_files = settings.lora is not None and lm_config.dtype == torch.bfloat16
-        _round(models if in_files else [model for model in scorers if hasattr(model, "score")])
-    mode = _fill(models)
-    return FakeModels(policy, critic, rewards, mode)
+                model = _meta_scorer(spec, reward_config, "reward.models")
+                scorers[_reward_name(i, specs)] = model
+    trained = {"policy": policy} | ({} if critic is None else {"critic": critic})
+    of_trained = trained.values() if _has_bf16_base(settings, lm_config) else ()
+    return trained, scorers, [*of_trained, *_decoders(scorers.values())]
+
+
+def _of_training(config: SFTConfig | RewardConfig) -> _Built:
+    settings = config.model
+    base_config = loading.load_model_config(settings, weights=False)
+    trains_reward = isinstance(config, RewardConfig)
+    with torch.device("meta"):
+        if trains_reward:
+            base_config.num_labels, base_config.architectures = 1, None
+            auto, task = AutoModelForSequenceClassification, "SEQ_CLS"
+        else:
+            auto, task = AutoModelForCausalLM, "CAUSAL_LM"
+        model = _meta(auto, settings, base_config, "model.path")
+        if settings.gradient_checkpointing:
+            loading.enable_checkpointing(model)
+        if settings.lora is not None:
+            model = add_adapter(model, settings.lora, "policy", task)
+    trained = model if trains_reward else Policy(model, adapter=settings.lora and "policy")
+    return {"model": trained}, {}, [trained] if _has_bf16_base(settings, base_config) else []
+
+
+def _of_evaluation(config: EvaluateConfig) -> _Built:
+    """The largest policy, as one is in memory at a time, and the reward models."""
+    specs = reward_models(config.rewards)
+    reward_configs = _reward_configs(specs, "rewards")
+    of_reference = {} if config.reference is None else {"reference": config.reference}
+    paths = {f"policies.{name}": path for name, path in labelled(config.policies).items()}
+    policies = []
+    with torch.device("meta"):
+        for key, path in (paths | of_reference).items():
+            settings = policy_settings(config.model, path)
+            lm_config = loading.load_model_config(settings, key, weights=False)
+            policies.append(Policy(_meta(AutoModelForCausalLM, settings, lm_config, key)))
+        policy = max(policies, key=lambda policy: sum(p.numel() for p in policy.parameters()))
+        frozen: dict[str, Any] = {"policy": policy.requires_grad_(False)}
+        for i, (spec, reward_config) in enumerate(zip(specs, reward_configs, strict=True)):
+            frozen[_reward_name(i, specs)] = _meta_scorer(spec, reward_config, "rewards")
+    return {}, frozen, _decoders(frozen.values())
+
+
+def reward_specs(config: JobConfig) -> Any:
+    """The rewards that a job is given."""
+    if isinstance(config, EvaluateConfig):
+        return config.rewards
+    return config.reward.models if isinstance(config, PPOConfig) else []
+
+
+def _reward_configs(specs: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    return [
+        loading.load_classifier_config(_reward_settings(spec), key, weights=False) for spec in specs
+    ]
+
+
+def _reward_name(index: int, specs: Sequence[Any]) -> str:
+    return "reward model" if len(specs) == 1 else f"reward model {index + 1}"
+
+
+def _meta_scorer(spec: dict[str, Any], reward_config: Any, key: str) -> Any:
+    settings = _reward_settings(spec)
+    model = _meta(AutoModelForSequenceClassification, settings, reward_config, key)
+    return model.requires_grad_(False).eval()
+
+
+def _has_bf16_base(settings: ModelSettings, model_config: Any) -> bool:
+    """Whether a base of adapters is in bf16 in its files, by its config.json."""
+    return settings.lora is not None and model_config.dtype == torch.bfloat16
+
+
+def _decoders(models: Iterable[Any]) -> list[Any]:
+    """Without encoders, which score in fp32."""
+    return [model for model in models if isinstance(model, Policy) or hasattr(model, "score")]
 
 
 def _round(models: Sequence[nn.Module]) -> None:

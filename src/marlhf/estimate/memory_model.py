@@ -1,4 +1,4 @@
-"""Memory per rank of a PPO run, from the sizes of its models and passes.
+"""Memory per rank of a job, from the sizes of its models and passes.
 
 The profiles in configs/accelerate say how weights are sharded. N ranks; bytes per parameter:
 
@@ -87,30 +87,37 @@ class SamplingBytes:
     """Bytes for sampling responses.
 
     cache      KV cache of all sequences
-    other      peak of everything else
+    other      peak of everything else, or what an engine reserves
     gathered   the policy's weights, where ZeRO-3 gathers them for sampling
+    host       the engine's weights on the host, while it sleeps
     """
 
     cache: int
     other: int
     gathered: int
+    host: int = 0
 
 
 @dataclass(frozen=True)
 class RunSizes:
     """Models and passes of one rank.
 
-    models     name -> weights, of `policy`, `critic`, `reference` and reward models
-    training   `policy` and `critic` -> their largest micro-batches
+    models     name -> weights: `policy`, `critic`, `reference`, reward models; or the one `model`
+    training   trained model -> its largest micro-batch
     scoring    name of a model -> most bytes alive in one log-prob, value or scoring pass
+    sampling   None in jobs that do not sample
     unmapped   fp32 bytes of the largest model that the first rank holds complete while it reads it
+    saved      host bytes that the first rank needs to write the trained model
+    in_turn    one model at a time is in memory, complete on each rank, as in `marlhf evaluate`
     """
 
     models: Mapping[str, Weights]
     training: Mapping[str, Training]
     scoring: Mapping[str, int]
-    sampling: SamplingBytes
+    sampling: SamplingBytes | None
     unmapped: int = 0
+    saved: int = 0
+    in_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,11 +136,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank: permanent on the device, added by each phase, on the host.
+    """Bytes of one rank: on its device, and for it on the host.
 
-    buffers   gradient buffers that stay between passes: DDP's buckets, DeepSpeed's under ZeRO-3
-    loading   the largest tensor, which a device holds beyond what stays while models are loaded
-    reading   the same on the host of the first rank, which alone reads
+    weights, optimizer, buffers   permanent on the device; buffers are gradients that stay between
+                                  passes: DDP's buckets, DeepSpeed's under ZeRO-3
+    phases    what each phase of an update adds to them
+    loading   most bytes on the device while models are loaded, before there is an optimiser
+    host      permanent on the host
+    reading   what the first rank's host holds beyond that while it reads models
+    saving    the same while it writes the trained model
     """
 
     weights: int
@@ -143,6 +154,7 @@ class MemoryEstimate:
     host: int = 0
     loading: int = 0
     reading: int = 0
+    saving: int = 0
 
     @property
     def permanent(self) -> int:
@@ -150,9 +162,25 @@ class MemoryEstimate:
         return self.weights + self.optimizer + self.buffers
 
     @property
+    def moments(self) -> dict[str, int]:
+        """Most bytes on the device, while loading and in each phase."""
+        by_phase = {name: self.permanent + phase.total for name, phase in self.phases.items()}
+        return {"load": self.loading} | by_phase
+
+    @property
+    def binding(self) -> str:
+        """The moment that needs the most of the device."""
+        return max(self.moments, key=self.moments.__getitem__)
+
+    @property
     def peak(self) -> int:
         """Most bytes on the device at any time."""
-        return self.permanent + max(phase.total for phase in self.phases.values())
+        return self.moments[self.binding]
+
+    @property
+    def host_peak(self) -> int:
+        """Most bytes on the host for the first rank, beyond Python and its libraries."""
+        return self.host + max(self.reading, self.saving)
 
 
 @dataclass(frozen=True)
@@ -167,26 +195,58 @@ class _Permanent:
 
 def estimate(run: RunSizes, profile: Profile, ranks: int) -> MemoryEstimate:
     """Memory of each of `ranks` ranks."""
+    if run.in_turn:
+        return _estimate_in_turn(run)
     permanent = [_permanent_bytes(model, profile, ranks) for model in run.models.values()]
     scorings = [
         Phase(_gathered(run.models[name], profile), 0, size) for name, size in run.scoring.items()
     ]
-    gathered = run.sampling.gathered if is_sharded(profile) else 0
-    sampling = Phase(gathered, 0, run.sampling.cache + run.sampling.other)
-    phases = {"generate": sampling, "score": max(scorings, key=_total)} | {
+    sharded, phases = is_sharded(profile), {}
+    if run.sampling is not None:
+        gathered = run.sampling.gathered if sharded else 0
+        phases["generate"] = Phase(gathered, 0, run.sampling.cache + run.sampling.other)
+    phases |= {"score": max(scorings, key=_total)} if scorings else {}
+    phases |= {
         f"train {name}": _training(run.models[name], size, profile, ranks)
         for name, size in run.training.items()
     }
     largest = max(FP32 * model.largest for model in run.models.values())
+    complete = FP32 * next(iter(run.models.values())).used if sharded else 0
+    weights = round(sum(model.weights for model in permanent))
     return MemoryEstimate(
-        weights=round(sum(model.weights for model in permanent)),
+        weights=weights,
         optimizer=round(sum(model.optimizer for model in permanent)),
         buffers=round(sum(model.buffers for model in permanent)),
         phases=phases,
-        host=round(sum(model.host for model in permanent)),
-        loading=largest,
+        host=round(sum(model.host for model in permanent)) + _engine_host(run),
+        loading=weights + largest,
         reading=max(largest, run.unmapped),
+        saving=complete + run.saved,
     )
+
+
+def _engine_host(run: RunSizes) -> int:
+    return 0 if run.sampling is None else run.sampling.host
+
+
+def _estimate_in_turn(run: RunSizes) -> MemoryEstimate:
+    """Memory of each rank if it holds one complete model at a time."""
+
+    def held(name: str) -> int:
+        model = run.models[name]
+        return FP32 * model.frozen - (FP32 - BF16) * model.halves
+
+    sampled = run.sampling
+    assert sampled is not None
+    scorings = [Phase(held(name), 0, size) for name, size in run.scoring.items()]
+    phases = {
+        "generate": Phase(held("policy"), 0, sampled.cache + sampled.other),
+        "score": max(scorings, key=_total),
+    }
+    largest = max(FP32 * model.largest for model in run.models.values())
+    loading = max(held(name) + FP32 * run.models[name].largest for name in run.models)
+    reading = max(largest, run.unmapped)
+    return MemoryEstimate(0, 0, 0, phases, sampled.host, loading, reading)
 
 
 def is_sharded(profile: Profile) -> bool:

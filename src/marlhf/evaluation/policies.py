@@ -12,6 +12,7 @@ from marlhf.common.errors import UserError
 from marlhf.common.paths import local_path
 from marlhf.common.tokenization import Tokenizer
 from marlhf.config import EvaluateConfig, ModelSettings
+from marlhf.config.evaluate import LoadingSettings
 from marlhf.data.encoding import check_prompts, encode
 from marlhf.data.prompts import Prompt, render
 from marlhf.distributed import Placement
@@ -71,17 +72,21 @@ def model_folder(path: str) -> str:
     return str(final) if final.is_dir() and not (folder / "config.json").is_file() else path
 
 
-def source(
-    label: str, path: str, key: str, config: EvaluateConfig, prompts: Sequence[Prompt]
-) -> PolicySource:
-    """Load a model without its weights, and check the prompts with it. Raises UserError."""
-    loading_settings = config.model
-    settings = ModelSettings(
+def policy_settings(loading_settings: LoadingSettings, path: str) -> ModelSettings:
+    """How one policy is loaded. Raises UserError."""
+    return ModelSettings(
         path=model_folder(path),
         precision=loading_settings.precision,
         trust_remote_code=loading_settings.trust_remote_code,
         chat_template=loading_settings.chat_template,
     )
+
+
+def source(
+    label: str, path: str, key: str, config: EvaluateConfig, prompts: Sequence[Prompt]
+) -> PolicySource:
+    """Load a model without its weights, and check the prompts with it. Raises UserError."""
+    settings = policy_settings(config.model, path)
     lm_config = loading.load_model_config(settings, key)
     tokenizer = loading.load_tokenizer(settings, key)
     fix_date(tokenizer, config.data.template_date)

@@ -34,8 +34,7 @@ def memory_advice(config: Any, phase: Phase) -> str:
         parts.append("reward models have a batch_size and a max_length")
     if phase in ("loading", "training") and hasattr(config, "optimizer"):
         parts.append("the profiles zero2 and zero3 share it among GPUs")
-    if hasattr(config, "kl"):
-        parts.append("`marlhf estimate` counts what a run needs")
+    parts.append("`marlhf estimate` counts what a run needs")
     folders = checkpoint.steps(local_path(config.output_dir, "output_dir") / "checkpoints")
     if folders and not (config.overwrite and phase == "loading"):  # those are of an older run
         kept = [key for key in hints if key in (ENGINE_SIZE, *MAY_DIFFER)]

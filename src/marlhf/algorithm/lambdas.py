@@ -52,7 +52,7 @@ class PerToken:
             raise UserError(f"lam: given {self.lam:g}, must be in [0, 1]")
 
     def __call__(self, lengths_BM: Tensor) -> Tensor:
-        base = torch.as_tensor(self.lam, dtype=torch.float64, device=lengths_BM.device)
+        base = torch.full((), self.lam, dtype=torch.float64, device=lengths_BM.device)
         return base**lengths_BM
 
 

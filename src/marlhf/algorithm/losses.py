@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from marlhf.algorithm.macro import expand, reduce
+from marlhf.algorithm.macro import expand, macro_mask, reduce
 
 Ratio = Literal["token", "macro_mean", "macro_product"]
 Aggregate = Literal["token", "response", "constant"]
@@ -53,7 +53,7 @@ def policy_loss(
 
     At r = 1 all three have the same gradient. Returns (loss, stats): `clip_fraction` and
     `approx_kl` (k3 of the old policy against the new), means over the entries of r, tokens or
-    (macro_product) macro actions, and `ratio_max`.
+    (macro_product) macro actions, their number `ratios`, and `ratio_max`.
     Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7.
     """
     assert logprobs_BT.shape == old_logprobs_BT.shape == advantages_BT.shape == mask_BT.shape
@@ -65,13 +65,15 @@ def policy_loss(
         if segment_ids is None:
             raise ValueError(f"segment_ids: must be given for ratio={ratio!r}")
         if ratio == "macro_mean":
-            log_ratio = expand(reduce(log_ratio, segment_ids, "equal"), segment_ids)
+            T = segment_ids.shape[1]
+            log_ratio = expand(reduce(log_ratio, segment_ids, "equal", M=T), segment_ids)
         elif ratio == "macro_product":
-            log_ratio = reduce(log_ratio, segment_ids, "sum")
-            advantages = reduce(advantages, segment_ids, "first")
+            M = macro_mask(segment_ids).shape[1]
+            log_ratio = reduce(log_ratio, segment_ids, "sum", M=M)
+            advantages = reduce(advantages, segment_ids, "first", M=M)
             if weights_BT is not None:
-                weights_BT = reduce(weights_BT, segment_ids, "first")
-            mask = reduce(mask_BT.to(log_ratio.dtype), segment_ids, "first") > 0
+                weights_BT = reduce(weights_BT, segment_ids, "first", M=M)
+            mask = reduce(mask_BT.to(log_ratio.dtype), segment_ids, "first", M=M) > 0
         else:
             raise ValueError(
                 f"ratio: given {ratio!r}, must be 'token', 'macro_mean' or 'macro_product'"
@@ -95,6 +97,7 @@ def policy_loss(
         stats = {
             "clip_fraction": _mean(is_clipped.to(r.dtype), mask),
             "approx_kl": _mean(k3(-log_ratio), mask),
+            "ratios": mask.sum(),
             "ratio_max": torch.where(mask, r, torch.zeros_like(r)).amax()
             if r.numel()
             else r.new_zeros(()),
@@ -169,8 +172,8 @@ def entropy_bonus(
 
 
 def aggregation(
-    mask_BT: Tensor, how: Aggregate, tokens: float, responses: float, limit: int
-) -> tuple[Tensor | None, float]:
+    mask_BT: Tensor, how: Aggregate, tokens: Tensor | float, responses: float, limit: int
+) -> tuple[Tensor | None, Tensor | float]:
     """Weights [B,T] of a loss's terms, None for 1, and the denominator of their sum.
 
     token       mean over all tokens (DAPO, arXiv 2503.14476)

@@ -28,15 +28,21 @@ def macro_mask(segment_ids: Tensor) -> Tensor:
     if segment_ids.numel() == 0:
         return segment_ids.new_zeros((segment_ids.shape[0], 0), dtype=torch.bool)
     counts = segment_ids.max(1).values + 1
-    return torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    return torch.arange(_most(segment_ids), device=counts.device) < counts[:, None]
 
 
 def macro_lengths(segment_ids: Tensor) -> Tensor:
     """[B,M] int64: tokens in each macro action, 0 where there is none."""
-    return _scatter_sum(torch.ones_like(segment_ids), segment_ids)
+    return _scatter_sum(torch.ones_like(segment_ids), segment_ids, _most(segment_ids))
 
 
-def reduce(x_BT: Tensor, segment_ids: Tensor, how: How = "equal", discount: float = 1.0) -> Tensor:
+def reduce(
+    x_BT: Tensor,
+    segment_ids: Tensor,
+    how: How = "equal",
+    discount: float = 1.0,
+    M: int | None = None,
+) -> Tensor:
     """One number per macro action of w tokens, from their x_0 .. x_(w-1).
 
     equal      sum_i x_i / w  (the paper's default for values)
@@ -46,13 +52,16 @@ def reduce(x_BT: Tensor, segment_ids: Tensor, how: How = "equal", discount: floa
     sum        sum_i discount^i x_i  (the reward of an option in a semi-Markov decision process:
                Sutton, Precup & Singh 1999; `discount` is used by this one only)
 
+    M   columns of the result, at least the most macro actions of a response; None: those, for which
+        the host waits for a device
+
     Entries outside the mask (segment id -1) are ignored, even NaN. Returns [B,M] of x's dtype, 0
     where there is no macro action. Source of the value weights: MA-RLHF (arXiv 2410.02743).
     """
     assert x_BT.shape == segment_ids.shape
     weights_BT = _weights(segment_ids, how, discount).to(x_BT.dtype)
     kept = torch.where(weights_BT != 0, x_BT, torch.zeros_like(x_BT))
-    return _scatter_sum(kept * weights_BT, segment_ids)
+    return _scatter_sum(kept * weights_BT, segment_ids, _most(segment_ids) if M is None else M)
 
 
 def expand(x_BM: Tensor, segment_ids: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ def discounts(
     lengths_BM = macro_lengths(segment_ids)
     exponents_BM = lengths_BM if how == "per_token" else torch.ones_like(lengths_BM)
     powers_BM = (
-        torch.as_tensor(gamma, dtype=torch.float64, device=segment_ids.device) ** exponents_BM
+        torch.full((), gamma, dtype=torch.float64, device=segment_ids.device) ** exponents_BM
     )
     return torch.where(lengths_BM > 0, powers_BM, torch.zeros_like(powers_BM))
 
@@ -101,20 +110,22 @@ def _positions(segment_ids: Tensor) -> Tensor:
 def _weights(segment_ids: Tensor, how: How, discount: float) -> Tensor:
     """[B,T] float64: each token's weight in its macro action; 0 where masked."""
     positions_BT = _positions(segment_ids)
-    lengths_BT = expand(macro_lengths(segment_ids), segment_ids)
+    T = segment_ids.shape[1]  # M is at most T, and only a device knows it
+    lengths_BM = _scatter_sum(torch.ones_like(segment_ids), segment_ids, T)
+    lengths_BT = expand(lengths_BM, segment_ids)
     ones = torch.ones(segment_ids.shape, dtype=torch.float64, device=segment_ids.device)
     if how == "equal":
         weights = ones / lengths_BT.clamp(min=1)
     elif how == "position":
         weights = 1 / (positions_BT + 1).double()
-        total_BM = _scatter_sum(torch.where(segment_ids >= 0, weights, 0 * ones), segment_ids)
+        total_BM = _scatter_sum(torch.where(segment_ids >= 0, weights, 0 * ones), segment_ids, T)
         weights = weights / expand(total_BM, segment_ids).clamp(min=1)
     elif how == "last":
         weights = (positions_BT == lengths_BT - 1).double()
     elif how == "first":
         weights = (positions_BT == 0).double()
     elif how == "sum":
-        weights = torch.as_tensor(discount, dtype=torch.float64, device=ones.device) ** positions_BT
+        weights = torch.full((), discount, dtype=torch.float64, device=ones.device) ** positions_BT
     else:
         raise ValueError(
             f"how: given {how!r}, must be 'equal', 'position', 'last', 'first' or 'sum'"
@@ -122,9 +133,13 @@ def _weights(segment_ids: Tensor, how: How, discount: float) -> Tensor:
     return torch.where(segment_ids >= 0, weights, 0 * ones)
 
 
-def _scatter_sum(x_BT: Tensor, segment_ids: Tensor) -> Tensor:
+def _most(segment_ids: Tensor) -> int:
+    """The most macro actions of a response."""
+    return int(segment_ids.max()) + 1 if segment_ids.numel() else 0
+
+
+def _scatter_sum(x_BT: Tensor, segment_ids: Tensor, M: int) -> Tensor:
     """Sum over the tokens of each macro action, [B,M]; masked tokens are left out."""
-    M = macro_mask(segment_ids).shape[1]
     index = torch.where(segment_ids >= 0, segment_ids, M)
     total = x_BT.new_zeros((x_BT.shape[0], M + 1))
     return total.scatter_add(1, index, x_BT)[:, :M]

@@ -199,6 +199,7 @@ def kept_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, 
     At least one response column is kept.
     """
     P = attention_mask.shape[1] - response_mask.shape[1]
-    first = int(attention_mask[:, :P].any(0).long().argmax())
-    T = max(1, int(response_mask.sum(1).max()))
+    padding = attention_mask[:, :P].any(0).long().argmax()
+    # read together: the host waits for a device once
+    first, T = torch.stack([padding, response_mask.sum(1).max().clamp(min=1)]).tolist()
     return slice(first, P + T), slice(T)

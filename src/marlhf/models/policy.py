@@ -93,12 +93,14 @@ class Policy(nn.Module):
             hidden = backbone_forward(
                 backbone_of(causal_lm), input_ids, attention_mask, position_ids
             )
-            before = hidden[:, -T - 1 : -1][response_mask]
-            targets = input_ids[:, -T:][response_mask]
+            # a mask would tell the host in every use, and in its gradient, how much it keeps
+            kept = response_mask.nonzero(as_tuple=True)
+            before = hidden[:, -T - 1 : -1][kept]
+            targets = input_ids[:, -T:][kept]
             excluded = None
             if min_tokens and self.eos_ids:
                 early = torch.arange(T, device=hidden.device) < min_tokens
-                excluded = early.expand_as(response_mask)[response_mask], self.eos_ids
+                excluded = early.expand_as(response_mask)[kept], self.eos_ids
             logprobs, of_logits = target_logprobs(
                 causal_lm, before, targets, temperature, extras, excluded
             )
@@ -113,7 +115,7 @@ class Policy(nn.Module):
                 outputs["token_embeddings"] = causal_lm.get_input_embeddings()(input_ids[:, -T:])
 
         def placed(x: Tensor) -> Tensor:
-            return x.new_zeros(response_mask.shape).masked_scatter(response_mask, x)
+            return x.new_zeros(response_mask.shape).index_put(kept, x)
 
         placed_extras = {name: placed(x) for name, x in of_logits.items()}
         return PolicyOutput(placed(logprobs), {**outputs, **placed_extras})
@@ -322,8 +324,8 @@ def target_logprobs(
         logits = head(hidden).float()
         if temperature != 1.0:
             logits = logits / temperature
-        if excluded_ids:  # probability 0 has gradient 0: no need for autograd
-            logits.detach()[mask.nonzero(), excluded_ids] = torch.finfo(logits.dtype).min
+        for i in excluded_ids:  # probability 0 has gradient 0: no need for autograd
+            logits.detach()[:, i].masked_fill_(mask, torch.finfo(logits.dtype).min)
         outputs = {}
         if "token_ranks" in names:
             fixed = logits.detach()

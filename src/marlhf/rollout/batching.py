@@ -60,14 +60,14 @@ def redrawn_minibatches(
 def micro_batches(attention_mask: Tensor, size: int, same_count: bool = False) -> list[Tensor]:
     """Indices 0..B-1, shortest sequence first, in parts of at most `size`, to limit padding.
 
-    attention_mask [B,L] bool. Losses are divided by the counts of the full optimiser step, so
-    neither order nor split changes a gradient.
+    attention_mask [B,L] bool; the indices are on its device. Losses are divided by the counts of
+    the full optimiser step, so neither order nor split changes a gradient.
 
     A CPU is as efficient with a few sequences as with many: parts there minimise padding, and are
     no larger than efficiency needs. With `same_count` the number of parts depends on B and `size`
     alone, so that ranks that share weights run the same number of passes.
     """
-    order = attention_mask.sum(1).argsort(stable=True).cpu()
+    order = attention_mask.sum(1).argsort(stable=True)
     if same_count or attention_mask.device.type != "cpu" or len(order) == 0:
         return list(order.split(size))
     L, mask = attention_mask.shape[1], attention_mask[order].long()

@@ -239,7 +239,7 @@ class Sampler:
         Returns (tokens [B], their log-probs [B] fp32), the latter where the settings need them.
         """
         if t < self.settings.min_new_tokens:
-            logits[:, self._eos_ids] = -torch.inf
+            logits.index_fill_(1, self._eos_ids, -torch.inf)
         warped: Any = self._warpers(None, logits)  # pyright: ignore[reportArgumentType]
         noise = torch.stack([_uniform(self._generators[i], logits) for i in sequences])
         noise.log_().neg_()  # exponential; as float32 it keeps the precision of the smallest ones

@@ -215,7 +215,7 @@ class RolloutWorker:
                 results = one_pass(model, part)
             missing = T - part.response_mask.shape[1]
             parts.append({name: _widen(x, missing) for name, x in results.items()})
-        in_order = torch.cat(passes).argsort().to(sequences.input_ids.device)
+        in_order = torch.cat(passes).argsort()
         return {name: torch.cat([part[name] for part in parts])[in_order] for name in parts[0]}
 
     def _passes(self, attention_mask: Tensor) -> list[Tensor]:
@@ -228,13 +228,9 @@ class RolloutWorker:
         several_ranks = self.distributed.world_size > 1
         return [
             minibatch[part]
-            for minibatch in parts
+            for minibatch in (part.to(attention_mask.device) for part in parts)
             if len(minibatch)
-            for part in micro_batches(
-                attention_mask[minibatch.to(attention_mask.device)],
-                size,
-                same_count=several_ranks,
-            )
+            for part in micro_batches(attention_mask[minibatch], size, same_count=several_ranks)
         ]
 
 

@@ -49,7 +49,7 @@ def policy_objective(
     )
     how, limit = config.ppo.aggregate, config.rollout.max_new_tokens
     averaging, denominator = aggregation(mask, how, tokens, responses, limit)
-    _, share = aggregation(mask, how, float(mask.sum()), len(mask), limit)  # this micro-batch's
+    _, share = aggregation(mask, how, mask.sum(), len(mask), limit)  # this micro-batch's
     weights = micro_batch.weights
     if weights is not None:
         metrics.mean("loss_weight_mean", weights, mask)
@@ -75,9 +75,9 @@ def policy_objective(
         bonus = entropy_bonus(outputs["entropy"], mask, denominator, averaging)
         loss = loss - config.ppo.entropy_coef * bonus
     metrics.add("policy_loss", loss.detach() * denominator, share)
-    ratios = macro_mask(micro_batch.segment_ids) if config.macro.ratio == "macro_product" else mask
-    metrics.add("clip_fraction", stats["clip_fraction"] * ratios.sum(), ratios.sum())
-    metrics.add("approx_kl", stats["approx_kl"] * ratios.sum(), ratios.sum())
+    ratios = stats["ratios"]
+    metrics.add("clip_fraction", stats["clip_fraction"] * ratios, ratios)
+    metrics.add("approx_kl", stats["approx_kl"] * ratios, ratios)
     metrics.maximum("ratio_max", stats["ratio_max"])
     if config.has_head:
         regression = _value_regression(
@@ -140,9 +140,11 @@ def _value_regression(
     old_values, returns = micro_batch.values, micro_batch.returns
     mask, count = micro_batch.response_mask, tokens
     if config.macro.value_loss == "macro":
-        ids, reduction = micro_batch.segment_ids, config.macro.value
-        values, old_values = reduce(values, ids, reduction), reduce(old_values, ids, reduction)
-        returns, mask, count = reduce(returns, ids, "first"), macro_mask(ids), macro_actions
+        ids, count = micro_batch.segment_ids, macro_actions
+        mask = macro_mask(ids)
+        M, how = mask.shape[1], config.macro.value
+        values, old_values = reduce(values, ids, how, M=M), reduce(old_values, ids, how, M=M)
+        returns = reduce(returns, ids, "first", M=M)
     loss, stats = value_loss(values, old_values, returns, mask, config.ppo.value_clip_range, count)
     entries = mask.sum()
     metrics.add("value_loss", loss.detach() * count, entries)

@@ -26,6 +26,7 @@ ROOMS = """
     runs
     rollout views
     evaluation testing training
+    credit
     commands estimate
 """
 

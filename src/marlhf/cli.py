@@ -60,6 +60,10 @@ COMMANDS = {
         "marlhf.commands.replay.main",
         "the credit of a run's own rollouts under other settings, side by side",
     ),
+    "audit": (
+        "marlhf.commands.audit.main",
+        "how far critic, advantages and gradients are from the truth, by sampling it",
+    ),
     "estimate": (
         "marlhf.estimate.command.main",
         "memory that a job needs on each GPU and on the host, by launch profile",

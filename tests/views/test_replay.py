@@ -12,9 +12,9 @@ from support.runs import tiny_trainer
 from support.tiny_models import byte_tokenizer
 
 from marlhf.cli import main
-from marlhf.commands.replay import arm_of
 from marlhf.config import PPOConfig
 from marlhf.config.loading import load_config
+from marlhf.credit.arms import arm_of
 from marlhf.runs.rollouts import KeptRollout, kept_steps, read_rollout
 from marlhf.views.replay import Replay, replay_page
 

@@ -188,6 +188,17 @@ _MACRO_REWARD_KEYS = ("macro.reward", "macro.discount", "ppo.gamma")
 _RESPONSE_LEVEL = (*_CRITIC_KEYS, *_MACRO_REWARD_KEYS, "ppo.lam")
 
 
+def keys_without_critic(estimator: Spec) -> tuple[str, ...]:
+    """Keys that an estimator without a critic does not use. Raises UserError."""
+    name, arguments = split_spec(estimator, "ppo.estimator")
+    if name == "monte_carlo":
+        return (*_CRITIC_KEYS, "ppo.lam")
+    if name in ("rloo", "grpo", "reinforce", "prefix_tree"):
+        to_go = _MACRO_REWARD_KEYS if arguments.get("return_to_go") else ()
+        return tuple(key for key in _RESPONSE_LEVEL if key not in to_go)
+    return _CRITIC_KEYS
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class PPOConfig(TrainingConfig):
     """Everything a `marlhf ppo` run needs."""
@@ -284,16 +295,13 @@ class PPOConfig(TrainingConfig):
 
     def _unused_by_estimator(self) -> str | None:
         """A line on a key that a built-in estimator does not use, or lacks."""
-        name, arguments = split_spec(self.ppo.estimator, "ppo.estimator")
+        name, _ = split_spec(self.ppo.estimator, "ppo.estimator")
+        unused = keys_without_critic(self.ppo.estimator)
         if name == "monte_carlo":
-            unused = [*_CRITIC_KEYS, "ppo.lam"]
             fault = self.estimator_fault(name, groups=False, unused=unused)
             return fault or self.continuation_fault(name)
         if name in ("rloo", "grpo", "reinforce", "prefix_tree"):
-            to_go = _MACRO_REWARD_KEYS if arguments.get("return_to_go") else ()
-            groups = name != "reinforce"
-            unused = [key for key in _RESPONSE_LEVEL if key not in to_go]
-            return self.estimator_fault(name, groups=groups, unused=unused)
+            return self.estimator_fault(name, groups=name != "reinforce", unused=unused)
         return None
 
     def estimator_fault(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,9 @@ class Replicated:
         save_file(weights, folder / "weights.safetensors")
         torch.save({"optimizer": self.optimizer.state_dict()}, folder / "optimizer.pt")
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Load a checkpoint of `save`, on every rank. Raises UserError."""
-        saved = load_file(folder / "weights.safetensors")
-        check_weights(saved, {name: weight.shape for name, weight in self._weights.items()})
-        for name, weight in self._weights.items():
-            weight.copy_(saved[name])
+        load_weights(folder, self._weights)
         state = read_tensors(folder / "optimizer.pt")["optimizer"]
         groups = self.optimizer.state_dict()["param_groups"]
         counts = [[len(group["params"]) for group in x] for x in (state["param_groups"], groups)]
@@ -112,6 +108,15 @@ class Replicated:
             raise UserError("the optimiser's state is of other parameters")
         with loading_optimizer(self.optimizer):
             self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+@torch.no_grad()
+def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Set trained weights, by name, to those of `Replicated.save`. Raises UserError."""
+    saved = load_file(folder / "weights.safetensors")
+    check_weights(saved, {name: weight.shape for name, weight in weights.items()})
+    for name, weight in weights.items():
+        weight.copy_(saved[name])
 
 
 class Sharded:

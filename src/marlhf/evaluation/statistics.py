@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _DRAWS_AT_ONCE = 2**22
@@ -20,7 +22,10 @@ _DRAWS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its 95% interval, None for fewer than two prompts."""
+    """A mean, or another statistic, over prompts and its 95% interval.
+
+    The interval is None for fewer than two prompts, and where resamples leave it undefined.
+    """
 
     mean: float
     low: float | None
@@ -40,14 +45,59 @@ def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> 
     mean = float(x.mean())
     if len(x) == 1:
         return Estimate(mean, None, None, 1)
+    draws = _draws(len(x), resamples, seed, len(x))
+    low, high = np.quantile(np.concatenate([x[index].mean(1) for index in draws]), [0.025, 0.975])
+    return Estimate(mean, float(low), float(high), len(x))
+
+
+def bootstrap_statistics(
+    statistics: Callable[[Array], Sequence[Array]],
+    prompts: int,
+    width: int,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Estimate | None]:
+    """Statistics of all prompts, with 95% percentile intervals; None where undefined.
+
+    statistics   [R,prompts], how often each prompt counts in each of R resamples -> some [R]; NaN
+                 where one is undefined
+    width        numbers that they hold per resample, which bounds R
+
+    More than one in twenty resamples without a value leave the interval undefined.
+    """
+    if prompts == 0:
+        return []
+    values = [float(x[0]) for x in statistics(np.ones((1, prompts)))]
+    parts: list[Sequence[Array]] = []
+    for index in _draws(prompts, resamples, seed, max(width, prompts)) if prompts > 1 else ():
+        counts = np.zeros((len(index), prompts))
+        np.add.at(counts, (np.arange(len(index))[:, None], index), 1.0)
+        parts.append(statistics(counts))
+    drawn = [np.concatenate(of_all) for of_all in zip(*parts, strict=True)] or [None] * len(values)
+    return [
+        _with_interval(value, x, prompts, resamples) for value, x in zip(values, drawn, strict=True)
+    ]
+
+
+def _with_interval(
+    value: float, drawn: Array | None, prompts: int, resamples: int
+) -> Estimate | None:
+    if not math.isfinite(value):
+        return None
+    defined = [] if drawn is None else drawn[np.isfinite(drawn)]
+    if len(defined) < 0.95 * resamples:
+        return Estimate(value, None, None, prompts)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return Estimate(value, float(low), float(high), prompts)
+
+
+def _draws(prompts: int, resamples: int, seed: int, width: int) -> Iterator[Any]:
+    """Indices [R,prompts] of prompts drawn with replacement, a part of the resamples at a time."""
     generator = np.random.default_rng(seed & 0xFFFFFFFFFFFFFFFF)
-    means = np.empty(resamples)
-    chunk = max(1, _DRAWS_AT_ONCE // len(x))
+    chunk = max(1, _DRAWS_AT_ONCE // width)
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        means[start : start + size] = x[generator.integers(0, len(x), (size, len(x)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(mean, float(low), float(high), len(x))
+        yield generator.integers(0, prompts, (size, prompts))
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -93,6 +93,7 @@ def sample_continuations(
     kl_coef: float,
     gamma: float,
     timer: Timer,
+    first_draw: int = 0,
 ) -> Continuations:
     """Continue each response `count` times from every place, and score what comes out.
 
@@ -100,20 +101,21 @@ def sample_continuations(
     places    [B,T] bool: before these tokens
     kl_coef   weight of the KL penalty in the rewards
     gamma     discount per token
+    first_draw   number of the first continuation of a prefix: others are independent of it
 
     Every rank must call it. Responses to a prompt that share a prefix share its continuations.
     """
     config, responses = worker.config, rollout.responses
     copies = config.rollout.responses_per_prompt
     prefixes = [Prefix(int(b), int(t)) for b, t in places.nonzero()]
-    distinct = _distinct(prefixes, responses.unpadded, copies)
+    distinct = distinct_prefixes(prefixes, responses.unpadded, copies)
     asked = [prefix for prefix in dict.fromkeys(distinct) for _ in range(count)]
     most = max(worker.distributed.gather_objects([len(asked)]))
     # every rank runs as many passes, as ranks that share weights must
     padded = [*asked, *([Prefix(0, 0)] * (most - len(asked)))]
     noise = [row_seed(config.seed, responses.step, row) for row in responses.rows]
     seeds = [
-        row_seed(noise[prefix.response], prefix.length, 1 + i % count)
+        row_seed(noise[prefix.response], prefix.length, 1 + first_draw + i % count)
         for i, prefix in enumerate(padded)
     ]
     with timer("generate"):
@@ -195,10 +197,10 @@ def continue_prefixes(
     return Generation(*(x.to(device) for x in tensors))
 
 
-def _distinct(
+def distinct_prefixes(
     prefixes: Sequence[Prefix], responses: Sequence[Sequence[int]], copies: int
 ) -> list[Prefix]:
-    """For each prefix the first of its prompt's responses that has the same one."""
+    """For each prefix the first that is the same, of the prompt's `copies` responses."""
     first: dict[tuple[int, tuple[int, ...]], Prefix] = {}
     firsts = []
     for prefix in prefixes:

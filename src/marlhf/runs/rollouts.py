@@ -42,12 +42,18 @@ class KeptRollout:
     facts: dict[str, Any]
 
     @staticmethod
-    def of(rollout: Rollout, starts: Tensor, batch: MacroBatch, kl_coef: float) -> KeptRollout:
-        """What is kept of a rollout."""
+    def of(
+        rollout: Rollout,
+        kl_coef: float,
+        starts: Tensor | None = None,
+        batch: MacroBatch | None = None,
+    ) -> KeptRollout:
+        """What is kept of a rollout, and of the run's credit if it is given."""
         responses, tokens = rollout.responses, rollout.token_data(kl_coef)
         tensors = {name: getattr(responses, name) for name in _RESPONSES}
         tensors |= {name: getattr(tokens, name) for name in _TOKENS}
-        tensors |= {"scores": rollout.scores, "starts": starts, "advantages": batch.advantages_BT}
+        advantages = None if batch is None else batch.advantages_BT
+        tensors |= {"scores": rollout.scores, "starts": starts, "advantages": advantages}
         kept = {k: x.detach().cpu().contiguous() for k, x in tensors.items() if x is not None}
         facts = {
             "prompt_texts": rollout.prompt_texts,
@@ -95,14 +101,17 @@ def keep_rollout(
     """
     if not log.rollouts_every or step % log.rollouts_every:
         return
-    kept = KeptRollout.of(rollout, starts, batch, kl_coef)
-    folder = run / "rollouts" / f"step-{step}"
-    file = folder / f"rank-{rank}.safetensors"
+    file = run / "rollouts" / f"step-{step}" / f"rank-{rank}.safetensors"
     with writing(run):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file(kept.tensors, partial, metadata={"facts": json.dumps(kept.facts)})
-        os.replace(partial, file)
+        write_part(KeptRollout.of(rollout, kl_coef, starts, batch), file)
+
+
+def write_part(kept: KeptRollout, file: Path) -> None:
+    """Write a rollout, or one rank's part of it, atomically. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file(kept.tensors, partial, metadata={"facts": json.dumps(kept.facts)})
+    os.replace(partial, file)
 
 
 def kept_steps(run: Path) -> list[int]:
@@ -115,23 +124,24 @@ def read_rollout(run: Path, step: int) -> KeptRollout:
     """The rollout of an update, over all ranks. Raises UserError."""
     folder = run / "rollouts" / f"step-{step}"
     files = sorted(folder.glob("rank-*.safetensors"), key=lambda f: int(f.stem.split("-")[1]))
-    try:
-        parts = [_read(file) for file in files]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{str(folder)!r} is damaged: {one_line(error)}") from error
+    parts = [read_part(file) for file in files]
     if not parts:
         raise UserError(f"{str(folder)!r} holds no rollout")
-    return _joined(parts)
+    return joined(parts)
 
 
-def _read(file: Path) -> KeptRollout:
-    with safe_open(file, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return KeptRollout(tensors, json.loads(opened.metadata()["facts"]))
+def read_part(file: Path) -> KeptRollout:
+    """Read what `write_part` wrote. Raises UserError."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return KeptRollout(tensors, json.loads(opened.metadata()["facts"]))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{str(file.parent)!r} is damaged: {one_line(error)}") from error
 
 
-def _joined(parts: Sequence[KeptRollout]) -> KeptRollout:
-    """The parts of all ranks in one."""
+def joined(parts: Sequence[KeptRollout]) -> KeptRollout:
+    """Several parts in one."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.tensors["token_ids"].shape[1] for part in parts)

@@ -189,6 +189,45 @@ class LineChart:
         return all(float(x).is_integer() for line in self.lines for x in line.x)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A number with its interval, if it has one; `index` as in `Curve`."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    index: int
+
+
+def interval_chart(rows: Sequence[Interval], x_label: str, low: float, high: float) -> str:
+    """Numbers under each other with their intervals, on an axis from `low` to `high`.
+
+    What lies beyond the axis is drawn at its end.
+    """
+    scale = Scale.over([low, high], _LEFT, WIDTH - _RIGHT, tight=True)
+    step = (HEIGHT - _TOP - _BOTTOM) / max(len(rows), 1)
+
+    def at(value: float) -> float:
+        return scale(min(max(value, low), high))
+
+    parts = [frame(scale.marks(), [], x_label, "")]
+    parts += [
+        f'<path class="grid" d="M{x:.1f} {_TOP}V{HEIGHT - _BOTTOM}"/>' for x, _ in scale.marks()
+    ]
+    for i, row in enumerate(rows):
+        y = _TOP + (i + 0.5) * step
+        about = f"{row.label}: {number(row.value)}"
+        line = ""
+        if row.low is not None and row.high is not None:
+            about += f" [{number(row.low)}, {number(row.high)}]"
+            ends = f"M{at(row.low):.1f} {y:.1f}H{at(row.high):.1f}"
+            line = f'<path class="line s{row.index % STYLES}" d="{ends}"/>'
+        name = tag("title", escape(about))
+        parts.append(tag("g", name + line + marker(row.index, at(row.value), y)))
+    return svg("".join(parts), x_label)
+
+
 STYLES = 8  # colours, dashes and markers of series
 
 

@@ -138,23 +138,26 @@ def replay_page(replay: Replay, responses: int) -> str:
     )
     body = [tag("h1", "Credit, replayed"), tag("p", escape(lead), class_="lead")]
     body.append(html_table(_HEADS, rows))
-    for i in replay.order[:responses]:
-        score = float(replay.kept.tensors["scores"][i])
-        prompt = replay.kept.facts["prompt_texts"][i]
-        facts = f"score {number(score)}, arms differ by up to {replay.difference[i]:.2g}"
-        body.append(tag("h2", escape(f"Response {i}")))
-        body.append(
-            tag("p", escape(f"{facts} standard deviations of an advantage"), class_="muted")
-        )
-        body.append(
-            tag("details", tag("summary", "prompt") + tag("p", escape(prompt), class_="text"))
-        )
-        columns = [
-            tag("section", tag("h3", escape(arm.label)) + _response(replay, arm, i), class_="card")
-            for arm in replay.arms
-        ]
-        body.append(tag("div", "".join(columns), class_="columns"))
+    body += [response_html(replay, i) for i in replay.order[:responses]]
     return page("Credit, replayed", "\n".join(body))
+
+
+def response_html(replay: Replay, i: int) -> str:
+    """HTML of a response under every arm, with its prompt."""
+    score = float(replay.kept.tensors["scores"][i])
+    prompt = replay.kept.facts["prompt_texts"][i]
+    facts = f"score {number(score)}, arms differ by up to {replay.difference[i]:.2g}"
+    columns = [
+        tag("section", tag("h3", escape(arm.label)) + _response(replay, arm, i), class_="card")
+        for arm in replay.arms
+    ]
+    parts = [
+        tag("h2", escape(f"Response {i}")),
+        tag("p", escape(f"{facts} standard deviations of an advantage"), class_="muted"),
+        tag("details", tag("summary", "prompt") + tag("p", escape(prompt), class_="text")),
+        tag("div", "".join(columns), class_="columns"),
+    ]
+    return "\n".join(parts)
 
 
 def _response(replay: Replay, arm: Arm, i: int) -> str:

@@ -1,0 +1,1 @@
+"""Is the credit right? Arms of settings over the same responses, and their audit."""

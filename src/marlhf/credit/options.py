@@ -1,0 +1,82 @@
+"""Options of commands that name arms."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from marlhf.common.errors import UserError
+
+THE_RUN = "the run"
+_SECTIONS = ("segmenter", "macro", "ppo", "kl")  # what credit is made of
+
+
+def add_arm_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name arms, for `settings_of_arms`."""
+    parser.add_argument(
+        "--arm",
+        action="append",
+        metavar="SETTINGS",
+        help="keys of segmenter, macro, ppo and kl that differ from the run's, as on the command "
+        "line; give it several times",
+    )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        metavar="KEY=[A, B]",
+        help="values of a key; given several times, every combination is an arm",
+    )
+
+
+def settings_of_arms(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Overrides of each arm, by its label; the run's own first. Raises UserError."""
+    arms: dict[str, list[str]] = {THE_RUN: []}
+    arms |= {text: _overrides(text) for text in options.arm or []}
+    points = [_values(text) for text in options.grid or []]
+    for point in itertools.product(*points) if points else ():
+        _check_keys(point, "--grid")
+        arms[" ".join(point)] = list(point)
+    return arms
+
+
+def _overrides(text: str) -> list[str]:
+    """The settings of an arm. Raises UserError for a key that no arm can change."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--arm: given {text!r}: {error}") from None
+    _check_keys(words, "--arm")
+    if not words:
+        raise UserError("--arm: given nothing; must hold settings such as segmenter=sentence")
+    return words
+
+
+def _values(text: str) -> list[str]:
+    """`key=value` for every value of a key. Raises UserError."""
+    key, _, listed = text.partition("=")
+    from marlhf.config.yaml_text import parse_yaml
+
+    values: Any = parse_yaml(listed, f"--grid {text!r}")
+    if not key or not isinstance(values, list) or not values:
+        raise UserError(f"--grid: given {text!r}, must look like ppo.lam=[0.95, 1]")
+    texts = [x if isinstance(x, str) else json.dumps(x, default=str) for x in values]
+    return [f"{key}={text}" for text in texts]
+
+
+def _check_keys(words: Sequence[str], option: str) -> None:
+    for word in words:
+        section = word.partition("=")[0].partition(".")[0]
+        if section not in _SECTIONS:
+            raise UserError(
+                f"{option}: given {word!r}, but the responses are sampled and scored already; "
+                f"possible: keys of {', '.join(_SECTIONS)}"
+            )
+
+
+def names_kl(overrides: Sequence[str]) -> bool:
+    """Whether an arm sets the KL coefficient itself."""
+    return any(override.startswith("kl.") for override in overrides)

@@ -1,0 +1,327 @@
+"""`marlhf audit` on a policy whose responses can be listed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.audits import audit, build_model, letters, train
+
+from marlhf.cli import main
+from marlhf.config import PPOConfig
+from marlhf.config.loading import load_config
+from marlhf.credit import results
+from marlhf.credit.arms import arm_config, arm_of
+from marlhf.credit.audit import rollout_of
+from marlhf.credit.gradients import inner_products, prompt_gradient, sketch
+from marlhf.credit.results import Evidence
+from marlhf.credit.trained_run import TrainedRun, chosen_checkpoint, held_out_prompts, load_run
+from marlhf.credit.truth import Part, ReturnStore
+from marlhf.runs.rollouts import KeptRollout, read_part, read_rollout
+
+ARMS = {
+    "token": "segmenter=token ppo.lam=1",
+    "rloo": "ppo.estimator=rloo",
+    "monte_carlo": "ppo.estimator=monte_carlo",
+    "outsider": "ppo.estimator=support.audits.return_to_go",
+}
+WORDS = ["--prompts", "12", "--responses", "2"]
+ALL = [*WORDS, *[word for arm in ARMS.values() for word in ("--arm", arm)]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("audit"))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    return train(folder, log={"rollouts_every": 1})
+
+
+@pytest.fixture(scope="module")
+def audited(run: Path) -> dict[str, Any]:
+    return audit(run, *ALL)
+
+
+@pytest.fixture(scope="module")
+def loaded(run: Path) -> TrainedRun:
+    config = arm_config(run, [], {"rollout": {"responses_per_prompt": 2}})
+    return load_run(config, chosen_checkpoint(run, None), held_out_prompts(config, None, 12))
+
+
+def kept_of(run: Path) -> KeptRollout:
+    return read_part(run / "audit" / "rollouts" / "part-0.safetensors")
+
+
+def part_of(run: Path, loaded: TrainedRun) -> Part:
+    prompts = [p for p in loaded.prompts[:8] for _ in range(2)]
+    return Part(prompts, rollout_of(kept_of(run), prompts, loaded.worker), 0)
+
+
+def evidence_of(run: Path, loaded: TrainedRun) -> Evidence:
+    """That of the first eight prompts, at all tokens."""
+    kept, part = kept_of(run), part_of(run, loaded)
+    places = kept.tensors["response_mask"]
+    store = ReturnStore.of(run / "audit", loaded.worker, loaded.kl_coef)
+    returns = store.returns(part, places, 0, 8)
+    return Evidence(kept, 2, places, returns, loaded.kl_coef, loaded.config.ppo.gamma)
+
+
+@torch.no_grad()
+def value_of(loaded: TrainedRun, prompt: list[int], begun: list[int]) -> float:
+    """Expected reward, less the KL penalty of the tokens to come, by listing them."""
+    worker: Any = loaded.worker
+    if len(begun) == 4:
+        return letters([], [worker.tokenizer.decode(begun)])[0]
+    logits = []
+    policies: tuple[Any, ...] = worker.policy, worker.reference
+    for policy in policies:
+        row = policy.model(input_ids=torch.tensor([prompt + begun])).logits[0, -1].double()
+        row[worker.policy.eos_ids] = -torch.inf
+        logits.append(row)
+    of_policy, of_reference = (x.log_softmax(0) for x in logits)
+    top = logits[0].topk(2)
+    value = 0.0
+    for p, token in zip(top.values.softmax(0).tolist(), top.indices.tolist(), strict=True):
+        penalty = loaded.kl_coef * float(of_policy[token] - of_reference[token])
+        value += p * (value_of(loaded, prompt, [*begun, token]) - penalty)
+    return value
+
+
+@pytest.fixture(scope="module")
+def exact(audited: dict[str, Any], run: Path, loaded: TrainedRun) -> torch.Tensor:
+    """[B,T] values of the prefixes of the first eight prompts' responses."""
+    generation = part_of(run, loaded).rollout.generation
+    known: dict[tuple[int, ...], float] = {}
+    values = torch.zeros(generation.response_ids.shape, dtype=torch.float64)
+    for b, (prompt, response) in enumerate(
+        zip(generation.prompts, generation.responses, strict=True)
+    ):
+        for t in range(len(response)):
+            key = (*prompt, -1, *response[:t])
+            if key not in known:
+                known[key] = value_of(loaded, prompt, response[:t])
+            values[b, t] = known[key]
+    return values
+
+
+# --- the truth
+
+
+def test_the_truth_is_that_of_an_enumeration(
+    exact: torch.Tensor, run: Path, loaded: TrainedRun
+) -> None:
+    evidence = evidence_of(run, loaded)
+    returns, wanted = evidence.returns_BTK[evidence.places], exact[evidence.places]
+    z = (returns.mean(1) - wanted) / (returns.var(1).mean() / 8).sqrt()  # one noise for all
+    assert float(z.abs().max()) < 5
+    assert float((z**2).mean()) < 2
+    for row in results.by_position(evidence):
+        of_position = exact[:, row["first"] : row["last"] + 1]
+        assert row["truth"]["low"] < float(of_position.mean()) < row["truth"]["high"]
+
+
+def test_a_perfect_critic_is_not_accused_and_a_spoilt_one_is(
+    exact: torch.Tensor, run: Path, loaded: TrainedRun
+) -> None:
+    evidence = evidence_of(run, loaded)
+
+    def with_critic(values: torch.Tensor) -> dict[str, Any]:
+        kept = replace(evidence.kept, tensors=evidence.kept.tensors | {"values": values})
+        numbers = results.of_critic(replace(evidence, kept=kept))
+        assert numbers is not None
+        return numbers
+
+    perfect = with_critic(exact)
+    assert perfect["verdict"] == "better than a constant"
+    assert perfect["bias"]["low"] < 0 < perfect["bias"]["high"]
+    assert perfect["explained"]["high"] > 0.99
+    high = with_critic(exact + 1)
+    assert high["bias"]["low"] > 0.5
+    assert high["verdict"] == "better than a constant"
+    generator = torch.Generator().manual_seed(0)
+    noise = exact.mean() + exact.std() * torch.randn(exact.shape, generator=generator)
+    assert with_critic(noise)["verdict"] == "worse than a constant"
+    shuffled = exact[torch.randperm(len(exact), generator=generator)]
+    assert with_critic(shuffled)["verdict"] != "better than a constant"
+
+
+def test_a_run_whose_critic_is_noise_is_found_out(folder: Path) -> None:
+    def spoil(trainer: Any) -> None:
+        torch.manual_seed(0)
+        trainer.critic.model.head.weight.normal_()
+
+    numbers = audit(train(folder, "noise", spoil), *WORDS)
+    assert numbers["critic"]["verdict"] == "worse than a constant"
+    assert numbers["critic"]["error"]["low"] > 1
+
+
+def test_arms_are_told_apart(audited: dict[str, Any]) -> None:
+    arms = {arm["label"]: arm for arm in audited["arms"]}
+    assert list(arms) == ["the run", *ARMS.values()]
+    sampled, rloo = arms[ARMS["monte_carlo"]], arms[ARMS["rloo"]]
+    assert sampled["values"]["verdict"] == "better than a constant"
+    assert sampled["rank"]["corrected"]["low"] > rloo["rank"]["corrected"]["high"]
+    assert rloo["values"] is None
+    assert arms[ARMS["token"]]["macro_actions"] == 2 * arms["the run"]["macro_actions"] == 96
+    for arm in arms.values():
+        assert 0 < arm["rank"]["reliability"]["value"] <= 1
+        assert arm["gradient"]["variance"] > 0
+    assert audited["prefixes"] == 96
+
+
+# --- arms
+
+
+@pytest.mark.parametrize("name", ["token", "rloo", "outsider"])
+def test_arms_are_those_of_replay(name: str, run: Path, loaded: TrainedRun) -> None:
+    """On a rollout that both can read; but for responses to compare, which the run has not."""
+    kept, words = read_rollout(run, 1), ARMS[name].split()
+    fixed = {"rollout": {"responses_per_prompt": 2}}
+    tokenizer = loaded.worker.tokenizer
+    arm = arm_of(name, kept, arm_config(run, words, fixed), tokenizer, own_kl=True)
+    unused = ["critic.init=auto"] if name != "token" else []
+    config = load_config(
+        PPOConfig, run / "config.yaml", [*words, *unused, "rollout.responses_per_prompt=2"]
+    )
+    wanted = arm_of(name, kept, config, tokenizer, own_kl=True)
+    assert torch.equal(arm.batch.advantages_BT, wanted.batch.advantages_BT)
+    assert arm.batch.mask_BM.sum() > 0
+
+
+def test_a_grid_of_arms(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ["--grid", "segmenter=[token, {name: ngram, n: 2}]", "--grid", "ppo.lam=[0.5, 1]"]
+    main(["replay", str(run), *grid])
+    shown = capsys.readouterr().out
+    assert shown.count("ppo.lam=0.5") >= 2
+    assert shown.count("segmenter=token") >= 2
+
+
+# --- gradients
+
+
+def test_a_sketch_has_the_products_of_the_gradients(run: Path, loaded: TrainedRun) -> None:
+    sequences = part_of(run, loaded).rollout.sequences
+    generator = torch.Generator().manual_seed(0)
+    exact, sketches = [], []
+    for begin in (0, 2, 4):
+        of_prompt = sequences.select(torch.arange(begin, begin + 2))
+        credit = torch.randn(of_prompt.response_mask.shape, generator=generator)
+        worker = loaded.worker
+        gradient = prompt_gradient(
+            worker.policy, loaded.trained, of_prompt, credit, loaded.config, worker.distributed
+        )
+        logprobs, _ = worker.policy(
+            of_prompt.input_ids,
+            of_prompt.attention_mask,
+            of_prompt.response_mask,
+            **loaded.config.logprob_settings,
+        )
+        wanted = torch.autograd.grad((logprobs * credit).sum(), loaded.trained)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradient, wanted, strict=True))
+        exact.append(torch.cat([g.reshape(-1) for g in wanted]).double())
+        sketches.append(sketch(gradient))
+    wanted = inner_products(exact)
+    scale = wanted.diagonal().sqrt()
+    errors = (inner_products(sketches) - wanted) / (scale[:, None] * scale)
+    assert float(errors.abs().max()) < 5 * (2 / 4099) ** 0.5
+    few = [g[:4000] for g in exact]  # each has a bucket of its own
+    assert torch.allclose(inner_products([sketch([g]) for g in few]), inner_products(few))
+    parts = [sketch(g.split(777)) for g in exact]
+    assert torch.allclose(parts[0], sketch([exact[0]]))
+
+
+# --- resuming
+
+
+def test_an_interrupted_audit_continues_and_gives_the_same(
+    audited: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "audit", copy)
+    (copy / "rollouts" / "part-1.safetensors").unlink()
+    file = copy / "returns.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["response"] < 16]
+    file.write_text("".join(kept[:-3]) + kept[-3][:20])
+    again = audit(run, *ALL, "--output", str(copy))
+    for numbers in (again, audited):
+        numbers.pop("seconds")
+    assert again == audited
+    assert sorted(file.read_text().splitlines()) == sorted(map(str.strip, lines))
+    before = (copy / "audit.html").read_text()
+    capsys.readouterr()
+    audit(run, *ALL, "--arm", "ppo.lam=0", "--output", str(copy))
+    assert "continuations" not in capsys.readouterr().err
+    assert (copy / "audit.html").read_text() != before
+
+
+def test_the_cost_is_shown_before_it_is_spent(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompts", "2", "--continuations", "2", "--output", str(tmp_path)]
+    numbers = audit(run, *words)
+    out, err = capsys.readouterr()
+    # one prompt's responses: 2 tokens each after the second prefix, 4 after the first
+    assert "continuations: 4 prefixes of 2 responses, 8 samples, about 24 tokens" in err
+    assert "2 prompts: intervals over so few are too narrow" in out
+    assert numbers["responses"] == 2
+
+
+# --- what is shown
+
+
+def test_tables_fit_80_columns_and_the_page_is_complete(
+    audited: dict[str, Any],
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    audit(run, *ALL)
+    shown = capsys.readouterr().out
+    tables = [line for line in shown.splitlines() if not line.startswith(("Wrote", str(run)))]
+    assert max(map(len, tables)) <= 80
+    assert "…" not in shown
+    for head in ("rank", "sign", "reliab.", "noise scale", "explained", "before token"):
+        assert head in shown
+    page = (run / "audit" / "audit.html").read_text()
+    assert page.count("<svg") >= 3
+    assert page.count("<h3>the truth</h3>") == 3
+    assert all(f"<h3>{arm}</h3>" in page for arm in ARMS.values())
+
+
+# --- faults
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--continuations", "3"], "--continuations: given 3, must be even"),
+        (["--arm", "rollout.top_p=0.5"], "given 'rollout.top_p=0.5', but the responses are"),
+        (["--arm", "ppo.estimator=rloo"], "for ppo.estimator=rloo; raise --responses"),
+        (["--grid", "ppo.lam=1"], "--grid: given 'ppo.lam=1', must look like ppo.lam=[0.95, 1]"),
+        (["--arm", "ppo.estimator=monte_carlo kl.coef=0"], "continuations have the run's"),
+        (["--checkpoint", "step-9"], "must be auto or the folder of a checkpoint, step-N; in"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--prompts", "5"], "holds an audit of another checkpoint, of other prompts"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_audited_is_one_line(
+    words: list[str],
+    line: str,
+    audited: dict[str, Any],
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", str(run), *words])
+    (shown,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("marlhf")]
+    assert stopped.value.code == 2
+    assert line in shown

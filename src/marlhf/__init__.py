@@ -50,6 +50,7 @@ _CONFIGS = (
     "PPOConfig",
     "PPOSettings",
     "PTXSettings",
+    "QuantizationSettings",
     "RewardSettings",
     "RolloutSettings",
 )

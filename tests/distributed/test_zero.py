@@ -154,6 +154,15 @@ def test_adapters_on_a_base_sharded_by_zero_3(tmp_path: Path) -> None:
     assert_the_same(tmp_path / "run", tmp_path / "one")
 
 
+def test_a_base_in_4_bits_sharded_by_zero_3(tmp_path: Path) -> None:
+    sections = {**LORA, "model": {**LORA["model"], "quantization": {"bits": 4}}}
+    launch(tmp_path / "one", [], sections)
+    found = launch(tmp_path / "run", accelerate(sharding_everything(tmp_path)), sections)
+    assert (found["stage"], found["goes_on"]) == (3, True)
+    assert found["sampled_in"]["QuantizedLinear"] == ["uint8"]
+    assert_the_same(tmp_path / "run", tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     ("death", "shown"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from marlhf.config import LoraSettings
+from marlhf.config import LoraSettings, QuantizationSettings
 from marlhf.models import loading
 from marlhf.rollout import transformers_engine
 from marlhf.training.ppo import PPOTrainer
@@ -97,6 +97,8 @@ def main() -> None:
     sections = json.loads(sys.argv[2])
     if lora := sections.get("model", {}).get("lora"):
         sections["model"]["lora"] = LoraSettings(**lora)
+    if quantization := sections.get("model", {}).get("quantization"):
+        sections["model"]["quantization"] = QuantizationSettings(**quantization)
     resume, spoiled = sections.pop("resume", False), sections.pop("spoiled", None)
     reads = counting_reads()
     trainer = tiny_trainer(folder, **sections)

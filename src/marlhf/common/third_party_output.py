@@ -29,6 +29,8 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     # DeepSpeed warns on import that there is no GPU, and sets its own level
     logging.getLogger("DeepSpeed").addFilter(_is_error)
+    # on some CPUs it warns on import, PEFT's too, that a kernel that is not used is not installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if logging.getLogRecordFactory() is logging.LogRecord:

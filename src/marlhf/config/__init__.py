@@ -26,6 +26,7 @@ from marlhf.config.sections import (
     MetricsSettings,
     ModelSettings,
     OptimizerSettings,
+    QuantizationSettings,
     RewardSettings,
     RolloutSettings,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "PTXSettings",
     "PairDataSettings",
     "PassSettings",
+    "QuantizationSettings",
     "RaterSettings",
     "RewardConfig",
     "RewardSettings",

@@ -48,6 +48,15 @@ class LoraSettings:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class QuantizationSettings:
+    """Hold the frozen base of adapters in few bits (QLoRA; install `marlhf[quantization]`)."""
+
+    bits: Literal[4] = 4
+    """Bits of a weight: NF4 in blocks of 64, their scales in 8 bits. Linear layers alone;
+    embeddings, norms and heads stay as they are."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ModelSettings:
     """The policy."""
 
@@ -65,6 +74,9 @@ class ModelSettings:
     lora: LoraSettings | None = None
     """Train adapters instead of all weights; policy and critic then share one frozen base, and
     the reference is that base with the adapters off."""
+    quantization: QuantizationSettings | None = None
+    """With `lora`: hold the base in 4 bits, `{bits: 4}`, about half a byte per parameter; null: in
+    the precision of its files."""
     attention: Text | None = None
     """Attention of policy, reference and critic, by its name in transformers: `sdpa`, `eager`,
     `flash_attention_2`, `flash_attention_3`, or a kernel's name on the hub; null: the model's."""
@@ -72,6 +84,15 @@ class ModelSettings:
     """A Jinja chat template, for a tokenizer that has none."""
     final_dtype: Literal["fp32", "bf16", "checkpoint"] = "fp32"
     """Dtype of the weights in `final/`; `checkpoint`: that of the model in `path`."""
+
+    @model_validator(mode="after")
+    def _quantizes_a_base(self) -> ModelSettings:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantization: given bits={self.quantization.bits} without model.lora, but "
+                "quantised weights cannot be trained; give model.lora, or leave it out"
+            )
+        return self
 
 
 _WITH_PRESET = ("part", "part_seed", "min_good_rows")

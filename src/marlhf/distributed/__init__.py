@@ -18,18 +18,36 @@ they stay replicated, and DDP sums their gradients.
 
 from marlhf.common.errors import PeerError
 from marlhf.distributed.placement import ALONE, Placement, matmul_parameters
+from marlhf.distributed.quantized import (
+    QUANTIZATION_CONFIG,
+    QuantizedLinear,
+    is_quantized,
+    plain_copy,
+    quantizable_layers,
+    quantizable_share,
+    replace_layers,
+    round_to_four_bits,
+)
 from marlhf.distributed.ranks import Distributed
 from marlhf.distributed.shutdown import lost_peer
 from marlhf.distributed.zero import in_bf16, linear_layers, replaced_parameters
 
 __all__ = [
     "ALONE",
+    "QUANTIZATION_CONFIG",
     "Distributed",
     "PeerError",
     "Placement",
+    "QuantizedLinear",
     "in_bf16",
+    "is_quantized",
     "linear_layers",
     "lost_peer",
     "matmul_parameters",
+    "plain_copy",
+    "quantizable_layers",
+    "quantizable_share",
+    "replace_layers",
     "replaced_parameters",
+    "round_to_four_bits",
 ]

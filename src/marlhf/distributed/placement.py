@@ -12,6 +12,7 @@ in the dtype in which it stays:
     trained              fp32
     frozen               fp32; under `precision: bf16`, bf16 where products are all that reads it
     base of adapters     the same, but for weights that are not bf16 in the files: `final/` has them
+    the same, quantised  linear layers of the backbone in 4 bits, see `quantized`
 
 Autocast would round these weights to bf16 in every product, so that no result differs.
 
@@ -29,7 +30,9 @@ from contextlib import nullcontext
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from marlhf.distributed.quantized import QuantizedLinear, replace_layers
 
 Model = TypeVar("Model")
 Module = TypeVar("Module", bound=nn.Module)
@@ -130,6 +133,7 @@ class Placement:
         backbone: nn.Module | None = None,
         use: Use = "trained",
         as_given: bool = False,
+        quantized: bool = False,
     ) -> Module:
         """Put a module from `read` where it stays, one tensor after the other.
 
@@ -137,9 +141,11 @@ class Placement:
                    and every rank keeps all of it
         use        decides dtypes, as this module's docstring says
         as_given   parameters keep their dtypes instead
+        quantized  linear layers of the backbone are replaced by layers in 4 bits
 
         Must be called on all ranks.
         """
+        replaced = replace_layers(backbone) if quantized and backbone is not None else {}
         for buffer in module.buffers():
             is_half = buffer.dtype in (torch.float16, torch.bfloat16)
             buffer.data = buffer.data.to(self.device, torch.float32 if is_half else None)
@@ -147,6 +153,10 @@ class Placement:
         rounded = matmul_parameters(module) if self._is_bf16 and use != "trained" else set()
 
         def put(parameter: nn.Parameter) -> None:
+            if parameter in replaced:
+                layer, weight = replaced.pop(parameter)
+                self._quantize(layer, weight)
+                return
             kept = parameter.dtype
             is_exact = use == "frozen" or kept == torch.bfloat16
             if parameter.is_floating_point() and not as_given:
@@ -166,6 +176,16 @@ class Placement:
                 torch.distributed.broadcast(parameter.data, 0)
         return module
 
+    def _quantize(self, layer: QuantizedLinear, weight: Tensor) -> None:
+        """Quantise a weight, which only the first rank has, into a layer of every rank."""
+        if self._reads:
+            layer.quantize(weight.to(self.device))
+        else:
+            layer.allocate(self.device)
+        if self._ranks is not None:  # the same on all, also where their devices are not
+            for tensor in layer.quantized:
+                torch.distributed.broadcast(tensor, 0)
+
 
 def matmul_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Parameters that only matrix products read, which autocast runs in bf16.
@@ -178,7 +198,7 @@ def matmul_parameters(module: nn.Module) -> set[nn.Parameter]:
     for name, part in module.named_modules():
         parameters = part.parameters(recurse=False)
         if isinstance(part, nn.Linear) and name.rpartition(".")[2] != "score":
-            read.update(parameters)
+            read.update(p for p in parameters if p.is_floating_point())  # 4 bits stay
         elif type(part).__name__.endswith("Experts"):
             parameters = list(parameters)
             read.update(p for p in parameters if p.dim() == 3)

@@ -55,8 +55,11 @@ class Replicated:
             self._world_size = torch.distributed.get_world_size()
             # Reduce only gradients of the optimiser's parameters. DDP would wait for all others,
             # such as those of the critic's adapter in a base shared with the policy.
+            # Nor buffers, before every pass: they are constants.
             named = module.named_parameters(remove_duplicate=False)
-            ignore_in_ddp(module, [name for name, parameter in named if parameter not in optimized])
+            ignored = [name for name, parameter in named if parameter not in optimized]
+            ignored += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+            ignore_in_ddp(module, ignored)
             # gradients are views of the all-reduce buckets, not a second copy
             self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
 

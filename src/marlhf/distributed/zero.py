@@ -69,7 +69,8 @@ def gathered(module: nn.Module, offloads: Sequence[Any], bf16: bool) -> Iterator
     linear = linear_layers(module) if bf16 else []
     rounded: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in (p for layer in linear for p in layer.parameters(recurse=False)):
-        if parameter in parameters and parameter.dtype != torch.bfloat16:
+        is_rounded = parameter.is_floating_point() and parameter.dtype != torch.bfloat16
+        if parameter in parameters and is_rounded:
             with gathered_parameter(parameter):  # one at a time
                 rounded[parameter] = in_bf16(parameter)
     with ExitStack() as stack:

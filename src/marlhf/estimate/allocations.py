@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from marlhf.algorithm.kl import reads_reference
 from marlhf.compat.torch import TorchDispatchMode, tree_leaves
 from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, RolloutSettings, SFTConfig
-from marlhf.distributed import in_bf16, linear_layers, matmul_parameters, replaced_parameters
+from marlhf.distributed import (
+    QuantizedLinear,
+    in_bf16,
+    linear_layers,
+    matmul_parameters,
+    replaced_parameters,
+)
 from marlhf.estimate.fake_models import FakeModels, reward_specs
 from marlhf.estimate.memory_model import (
     BF16,
@@ -211,7 +217,7 @@ class PassCounter:
         base = {p for p in lm.parameters() if not (lora and p.requires_grad)}
         linear = [] if cache else linear_layers(lm)
         weights = (p for layer in linear for p in layer.parameters(recurse=False) if p in base)
-        rounded = {p: in_bf16(p) for p in weights}
+        rounded = {p: in_bf16(p) for p in weights if p.is_floating_point()}
 
         responses = sampled.sequences
         counting = partial(self._counting, cache, list(rounded.values()))
@@ -319,7 +325,8 @@ def _saved(config: PPOConfig | SFTConfig | RewardConfig, weights: Mapping[str, W
     model_config = loading.load_model_config(config.model, weights=False)
     dtype = final_dtype(config.model, model_config)
     merged = FP32 if config.model.lora else 0
-    return (merged + dtype.itemsize) * next(iter(weights.values())).used
+    trained = next(iter(weights.values()))
+    return (merged + dtype.itemsize) * (trained.frozen if config.model.lora else trained.used)
 
 
 def _weights(config: JobConfig, models: FakeModels) -> dict[str, Weights]:
@@ -333,17 +340,20 @@ def _weights(config: JobConfig, models: FakeModels) -> dict[str, Weights]:
         trained_ids = {id(p) for p in trained}
         base = {i: p for i, p in parameters.items() if i not in trained_ids and not p.requires_grad}
         own = base.keys() - counted
-        frozen = sum(base[i].numel() for i in own)
-        halves = sum(base[i].numel() for i in own if base[i].dtype == torch.bfloat16)
+        layers = {id(m.weight): m for m in module.modules() if isinstance(m, QuantizedLinear)}
+        sizes = {i: layers[i].size if i in layers else p.numel() for i, p in parameters.items()}
         counted.update(base)
         read = base if adapters and trains else parameters
+        in_memory = [sizes[i] // 8 if i in layers else sizes[i] for i in read]
         return Weights(
-            frozen=frozen,
+            frozen=sum(sizes[i] for i in own),
             trained=sum(p.numel() for p in trained),
-            used=sum(p.numel() for p in read.values()),
-            largest=max(p.numel() for p in read.values()),
+            used=sum(in_memory),
+            largest=max(sizes[i] for i in read),
             adapters=adapters and trains,
-            halves=halves,
+            halves=sum(sizes[i] for i in own if base[i].dtype == torch.bfloat16),
+            quantized=sum(sizes[i] for i in own if i in layers),
+            scales=sum(b.nbytes for i in own if i in layers for b in layers[i].buffers()),
         )
 
     sizes = {}

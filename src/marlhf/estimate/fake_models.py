@@ -24,7 +24,7 @@ from marlhf.config import (
     RewardConfig,
     SFTConfig,
 )
-from marlhf.distributed import matmul_parameters
+from marlhf.distributed import matmul_parameters, replace_layers
 from marlhf.estimate.shapes import JobConfig
 from marlhf.evaluation.policies import labelled, policy_settings
 from marlhf.models import building, loading
@@ -80,7 +80,7 @@ def _of_ppo(config: PPOConfig) -> _Built:
     reward_configs = _reward_configs(specs, "reward.models")
     first = specs[0]["path"] if specs else None
     with torch.device("meta"):
-        policy = Policy(_meta(AutoModelForCausalLM, settings, lm_config, "model.path"))
+        policy = Policy(_base(AutoModelForCausalLM, settings, lm_config, "model.path"))
         critic = _meta_critic(config, policy, first)
         scorers = {}
         for i, (spec, reward_config) in enumerate(zip(specs, reward_configs, strict=True)):
@@ -107,7 +107,7 @@ def _of_training(config: SFTConfig | RewardConfig) -> _Built:
             auto, task = AutoModelForSequenceClassification, "SEQ_CLS"
         else:
             auto, task = AutoModelForCausalLM, "CAUSAL_LM"
-        model = _meta(auto, settings, base_config, "model.path")
+        model = _base(auto, settings, base_config, "model.path")
         if settings.gradient_checkpointing:
             loading.enable_checkpointing(model)
         if settings.lora is not None:
@@ -211,7 +211,7 @@ def _meta_critic(config: PPOConfig, policy: Policy, reward_path: str | None) -> 
         return _on_shared_base(policy.model, adapter, "critic")
     if source is not None:
         classifier_config = loading.load_classifier_config(source, "critic.path", weights=False)
-        model = _meta(AutoModelForSequenceClassification, source, classifier_config, "critic.path")
+        model = _base(AutoModelForSequenceClassification, source, classifier_config, "critic.path")
         if settings.gradient_checkpointing:
             loading.enable_checkpointing(model)
         return building.critic_from_classifier(model, settings.lora)
@@ -235,6 +235,14 @@ def _on_shared_base(model: Any, folder: str, name: str) -> Critic:
 def _reward_settings(spec: dict[str, Any]) -> ModelSettings:
     trusted = spec.get("trust_remote_code", False)
     return ModelSettings(path=spec["path"], trust_remote_code=trusted)
+
+
+def _base(auto: Any, settings: ModelSettings, config: Any, key: str) -> Any:
+    """A model to train, or the base of adapters, in 4 bits where configured."""
+    model = _meta(auto, settings, config, key)
+    if settings.quantization is not None:
+        replace_layers(backbone_of(model))
+    return model
 
 
 def _meta(auto: Any, settings: ModelSettings, config: Any, key: str) -> Any:

@@ -28,7 +28,7 @@ Profile = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 STAGES: dict[Profile, int] = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
-FP32, BF16 = 4, 2
+FP32, BF16, BITS4 = 4, 2, 0.5
 _MOMENTS = 2 * FP32
 # bytes that `distributed.ranks._BUFFERS` lets DeepSpeed hold
 _BUCKET, _REUSED, _PREFETCHED = FP32 * 50_000_000, FP32 * 20_000_000, FP32 * 20_000_000
@@ -41,10 +41,12 @@ class Weights:
 
     frozen     without an optimiser
     trained    in an optimiser
-    used       base parameters that a pass uses, shared ones included
+    used       base parameters that a pass uses, shared ones included; eight in 4 bits count as one
     largest    size of the largest tensor among these
     adapters   whether adapters are trained, over a frozen base
     halves     of the frozen ones, in bf16
+    quantized  of the frozen ones, in 4 bits
+    scales     bytes of the scales of these, which every rank holds
     """
 
     frozen: int
@@ -53,6 +55,8 @@ class Weights:
     largest: int
     adapters: bool = False
     halves: int = 0
+    quantized: int = 0
+    scales: int = 0
 
 
 @dataclass(frozen=True)
@@ -262,11 +266,11 @@ def _stage_of_trained(model: Weights, profile: Profile) -> int:
 
 def _permanent_bytes(model: Weights, profile: Profile, ranks: int) -> _Permanent:
     """Permanent bytes of one model, on the device and on the host."""
-    frozen = FP32 * model.frozen - (FP32 - BF16) * model.halves
+    frozen = FP32 * model.frozen - (FP32 - BF16) * model.halves - (FP32 - BITS4) * model.quantized
     frozen /= ranks if is_sharded(profile) else 1
     trained, share = model.trained, model.trained / ranks
     on_host = frozen if profile == "zero3_offload" else 0.0
-    on_device = frozen - on_host
+    on_device = frozen - on_host + model.scales
     bucket = min(_BUCKET, FP32 * trained)
     if model.adapters and is_sharded(profile):
         profile = "ddp"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.extras import require
 from marlhf.config import LoraSettings
+from marlhf.distributed import (
+    QUANTIZATION_CONFIG,
+    is_quantized,
+    quantizable_layers,
+    round_to_four_bits,
+)
+from marlhf.models.policy import backbone_of
 
 _RESERVED_LORA_KEYS = {
     "r": "must be given as model.lora.r",
@@ -29,6 +39,12 @@ _OF_MODULES = {
     *("rank_pattern", "alpha_pattern"),
 }
 _HEADS = {"score", "classifier"}  # PEFT saves these of every sequence classifier
+# keys with which an adapter neither reads nor copies weights of the base's linear layers
+_READ_NO_BASE = {
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out", "lora_bias"),
+}
+_QUANTIZATION_FILE = "quantization_config.json"
 
 
 def add_adapter(model: Any, lora: LoraSettings, name: str, task: str = "CAUSAL_LM") -> Any:
@@ -166,6 +182,24 @@ def key_fault(key: str) -> str | None:
     return _RESERVED_LORA_KEYS.get(key, f"peft.LoraConfig has no such key{hint}")
 
 
+def check_reads_no_base(lora: LoraSettings, why: str, also: Collection[str] = ()) -> None:
+    """Refuse keys with which an adapter reads or copies weights of the base. Raises UserError.
+
+    why    it cannot, after "which is not supported"
+    also   further keys that are allowed
+    """
+    from peft import LoraConfig
+
+    plain = LoraConfig()
+    for key, value in lora.extra.items():
+        if key in _READ_NO_BASE or key in also or key_fault(key) is not None:
+            continue  # a fault of a key is reported when the adapter is added
+        if value != getattr(plain, key):
+            raise UserError(
+                f"model.lora.extra.{key}: given {value!r}, which is not supported {why}"
+            )
+
+
 def trainable_parameters(module: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
     """Parameters for an optimiser: all that require a gradient, or an adapter's and the head's."""
     return [
@@ -206,11 +240,17 @@ def is_adapter_of(folder: Path | str, base: str) -> bool:
 
 
 def save_adapter(model: Any, folder: Path, name: str) -> None:
-    """Write an adapter of a PEFT model, with the same bytes in every process."""
+    """Write an adapter of a PEFT model, with the same bytes in every process.
+
+    Beside that of a quantised base stands how the base was quantised, for merging.
+    """
     for key, value in list(vars(model.peft_config[name]).items()):
         if isinstance(value, set):  # order of iteration differs per process
             setattr(model.peft_config[name], key, sorted(value))
     model.save_pretrained(folder, selected_adapters=[name])
+    if is_quantized(model):
+        text = json.dumps(QUANTIZATION_CONFIG, indent=2) + "\n"
+        (folder / name / _QUANTIZATION_FILE).write_text(text, encoding="utf-8")
 
 
 def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
@@ -244,8 +284,17 @@ def attach(model: Any, folder: Path | str, name: str) -> Tensor | None:
     return head
 
 
+def is_of_quantized_base(folder: Path | str) -> bool:
+    """Whether an adapter was trained on a base in 4 bits."""
+    return (Path(folder).expanduser() / _QUANTIZATION_FILE).is_file()
+
+
 def merged(model: Any, folder: Path | str) -> Any:
-    """Merge a saved adapter into a model's weights, in place, in fp32. Raises UserError."""
+    """Merge a saved adapter into a model's weights, in place, in fp32.
+
+    Where it was trained on a base in 4 bits, these are the weights of that base: only with them is
+    the sum the model that was trained. Raises UserError.
+    """
     from peft import PeftModel, load_peft_weights
 
     config: Any = saved_adapter(folder)
@@ -259,6 +308,9 @@ def merged(model: Any, folder: Path | str) -> Any:
         sizes = [len(weights[name]) for name in _embeddings(model) if name in weights]
         if sizes and sizes[0] != model.get_input_embeddings().weight.shape[0]:
             grow(model, sizes[0])
+        if is_of_quantized_base(folder):
+            require("bitsandbytes", "quantization")
+            round_to_four_bits(quantizable_layers(backbone_of(model)).values())
         adapted = PeftModel.from_pretrained(model.float(), str(Path(folder).expanduser()))
         check_shared(adapted.get_base_model(), f"the adapter {str(folder)!r}")
         return adapted.merge_and_unload()

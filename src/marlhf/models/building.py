@@ -144,7 +144,8 @@ def _critic_from(
     if lora is not None:  # the backbone stays frozen, and is sharded under ZeRO-3
         head = placement.place(copy.deepcopy(_score_of(classifier)))
     use, as_given = ("trained", False) if lora is None else ("base", key == "critic")
-    placement.place(classifier, backbone_of(classifier), use, as_given)
+    quantized = config.model.quantization is not None
+    placement.place(classifier, backbone_of(classifier), use, as_given, quantized)
     admit(classifier, config.longest, key, samples=False)
     if config.model.gradient_checkpointing:
         enable_checkpointing(classifier)

@@ -31,10 +31,15 @@ from marlhf.common.memory_errors import doing
 from marlhf.common.paths import local_path, special_kind, text_file
 from marlhf.common.tokenization import Tokenizer
 from marlhf.compat.transformers import file_dtypes, fix_rotary, zero_noise
-from marlhf.config import LoraSettings, ModelSettings
+from marlhf.config import ModelSettings
 from marlhf.distributed import ALONE, Placement
 from marlhf.distributed.placement import Use
-from marlhf.models.adapters import add_adapter, grow, merged, saved_adapter
+from marlhf.models.adapters import (
+    add_adapter,
+    grow,
+    merged,
+    saved_adapter,
+)
 from marlhf.models.decoding import eos_token_ids
 from marlhf.models.gate import (
     check_adapter,
@@ -42,6 +47,7 @@ from marlhf.models.gate import (
     check_model,
 )
 from marlhf.models.policy import Policy, backbone_of, score_offset
+from marlhf.models.quantized_base import check_quantization
 
 # an unreadable one is reported here, as transformers would call it missing
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py")
@@ -107,6 +113,8 @@ def load_model_config(
         )
     if attention:
         _check_attention(config, settings)
+    if settings.quantization is not None:
+        check_quantization(config, settings, "gguf_file" in model_source(settings.path, key))
     if weights:
         _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):
@@ -163,7 +171,8 @@ def load_causal_lm(
     """A causal LM in the dtypes of `Placement`, whatever the checkpoint's. Raises UserError."""
     config = config if config is not None else load_model_config(settings, key)
     lm = placement.read(lambda: read_causal_lm(settings, config, key))
-    return placement.place(lm, backbone_of(lm), use)
+    quantized = settings.quantization is not None
+    return placement.place(lm, backbone_of(lm), use, quantized=quantized)
 
 
 def read_causal_lm(
@@ -361,13 +370,14 @@ def as_loaded(model: Any, argument: str) -> Any:
     return model
 
 
-def place_object(model: Any, lora: LoraSettings | None, argument: str, placement: Placement) -> Any:
+def place_object(model: Any, settings: ModelSettings, argument: str, placement: Placement) -> Any:
     """Place a model given as an object: the first rank's, on all.
 
     Weights get fp32, unless they stay frozen under adapters. Raises UserError.
     """
     model = placement.read(lambda: as_loaded(model, argument))
-    return placement.place(model, backbone_of(model), as_given=lora is not None)
+    as_given, quantized = settings.lora is not None, settings.quantization is not None
+    return placement.place(model, backbone_of(model), as_given=as_given, quantized=quantized)
 
 
 @doing("loading")
@@ -395,7 +405,7 @@ def build_policy(
         use = "trained" if settings.lora is None else "base"
         lm = load_causal_lm(settings, lm_config, placement=placement, use=use)
     else:
-        lm = place_object(model, settings.lora, "model", placement)
+        lm = place_object(model, settings, "model", placement)
     policy = Policy(lm, eos_ids=eos_token_ids(lm, tokenizer))
     admit(lm, longest, samples=samples)
     if settings.gradient_checkpointing:

@@ -17,7 +17,7 @@ from marlhf.common.errors import UserError, one_line
 from marlhf.common.memory_errors import doing
 from marlhf.common.tokenization import Tokenizer
 from marlhf.config import ModelSettings
-from marlhf.distributed import ALONE, Placement
+from marlhf.distributed import ALONE, Placement, plain_copy
 from marlhf.models.adapters import grow, save_adapter
 from marlhf.models.gate import check_adapter
 from marlhf.models.loading import (
@@ -70,7 +70,8 @@ def build_classifier(
     model = placement.read(read)
     if settings.lora is not None:
         placement.place(model.score)  # trained, and complete on every rank
-        placement.place(backbone_of(model), backbone_of(model), "base")
+        backbone, quantized = backbone_of(model), settings.quantization is not None
+        placement.place(backbone, backbone, "base", quantized=quantized)
     else:
         placement.place(model, backbone_of(model))
     admit(model, longest, samples=False)
@@ -148,7 +149,7 @@ def save_classifier(
     if hasattr(model, "peft_config"):
         # before growing, so that no embeddings are saved
         save_adapter(model, folder / "adapter", "reward")
-        model = copy.deepcopy(model).float().merge_and_unload()
+        model = plain_copy(model).merge_and_unload()
         _pad(model, tokenizer)
         model.config.save_pretrained(folder / "adapter" / "reward")
         tokenizer.save_pretrained(folder / "adapter" / "reward")

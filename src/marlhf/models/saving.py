@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from marlhf.common.memory_errors import doing
 from marlhf.common.tokenization import Tokenizer
 from marlhf.config import ModelSettings
-from marlhf.distributed import replaced_parameters
+from marlhf.distributed import plain_copy, replaced_parameters
 from marlhf.models.adapters import save_adapter
 from marlhf.models.policy import Policy
 
@@ -44,7 +43,7 @@ def save_policy(
     if hasattr(model, "peft_config"):
         assert policy.adapter is not None
         save_adapter(model, folder / "adapter", policy.adapter)
-        model = copy.deepcopy(model).float()
+        model = plain_copy(model)
         model.set_adapter(policy.adapter)  # merging takes modules_to_save of the active adapter
         model = model.merge_and_unload(adapter_names=[policy.adapter])
     save_model(model, folder, dtype)

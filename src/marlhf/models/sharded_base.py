@@ -18,13 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from marlhf.common.errors import UserError
 from marlhf.config import ModelSettings, PPOConfig
 from marlhf.models import building
-from marlhf.models.adapters import add_adapter, key_fault, saved_adapter
+from marlhf.models.adapters import add_adapter, check_reads_no_base, saved_adapter
 from marlhf.models.loading import load_classifier_config
 
-_SUPPORTED_KEYS = {
-    *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("alpha_pattern", "use_rslora", "init_lora_weights", "fan_in_fan_out", "lora_bias"),
-}
 _HEAD = "score"  # of a classifier: replicated on every rank
 _ELSEWHERE = "the profiles single, ddp, zero1 and zero2 do not shard the base"
 
@@ -33,17 +29,7 @@ def check_adapters(settings: ModelSettings, model_config: Any) -> None:
     """Check the adapter that a job trains, if any, for a sharded base. Raises UserError."""
     if settings.lora is None:
         return
-    from peft import LoraConfig
-
-    plain = LoraConfig()
-    for key, value in settings.lora.extra.items():
-        if key in _SUPPORTED_KEYS or key_fault(key) is not None:
-            continue  # a fault of a key is no matter of the profile, and reported below
-        if value != getattr(plain, key):
-            raise UserError(
-                f"model.lora.extra.{key}: given {value!r}, which is not supported under ZeRO-3: "
-                f"there the base is sharded; {_ELSEWHERE}"
-            )
+    check_reads_no_base(settings.lora, f"under ZeRO-3: there the base is sharded; {_ELSEWHERE}")
     is_classifier = any(n.endswith("Classification") for n in model_config.architectures or ())
     model = _without_weights(settings, model_config, is_classifier)
     if model is None:

@@ -17,6 +17,7 @@ from marlhf.compat.peft import (
     weight_update,
 )
 from marlhf.compat.transformers import as_in_files
+from marlhf.distributed import QuantizedLinear
 from marlhf.models.policy import Policy, unwrapped
 
 
@@ -35,7 +36,9 @@ def policy_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         if any(part.startswith("lora_") for part in name.split(".")):
             continue
         with torch.no_grad(), gathered_parameter(parameter):
-            weight = parameter.detach()
+            weight, layer = parameter.detach(), lm.get_submodule(name.rpartition(".")[0])
+            if weight_name == "weight" and isinstance(layer, QuantizedLinear):
+                weight = layer.dequantized()
             if weight_name == "weight" and module_name in adapted:
                 weight = weight + weight_update(adapted[module_name], policy.adapter or "")
             plain_name = f"{module_name}.{weight_name}" if module_name else weight_name

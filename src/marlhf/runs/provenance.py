@@ -27,6 +27,7 @@ from marlhf.runs.json_lines import parse_line
 # files of a model and its tokenizer, without reports or training states in the same folder
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.index.json", "*.py"),
+    "quantization_config.json",
     *("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf"),
     *("tokenizer*.json", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*"),

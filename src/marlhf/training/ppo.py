@@ -33,6 +33,7 @@ from marlhf.data.prompts import Prompt, as_prompts, kinds_of, prompt_sets
 from marlhf.data.template_checks import strip_bos_for_rewards, template_notes, with_template_date
 from marlhf.distributed import Distributed
 from marlhf.models import building, loading, saving
+from marlhf.models.quantized_base import base_notes
 from marlhf.models.sharded_base import check_ppo_adapters
 from marlhf.rewards import RewardModel
 from marlhf.rollout.batching import check_minibatches, held_out_share, rank_share
@@ -299,7 +300,7 @@ class PPOTrainer:
         start = building.critic_start(
             self.config, lm_config, self.tokenizer, first, critic=critic, estimator=self.estimator
         )
-        self.notes += [start.line] if start.line else []
+        self.notes += [*base_notes(self.config.model, paths), *([start.line] if start.line else [])]
         if self.distributed.zero_stage == 3:
             check_ppo_adapters(self.config, lm_config, paths, start, critic)
         return start

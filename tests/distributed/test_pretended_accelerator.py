@@ -39,6 +39,7 @@ from marlhf.config.loading import config_from_dict, merge
 from marlhf.models.adapters import add_adapter
 from marlhf.models.policy import Policy
 from marlhf.rewards.tokens import TOKEN_REWARDS
+from marlhf.rollout import packed_weights
 from marlhf.rollout.transformers_engine import generate
 from marlhf.runs.metrics import Metrics
 from marlhf.segmenters import SEGMENTERS
@@ -336,14 +337,22 @@ def test_waits_of_a_micro_batch(
     assert sum((waits[1] - waits[0]).values()) == most, waits[1] - waits[0]
 
 
-def decoded(accelerator: Accelerator, layers: int, lora: bool) -> tuple[Counter[str], Counter[str]]:
-    """Waits and kernels of four decoding steps in bf16."""
-    model = tiny_causal_lm("llama", BYTES_VOCAB, num_hidden_layers=layers)
+def policy_on_it(family: str, layers: int, lora: bool) -> Policy:
+    """A policy that never ends a response."""
+    sizes = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
+    model = tiny_causal_lm(family, BYTES_VOCAB, **sizes)
     model.generation_config.eos_token_id = None
     if lora:
         model = add_adapter(model, LoraSettings(r=2), "policy")
-    policy = Policy(model.to(DEVICE), "policy" if lora else None)
-    counted = []
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return Policy(model.to(DEVICE), "policy" if lora else None)
+
+
+def decoded(accelerator: Accelerator, layers: int, lora: bool) -> tuple[Counter[str], Counter[str]]:
+    """Waits and kernels of four decoding steps in bf16."""
+    policy, counted = policy_on_it("llama", layers, lora), []
     for tokens in (20, 24):
         settings = RolloutSettings(max_new_tokens=tokens, min_new_tokens=tokens)
         with accelerator.counted() as counts, torch.autocast("cuda", torch.bfloat16):
@@ -352,7 +361,7 @@ def decoded(accelerator: Accelerator, layers: int, lora: bool) -> tuple[Counter[
     return counted[1].waits - counted[0].waits, counted[1].kernels - counted[0].kernels
 
 
-@pytest.mark.parametrize(("lora", "most"), [(False, 44), (True, 88)], ids=["full", "lora"])
+@pytest.mark.parametrize(("lora", "most"), [(False, 44), (True, 59)], ids=["full", "lora"])
 def test_waits_and_kernels_of_a_decoded_token(
     lora: bool, most: int, accelerator: Accelerator
 ) -> None:
@@ -360,3 +369,23 @@ def test_waits_and_kernels_of_a_decoded_token(
     assert sum(waits.values()) == 3 * 4, waits
     _, of_two = decoded(accelerator, 2, lora)
     assert sum((of_two - of_one).values()) == most * 4, of_two - of_one
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_in_fewer_products_sample_the_same(
+    family: str, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_on_it(family, 1, lora=True)
+    settings = RolloutSettings(max_new_tokens=8, old_logprobs="engine")
+    arguments = byte_tokenizer(), [[5, 6, 7], [9]], [0, 1], settings
+    samples, kernels = [], []
+    for fewest in (100, 1):
+        monkeypatch.setattr(packed_weights, "FEWEST_TOKENS", fewest)
+        with accelerator.counted() as counts:
+            samples.append(generate(policy, *arguments))
+        kernels.append(sum(counts.kernels.values()))
+    assert torch.equal(samples[0].response_ids, samples[1].response_ids)
+    torch.testing.assert_close(samples[0].logprobs, samples[1].logprobs, rtol=0, atol=1e-5)
+    assert kernels[1] < kernels[0]
+    policy.adapter = None
+    assert (generate(policy, *arguments).logprobs - samples[0].logprobs).abs().max() > 1e-2

@@ -46,13 +46,15 @@ def enable(layer: Any) -> None:
     layer._disable_adapters = False
 
 
-# private: LoraLayer.lora_A, .lora_B, .lora_variant, .lora_bias, .get_delta_weight,
+# private: LoraLayer.lora_A, .lora_B, .scaling, .lora_variant, .lora_bias, .get_delta_weight,
 #          BaseTunerLayer.base_layer, lora.layer.ParamWrapper (0.21)
-# why: merging an adapter into a copy of the weight, without changing the layer
-# remove when: PEFT returns a merged weight without changing the layer
+# why: merging an adapter into a copy of the weight, or applying it in fewer products, without
+#      changing the layer
+# remove when: PEFT returns a merged weight, and an adapter's factors, without changing the layer
 @needs(
     "peft.tuners.lora:LoraLayer.lora_A",
     "peft.tuners.lora:LoraLayer.lora_B",
+    "peft.tuners.lora:LoraLayer.scaling",
     "peft.tuners.lora:LoraLayer.lora_variant",
     "peft.tuners.lora:LoraLayer.lora_bias",
     "peft.tuners.tuners_utils:BaseTunerLayer.get_base_layer(self)",
@@ -73,6 +75,12 @@ def merges(layer: nn.Module, adapter: str | None) -> bool:
 def weight_update(layer: Any, adapter: str) -> Tensor:
     """Low-rank update `[out,in]` of a layer's weight, transposed where the weight is."""
     return layer.get_delta_weight(adapter)
+
+
+def low_rank_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """`A [r,in]` and `B [out,r]` of the update `B A` of a layer's output."""
+    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return down, up * layer.scaling[adapter]
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

@@ -1,8 +1,11 @@
-"""Prepacked weights for CPU decoding, kept for the duration of sampling.
+"""Weights prepared for decoding, kept for the duration of sampling.
 
-Decoding a token of a small batch is bound by memory bandwidth. oneDNN's blocked layout streams
-faster than a row-major one; layers with the same input (queries, keys and values; gate and up) are
-fused into one product; adapters are merged. docs/performance.md has the gain of each.
+Decoding a token of a small batch is bound by memory bandwidth on a CPU. oneDNN's blocked layout
+streams faster than a row-major one; layers with the same input (queries, keys and values; gate and
+up) are fused into one product; adapters are merged. docs/performance.md has the gain of each.
+
+On a GPU it is bound by launches of kernels. Merged adapters would need another copy of the weights,
+and bf16 would round them away; so they stay factors, with one product for a shared input.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from marlhf.compat.peft import base_layer, is_lora, merges, weight_update
+from marlhf.compat.peft import base_layer, is_lora, low_rank_factors, merges, weight_update
 from marlhf.compat.torch import has_packed_linear, pack_linear_weight, packed_linear, version
 
 SMALLEST = 2**16  # parameters; smaller weights stay in the processor's caches
 FEWEST_TOKENS = 16  # packing costs about what ten tokens gain
+
+Outputs = Callable[[Tensor], Sequence[Tensor]]
 
 
 @contextmanager
@@ -52,10 +57,11 @@ def shared_inputs(model: nn.Module, adapter: str | None) -> Iterator[list[list[n
 def packed(
     groups: Sequence[Sequence[nn.Module]], adapter: str | None, batch_size: int, tokens: int
 ) -> Iterator[None]:
-    """On a CPU, run groups of layers on fused, prepacked copies of their weights.
+    """Run groups of layers in fewer or faster products, in the dtype of autocast.
 
-    Adapters are merged, and the dtype is autocast's. Layers that would not gain are left unchanged.
-    The weights must not change in this context.
+    On a CPU on fused, prepacked copies of their weights, with merged adapters. Elsewhere an adapter
+    adds one product to a layer, and one to layers with the same input. Layers that would not gain
+    are left unchanged. The weights must not change in this context.
 
     batch_size   to pack for
     tokens       maximum number of tokens to decode
@@ -64,10 +70,10 @@ def packed(
     try:
         for group in groups if tokens >= FEWEST_TOKENS else ():
             layers = [layer for layer in group if layer not in replaced]
-            linear = _linear(layers, adapter, batch_size)
-            if linear is None:
+            if (gain := _outputs(layers, adapter, batch_size)) is None:
                 continue
-            product = _Product(linear, [_weight_of(layer).shape[0] for layer in layers])
+            layers, outputs = gain
+            product = _Product(outputs, len(layers))
             for i, layer in enumerate(layers):
                 replaced[layer] = None
                 layer.forward = partial(product, i)
@@ -99,6 +105,37 @@ def _weight_of(layer: Any) -> Tensor:
     return base.weight.T if type(base) is Conv1D else base.weight
 
 
+def _outputs(
+    layers: Sequence[Any], adapter: str | None, batch_size: int
+) -> tuple[Sequence[Any], Outputs] | None:
+    """Layers of a group that gain, and a function with all their outputs; or None."""
+    if layers and _weight_of(layers[0]).device.type != "cpu":
+        adapted = [layer for layer in layers if is_lora(layer)]
+        return (adapted, _low_rank(adapted, adapter)) if adapted else None
+    linear = _linear(layers, adapter, batch_size)
+    sizes = [_weight_of(layer).shape[0] for layer in layers]
+    return None if linear is None else (layers, lambda x: linear(x).split(sizes, -1))
+
+
+def _low_rank(layers: Sequence[Any], adapter: str | None) -> Outputs:
+    """Outputs with one product for the first factors of all adapters, and one per second."""
+    assert adapter is not None
+    dtype, bases = _dtype(_weight_of(layers[0])), [base_layer(layer) for layer in layers]
+    downs, ups = zip(*(low_rank_factors(layer, adapter) for layer in layers), strict=True)
+    down, ranks = torch.cat(downs).to(dtype), [len(down) for down in downs]
+    ups = [up.T.to(dtype) for up in ups]
+
+    def outputs(x: Tensor) -> Sequence[Tensor]:
+        x = x.to(dtype)
+        inner = nn.functional.linear(x, down).flatten(0, -2).split(ranks, -1)
+        sums = [base(x) for base in bases]
+        for y, low, up in zip(sums, inner, ups, strict=True):
+            y.flatten(0, -2).addmm_(low, up)  # in place: else a copy is made first
+        return sums
+
+    return outputs
+
+
 def _linear(
     layers: Sequence[Any], adapter: str | None, batch_size: int
 ) -> Callable[[Tensor], Tensor] | None:
@@ -108,8 +145,7 @@ def _linear(
     """
     weights = [_weight_of(layer) for layer in layers]
     dtype = _dtype(weights[0]) if weights else torch.float32
-    on_cpu = bool(weights) and weights[0].device.type == "cpu"
-    if sum(map(Tensor.numel, weights)) < SMALLEST or not (on_cpu and has_packed_linear(dtype)):
+    if sum(map(Tensor.numel, weights)) < SMALLEST or not has_packed_linear(dtype):
         return None
     for i, layer in enumerate(layers):
         if is_lora(layer):
@@ -138,10 +174,10 @@ def _dtype(weight: Tensor) -> torch.dtype:
 
 
 class _Product:
-    """Fused product of layers with the same input, computed once for all of them."""
+    """Outputs of layers with the same input, computed once for all of them."""
 
-    def __init__(self, linear: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
-        self._linear, self._sizes = linear, sizes
+    def __init__(self, outputs: Outputs, count: int) -> None:
+        self._compute, self._count = outputs, count
         self._input: Tensor | None = None
         self._version = 0
         self._outputs: Sequence[Tensor] = ()
@@ -150,8 +186,8 @@ class _Product:
         """The output of layer `index`."""
         if x is not self._input or version(x) != self._version:
             self._input, self._version = x, version(x)
-            self._outputs = self._linear(x).split(self._sizes, -1)
+            self._outputs = self._compute(x)
         output = self._outputs[index]
-        if index + 1 == len(self._sizes):
+        if index + 1 == self._count:
             self._input, self._outputs = None, ()
         return output

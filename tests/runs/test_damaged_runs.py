@@ -331,6 +331,7 @@ def test_moments_that_overlap_and_settings_of_others_are_not_taken_over(
 
     def change(state: Any) -> None:
         strided(state)
+        del state["names"]  # which earlier versions did not write
         state["optimizer"]["param_groups"][0].update(amsgrad=True, betas="ab", lr=7.0)
 
     spoil(folder, OPTIMIZER, change)
@@ -340,6 +341,23 @@ def test_moments_that_overlap_and_settings_of_others_are_not_taken_over(
     assert optimizer.param_groups[0]["lr"] < 1
     for parameter, state in optimizer.state.items():
         assert state["exp_avg"].stride() == parameter.stride()
+
+
+def test_what_differed_from_rank_to_rank_is_named_on_other_ranks(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, resumed = resume_of(finished, tmp_path)
+    state = torch.load(folder / RANK, weights_only=True)
+    state["parts"]["token reward curiosity"]["moments"] += 1
+    torch.save(state, folder / "rank-1.pt")
+    seal(folder, "rank-1.pt")
+    reseal(folder, lambda contents: contents["facts"].update(world_size=2))
+    resumed()
+    line = capfd.readouterr().err
+    assert (
+        "; token reward curiosity differed from rank to rank: rank R resumes from that of" in line
+    )
+    assert line.count("differed from rank to rank") == 1
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "socket"])

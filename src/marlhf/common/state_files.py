@@ -6,6 +6,7 @@ of bounds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -19,15 +20,39 @@ from torch import Tensor
 from marlhf.common.errors import UserError
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
-    """Load a dict of tensors and plain data from `torch.save`. Raises UserError and OSError."""
+def read_tensors(file: Path, mapped: bool = False) -> dict[str, Any]:
+    """Load a dict of tensors and plain data from `torch.save`. Raises UserError and OSError.
+
+    mapped   tensors stay in the file, and take memory where they are read
+    """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, EOFError):  # their messages are long
         raise UserError(f"{file.name} holds more than tensors, numbers, texts and lists") from None
     if not isinstance(state, dict):
         raise UserError(f"{file.name} holds no dict")
     return state
+
+
+def digest_of_state(state: Any) -> str:
+    """SHA-256 of plain data and tensors, the same for equal states."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{[*value.shape]}".encode())
+            digest.update(value.to_dense().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            add(list(value.items()))
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)} items".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{value!r}, ".encode())
+
+    add(state)
+    return digest.hexdigest()
 
 
 def read_numbers(file: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
@@ -46,11 +71,16 @@ def read_numbers(file: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> di
 
 def check_weights(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     """Check that weights have exactly these names and shapes. Raises UserError."""
+    check_shapes({name: weight.shape for name, weight in saved.items()}, shapes)
+
+
+def check_shapes(saved: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> None:
+    """Check that saved weights have exactly these names and shapes. Raises UserError."""
     for name in saved.keys() ^ shapes.keys():
         raise UserError(f"{name} is {'no weight of this model' if name in saved else 'missing'}")
     for name, shape in shapes.items():
-        if saved[name].shape != shape:
-            raise UserError(f"{name} has shape {list(saved[name].shape)}, not {list(shape)}")
+        if saved[name] != shape:
+            raise UserError(f"{name} has shape {list(saved[name])}, not {list(shape)}")
 
 
 @contextmanager

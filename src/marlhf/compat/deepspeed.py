@@ -1,4 +1,4 @@
-"""Private parts of DeepSpeed: gradient norms, skipped steps, sharded weights that stay frozen.
+"""Private parts of DeepSpeed: gradient norms, skipped steps, shards of weights and optimiser.
 
 Importing this file does not import DeepSpeed, which takes seconds; `check_names` does.
 """
@@ -36,6 +36,23 @@ def check_names() -> None:
         f"{_OFFLOAD}.release_backward_leftovers(self)",
         "deepspeed.runtime.zero.partitioned_param_coordinator:"
         "PartitionedParameterCoordinator.reset_step(self)",
+        f"{_STAGE12}.bit16_groups",
+        f"{_STAGE12}.single_partition_of_fp32_groups",
+        f"{_STAGE12}.update_lp_params(self)",
+        "deepspeed.utils.tensor_fragment:tensor_fragment(lp_fragment, lp_fragment_address, "
+        "hp_fragment, hp_fragment_address)",
+        "deepspeed.utils.tensor_fragment:fragment_address(numel, start)",
+        "deepspeed.utils.mixed_precision_linkage:link_hp_params(lp_param_list, flat_hp_partition)",
+        f"{_STAGE3}.fp16_groups",
+        f"{_STAGE3}.fp32_partitioned_groups_flat",
+        f"{_STAGE3}.grad_position",
+        f"{_STAGE3}.get_param_id(self, param)",
+        f"{_STAGE3}._get_param_partition_rank(self, param)",
+        f"{_STAGE3}.swap_optimizer",
+        f"{_STAGE3}.params_in_nvme_and_cpu",
+        f"{_STAGE3}._reassign_or_swap_out_partitioned_parameters(self, sub_group_id)",
+        f"{_STAGE3}.checkpoint_event_prologue(self)",
+        f"{_STAGE3}.checkpoint_event_epilogue(self)",
         f"{_PARAMETERS}.ds_id",
         f"{_PARAMETERS}.ds_shape",
         f"{_ENGINE}.set_gradient_accumulation_boundary(self, is_boundary)",
@@ -150,6 +167,66 @@ def without_hooks(offload: Any) -> Iterator[None]:
 def release_gathered(offload: Any) -> None:
     """Release the weights that a backward pass outside an engine has gathered."""
     offload.release_backward_leftovers()
+
+
+# private: DeepSpeedZeroOptimizer_Stage3.swap_optimizer, .params_in_nvme_and_cpu (0.19.8)
+# why: what is on NVMe is in none of the tensors that `partitions` yields
+# remove when: DeepSpeed has a function that yields a rank's state wherever it is
+def is_on_nvme(engine: Any) -> bool:
+    """Whether an engine keeps weights or optimiser state on NVMe."""
+    optimizer = engine.optimizer
+    sharded = engine.zero_optimization_stage() == 3
+    return sharded and bool(optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu)
+
+
+# private: DeepSpeedZeroOptimizer.bit16_groups, .single_partition_of_fp32_groups, and what
+#          link_hp_params sets, Parameter._hp_mapping; DeepSpeedZeroOptimizer_Stage3.fp16_groups,
+#          .fp32_partitioned_groups_flat, .grad_position, .get_param_id, _get_param_partition_rank
+#          (0.19.8)
+# why: deepspeed.utils reads a local part under ZeRO-3 alone, and tells neither where it begins nor
+#      the number of steps; a universal checkpoint is made by another program, of all shards
+# remove when: DeepSpeed saves and loads by parameter for any number of ranks
+def partitions(engine: Any) -> Iterator[tuple[nn.Parameter, int, int, nn.Parameter, int]]:
+    """Yield where a rank has its entries of every trained parameter of an engine.
+
+    (the parameter, its first entry on this rank, number of entries, the base optimiser's flat
+    parameter that has them, index of the first there)
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        flats = optimizer.fp32_partitioned_groups_flat
+        for parameter in (p for group in optimizer.fp16_groups for p in group):
+            index, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            total = complete_shape(parameter).numel()
+            start = min(size * optimizer._get_param_partition_rank(parameter), total)
+            yield parameter, start, min(size, total - start), flats[index], offset
+        return
+    flats = optimizer.single_partition_of_fp32_groups
+    for group, flat in zip(optimizer.bit16_groups, flats, strict=True):
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # other ranks have it
+                yield parameter, 0, 0, flat, 0
+                continue
+            place = mapping.hp_fragment_address
+            yield parameter, mapping.lp_fragment_address.start, place.numel, flat, place.start
+
+
+# private: DeepSpeedZeroOptimizer.update_lp_params; DeepSpeedZeroOptimizer_Stage3
+#          ._reassign_or_swap_out_partitioned_parameters, .checkpoint_event_prologue and _epilogue
+#          (0.19.8)
+# why: the weights that passes use are copies of those that the optimiser steps
+# remove when: DeepSpeed loads by parameter for any number of ranks
+def use_partitions(engine: Any) -> None:
+    """Use the weights in `partitions`, after they were changed; must be called on all ranks."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() != 3:
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()
+    for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(index)
+    optimizer.checkpoint_event_epilogue()
 
 
 # private: deepspeed.ops.__compatible_ops__ (0.19.8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from marlhf.data.encoding import check_prompts
 from marlhf.data.prompts import Prompt, load_rows
 from marlhf.data.template_checks import strip_bos_for_rewards, with_template_date
 from marlhf.distributed import Distributed
-from marlhf.distributed.trained import Replicated, load_weights
+from marlhf.distributed.trained import load_weights
 from marlhf.models import building, loading
 from marlhf.models.adapters import trainable_parameters
 from marlhf.rewards import RewardModel
@@ -114,11 +113,6 @@ def load_run(
     ranks = Distributed(config.model.precision, config.distributed_timeout_minutes)
     if ranks.world_size > 1:
         raise UserError(f"audit: given {ranks.world_size} processes, runs in one")
-    layout = _layout(start)
-    if layout != Replicated.layout:
-        raise UserError(
-            f"audit: checkpoint {start.path} is of {layout}, whose shards only such a launch reads"
-        )
     built = build_plug_ins(config, {})
     tokenizer = loading.load_tokenizer(config.model)
     config = with_template_date(config, [tokenizer], ranks, built.reward)
@@ -164,14 +158,6 @@ def load_run(
     )
     kl_coef = _load_states(start, config, built)
     return TrainedRun(config, worker, prompts, built.segmenter, kl_coef, trained)
-
-
-def _layout(start: Checkpoint) -> str:
-    try:
-        state = json.loads((start.path / "policy" / "learner.json").read_text(encoding="utf-8"))
-        return state["layout"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"audit: checkpoint {start.path} is of no ppo run: {error}") from error
 
 
 def _load(

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from marlhf.common.cpu_memory import GradientBuffer
-from marlhf.common.errors import UserError
-from marlhf.common.state_files import check_weights, loading_optimizer, read_tensors
+from marlhf.common.errors import UserError, short_repr
+from marlhf.common.state_files import check_shapes, loading_optimizer, read_numbers
 from marlhf.compat.deepspeed import (
+    complete_shape,
     discard_gradient,
     gradient_norms,
+    is_on_nvme,
+    partitions,
     release_gathered,
     set_accumulation_boundary,
+    use_partitions,
     was_step_applied,
 )
 from marlhf.compat.torch import ignore_in_ddp
+from marlhf.distributed.fragments import (
+    Files,
+    Fragment,
+    FragmentFiles,
+    ReplicatedFiles,
+    load_fragments,
+    save_fragments,
+)
+
+REPLICATED, FRAGMENTS = "replicated", "fragments"  # layouts that fit any number of ranks
 
 
 class Replicated:
@@ -33,7 +47,8 @@ class Replicated:
     memory     buffer for gradients, shared with other models
     """
 
-    layout = "replicated"
+    layout = REPLICATED
+    needs_peers = False
 
     def __init__(
         self,
@@ -99,27 +114,16 @@ class Replicated:
             return
         weights = {name: weight.detach().contiguous() for name, weight in self._weights.items()}
         save_file(weights, folder / "weights.safetensors")
-        torch.save({"optimizer": self.optimizer.state_dict()}, folder / "optimizer.pt")
+        state = {"optimizer": self.optimizer.state_dict(), "names": [*weights]}
+        torch.save(state, folder / "optimizer.pt")
 
-    def load(self, folder: Path) -> None:
-        """Load a checkpoint of `save`, on every rank. Raises UserError."""
-        load_weights(folder, self._weights)
-        state = read_tensors(folder / "optimizer.pt")["optimizer"]
-        groups = self.optimizer.state_dict()["param_groups"]
-        counts = [[len(group["params"]) for group in x] for x in (state["param_groups"], groups)]
-        if counts[0] != counts[1]:
-            raise UserError("the optimiser's state is of other parameters")
-        with loading_optimizer(self.optimizer):
-            self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    def load(self, folder: Path, layout: str) -> None:
+        """Load a checkpoint of any ranks, on every rank. Raises UserError and OSError."""
+        fragments = [Fragment(n, w.shape, 0, w.numel(), w) for n, w in self._weights.items()]
+        load_fragments(fragments, self.optimizer, _files(folder, layout, [*self._weights]))
 
-
-@torch.no_grad()
-def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Set trained weights, by name, to those of `Replicated.save`. Raises UserError."""
-    saved = load_file(folder / "weights.safetensors")
-    check_weights(saved, {name: weight.shape for name, weight in weights.items()})
-    for name, weight in weights.items():
-        weight.copy_(saved[name])
+    def synchronise(self) -> None:
+        """Nothing: passes use the weights that were loaded."""
 
 
 class Sharded:
@@ -128,9 +132,10 @@ class Sharded:
     def __init__(self, engine: Any) -> None:
         self.model = engine
         self.optimizer = engine.optimizer
-        self._stage = int(engine.zero_optimization_stage())
         ranks = torch.distributed.get_world_size()
-        self.layout = f"ZeRO-{self._stage} over {ranks} ranks"
+        self.engine_layout = f"ZeRO-{engine.zero_optimization_stage()} over {ranks} ranks"
+        self.needs_peers = is_on_nvme(engine)
+        self.layout = self.engine_layout if self.needs_peers else FRAGMENTS
 
     def accumulate(self, last: bool) -> Any:
         """Context of one micro-batch: an optimiser step follows the last one."""
@@ -155,13 +160,30 @@ class Sharded:
         discard_gradient(self.model)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shard of weights and optimiser state."""
-        self.model.save_checkpoint(
-            str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True
-        )
+        """Write this rank's part of the weights and of the optimiser's state."""
+        if self.needs_peers:
+            self.model.save_checkpoint(
+                str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True
+            )
+            return
+        file = folder / f"rank-{torch.distributed.get_rank()}.safetensors"
+        save_fragments(self._fragments(), self.optimizer.optimizer, file)
 
-    def load(self, folder: Path) -> None:
-        """Load a checkpoint of `save` from the same number of ranks."""
+    def load(self, folder: Path, layout: str) -> None:
+        """Load this rank's part of a checkpoint of any ranks; `synchronise` must follow.
+
+        Raises UserError and OSError.
+        """
+        fragments = self._fragments()
+        files = _files(folder, layout, [fragment.name for fragment in fragments])
+        load_fragments(fragments, self.optimizer.optimizer, files)
+
+    def synchronise(self) -> None:
+        """Have passes use the weights that were loaded; must be called on all ranks."""
+        use_partitions(self.model)
+
+    def load_engine(self, folder: Path) -> None:
+        """Load DeepSpeed's own checkpoint, of the same ranks, on all ranks at once."""
         with loading_optimizer(self.optimizer.optimizer, is_ours=False):
             loaded, _ = self.model.load_checkpoint(
                 str(folder),
@@ -170,6 +192,43 @@ class Sharded:
                 load_lr_scheduler_states=False,
             )
         assert loaded is not None
+
+    def _fragments(self) -> list[Fragment]:
+        """This rank's entries of every trained parameter, in the order of the module's."""
+        names = {parameter: name for name, parameter in self.model.module.named_parameters()}
+        order = {parameter: index for index, parameter in enumerate(names)}
+        fragments = {
+            order[p]: Fragment(names[p], complete_shape(p), start, count, flat, offset)
+            for p, start, count, flat, offset in partitions(self.model)
+        }
+        return [fragments[index] for index in sorted(fragments)]
+
+
+@torch.no_grad()
+def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Set trained weights, by name, to those that any ranks saved. Raises UserError and OSError."""
+    layout = read_numbers(folder / "learner.json", {"layout": str})["layout"]
+    if layout not in (REPLICATED, FRAGMENTS):
+        raise UserError(
+            f"the checkpoint is of {short_repr(layout)}, which only such a launch reads"
+        )
+    files = _files(folder, layout, [*weights])
+    check_shapes(files.shapes, {name: weight.shape for name, weight in weights.items()})
+    for name, weight in weights.items():
+        weight.copy_(files.read(name, "weight", 0, weight.numel()).view(weight.shape))
+
+
+def _files(folder: Path, layout: str, names: Sequence[str]) -> Files:
+    """Saved state in one of the layouts that fit any number of ranks.
+
+    names   of the trained parameters, in the order of the optimiser's
+
+    Raises UserError and OSError.
+    """
+    if layout == REPLICATED:
+        return ReplicatedFiles(folder, names)
+    state = read_numbers(folder / "learner.json", {"ranks": int})
+    return FragmentFiles(folder, state["ranks"])
 
 
 def combined_norm(norms: Iterable[float]) -> float:

@@ -1,6 +1,7 @@
 """Contents of a run's checkpoints, written and read by all ranks together.
 
-    step-N/policy, step-N/critic   a folder for each part that has `save(folder)` and `load(folder)`
+    step-N/policy, step-N/critic   a folder for each part that has `save(folder)` and
+                                   `load(folder)`, which raises on all ranks or on none
     step-N/rank-R.pt               on each rank: every part that has `state_dict()` and
                                    `load_state_dict(state)`, and the random number generators
     step-N/manifest.json           step, held-out score, configuration, number of ranks, digests of
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from marlhf.common.errors import UserError, one_line
+from marlhf.common.errors import PeerError, UserError, one_line
 from marlhf.common.memory_errors import doing
 from marlhf.common.plugins import (
     check_state,
@@ -30,7 +31,7 @@ from marlhf.common.plugins import (
     set_generators,
     set_plugin_generators,
 )
-from marlhf.common.state_files import read_tensors
+from marlhf.common.state_files import digest_of_state, read_tensors
 from marlhf.config import CheckpointSettings
 from marlhf.config.loading import config_from_dict, config_to_dict, with_new_names
 from marlhf.distributed import Distributed
@@ -114,8 +115,8 @@ class RunState:
     def _write(self, root: Path, step: int, score: float | None) -> None:
         partial = root / f"step-{step}.partial"
         self._on_main(lambda: checkpoint.begin(root, step), root)
-        blocks = self._distributed.zero_stage > 0  # DeepSpeed's engines save collectively
         for name, part in self._folders.items():
+            blocks = _needs_peers(part, partial / name)
             self._on_all(
                 lambda part=part, name=name: part.save(partial / name), root, blocks_on_peers=blocks
             )
@@ -123,6 +124,7 @@ class RunState:
         facts = {
             "score": score,
             "world_size": self._distributed.world_size,
+            "zero_stage": self._distributed.zero_stage,
             "threads": torch.get_num_threads(),
             "config": config_to_dict(self._config),
         }
@@ -137,12 +139,15 @@ class RunState:
 
     @doing("loading")
     def load(self, start: Checkpoint) -> int:
-        """Load a checkpoint and return its step. Raises UserError."""
-        blocks = self._distributed.zero_stage > 0  # and load collectively
+        """Load a checkpoint of any number of ranks and return its step. Raises UserError."""
+        blocks = any(_needs_peers(part, start.path / name) for name, part in self._folders.items())
         self._distributed.fail_together(lambda: self._read(start), blocks_on_peers=blocks)
+        self._distributed.fail_together(lambda: self._announce(start))
+        return start.step
+
+    def _announce(self, start: Checkpoint) -> None:
         if self._distributed.is_main:
             notice(f"resuming from {start.path}{self._changes(start)}")
-        return start.step
 
     def _read(self, start: Checkpoint) -> None:
         world = start.facts["world_size"]
@@ -165,7 +170,8 @@ class RunState:
             set_generators(state["generators"])
             set_plugin_generators(of_plugins)
         except Exception as error:  # parts raise anything on others' state
-            raise UserError(
+            kind = PeerError if isinstance(error, PeerError) else UserError
+            raise kind(
                 f"resume: checkpoint {start.path} does not fit this run: {stage}: {_message(error)}"
             ) from error
 
@@ -187,15 +193,34 @@ class RunState:
             )
             if key not in ("output_dir", "overwrite", "resume", "resume_changed")
         ]
-        old_ranks, ranks = start.facts["world_size"], self._distributed.world_size
-        if old_ranks != ranks:
-            changes.append(f"ranks {old_ranks} -> {ranks}, which may change results by rounding")
-        old_threads, threads = start.facts.get("threads"), torch.get_num_threads()
-        if old_threads not in (None, threads):
-            changes.append(
-                f"threads {old_threads} -> {threads}, which may change results by rounding"
-            )
+        ranks = self._distributed
+        for name, fact, present in (
+            ("ranks", "world_size", ranks.world_size),
+            ("ZeRO stage", "zero_stage", ranks.zero_stage),
+            ("threads", "threads", torch.get_num_threads()),
+        ):
+            old = start.facts.get(fact)
+            if old not in (None, present):
+                changes.append(f"{name} {old} -> {present}, which may change results by rounding")
+        changes += [
+            f"{name} differed from rank to rank: rank R resumes from that of rank R mod "
+            f"{start.facts['world_size']}"
+            for name in self._of_ranks(start)
+        ]
         return f" ({'; '.join(changes)})" if changes else ""
+
+    def _of_ranks(self, start: Checkpoint) -> list[str]:
+        """On another number of ranks: what differed from rank to rank in the checkpoint."""
+        old_ranks = start.facts["world_size"]
+        if old_ranks == self._distributed.world_size:
+            return []
+        digests: dict[str, set[str]] = {}
+        for rank in range(old_ranks):
+            state = read_tensors(start.path / f"rank-{rank}.pt")
+            of_rank = {**state["parts"], "random streams of plug-ins": state.get("plugins")}
+            for name, part in of_rank.items():
+                digests.setdefault(name, set()).add(digest_of_state(part))
+        return [name for name, values in digests.items() if len(values) > 1]
 
     def _on_main(self, work: Any, root: Path) -> None:
         self._on_all(work if self._distributed.is_main else lambda: None, root)
@@ -206,6 +231,11 @@ class RunState:
                 work()
 
         self._distributed.fail_together(guarded, blocks_on_peers=blocks_on_peers)
+
+
+def _needs_peers(part: Any, folder: Path) -> bool:
+    """Whether a part saves to, or loads, a folder on all ranks at once."""
+    return hasattr(part, "needs_peers") and part.needs_peers(folder)
 
 
 def _message(error: Exception) -> str:

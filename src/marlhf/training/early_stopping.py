@@ -56,7 +56,10 @@ class EarlyStopping:
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Resume from the files of `save`. Raises UserError."""
+        """Resume from the files of `save`. Raises UserError, or PeerError, on all ranks."""
+        self._distributed.fail_together(lambda: self._read(folder))
+
+    def _read(self, folder: Path) -> None:
         state = read_numbers(folder / "state.json", {"best": (int, float), "stale": int})
         self._best, self._stale = state["best"], state["stale"]
         if self._distributed.is_main:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from marlhf.common.cpu_memory import trim_heap, trim_heap_before_embedding_gradients
-from marlhf.common.errors import ReportedError, UserError, one_line
+from marlhf.common.errors import ReportedError, UserError, one_line, short_repr
 from marlhf.common.state_files import read_numbers
 from marlhf.config import AdamWSettings
 from marlhf.distributed import Distributed
+from marlhf.distributed.trained import FRAGMENTS, REPLICATED, Sharded
 from marlhf.models.adapters import trainable_parameters
 from marlhf.rollout.batching import micro_batches
 from marlhf.runs.metrics import Metrics
@@ -175,6 +176,13 @@ class Learner:
         finite = float(faults) == 0.0
         return Gradient(norm if finite else math.nan, finite)
 
+    def needs_peers(self, folder: Path) -> bool:
+        """Whether all ranks must save, or load, a folder at once.
+
+        So they must where DeepSpeed's own files are in it.
+        """
+        return self.trained.needs_peers or (folder / "engine").is_dir()
+
     def save(self, folder: Path) -> None:
         """Write the trained weights, the optimiser and the schedule; called on every rank."""
         folder.mkdir(exist_ok=True)
@@ -182,25 +190,33 @@ class Learner:
         if self.distributed.is_main:
             state = {
                 "layout": self.trained.layout,
+                "ranks": self.distributed.world_size,
                 "updates": self.scheduler.last_epoch,
                 "skipped_in_a_row": self._skipped_in_a_row,
             }
             (folder / "learner.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Resume from the files of `save`, on every rank. Raises UserError.
+        """Resume from the files of `save` on any number of ranks; called on every rank.
 
-        Replicated state loads on any number of ranks; state sharded by DeepSpeed needs the same
-        layout. The learning rate follows this run's schedule, which may have more steps.
+        The learning rate follows this run's schedule, which may have more steps. Raises UserError,
+        or PeerError, on all ranks.
         """
         kinds = {"layout": str, "updates": int, "skipped_in_a_row": int}
-        state = read_numbers(folder / "learner.json", kinds)
-        if state["layout"] != self.trained.layout:
+        together, trained = self.distributed.fail_together, self.trained
+        state = together(lambda: read_numbers(folder / "learner.json", kinds))
+        layout = state["layout"]
+        if layout in (REPLICATED, FRAGMENTS) and not trained.needs_peers:
+            together(lambda: trained.load(folder, layout))
+            trained.synchronise()
+        elif isinstance(trained, Sharded) and layout == trained.engine_layout:
+            trained.load_engine(folder)
+        else:
             raise UserError(
-                f"the checkpoint is of {state['layout']}, this launch is {self.trained.layout}; "
-                "they must be the same"
+                f"the checkpoint is of {short_repr(layout)}, this launch is of "
+                f"{trained.layout!r}; what an earlier version or NVMe offload has written resumes "
+                "on the same ZeRO stage and number of ranks alone"
             )
-        self.trained.load(folder)
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.scheduler.last_epoch = state["updates"] - 1
         with warnings.catch_warnings():  # that the optimiser has not stepped yet

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nltk.tree import Tree
@@ -26,6 +28,7 @@ from support.tiny_models import (
     tiny_causal_lm,
     tiny_sequence_classifier,
 )
+from torch import Tensor
 
 from marlhf.algorithm.estimators import ESTIMATORS
 from marlhf.config import (
@@ -242,6 +245,68 @@ def test_an_evaluation(accelerator: Accelerator, folder: Path, tmp_path: Path) -
         results = results_of(tmp_path, **changes)
     assert counts.kernels["mm"] > 100
     assert results
+
+
+def refused_by_cuda(x: Tensor, y: Tensor) -> list[tuple[str, Callable[[], Any]]]:
+    """What raises with `x` on the accelerator and `y` on the CPU, three numbers each."""
+    return [
+        ("same device", lambda: x + y),
+        ("same device", lambda: y * x.sum()),
+        ("same device", lambda: torch.cat([x, y])),
+        ("same device", lambda: torch.stack([x.sum(), y.sum()])),
+        ("same device", lambda: y.sum().add_(x.sum())),
+        ("same device", lambda: x.gather(0, torch.tensor([0]))),
+        ("same device", lambda: torch.nn.Linear(3, 1)(x)),
+        ("same device", lambda: y[torch.tensor([0], device="cuda")]),
+        ("same device", lambda: x.index_put_((torch.tensor([0, 1, 2]),), y)),
+        ("generator", lambda: torch.rand(2, generator=torch.Generator("cuda"))),
+        ("generator", lambda: torch.zeros_like(x).uniform_(generator=torch.Generator())),
+        ("located on", lambda: setattr(x, "grad", y)),
+        ("numpy", lambda: x.numpy()),
+        ("numpy", lambda: np.asarray(x)),
+    ]
+
+
+def test_what_cuda_refuses_is_refused(accelerator: Accelerator, tmp_path: Path) -> None:
+    x, y = torch.ones(3, device="cuda"), torch.ones(3)
+    for words, work in refused_by_cuda(x, y):
+        with pytest.raises((RuntimeError, TypeError), match=words):
+            work()
+    assert (x.device, copy.deepcopy(x).device, y.device) == (DEVICE, DEVICE, torch.device("cpu"))
+    z = torch.ones(3, requires_grad=True)
+    (z.to("cuda") * x).sum().backward()
+    assert isinstance(z.grad, Tensor)
+    assert not is_on(z.grad)
+    torch.save(x, tmp_path / "x.pt")
+    assert is_on(torch.load(tmp_path / "x.pt"))
+    assert not is_on(torch.load(tmp_path / "x.pt", map_location="cpu"))
+
+
+def test_what_makes_the_host_wait(accelerator: Accelerator) -> None:
+    x, y = torch.ones(3, device="cuda"), torch.ones(3)
+    index, mask = torch.tensor([0, 2]), x > 0
+    waits: list[tuple[Callable[[], Any], int]] = [
+        (lambda: x * torch.tensor(2.0), 0),  # a number of the CPU
+        (lambda: x.masked_fill(mask, 0.0), 0),
+        (lambda: torch.zeros(3, device="cuda"), 0),
+        (lambda: x.new_zeros(2), 0),
+        (lambda: float(y.sum()), 0),
+        (lambda: x.to("cuda"), 0),
+        (lambda: x.cpu(), 1),
+        (lambda: y.to("cuda"), 1),
+        (lambda: y.copy_(x), 1),
+        (lambda: torch.tensor([1.0], device="cuda"), 1),
+        (lambda: float(x.sum()), 1),
+        (lambda: bool(mask.all()), 1),
+        (lambda: x.tolist(), 1),
+        (lambda: x[mask], 1),
+        (lambda: x[index], 1),  # copied
+        (lambda: x[index.to("cuda")], 1),  # the copy alone
+    ]
+    for i, (work, count) in enumerate(waits):
+        with accelerator.counted() as counts:
+            work()
+        assert sum(counts.waits.values()) == count, i
 
 
 # (module, function, a move between devices in it, the run that meets it)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from nltk.tree import Tree
+from support import audits
 from support.accelerator import DEVICE, Accelerator, is_on, pretended
 from support.evaluations import results_of
 from support.runs import PROMPTS, tiny_trainer
@@ -88,7 +89,7 @@ def inside(prompts: list[str], completions: list[str]) -> list[Any]:
 GROUPS = {"rollout": {"responses_per_prompt": 2}}
 RUNS: dict[str, dict[str, Any]] = {
     "reward model and spans": {
-        "reward": {"models": ["rm", "encoder"], "clip": 1.0, "missing_eos_penalty": 0.5},
+        "reward": {"models": ["rm", "per_segment"], "clip": 1.0, "missing_eos_penalty": 0.5},
         "segmenter": {"name": "union", "of": ["sentence", {"name": "ngram", "n": 4}]},
     },
     "curiosity": {
@@ -146,7 +147,11 @@ def configured(folder: Path, output: Path, sections: dict[str, Any]) -> Any:
         key: dict(v) if isinstance(v, dict) else v for key, v in sections.items()
     }
     models = changes.get("reward", {}).pop("models", None)
-    score: Any = inside if models is None else [str(folder / name) for name in models] + [inside]
+    score: Any = inside
+    if models is not None:
+        segments = {"name": "per_segment", "reward": str(folder / "encoder"), "boundary": " "}
+        paths = [segments if name == "per_segment" else str(folder / name) for name in models]
+        score = [*paths, inside]
     if "ptx" in changes:
         changes["ptx"]["path"] = str(folder / changes["ptx"]["path"])
     rollout = {"batch_size": 4, "max_new_tokens": 6, **changes.pop("rollout", {})}
@@ -309,6 +314,12 @@ def test_what_makes_the_host_wait(accelerator: Accelerator) -> None:
         assert sum(counts.waits.values()) == count, i
 
 
+def test_an_audit(accelerator: Accelerator, tmp_path: Path) -> None:
+    run = audits.train(audits.build_model(tmp_path))
+    words = ["--prompts", "2", "--responses", "2", "--arm", "ppo.estimator=rloo"]
+    assert audits.audit(run, *words)["arms"]
+
+
 # (module, function, a move between devices in it, the run that meets it)
 MOVES = [
     ("distributed.placement", "Placement.place", "parameter.data.to", "plain"),
@@ -402,8 +413,8 @@ def test_waits_of_a_micro_batch(
     assert sum((waits[1] - waits[0]).values()) == most, waits[1] - waits[0]
 
 
-def policy_on_it(family: str, layers: int, lora: bool) -> Policy:
-    """A policy that never ends a response."""
+def policy_on_it(family: str, layers: int, lora: bool, base: Any = torch.float32) -> Policy:
+    """A policy that never ends a response, with matrices of the dtype `base` under its adapters."""
     sizes = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
     model = tiny_causal_lm(family, BYTES_VOCAB, **sizes)
     model.generation_config.eos_token_id = None
@@ -412,27 +423,37 @@ def policy_on_it(family: str, layers: int, lora: bool) -> Policy:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+            elif "base_layer" in name:
+                parameter.data = parameter.data.to(base)
     return Policy(model.to(DEVICE), "policy" if lora else None)
 
 
-def decoded(accelerator: Accelerator, layers: int, lora: bool) -> tuple[Counter[str], Counter[str]]:
+def decoded(
+    accelerator: Accelerator, layers: int, lora: bool, base: Any
+) -> tuple[Counter[str], Counter[str]]:
     """Waits and kernels of four decoding steps in bf16."""
-    policy, counted = policy_on_it("llama", layers, lora), []
+    policy, counted = policy_on_it("llama", layers, lora, base), []
     for tokens in (20, 24):
-        settings = RolloutSettings(max_new_tokens=tokens, min_new_tokens=tokens)
+        settings = RolloutSettings(
+            max_new_tokens=tokens, min_new_tokens=tokens, top_k=50, top_p=0.9, stop_strings=["abc"]
+        )
         with accelerator.counted() as counts, torch.autocast("cuda", torch.bfloat16):
             generate(policy, byte_tokenizer(), [[5, 6, 7], [9]], [0, 1], settings)
         counted.append(counts)
     return counted[1].waits - counted[0].waits, counted[1].kernels - counted[0].kernels
 
 
-@pytest.mark.parametrize(("lora", "most"), [(False, 44), (True, 59)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "base", "most"),
+    [(False, torch.float32, 44), (True, torch.float32, 59), (True, torch.bfloat16, 52)],
+    ids=["full", "adapters", "adapters of a bf16 base"],
+)
 def test_waits_and_kernels_of_a_decoded_token(
-    lora: bool, most: int, accelerator: Accelerator
+    lora: bool, base: Any, most: int, accelerator: Accelerator
 ) -> None:
-    waits, of_one = decoded(accelerator, 1, lora)
+    waits, of_one = decoded(accelerator, 1, lora, base)
     assert sum(waits.values()) == 3 * 4, waits
-    _, of_two = decoded(accelerator, 2, lora)
+    _, of_two = decoded(accelerator, 2, lora, base)
     assert sum((of_two - of_one).values()) == most * 4, of_two - of_one
 
 

@@ -22,7 +22,9 @@ from marlhf.credit.gradients import inner_products, prompt_gradient, sketch
 from marlhf.credit.results import Evidence
 from marlhf.credit.trained_run import TrainedRun, chosen_checkpoint, held_out_prompts, load_run
 from marlhf.credit.truth import Part, ReturnStore
+from marlhf.runs.metrics import Timer
 from marlhf.runs.rollouts import KeptRollout, read_part, read_rollout
+from marlhf.segmenters import build_segmenter
 
 ARMS = {
     "token": "segmenter=token ppo.lam=1",
@@ -201,6 +203,53 @@ def test_a_grid_of_arms(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert shown.count("ppo.lam=0.5") >= 2
     assert shown.count("segmenter=token") >= 2
+
+
+# --- the models of a checkpoint
+
+KINDS: dict[str, dict[str, Any]] = {
+    "adapters, an adapted KL": {
+        "model": {"lora": {"r": 4}},
+        "kl": {"target": 1e-3, "horizon": 8},
+    },
+    "a head on the policy": {"critic": {"init": "auto", "backbone": "policy"}},
+    "a segmenter that learns": {"segmenter": {"name": "phrases", "min_count": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_models_are_those_of_the_checkpoint(kind: str, folder: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def score(worker: Any, prompts: Any) -> Any:
+        return worker(prompts, list(range(4)), -1, Timer(), held_out=True)
+
+    def look(trainer: Any) -> None:
+        seen["rollout"] = score(trainer.worker, trainer.eval_prompts[:4])
+        learn = getattr(trainer.segmenter, "learn", lambda _: None)
+        learn(seen["rollout"].responses.unpadded)
+        seen["starts"] = trainer.segmenter(seen["rollout"].responses)
+        seen["kl_coef"] = trainer.kl.in_rewards_coef
+
+    run = train(folder, "kinds", look, overwrite=True, **KINDS[kind])
+    config = arm_config(run, [])
+    prompts = held_out_prompts(config, None, 4)
+    loaded = load_run(config, chosen_checkpoint(run, None), prompts)
+    rollout = score(loaded.worker, loaded.prompts)
+    wanted = seen["rollout"]
+    for x, y in (
+        (rollout.responses.token_ids, wanted.responses.token_ids),
+        (rollout.responses.logprobs, wanted.responses.logprobs),
+        (rollout.responses.ref_logprobs, wanted.responses.ref_logprobs),
+        (rollout.values, wanted.values),
+        (loaded.segmenter(rollout.responses), seen["starts"]),
+    ):
+        assert torch.allclose(x, y, atol=1e-5)
+    assert loaded.kl_coef == seen["kl_coef"]
+    assert (loaded.kl_coef != 0.1) == ("kl" in KINDS[kind])
+    assert float(wanted.log_ratio.abs().max()) > 0
+    if "segmenter" in KINDS[kind]:
+        assert not torch.equal(build_segmenter(config.segmenter)(wanted.responses), seen["starts"])
 
 
 # --- gradients

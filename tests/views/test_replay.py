@@ -117,6 +117,18 @@ def test_arms_in_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "1.00" in first
 
 
+def test_the_table_fits_80_columns(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["replay", str(run), "--arm", "'segmenter={name: ngram, n: 5}' ppo.lam=1"])
+    shown = capsys.readouterr().out
+    heads = set(shown.partition("──")[0].split())
+    wanted = "arm macro actions tokens each advantages same sign correlation weight"
+    assert heads >= set(wanted.split())
+    assert "…" not in shown
+
+
 def test_a_page_with_what_differs_most_first(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "page.html"
     main(["replay", str(run), "--arm", "segmenter=sequence", "--html", str(target)])

@@ -85,12 +85,14 @@ def arm_of(
     tokenizer: Tokenizer,
     *,
     own_kl: bool,
+    segmenter: SegmenterFn | None = None,
     starts: Tensor | None = None,
     continuation_values: Tensor | None = None,
 ) -> Arm:
     """Compute the credit of a rollout under a configuration. Raises UserError.
 
     own_kl   with the KL coefficient that the run had at that update, which may be an adapted one
+    segmenter   as for `cut`
     starts   from `cut`, if computed already
     continuation_values   [B,T] instead of those of the run
     """
@@ -106,11 +108,12 @@ def arm_of(
     for what, is_missing in missing.items():
         if is_missing:
             raise UserError(f"--arm: {label!r} needs {what}, which the run did not have")
+    segmenter = build_segmenter(config.segmenter) if segmenter is None else segmenter
     if starts is None:
-        starts = cut(kept, config, tokenizer)
+        starts = cut(kept, config, tokenizer, segmenter)
     coef = None if own_kl else 0.0 if config.kl_in_loss else config.kl.coef
     copies = config.rollout.responses_per_prompt
     tokens = kept.token_data(coef)
     batch = macro_batch(starts, tokens, config.macro, config.ppo, copies, estimator=estimator)
-    weights = build_loss_weights(config.ppo.weights, build_segmenter(config.segmenter))
+    weights = build_loss_weights(config.ppo.weights, segmenter)
     return Arm(label, weighted(batch, weights, kept.responses(tokenizer)))

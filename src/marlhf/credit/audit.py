@@ -118,7 +118,8 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     required = frozenset[str]().union(*map(segmenter_requires, segmenters.values()))
     run = load_run(config, start, prompts, required)
     stack.callback(run.worker.engine.close)
-    segmenters[THE_RUN] = run.segmenter
+    learned = [label for label, arm in configs.items() if arm.segmenter == config.segmenter]
+    segmenters |= dict.fromkeys(learned, run.segmenter)
     # 2. sample
     parts, kept = _responses(run, settings.output)
     # 3. continue
@@ -151,6 +152,7 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
             arm,
             run.worker.tokenizer,
             own_kl=not names_kl(settings.arms[label]),
+            segmenter=segmenters[label],
             starts=starts[label],
             continuation_values=of_arms.get(label),
         )
@@ -373,7 +375,7 @@ def _continue(
         f"{_duration(tokens / speed)}"
     )
     began = time.perf_counter()
-    with _progress("continuations", prefixes) as advance:
+    with _progress("continuations", prefixes, is_said=True) as advance:
         for part, of_part, first, number in work:
             for done in store.sample(part, of_part, first, number):
                 advance(done)
@@ -458,11 +460,12 @@ def _gradients(
 
 
 @contextmanager
-def _progress(label: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr; a line where there is no terminal."""
+def _progress(label: str, total: int, is_said: bool = False) -> Iterator[Any]:
+    """A progress bar on stderr; where there is no terminal a line, unless there was one."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        say(label)
+        if not is_said:
+            say(label)
         yield lambda _: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from marlhf.common.errors import printable
@@ -21,6 +19,7 @@ from marlhf.views.charts import (
 )
 from marlhf.views.html_page import escape, html_table, page, tag
 from marlhf.views.replay import Replay, response_html
+from marlhf.views.terminal import print_table
 
 Numbers = Mapping[str, Any]
 
@@ -41,14 +40,14 @@ _VALUES_NOTE = (
 def show(numbers: Numbers, console: Console) -> None:
     """Print the audit's tables."""
     console.print(Text(_about(numbers)))
-    _print(console, _ARM_HEADS, _arm_rows(numbers))
+    print_table(console, _ARM_HEADS, _arm_rows(numbers))
     console.print(Text(_ARMS_NOTE, style="dim"))
     if rows := _value_rows(numbers):
-        _print(console, _VALUE_HEADS, rows)
+        print_table(console, _VALUE_HEADS, rows)
         console.print(Text(_VALUES_NOTE, style="dim"))
     if numbers["critic"] is not None:
         console.print(Text(_verdict(numbers), style="bold"))
-        _print(console, _POSITION_HEADS, _position_rows(numbers))
+        print_table(console, _POSITION_HEADS, _position_rows(numbers))
     for note in numbers["notes"]:
         console.print(Text(printable(note)))
 
@@ -164,17 +163,6 @@ def _decimal(value: float, form: str) -> str:
         return format(value, f"{form[:-3]}.{digits}f")
     text = format(value, form)
     return text.replace("-", "") if set(text) <= set("-0.%") else text
-
-
-def _print(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column(heads[0], overflow="fold")
-    for head in heads[1:]:
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print()
-    console.print(table)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from marlhf.common.tokenization import Tokenizer
 from marlhf.runs.rollouts import KeptRollout
 from marlhf.views.charts import number
 from marlhf.views.html_page import escape, html_table, json_attribute, page, tag, token_html
-from marlhf.views.terminal import macro_pieces, visible
+from marlhf.views.terminal import macro_pieces, print_table, visible
 
 _HEADS = ("arm", "macro actions", "tokens each", "advantages", "same sign", "correlation", "weight")
 _FULL = 2.5  # standard deviations of an advantage that has the full colour
@@ -105,13 +103,7 @@ def _correlation(x: Tensor, y: Tensor) -> str:
 
 def show(replay: Replay, console: Console, responses: int) -> None:
     """Print the arms' summary, then responses with each arm's advantages."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(_HEADS[0], overflow="fold")
-    for head in _HEADS[1:]:
-        table.add_column(head, justify="right")
-    for row in replay.summary():
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
+    print_table(console, _HEADS, replay.summary())
     for i in replay.order[:responses]:
         score = float(replay.kept.tensors["scores"][i])
         title = f"response {i}, score {score:.3g}, arms differ by {replay.difference[i]:.2g}"

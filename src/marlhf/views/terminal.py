@@ -81,6 +81,24 @@ def visible(text: str, line_break: str = "⏎") -> str:
     return printable(text, "\n").replace("\n", line_break)
 
 
+def print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose numbers and heads are never cut; its first column is folded.
+
+    Heads wider than their numbers are written in several lines.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column(heads[0], overflow="fold")
+    for i, head in enumerate(heads[1:], 1):
+        is_wide = len(head) > max((len(row[i]) for row in rows), default=0)
+        table.add_column(
+            head.replace(" ", "\n") if is_wide else head, justify="right", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print()
+    console.print(table)
+
+
 @dataclass(frozen=True)
 class BeforeAfter:
     """One prompt answered before and after training.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from marlhf.common.errors import Parser, at_least_one, say
 from marlhf.common.paths import local_path, write_atomically, writing
+from marlhf.common.third_party_output import hide_loading_bars
 from marlhf.credit.options import add_arm_options, settings_of_arms
 
 
@@ -21,6 +22,7 @@ def main(words: Sequence[str]) -> None:
     from marlhf.views.audit import audit_page, show
     from marlhf.views.html_page import write_page
 
+    hide_loading_bars()
     run = local_path(options.run, "RUN")
     output = run / "audit" if options.output is None else local_path(options.output, "--output")
     settings = AuditSettings(

@@ -461,7 +461,10 @@ def _gradients(
 
 @contextmanager
 def _progress(label: str, total: int, is_said: bool = False) -> Iterator[Any]:
-    """A progress bar on stderr; where there is no terminal a line, unless there was one."""
+    """A progress bar on stderr, or the label where there is no terminal.
+
+    is_said   a line of the same has been printed
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         if not is_said:

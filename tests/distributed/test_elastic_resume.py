@@ -16,12 +16,13 @@ from support.forked_ranks import ranks
 from support.launches import metrics
 from support.memory_of_ranks import LARGEST, WEIGHTS, peaks
 from support.runs import tiny_trainer
+from support.runs_that_die import die
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from torch import Tensor
 
 from marlhf.config import LoraSettings, RewardConfig, SFTConfig
 from marlhf.config.loading import config_from_dict
-from marlhf.distributed import trained
+from marlhf.distributed import fragments, trained
 from marlhf.distributed.fragments import FragmentFiles, ReplicatedFiles
 from marlhf.runs import checkpoint
 from marlhf.training import reward_model, sft
@@ -198,6 +199,39 @@ def test_supervised_runs_resume_on_other_ranks(job: str, tmp_path: Path) -> None
         trained_for(steps, launch, "run")
     trained_for(6, (1, None), "whole")
     assert_the_same(tmp_path / "run", tmp_path / "whole", 6, ["model"])
+
+
+OFFLOAD = {**ZERO_3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [ZERO_2, ZERO_3, OFFLOAD], ids=["zero 2", "zero 3", "offload"])
+def test_a_rank_killed_in_its_file_leaves_the_checkpoint_before(
+    zero: dict[str, Any], tmp_path: Path
+) -> None:
+    """On the same ranks the run then ends as if never stopped, bit for bit; here in bf16."""
+    sections: dict[str, Any] = {"model": {"precision": "bf16"}, "checkpoint": {"every": 2}}
+    (tmp_path / "whole").mkdir()
+    train(tmp_path / "whole", (2, zero), 4, **sections)
+
+    def killed(rank: int) -> str:
+        real = fragments.write_tensor
+
+        def write_tensor(x: Tensor, out: Any) -> None:
+            real(x, out)
+            if rank == 1 and "step-4.partial/critic" in out.name:
+                die()
+
+        fragments.write_tensor = write_tensor
+        tiny_trainer(tmp_path / "run", steps=4, **{**SECTIONS, **sections}).train()
+        return "done"
+
+    outcomes = ranks(2, killed, tmp_path, zero)
+    assert outcomes[1] == "none"
+    assert outcomes[0] != "done"
+    assert [path.name for path in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step-2"]
+    train(tmp_path, (2, zero), 4, **sections)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole" / "run")
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
-"""Peak memory of ranks while they save and load a model in training; see `peaks`."""
+"""Peak memory of ranks while they save and load a model in training; see `peaks`.
+
+MALLOC_MMAP_THRESHOLD_=65536 python tests/support/memory_of_ranks.py
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -101,3 +105,16 @@ def peaks(count: int, zero: Mapping[str, Any], folder: Path) -> list[dict[str, i
         return json.dumps(taken)
 
     return [json.loads(outcome) for outcome in ranks(count, work, folder, zero)]
+
+
+def main() -> None:
+    for stage in (2, 3):
+        for count in (2, 4):
+            with tempfile.TemporaryDirectory() as folder:
+                for rank, taken in enumerate(peaks(count, {"stage": stage}, Path(folder))):
+                    figures = {name: f"{size / 1e6:.1f} MB" for name, size in taken.items()}
+                    print(f"ZeRO-{stage}, rank {rank} of {count}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ from marlhf.estimate.allocations import (
     _tokens,
     backward_intervals,
 )
+from marlhf.estimate.command import counter_of, estimates
 from marlhf.estimate.fake_models import fake_models
 from marlhf.estimate.memory_model import (
     PROFILES,
@@ -305,6 +306,33 @@ def test_frozen_weights_have_the_bytes_that_a_run_gives_them(saved, monkeypatch)
         size = BYTES * counted.frozen - 2 * counted.halves
         assert size == sum(p.nbytes for p in module.parameters()), name
         assert counted.halves > 0
+
+
+def test_what_is_offloaded_is_on_the_device_in_its_phase_alone(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    sections = {"model": {"path": "policy"}, "reward": {"models": "reward"}}
+    offload = {"offload": ["reference", "reward", "optimizer"]}
+    counters = [
+        counter_of(config_from_dict(PPOConfig, {**sections, **more})) for more in ({}, offload)
+    ]
+    plain, moved = (estimates(counter, 2) for counter in counters)
+    assert moved.keys() == plain.keys() - {"zero3", "zero3_offload"}  # which refuse it
+    sizes = counters[0].run(1).models
+    frozen = [BYTES * sizes[name].frozen for name in ("reference", "reward model")]
+    trained = sizes["policy"].trained + sizes["critic"].trained
+    for profile, share in (("single", 1.0), ("ddp", 1.0), ("zero2", 0.5)):
+        before, after = plain[profile], moved[profile]
+        moments = 8 * trained * share
+        assert before.weights - after.weights == sum(frozen)
+        assert before.optimizer - after.optimizer == pytest.approx(moments)
+        assert after.host - before.host == pytest.approx(sum(frozen) + moments)
+        assert after.loading == before.loading
+        for name in ("train policy", "train critic"):
+            more = after.phases[name].total - before.phases[name].total
+            assert more == pytest.approx(moments)
+        assert after.phases["generate"] == before.phases["generate"]
+        assert 0 < after.phases["score"].total - before.phases["score"].total <= max(frozen)
+        assert after.peak < before.peak
 
 
 @pytest.mark.parametrize("critic", [{}, {"backbone": "policy"}])

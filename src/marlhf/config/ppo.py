@@ -231,6 +231,9 @@ class PPOConfig(TrainingConfig):
     """Language modelling of other texts in addition to PPO (PTX)."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     """AdamW."""
+    offload: list[Literal["reference", "reward", "optimizer"]] = Field(default_factory=list)
+    """What is in the host's memory while it is not used: the reference, reward models, the states
+    of AdamW. It comes to the GPU for its phase, over the bus; results are the same."""
     log: LogSettings = Field(default_factory=LogSettings)
     """Outputs."""
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
@@ -282,6 +285,11 @@ class PPOConfig(TrainingConfig):
             raise ValueError(fault)
         self._check_kl()
         self._check_backbone()
+        if "reference" in self.offload and self.model.lora is not None:
+            raise ValueError(
+                "offload: given 'reference' with model.lora, where the reference is the policy's "
+                "base with the adapters off; leave it out"
+            )
         if self.critic.path is not None and self.critic.init != "auto":
             raise ValueError(
                 f"critic.init: given {self.critic.init!r} with critic.path; give only one of them"

@@ -17,6 +17,7 @@ they stay replicated, and DDP sums their gradients.
 """
 
 from marlhf.common.errors import PeerError
+from marlhf.distributed.offload import in_use, keep_on_host
 from marlhf.distributed.placement import ALONE, Placement, matmul_parameters
 from marlhf.distributed.quantized import (
     QUANTIZATION_CONFIG,
@@ -40,7 +41,9 @@ __all__ = [
     "Placement",
     "QuantizedLinear",
     "in_bf16",
+    "in_use",
     "is_quantized",
+    "keep_on_host",
     "linear_layers",
     "lost_peer",
     "matmul_parameters",

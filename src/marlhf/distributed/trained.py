@@ -36,6 +36,7 @@ from marlhf.distributed.fragments import (
     load_fragments,
     save_fragments,
 )
+from marlhf.distributed.offload import move_states
 
 REPLICATED, FRAGMENTS = "replicated", "fragments"  # layouts that fit any number of ranks
 
@@ -108,6 +109,14 @@ class Replicated:
         """Discard the gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def states_to_host(self) -> None:
+        """Move the optimiser's states to host memory."""
+        move_states(self.optimizer, None)
+
+    def states_to_device(self) -> None:
+        """Bring the optimiser's states back."""
+        move_states(self.optimizer, next(iter(self._weights.values())).device)
+
     def save(self, folder: Path) -> None:
         """Write trained weights and optimiser state, on the first rank."""
         if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
@@ -158,6 +167,16 @@ class Sharded:
     def discard(self) -> None:
         """Discard the gradient."""
         discard_gradient(self.model)
+
+    def states_to_host(self) -> None:
+        """Move the optimiser's states to host memory."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+        self.model.offload_states(include=[OffloadStateTypeEnum.optim_states])
+
+    def states_to_device(self) -> None:
+        """Bring the optimiser's states back."""
+        self.model.reload_states()
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the weights and of the optimiser's state."""

@@ -158,7 +158,9 @@ class PassCounter:
         elif not isinstance(config, SFTConfig | RewardConfig):
             sampling = self._by_engine(config.rollout)
         saved = 0 if isinstance(config, EvaluateConfig) else _saved(config, self._weights)
-        return RunSizes(self._weights, training, scoring, sampling, self._unmapped, saved, in_turn)
+        weights, offloaded = self._weights, _offloaded(config, self._weights)
+        sizes = weights, training, scoring, sampling, self._unmapped, saved, in_turn, offloaded
+        return RunSizes(*sizes)
 
     def _once(self, count: Callable[..., Any], *arguments: Any) -> Any:
         key = (count.__name__, *arguments)
@@ -318,6 +320,17 @@ def _unmapped(config: JobConfig, weights: Mapping[str, Weights]) -> int:
         if saved_adapter(spec["path"]) is not None and model.frozen == model.used:
             sizes.append(model.used)
     return FP32 * max(sizes)
+
+
+def _offloaded(config: JobConfig, weights: Mapping[str, Weights]) -> frozenset[str]:
+    """What is on the host but in its phase, as `RunSizes` names it."""
+    if not isinstance(config, PPOConfig):
+        return frozenset()
+    names = {name for name in ("reference", "optimizer") if name in config.offload}
+    if "reward" in config.offload:  # one on the policy's base has but its adapter, and stays
+        rewards = {n: model for n, model in weights.items() if n.startswith("reward model")}
+        names |= {name for name, model in rewards.items() if model.frozen == model.used}
+    return frozenset(names)
 
 
 def _saved(config: PPOConfig | SFTConfig | RewardConfig, weights: Mapping[str, Weights]) -> int:

@@ -99,11 +99,16 @@ def counter_of(config: JobConfig, device_memory: int | None = None) -> PassCount
 
 
 def estimates(counter: PassCounter, gpus: int) -> dict[str, MemoryEstimate]:
-    """Memory per rank, by profile; an evaluation is the same under every profile."""
+    """Memory per rank, by profile; an evaluation is the same under every profile.
+
+    With `offload` there are none of ZeRO-3, which refuses it.
+    """
     by_profile: dict[str, MemoryEstimate] = {}
     for profile in PROFILES:
         ranks = 1 if profile == "single" else gpus
         run = counter.run(ranks, is_sharded(profile))
+        if is_sharded(profile) and run.offloaded:
+            continue  # refused
         if run.in_turn:
             return {"any": estimate(counter.run(gpus), profile, gpus)}
         by_profile[profile] = estimate(run, profile, ranks)
@@ -216,7 +221,11 @@ def table(by_profile: Mapping[str, MemoryEstimate], memory: int) -> str:
         ]
         if parts:
             details.append(f"  {profile:<14} {'; '.join(parts)}")
-    heading = ["", "Of these, weights gathered + gradients + activations:"] if details else []
+    heading = (
+        ["", "Of these, gathered or fetched from the host + gradients + activations:"]
+        if details
+        else []
+    )
     return "\n".join([*_aligned(rows), *heading, *details, ""])
 
 

@@ -21,7 +21,7 @@ as under DDP (see `distributed`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 Profile = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
@@ -113,6 +113,7 @@ class RunSizes:
     unmapped   fp32 bytes of the largest model that the first rank holds complete while it reads it
     saved      host bytes that the first rank needs to write the trained model
     in_turn    one model at a time is in memory, complete on each rank, as in `marlhf evaluate`
+    offloaded  models that are on the host but in their phase, and `optimizer` for its states
     """
 
     models: Mapping[str, Weights]
@@ -122,11 +123,15 @@ class RunSizes:
     unmapped: int = 0
     saved: int = 0
     in_turn: bool = False
+    offloaded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes of one phase, in addition to those of `MemoryEstimate.permanent`."""
+    """Bytes of one phase, in addition to those of `MemoryEstimate.permanent`.
+
+    gathered   brought for the phase: sharded weights, and what is offloaded
+    """
 
     gathered: int = 0
     gradients: int = 0
@@ -201,32 +206,44 @@ def estimate(run: RunSizes, profile: Profile, ranks: int) -> MemoryEstimate:
     """Memory of each of `ranks` ranks."""
     if run.in_turn:
         return _estimate_in_turn(run)
-    permanent = [_permanent_bytes(model, profile, ranks) for model in run.models.values()]
+    by_model = {name: _permanent_bytes(m, profile, ranks) for name, m in run.models.items()}
+    permanent = list(by_model.values())
+    fetched = {name: round(m.weights) for name, m in by_model.items() if name in run.offloaded}
+    states = round(_offloaded_states(permanent, profile)) if "optimizer" in run.offloaded else 0
     scorings = [
-        Phase(_gathered(run.models[name], profile), 0, size) for name, size in run.scoring.items()
+        Phase(_gathered(run.models[name], profile) + fetched.get(name, 0), 0, size)
+        for name, size in run.scoring.items()
     ]
+    if "reference" in fetched:  # its pass is the policy's
+        scorings.append(Phase(fetched["reference"], 0, run.scoring["policy"]))
     sharded, phases = is_sharded(profile), {}
     if run.sampling is not None:
         gathered = run.sampling.gathered if sharded else 0
         phases["generate"] = Phase(gathered, 0, run.sampling.cache + run.sampling.other)
     phases |= {"score": max(scorings, key=_total)} if scorings else {}
-    phases |= {
-        f"train {name}": _training(run.models[name], size, profile, ranks)
-        for name, size in run.training.items()
-    }
+    for name, size in run.training.items():
+        phase = _training(run.models[name], size, profile, ranks)
+        phases[f"train {name}"] = replace(phase, gathered=phase.gathered + states)
     largest = max(FP32 * model.largest for model in run.models.values())
     complete = FP32 * next(iter(run.models.values())).used if sharded else 0
     weights = round(sum(model.weights for model in permanent))
+    on_host = sum(fetched.values()) + states
     return MemoryEstimate(
-        weights=weights,
-        optimizer=round(sum(model.optimizer for model in permanent)),
+        weights=weights - sum(fetched.values()),
+        optimizer=round(sum(model.optimizer for model in permanent)) - states,
         buffers=round(sum(model.buffers for model in permanent)),
         phases=phases,
-        host=round(sum(model.host for model in permanent)) + _engine_host(run),
+        host=round(sum(m.host for m in permanent)) + on_host + _engine_host(run),
         loading=weights + largest,
         reading=max(largest, run.unmapped),
         saving=complete + run.saved,
     )
+
+
+def _offloaded_states(permanent: Sequence[_Permanent], profile: Profile) -> float:
+    """Bytes of Adam's moments; the fp32 copy of ZeRO-1 and 2 is not offloaded."""
+    share = _MOMENTS / (FP32 + _MOMENTS) if profile in STAGES else 1
+    return share * sum(model.optimizer for model in permanent)
 
 
 def _engine_host(run: RunSizes) -> int:

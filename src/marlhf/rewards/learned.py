@@ -15,7 +15,7 @@ from marlhf.common.errors import UserError, one_line
 from marlhf.common.memory_errors import doing, is_memory_error
 from marlhf.common.tokenization import Tokenizer, encode_texts, text_start
 from marlhf.config import ModelSettings
-from marlhf.distributed import ALONE, Placement
+from marlhf.distributed import ALONE, Placement, in_use, keep_on_host
 from marlhf.models.policy import Critic, length_switch, score_offset
 
 Messages = Sequence[dict[str, Any]]
@@ -142,6 +142,16 @@ class RewardModel:
             self._model.to(device)
         return self
 
+    def keep_on_host(self) -> bool:
+        """Hold the model in host memory while it does not score.
+
+        False for one on the policy's base, which stays where the policy is.
+        """
+        is_apart = not isinstance(self.model, Critic)
+        if is_apart:
+            keep_on_host(self.model, self._placement.device)
+        return is_apart
+
     def share_base(self, policy: Any, base: str) -> None:
         """Score on the policy's frozen PEFT base, if this is an adapter of it."""
         from marlhf.models import adapters, building
@@ -171,13 +181,14 @@ class RewardModel:
         short = [i for i in order if len(ids[i]) <= switch]
         parts = (short, order[len(short) :])  # rotary factors depend on a batch's longest sequence
         size = self.batch_size
-        for rows in (part[i : i + size] for part in parts for i in range(0, len(part), size)):
-            input_ids, mask = (
-                x.to(self._placement.device) for x in right_pad([ids[i] for i in rows])
-            )
-            values = self._scores(model, input_ids, mask).tolist()
-            for row, value in zip(rows, values, strict=True):
-                scores[row] = value - offset
+        with in_use(model):
+            for rows in (part[i : i + size] for part in parts for i in range(0, len(part), size)):
+                input_ids, mask = (
+                    x.to(self._placement.device) for x in right_pad([ids[i] for i in rows])
+                )
+                values = self._scores(model, input_ids, mask).tolist()
+                for row, value in zip(rows, values, strict=True):
+                    scores[row] = value - offset
         return scores
 
     def _scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

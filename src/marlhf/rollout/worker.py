@@ -21,7 +21,7 @@ from marlhf.common.types import Generation, ResponseBatch, RewardResult, Sequenc
 from marlhf.config import PPOConfig
 from marlhf.data.encoding import encode
 from marlhf.data.prompts import Prompt, render
-from marlhf.distributed import Distributed
+from marlhf.distributed import Distributed, in_use
 from marlhf.models.policy import CriticOutput, PolicyOutput, forward
 from marlhf.rewards import CombinedReward, place_spans
 from marlhf.rollout.batching import micro_batches, minibatches
@@ -209,12 +209,13 @@ class RolloutWorker:
         T = sequences.response_mask.shape[1]
         passes = self._passes(sequences.attention_mask)
         parts = []
-        for index in passes:
-            part = sequences.select(index)
-            with self.distributed.autocast():
-                results = one_pass(model, part)
-            missing = T - part.response_mask.shape[1]
-            parts.append({name: _widen(x, missing) for name, x in results.items()})
+        with in_use(model):
+            for index in passes:
+                part = sequences.select(index)
+                with self.distributed.autocast():
+                    results = one_pass(model, part)
+                missing = T - part.response_mask.shape[1]
+                parts.append({name: _widen(x, missing) for name, x in results.items()})
         in_order = torch.cat(passes).argsort()
         return {name: torch.cat([part[name] for part in parts])[in_order] for name in parts[0]}
 

@@ -56,6 +56,7 @@ MAY_DIFFER = (
     "rollout.micro_batch_size",
     "optimizer.micro_batch_size",
     "optimizer.max_skipped_steps",
+    "offload",
     "distributed_timeout_minutes",
 )
 ENGINE_SIZE = "rollout.engine.batch_size"  # may differ too where the engine is `transformers`

@@ -109,11 +109,23 @@ class Learner:
         trim_heap_before_embedding_gradients(module)
         self.trained = distributed.prepare(module, optimizer, settings.max_grad_norm)
         self.model, self.optimizer = self.trained.model, self.trained.optimizer
+        self.is_offloaded = False  # states are in host memory, but within `in_use`
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context of optimiser steps: its states are on the device."""
+        if self.is_offloaded:
+            self.trained.states_to_device()
+        try:
+            yield
+        finally:
+            if self.is_offloaded:
+                self.trained.states_to_host()
 
     def optimise(self, *terms: Term) -> Gradient:
         """Take one optimiser step on a sum of losses; see `accumulate`."""
@@ -186,7 +198,8 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write the trained weights, the optimiser and the schedule; called on every rank."""
         folder.mkdir(exist_ok=True)
-        self.trained.save(folder)
+        with self.in_use():
+            self.trained.save(folder)
         if self.distributed.is_main:
             state = {
                 "layout": self.trained.layout,
@@ -207,10 +220,12 @@ class Learner:
         state = together(lambda: read_numbers(folder / "learner.json", kinds))
         layout = state["layout"]
         if layout in (REPLICATED, FRAGMENTS) and not trained.needs_peers:
-            together(lambda: trained.load(folder, layout))
-            trained.synchronise()
+            with self.in_use():
+                together(lambda: trained.load(folder, layout))
+                trained.synchronise()
         elif isinstance(trained, Sharded) and layout == trained.engine_layout:
-            trained.load_engine(folder)
+            with self.in_use():
+                trained.load_engine(folder)
         else:
             raise UserError(
                 f"the checkpoint is of {short_repr(layout)}, this launch is of "

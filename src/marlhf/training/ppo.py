@@ -51,6 +51,7 @@ from marlhf.segmenters import learn, segment, segmenter_metrics, segmenter_requi
 from marlhf.training import diagnostics
 from marlhf.training.credit import CreditAssignment
 from marlhf.training.learner import Learner, keeping_batch
+from marlhf.training.offload import check_offload, offload
 from marlhf.training.plug_ins import build_plug_ins
 from marlhf.training.ptx import TextStream
 from marlhf.training.update import PPOUpdate
@@ -301,6 +302,7 @@ class PPOTrainer:
             self.config, lm_config, self.tokenizer, first, critic=critic, estimator=self.estimator
         )
         self.notes += [*base_notes(self.config.model, paths), *([start.line] if start.line else [])]
+        check_offload(self.config, self.distributed.zero_stage)
         if self.distributed.zero_stage == 3:
             check_ppo_adapters(self.config, lm_config, paths, start, critic)
         return start
@@ -320,7 +322,10 @@ class PPOTrainer:
         self.critic = None
         if value_model is not None:
             self.critic = self._learner("critic", value_model, config.optimizer.critic_rate)
-        self.reward.to(self.distributed.device).load(placement)
+        device = self.distributed.device
+        self.reward.to(device).load(placement)
+        learners = self.policy, self.critic
+        self.notes += offload(config, self.reference, self.reward, learners, device)
 
     def _learner(self, name: str, module: nn.Module, learning_rate: float) -> Learner:
         adapter = name if self.config.model.lora else None

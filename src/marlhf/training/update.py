@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,12 +44,13 @@ class PPOUpdate:
         indices = self._minibatches(len(experience), index)
         self._announce(metrics)
         train_policy = self.critic is None or index >= config.critic.warmup_steps
-        for step, responses in enumerate(indices, index * len(indices)):
-            minibatch = experience.select(responses)
-            if train_policy:
-                train_policy = self._step_policy(minibatch, step, metrics)
-            if self.critic is not None:
-                self._step_critic(self.critic, minibatch, metrics)
+        with self.policy.in_use(), nullcontext() if self.critic is None else self.critic.in_use():
+            for step, responses in enumerate(indices, index * len(indices)):
+                minibatch = experience.select(responses)
+                if train_policy:
+                    train_policy = self._step_policy(minibatch, step, metrics)
+                if self.critic is not None:
+                    self._step_critic(self.critic, minibatch, metrics)
         self.policy.scheduler.step()
         if self.critic is not None:
             self.critic.scheduler.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from marlhf.common.errors import UserError, one_line
+from marlhf.common.http import event_loop, root_cause
 from marlhf.config import JudgeSettings
 
 Messages = Sequence[Mapping[str, str]]
@@ -168,11 +168,11 @@ class Endpoint:
         timeout = self.settings.timeout_seconds
         exchange = asyncio.wait_for(self._exchange(json.dumps(body).encode()), timeout)
         try:
-            answer = asyncio.run_coroutine_threadsafe(exchange, _loop()).result()
+            answer = asyncio.run_coroutine_threadsafe(exchange, event_loop()).result()
         except (asyncio.TimeoutError, TimeoutError):
             raise _RetryError(f"no answer within {timeout:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            raise _RetryError(f"connection failed: {self._one_line(_cause(error))}") from None
+            raise _RetryError(f"connection failed: {self._one_line(root_cause(error))}") from None
         if answer.status < 300:
             return answer.body
         reason = answer.body.decode("utf-8", "replace") or answer.reason
@@ -245,25 +245,6 @@ class _Answer:
     reason: str
     retry_after: str | None
     body: bytes
-
-
-@functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all requests, in a thread of its own.
-
-    Requests past their timeout are cancelled there, name resolution included, without a wait.
-    """
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="judge requests", daemon=True).start()
-    return loop
-
-
-def _cause(error: BaseException) -> BaseException | str:
-    """The system's error behind those of the client, or the last of them."""
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    code = error.errno if isinstance(error, OSError) else None
-    return os.strerror(code) if code is not None and code > 0 else error
 
 
 def _unpacked(body: bytes, encoding: str) -> bytes:

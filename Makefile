@@ -4,7 +4,7 @@
 # make test-slow    the tests that take many minutes, with the model of the quickstart
 # make test-lowest  the tests that touch other libraries, with the lowest versions allowed
 # make test-newest  the same, with the newest versions of everything
-# make test-vllm    the engine vllm, with vLLM's build for CPUs
+# make test-vllm    the engine vllm in the process and as servers, with vLLM's build for CPUs
 # make docs         build the documentation site into site/
 # make lint         style, formatting and types
 # make clean        remove .venv
@@ -45,7 +45,8 @@ test-newest: .venv-newest/.installed
 	.venv-newest/bin/python -m pytest -m 'not slow' -n auto --dist loadfile $(LIBRARY_TESTS)
 
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -rs tests/rollout/test_vllm_engine.py tests/rollout/test_engine.py
+	.venv-vllm/bin/python -m pytest -rs tests/rollout/test_vllm_engine.py tests/rollout/test_vllm_servers.py \
+	    tests/rollout/test_vllm_client.py tests/rollout/test_engine.py
 
 # the first two bring the build of torch that the registry has, on most machines several GB
 .venv-lowest/.installed: pyproject.toml

@@ -28,6 +28,7 @@ from marlhf.config.loading import (
     override,
     read_yaml,
 )
+from marlhf.config.sections import sampling_engine
 from marlhf.config.yaml_text import dump_yaml, parse_yaml
 
 REPOSITORY = Path(__file__).parents[2]
@@ -335,7 +336,7 @@ CROSSED = {"preset", "ppo.minibatches", "ppo.estimator", "rollout.min_new_tokens
 CROSSED |= {"kl.target", "kl.horizon", "ppo.target_kl", "ppo.redraw_minibatches"}
 CROSSED |= {f"data.{key}" for key in ("preset", "part", "part_seed", "min_good_rows")}
 CROSSED |= {f.key for f in config_fields(PPOConfig) if f.key.startswith("ptx.")}
-CROSSED |= {"resume", "critic.coef", "data.template_date"}
+CROSSED |= {"resume", "critic.coef", "data.template_date", "rollout.ahead"}
 FREE = [f for f in config_fields(PPOConfig) if f.type != "section" and f.key not in CROSSED]
 
 
@@ -358,6 +359,20 @@ def test_any_valid_overrides_survive_the_way_to_yaml_and_back(data, chosen):
     text = dump_yaml(config_to_dict(config))
     assert config_from_dict(PPOConfig, yaml.safe_load(text)) == config
     assert config_from_dict(PPOConfig, parse_yaml(text, "here")) == config
+
+
+@pytest.mark.parametrize(
+    ("engine", "kept"),
+    [
+        ("vllm", "vllm"),
+        ({"name": "transformers", "batch_size": 3}, "transformers"),
+        ({"name": "vllm", "address": ["http://a"], "on_failure": "continue"}, "vllm"),
+        ({"name": "vllm", "dtype": "bfloat16"}, {"name": "vllm", "dtype": "bfloat16"}),
+        ({"name": "my.Engine", "address": "a"}, {"name": "my.Engine", "address": "a"}),
+    ],
+)
+def test_arguments_of_engines_that_change_no_sample(engine, kept):
+    assert sampling_engine(engine) == kept
 
 
 def test_configurations_are_frozen_and_replaceable():

@@ -103,6 +103,15 @@ def test_gaps_are_no_signs(key, value):
     assert fired([{k: v for k, v in row.items() if k != key or k == "step"} for row in rows]) == {}
 
 
+def test_what_the_policy_moves_while_it_is_sampled_ahead_is_no_gap():
+    def lagged(later):
+        rows = history(engine_kl=lambda t: later(t) if t > 1 else 1e-7)
+        return fired([row | {"sampling_lag": min(i, 1)} for i, row in enumerate(rows)])
+
+    assert lagged(lambda t: 0.02) == {}
+    assert set(lagged(lambda t: 0.02 + 0.01 * t)) == {"engine_gap"}
+
+
 def test_the_first_update_at_which_a_rule_fires_is_named():
     found = fired(history(40, clip_fraction=lambda t: 0.9 if t > 20 else 0.0))
     step, message = found["clipping"]
@@ -156,7 +165,7 @@ def test_every_metric_of_a_run_is_documented_and_nothing_else(tmp_path):
     found = {re.sub(r"^reward_\w+_mean$", "reward_NAME_mean", key) for key in found}
     of_plug_ins = {"parsing_fallback_fraction", "syntax_fallback_fraction"}
     of_plug_ins |= {"curiosity_error", "curiosity_rewarded_fraction"}
-    of_plug_ins |= {"engine_kl", "engine_ratio_max", "loss_weight_mean"}
+    of_plug_ins |= {"engine_kl", "engine_ratio_max", "loss_weight_mean", "sampling_lag"}
     of_plug_ins |= {"continued_prefixes_mean", "continuation_tokens_mean"}
     of_gpus = {"reserved_memory_gb"}
     assert documented() - of_plug_ins - of_gpus - {"ptx_loss"} == found

@@ -237,6 +237,7 @@ class Rollout:
     truncated       [B] bool: the prompt was truncated on its left
     extras          outputs of the log-prob pass that token rewards require, see `models.Policy`
     continuation_values   [B,T] see `TokenData`
+    lag             updates between the weights that sampled and the policy's; None: not ahead
     """
 
     prompt_texts: list[str]
@@ -251,6 +252,7 @@ class Rollout:
     truncated: Tensor
     extras: dict[str, Tensor]
     continuation_values: Tensor | None = None
+    lag: int | None = None
 
     @property
     def log_ratio(self) -> Tensor | None:

@@ -194,7 +194,7 @@ class EvaluateConfig:
     @model_validator(mode="after")
     def _cross_checks(self) -> EvaluateConfig:
         rollout = self.rollout
-        for key in ("importance", "old_logprobs"):
+        for key in ("importance", "old_logprobs", "ahead"):
             if getattr(rollout, key) != getattr(RolloutSettings, key):
                 raise ValueError(f"rollout.{key}: is of ppo alone; nothing is trained here")
         if rollout.min_new_tokens > rollout.max_new_tokens:

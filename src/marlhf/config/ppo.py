@@ -264,6 +264,11 @@ class PPOConfig(TrainingConfig):
                 "rollout.importance: given with rollout.old_logprobs=engine, where the ratio "
                 "divides by the engine's probabilities already; leave one of them out"
             )
+        if self.rollout.ahead and not self.rollout.needs_sampling_logprobs:
+            raise ValueError(
+                "rollout.ahead: given 1, which samples with weights one update old; the loss must "
+                "know: set rollout.importance={cap: 2} or rollout.old_logprobs=engine"
+            )
         if self.rollout.batch_size % self.ppo.minibatches:
             raise ValueError(
                 f"ppo.minibatches: given {self.ppo.minibatches}, must divide "

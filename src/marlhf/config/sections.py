@@ -180,6 +180,23 @@ class ImportanceSettings:
     """Largest weight."""
 
 
+# arguments of engines that change no sample but by rounding
+_ENGINE_ARGUMENTS = {
+    "transformers": ("batch_size",),
+    "vllm": ("address", "timeout_seconds", "on_failure"),
+}
+
+
+def sampling_engine(engine: Spec) -> Spec:
+    """An engine without the arguments that change no sample but by rounding."""
+    if isinstance(engine, str):
+        return engine
+    name = engine.get("name")
+    without_effect = _ENGINE_ARGUMENTS.get(str(name), ())
+    kept = {key: value for key, value in engine.items() if key not in without_effect}
+    return str(name) if kept == {"name": name} else kept
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RolloutSettings:
     """Sampling responses."""
@@ -217,6 +234,10 @@ class RolloutSettings:
     importance: ImportanceSettings | None = None
     """Weigh each term of the policy loss by min(policy / engine, `cap`), which corrects for an
     engine that rounds otherwise and for `top_k` and `top_p`; null: not at all."""
+    ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """Updates that sampling is ahead of training. 1: servers sample the next update's responses
+    while this one trains, with weights one update old; needs `importance` or
+    `old_logprobs: engine`."""
 
     @property
     def needs_sampling_logprobs(self) -> bool:

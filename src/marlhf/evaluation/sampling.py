@@ -13,6 +13,7 @@ from marlhf.common.memory_errors import doing
 from marlhf.common.seeds import EVAL_STEP, row_seed
 from marlhf.common.tokenization import ResponseDecoder, has_text
 from marlhf.common.types import Generation, Sequences
+from marlhf.config.sections import sampling_engine
 from marlhf.evaluation.bench import Bench
 from marlhf.evaluation.policies import PolicySource
 from marlhf.evaluation.records import JsonLine, Key, fingerprint
@@ -23,15 +24,19 @@ from marlhf.rollout.engine import Engine, EngineContext, start_engine
 from marlhf.rollout.policy_weights import policy_weights
 from marlhf.rollout.transformers_engine import left_pad
 
-# settings that change no response: batch sizes, and those that are part of the key
-_WITHOUT_EFFECT = ("batch_size", "micro_batch_size", "responses_per_prompt", "temperature")
+# settings that change no response, or are part of the key
+_WITHOUT_EFFECT = (
+    *("batch_size", "micro_batch_size", "responses_per_prompt", "temperature"),
+    *("importance", "old_logprobs", "ahead"),
+)
 
 
 def fingerprints(bench: Bench, source: PolicySource) -> list[str]:
     """Fingerprint per prompt of everything that its responses depend on except their key."""
     config = bench.config
     settings = {k: v for k, v in asdict(config.rollout).items() if k not in _WITHOUT_EFFECT}
-    if config.rollout.engine == "transformers":
+    settings["engine"] = sampling_engine(config.rollout.engine)
+    if settings["engine"] == "transformers":
         del settings["engine"]  # responses recorded before there were engines remain valid
     common = [source.identity, settings, config.seed, config.model.precision]
     return bench.from_main([fingerprint(common, ids) for ids in source.prompt_ids])

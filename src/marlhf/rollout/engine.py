@@ -36,6 +36,7 @@ ENGINES = Registry(
     arguments=("context",),
 )
 METHODS = ("generate", "update_weights", "sleep", "close")
+AHEAD = ("begin",)  # of engines whose factory has a true `samples_ahead`
 
 
 class Engine(Protocol):
@@ -91,6 +92,37 @@ class EngineContext:
 EngineFactory = Callable[[EngineContext], Engine]
 
 
+class AheadEngine(Engine, Protocol):
+    """An engine that samples elsewhere, while the trainer trains."""
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: RolloutSettings,
+    ) -> Callable[[], Generation]:
+        """Start what `generate` does; the returned function waits for the responses.
+
+        It is called before the next `update_weights`, on all ranks before on any.
+        """
+        ...
+
+
+def samples_ahead(factory: EngineFactory) -> bool:
+    """Whether an engine is an `AheadEngine`: its factory has a true `samples_ahead`."""
+    return bool(getattr(factory, "samples_ahead", False))
+
+
+def check_ahead(factory: EngineFactory, ahead: int) -> None:
+    """Check that an engine can sample `ahead` updates ahead. Raises UserError."""
+    if ahead and not samples_ahead(factory):
+        raise UserError(
+            f"rollout.ahead: given {ahead}, but {ENGINES.label(factory)} samples in the trainer's "
+            "process, where the trainer waits for it; servers can: "
+            "rollout.engine={name: vllm, address: [...]}"
+        )
+
+
 def build_engine(spec: Spec | EngineFactory) -> EngineFactory:
     """Build an engine's factory, see `Registry.build`. Raises UserError."""
     return ENGINES.build(spec)
@@ -104,10 +136,11 @@ def start_engine(factory: EngineFactory, context: EngineContext) -> Engine:
     name = ENGINES.label(factory)
     with plugin_call(name):
         engine = factory(context)
-    if missing := [method for method in METHODS if not callable(getattr(engine, method, None))]:
+    methods = (*METHODS, *(AHEAD if samples_ahead(factory) else ()))
+    if missing := [method for method in methods if not callable(getattr(engine, method, None))]:
         raise UserError(
             f"{name}: gave {short_repr(engine)}, which has no {', '.join(missing)}; an "
-            f"engine has the methods {', '.join(METHODS)}"
+            f"engine has the methods {', '.join(methods)}"
         )
     if type(engine).__module__.startswith("marlhf."):  # a fault there is a bug
         return engine

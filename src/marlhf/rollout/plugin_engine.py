@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -39,6 +39,27 @@ class PluginEngine:
         """Sample with the engine, and check the responses. Raises UserError."""
         with plugin_call(self.name):
             generation = self.engine.generate(copied(prompts), list(seeds), settings)
+        return self._checked(generation, prompts)
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: RolloutSettings,
+    ) -> Callable[[], Generation]:
+        """Start sampling with the engine; the returned function waits and checks."""
+        with plugin_call(self.name):
+            wait = self.engine.begin(copied(prompts), list(seeds), settings)
+
+        def responses() -> Generation:
+            with plugin_call(self.name):
+                generation = wait()
+            return self._checked(generation, prompts)
+
+        return responses
+
+    def _checked(self, generation: Any, prompts: Sequence[Sequence[int]]) -> Generation:
+        """The engine's responses on this rank's device. Raises UserError."""
         try:
             check_generation(generation, prompts, self.vocabulary)
         except (TypeError, ValueError) as error:

@@ -1,50 +1,73 @@
-"""The engine `vllm`: vLLM in the trainer's process, one instance per rank.
+"""The engine `vllm`: vLLM in the trainer's process, one instance per rank, or servers.
 
-Weights go in from memory, tensor by tensor. Log-probabilities for the loss are still those of the
-policy's own forward pass; vLLM's are in `Generation.logprobs`, so that the gap is measured.
+In this process weights go in from memory, tensor by tensor; `vllm_servers` has the servers.
+Log-probabilities for the loss are still those of the policy's own forward pass; vLLM's are in
+`Generation.logprobs`, so that the gap is measured.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.types import Generation
 from marlhf.config import RolloutSettings
-from marlhf.models.policy import Policy, unwrapped
+from marlhf.models.policy import unwrapped
 from marlhf.rollout.engine import EngineContext
-from marlhf.rollout.transformers_engine import left_pad, pad_token_id
+from marlhf.rollout.vllm_client import checked_address
+from marlhf.rollout.vllm_sampling import PolicyFacts, Sampled
+from marlhf.rollout.vllm_servers import VLLMServers, check_servers
+
+_OF_THIS_PROCESS = ("memory_fraction", "cache_gb", "dtype", "options")
+_OF_SERVERS = ("timeout_seconds", "on_failure")
 
 
 @dataclass(frozen=True)
 class VLLM:
-    """Configuration of the engine.
+    """Configuration of the engine: in this process, or servers at addresses.
 
     memory_fraction   share of a GPU's memory for vLLM's weights and KV cache
     cache_gb          on a CPU, GiB for the KV cache
     dtype             of its weights; `auto`: bfloat16 where `model.precision` is bf16, else float32
     options           further arguments of `vllm.LLM`, passed through
+
+    address           of one or several servers, instead of these
+    timeout_seconds   without a token, or an answer, before a server counts as lost
+    on_failure        of a server: `stop`, or `continue` with the others
     """
 
     memory_fraction: float = 0.4
     cache_gb: float = 1.0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
+    address: str | list[str] | None = None
+    timeout_seconds: float = 120.0
+    on_failure: Literal["stop", "continue"] = "stop"
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_fraction < 1:
             raise UserError(f"memory_fraction: given {self.memory_fraction:g}, must be in (0, 1)")
         if self.cache_gb <= 0:
             raise UserError(f"cache_gb: given {self.cache_gb:g}, must be above 0")
+        if not 0 < self.timeout_seconds < math.inf:
+            raise UserError(f"timeout_seconds: given {self.timeout_seconds:g}, must be above 0")
+        of_the_other = _OF_SERVERS if self.address is None else _OF_THIS_PROCESS
+        for name in of_the_other:
+            if getattr(self, name) != getattr(VLLM, name, {}):
+                use = "needs address" if self.address is None else "is of vllm without address"
+                raise UserError(f"{name}: {use}; leave it out")
+        if self.address is not None:
+            check_servers(self.addresses, self.timeout_seconds)
+            return
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
         try:
             importlib.import_module("vllm")
@@ -53,9 +76,25 @@ class VLLM:
                 f"needs the package vllm ({one_line(error)}); install marlhf[vllm]"
             ) from error
 
-    def __call__(self, context: EngineContext) -> VLLMEngine:
-        """Start vLLM."""
-        return VLLMEngine(self, context)
+    @property
+    def addresses(self) -> list[str]:
+        """Addresses of the servers. Raises UserError."""
+        texts = [self.address] if isinstance(self.address, str) else self.address or []
+        addresses = [checked_address(text) for text in texts]
+        if not addresses or len({*addresses}) < len(addresses):
+            raise UserError("address: must hold at least one server, and each only once")
+        return addresses
+
+    @property
+    def samples_ahead(self) -> bool:
+        """Whether it samples while the trainer trains."""
+        return self.address is not None
+
+    def __call__(self, context: EngineContext) -> VLLMEngine | VLLMServers:
+        """Start vLLM, or meet the servers."""
+        if self.address is None:
+            return VLLMEngine(self, context)
+        return VLLMServers(self.addresses, self.timeout_seconds, self.on_failure, context)
 
 
 class VLLMEngine:
@@ -66,13 +105,9 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads
         vllm: Any = importlib.import_module("vllm")
-        policy: Policy = context.distributed.unwrap(context.policy)
-        lm = unwrapped(policy.model)
-        self._eos_ids = policy.eos_ids
-        self._pad_id = pad_token_id(context.tokenizer, policy.eos_ids)
-        self._device = context.distributed.device
-        self._tied = _tied_names(lm)
-        on_cpu = self._device.type == "cpu"
+        lm = unwrapped(context.distributed.unwrap(context.policy).model)
+        self._facts = PolicyFacts.of(context)
+        on_cpu = context.distributed.device.type == "cpu"
         dtype = "bfloat16" if context.distributed.precision == "bf16" else "float32"
         arguments: dict[str, Any] = {
             "runner": "generate",
@@ -108,44 +143,16 @@ class VLLMEngine:
         vllm: Any = importlib.import_module("vllm")
         self._wake()
         parameters = [
-            vllm.SamplingParams(
-                seed=seed % 2**63,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                max_tokens=settings.max_new_tokens,
-                min_tokens=settings.min_new_tokens,
-                stop=list(settings.stop_strings),
-                include_stop_str_in_output=True,
-                stop_token_ids=list(self._eos_ids),
-                ignore_eos=True,  # EOS ids are ours: those of the model and of the tokenizer
-                detokenize=bool(settings.stop_strings),
-                logprobs=0,
-            )
-            for seed in seeds
+            vllm.SamplingParams(**self._facts.parameters(seed, settings)) for seed in seeds
         ]
         inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         results = self._llm.generate(inputs, parameters, use_tqdm=False)
-        outputs: list[Any] = [result.outputs[0] for result in results]
-        T = max(len(output.token_ids) for output in outputs)
-        response_ids = torch.full((len(outputs), T), self._pad_id)
-        logprobs = torch.zeros(len(outputs), T)
-        lengths = torch.tensor([len(output.token_ids) for output in outputs])
-        for i, output in enumerate(outputs):
-            tokens = list(output.token_ids)
-            response_ids[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-            chosen = [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
-            logprobs[i, : len(tokens)] = torch.tensor(chosen)
-        finished = torch.tensor([output.finish_reason == "stop" for output in outputs])
-        prompt_ids, prompt_mask = left_pad(prompts, self._pad_id)
-        response_mask = torch.arange(T) < lengths[:, None]
-        tensors = prompt_ids, prompt_mask, response_ids, response_mask, finished, logprobs
-        return Generation(*(x.to(self._device) for x in tensors))
+        return self._facts.generation(prompts, [_response(r.outputs[0]) for r in results])
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the weights in place, and drop cached keys and values of the old ones."""
         self._wake()
-        arguments = {"weights_iterator": self._with_tied(weights)}
+        arguments = {"weights_iterator": self._facts.with_tied(weights)}
         self._llm.collective_rpc("reload_weights", kwargs=arguments)
         self._llm.reset_prefix_cache()
 
@@ -164,20 +171,8 @@ class VLLMEngine:
             self._llm.wake_up()
             self._asleep = False
 
-    def _with_tied(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights, tied ones under every name: vLLM may pack each separately."""
-        for name, weight in weights:
-            yield name, weight
-            for other in self._tied.get(name, ()):
-                yield other, weight
 
-
-def _tied_names(lm: Any) -> dict[str, list[str]]:
-    """Names of tied parameters, by the name of the first parameter with that tensor."""
-    first: dict[int, str] = {}
-    tied: dict[str, list[str]] = {}
-    for name, parameter in lm.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            tied.setdefault(first[id(parameter)], []).append(name)
-        first.setdefault(id(parameter), name)
-    return tied
+def _response(output: Any) -> Sampled:
+    tokens = list(output.token_ids)
+    logprobs = [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
+    return Sampled(tokens, logprobs, output.finish_reason == "stop")

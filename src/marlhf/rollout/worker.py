@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,17 @@ from marlhf.common.tokenization import Tokenizer, has_text
 from marlhf.common.types import Generation, ResponseBatch, RewardResult, Sequences
 from marlhf.config import PPOConfig
 from marlhf.data.encoding import encode
+from marlhf.data.order import PromptStream
 from marlhf.data.prompts import Prompt, render
 from marlhf.distributed import Distributed, in_use
 from marlhf.models.policy import CriticOutput, PolicyOutput, forward
 from marlhf.rewards import CombinedReward, place_spans
-from marlhf.rollout.batching import micro_batches, minibatches
-from marlhf.rollout.engine import Engine, engine_name
+from marlhf.rollout.ahead import Ahead, Request
+from marlhf.rollout.batching import micro_batches, minibatches, rank_share
+from marlhf.rollout.engine import AheadEngine, Engine, engine_name
+from marlhf.rollout.policy_weights import policy_weights
 from marlhf.rollout.scores import reward_columns, score_to_rewards
+from marlhf.rollout.transformers_engine import pad_token_id
 from marlhf.runs.metrics import Timer
 
 
@@ -36,6 +41,7 @@ class RolloutWorker:
 
     reference   None where nothing uses its log-probabilities
     requested_extras   additional outputs of the policy's log-prob pass; see `models.Policy`
+    stream      the prompts of updates, for `rollout.ahead`
     """
 
     config: PPOConfig
@@ -47,6 +53,27 @@ class RolloutWorker:
     distributed: Distributed
     engine: Engine
     requested_extras: frozenset[str] = frozenset()
+    stream: PromptStream[Prompt] | None = None
+
+    @cached_property
+    def ahead(self) -> Ahead | None:
+        """What samples one update ahead, if configured."""
+        if not self.config.rollout.ahead or self.stream is None:
+            return None
+        return Ahead(
+            cast("AheadEngine", self.engine),
+            self.config.rollout,
+            self.distributed,
+            pad_token_id(self.tokenizer, self.distributed.unwrap(self.policy).eos_ids),
+            self._upcoming,
+            keeps=self.config.checkpoint.every > 0,
+        )
+
+    def update_engine(self) -> None:
+        """Give the engine the policy's weights, once it has sampled what it began."""
+        if self.ahead is not None:
+            self.ahead.finish()
+        self.engine.update_weights(policy_weights(self.distributed.unwrap(self.policy)))
 
     def __call__(
         self,
@@ -65,14 +92,8 @@ class RolloutWorker:
         """
         texts = [render(p, self.tokenizer) for p in prompts]
         with timer("generate"):
-            encoded, truncated = encode(
-                texts,
-                self.tokenizer,
-                self.config.rollout.max_prompt_length,
-                special=[p.messages is None for p in prompts],
-            )
-            seeds = [row_seed(self.config.seed, step, row_id) for row_id in row_ids]
-            generation = self._sample(encoded, seeds, held_out)
+            request, truncated = self._request(prompts, texts, row_ids, step)
+            generation, lag = self._sample(request, held_out)
         with timer("score"):
             rollout = self.score(
                 prompts,
@@ -83,7 +104,7 @@ class RolloutWorker:
                 held_out=held_out,
                 with_values=with_values,
             )
-        return replace(rollout, truncated=torch.tensor(truncated))
+        return replace(rollout, truncated=torch.tensor(truncated), lag=lag)
 
     def score(
         self,
@@ -139,20 +160,45 @@ class RolloutWorker:
             extras={name: outputs[name] for name in requested},
         )
 
-    def _sample(
-        self, encoded: Sequence[Sequence[int]], seeds: Sequence[int], held_out: bool
-    ) -> Generation:
-        """One response per prompt of token ids. Raises UserError without log-probs needed."""
-        settings = self.config.rollout
-        generation = self.engine.generate(encoded, seeds, settings)
-        self.engine.sleep()
+    def _request(
+        self, prompts: Sequence[Prompt], texts: list[str], row_ids: Sequence[int], step: int
+    ) -> tuple[Request, Sequence[bool]]:
+        """What the engine is asked for, and which prompts were truncated."""
+        ids, truncated = encode(
+            texts,
+            self.tokenizer,
+            self.config.rollout.max_prompt_length,
+            special=[p.messages is None for p in prompts],
+        )
+        seeds = [row_seed(self.config.seed, step, row_id) for row_id in row_ids]
+        return Request(step, ids, seeds, row_ids), truncated
+
+    def _upcoming(self, step: int) -> Request | None:
+        """This rank's request of an update, before its time; None after the last one."""
+        config, ranks = self.config, self.distributed
+        if self.stream is None or step >= config.steps:
+            return None
+        batch = self.stream.batch(step, config.rollout.batch_size)
+        copies = config.rollout.responses_per_prompt
+        prompts, row_ids = rank_share(batch, copies, ranks.rank, ranks.world_size)
+        texts = [render(prompt, self.tokenizer) for prompt in prompts]
+        return self._request(prompts, texts, row_ids, step)[0]
+
+    def _sample(self, request: Request, held_out: bool) -> tuple[Generation, int | None]:
+        """Responses and their lag, see `Rollout`. Raises UserError without log-probs needed."""
+        settings, lag = self.config.rollout, None
+        if self.ahead is None or held_out:
+            generation = self.engine.generate(request.ids, request.seeds, settings)
+            self.engine.sleep()
+        else:
+            generation, lag = self.ahead(request)
         if settings.needs_sampling_logprobs and generation.logprobs is None and not held_out:
             raise UserError(
                 f"rollout.engine: {engine_name(self.engine)} does not tell the "
                 "log-probabilities that it samples with, which rollout.importance and "
                 "rollout.old_logprobs=engine need"
             )
-        return generation
+        return generation, lag
 
     def _reward(
         self,

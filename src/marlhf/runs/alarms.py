@@ -104,8 +104,12 @@ def policy_stands_still(history: History) -> str | None:
 
 
 def engine_gap(history: History) -> str | None:
-    """Engine-to-policy KL above 0.15 nats per token, or five times its initial value."""
-    gaps = _series(history, "engine_kl")
+    """Engine-to-policy KL above 0.15 nats per token, or five times its initial value.
+
+    Updates compared are of the same `sampling_lag`, as older weights differ from the policy's.
+    """
+    lag = history[-1].get("sampling_lag") if history else None
+    gaps = _series([row for row in history if row.get("sampling_lag") == lag], "engine_kl")
     if not gaps or gaps[-1] < 0.01 or gaps[-1] < min(0.15, 5 * gaps[0]):
         return None
     return (

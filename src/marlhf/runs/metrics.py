@@ -23,7 +23,7 @@ RESERVED_NAMES = frozenset(
     entropy response_length_mean eos_fraction prompt_truncated_fraction macro_length_mean
     macro_count_mean policy_loss value_loss explained_variance advantage_std clip_fraction
     value_clip_fraction approx_kl ratio_max engine_kl engine_ratio_max loss_weight_mean
-    continued_prefixes_mean continuation_tokens_mean
+    sampling_lag continued_prefixes_mean continuation_tokens_mean
     policy_steps skipped_steps ptx_loss grad_norm_policy grad_norm_value learning_rate step_seconds
     generate_seconds score_seconds segment_seconds train_seconds tokens_per_second peak_memory_gb
     reserved_memory_gb

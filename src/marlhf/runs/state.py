@@ -34,6 +34,7 @@ from marlhf.common.plugins import (
 from marlhf.common.state_files import digest_of_state, read_tensors
 from marlhf.config import CheckpointSettings
 from marlhf.config.loading import config_from_dict, config_to_dict, with_new_names
+from marlhf.config.sections import sampling_engine
 from marlhf.distributed import Distributed
 from marlhf.runs import checkpoint
 from marlhf.runs.agreement import check_agreement, check_shared, differences
@@ -341,11 +342,11 @@ def check_config(config: Any, start: Checkpoint) -> None:
 
 
 def _with_plain_engine(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration in which the engine `transformers` samples all responses at a time."""
-    engine = config.get("rollout", {}).get("engine")
-    if not isinstance(engine, dict) or engine.get("name") != "transformers":
+    """A configuration without arguments of the engine that change no sample."""
+    rollout = config.get("rollout", {})
+    if "engine" not in rollout:
         return config
-    return {**config, "rollout": {**config["rollout"], "engine": "transformers"}}
+    return {**config, "rollout": {**rollout, "engine": sampling_engine(rollout["engine"])}}
 
 
 def _config_of(start: Checkpoint, config: Any) -> dict[str, Any]:

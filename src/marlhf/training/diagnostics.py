@@ -49,6 +49,8 @@ def measure(rollout: Rollout, batch: MacroBatch, kl_coef: float, metrics: Metric
         gap = responses.logprobs - generation.logprobs  # log(policy / engine)
         metrics.mean("engine_kl", k3(-gap), responses.response_mask)
         metrics.maximum("engine_ratio_max", gap[responses.response_mask].exp().max())
+    if rollout.lag is not None:
+        metrics.add("sampling_lag", rollout.lag)
     metrics.mean("response_length_mean", generation.lengths)
     metrics.mean("eos_fraction", generation.finished)
     metrics.mean("prompt_truncated_fraction", rollout.truncated)

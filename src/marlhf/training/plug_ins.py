@@ -11,7 +11,7 @@ from marlhf.algorithm.loss_weights import LossWeights, build_loss_weights
 from marlhf.config import PPOConfig
 from marlhf.rewards import CombinedReward, build_rewards, build_token_rewards
 from marlhf.rewards.tokens import CombinedTokenReward
-from marlhf.rollout.engine import EngineFactory, build_engine
+from marlhf.rollout.engine import EngineFactory, build_engine, check_ahead
 from marlhf.segmenters import SegmenterFn, build_segmenter
 
 
@@ -44,6 +44,7 @@ def build_plug_ins(config: PPOConfig, arguments: Mapping[str, Any]) -> PlugIns:
     segmenter, estimator = build_segmenter(specs["segmenter"]), build_estimator(specs["estimator"])
     check_estimator(estimator, config)
     engine, reward = build_engine(specs["engine"]), build_rewards(specs["reward"])
+    check_ahead(engine, config.rollout.ahead)
     names = [reward.name for reward in reward.rewards]
     token_reward = build_token_rewards(specs["token_reward"], names)
     weights = build_loss_weights(config.ppo.weights, segmenter)

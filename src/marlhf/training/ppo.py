@@ -39,7 +39,6 @@ from marlhf.rewards import RewardModel
 from marlhf.rollout.batching import check_minibatches, held_out_share, rank_share
 from marlhf.rollout.continuations import ContinuationSampler
 from marlhf.rollout.engine import EngineContext, start_engine
-from marlhf.rollout.policy_weights import policy_weights
 from marlhf.rollout.scores import add_token_rewards, check_rewards
 from marlhf.rollout.worker import RolloutWorker
 from marlhf.runs.directory import writing
@@ -137,6 +136,7 @@ class PPOTrainer:
             distributed=ranks,
             engine=self.engine,
             requested_extras=self.token_reward.requires - REF_LOGPROBS,
+            stream=self.stream,
         )
         self.kl = KLCoefficient(config.kl, config.kl_in_loss)
         of_plug_ins = built.estimator, built.loss_weights
@@ -145,7 +145,7 @@ class PPOTrainer:
         self.update = PPOUpdate(config, self.policy, self.critic, self.texts, self.kl, ranks)
         self.state = RunState(self._parts(), config, ranks, claimed.provenance)
         self.step_count = 0 if checkpoint is None else self.state.load(checkpoint)
-        self._update_engine()
+        self.worker.update_engine()
 
     def _parts(self) -> dict[str, Any]:
         """Everything with state that updates change, by name, for checkpoints."""
@@ -153,6 +153,7 @@ class PPOTrainer:
             "policy": self.policy,
             "critic": self.critic,
             "kl": self.kl,
+            "ahead": self.worker.ahead,
             "segmenter": self.segmenter,
             **{f"reward {reward.name}": reward.function for reward in self.reward.rewards},
             **{f"token reward {named.name}": named.reward for named in self.token_reward.rewards},
@@ -219,7 +220,7 @@ class PPOTrainer:
             with keeping_batch(self.run_dir.path / name):
                 self.update(experience, self.step_count, metrics)
         with timer("generate"):
-            self._update_engine()
+            self.worker.update_engine()
         self.step_count += 1
 
         # 5. report
@@ -273,9 +274,6 @@ class PPOTrainer:
             self.distributed.fail_together(write if self.distributed.is_main else lambda: None)
 
     # -- one update ------------------------------------------------------------------------------
-
-    def _update_engine(self) -> None:
-        self.engine.update_weights(policy_weights(self.distributed.unwrap(self.policy.model)))
 
     def _segment(self, rollout: Rollout) -> Tensor:
         responses = rollout.responses

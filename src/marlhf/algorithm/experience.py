@@ -7,8 +7,7 @@ Every formula is in `macro`, `advantages` and `estimators`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -183,6 +182,7 @@ class Experience:
 
     logprobs   of the policy that sampled, the denominator of the ratio
     weights    of each token's term in the policy loss
+    M          the most macro actions of a response; None before `select`, which reads it
     """
 
     input_ids: Tensor
@@ -195,6 +195,7 @@ class Experience:
     values: Tensor | None
     returns: Tensor | None
     weights: Tensor | None = None
+    M: int | None = None
 
     def __len__(self) -> int:
         return len(self.response_mask)
@@ -202,24 +203,25 @@ class Experience:
     def select(self, index: Tensor) -> Experience:
         """The sequences at `index`, without columns that are padding in all of them."""
         index = index.to(self.input_ids.device)  # once, and not for every field
-        full_width, response = kept_columns(self.attention_mask[index], self.response_mask[index])
+        full_width, response, (M,) = kept_columns(
+            self.attention_mask[index],
+            self.response_mask[index],
+            self.segment_ids[index].max() + 1,
+        )
         columns = {"input_ids": full_width, "attention_mask": full_width}
-        selected: dict[str, Any] = {}
-        for field in fields(self):
-            x = getattr(self, field.name)
-            selected[field.name] = (
-                None if x is None else x[index][:, columns.get(field.name, response)]
-            )
+        selected = {**vars(self), "M": M}
+        for name, x in self.tensors().items():
+            selected[name] = x[index][:, columns.get(name, response)]
         return Experience(**selected)
 
     def counts(self) -> Tensor:
         """Numbers of response tokens, of macro actions and of responses, float64 [3]."""
-        tokens, macro_actions = self.response_mask.sum(), macro_mask(self.segment_ids).sum()
+        tokens, macro_actions = self.response_mask.sum(), macro_mask(self.segment_ids, self.M).sum()
         return torch.stack([tokens, macro_actions, torch.full_like(tokens, len(self))]).double()
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, None left out."""
-        return {name: x for name, x in vars(self).items() if x is not None}
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from marlhf.algorithm.macro import expand, macro_mask, reduce
+from marlhf.algorithm.macro import expand, reduce
 
 Ratio = Literal["token", "macro_mean", "macro_product"]
 Aggregate = Literal["token", "response", "constant"]
@@ -32,6 +32,7 @@ def policy_loss(
     denominator: Tensor | float | None = None,
     weights_BT: Tensor | None = None,
     dual_clip: float | None = None,
+    M: int | None = None,
 ) -> tuple[Tensor, Stats]:
     """PPO's clipped objective, negated: max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)).
 
@@ -50,10 +51,11 @@ def policy_loss(
     weights_BT      of each token's term; macro_product takes that of a macro action's first token
     dual_clip       where A < 0, a term is at most -A dual_clip, above 1 (Ye et al. 2020, arXiv
                     1912.09729 eq. 5); None: unbounded
+    M               the most macro actions of a response, as in `reduce`
 
     At r = 1 all three have the same gradient. Returns (loss, stats): `clip_fraction` and
     `approx_kl` (k3 of the old policy against the new), means over the entries of r, tokens or
-    (macro_product) macro actions, their number `ratios`, and `ratio_max`.
+    (macro_product) macro actions, and `ratio_max`.
     Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7.
     """
     assert logprobs_BT.shape == old_logprobs_BT.shape == advantages_BT.shape == mask_BT.shape
@@ -68,7 +70,6 @@ def policy_loss(
             T = segment_ids.shape[1]
             log_ratio = expand(reduce(log_ratio, segment_ids, "equal", M=T), segment_ids)
         elif ratio == "macro_product":
-            M = macro_mask(segment_ids).shape[1]
             log_ratio = reduce(log_ratio, segment_ids, "sum", M=M)
             advantages = reduce(advantages, segment_ids, "first", M=M)
             if weights_BT is not None:
@@ -97,7 +98,6 @@ def policy_loss(
         stats = {
             "clip_fraction": _mean(is_clipped.to(r.dtype), mask),
             "approx_kl": _mean(k3(-log_ratio), mask),
-            "ratios": mask.sum(),
             "ratio_max": torch.where(mask, r, torch.zeros_like(r)).amax()
             if r.numel()
             else r.new_zeros(()),

@@ -23,12 +23,13 @@ def segment_ids(starts: Tensor, response_mask: Tensor) -> Tensor:
     return ids.masked_fill(~response_mask, -1)
 
 
-def macro_mask(segment_ids: Tensor) -> Tensor:
+def macro_mask(segment_ids: Tensor, M: int | None = None) -> Tensor:
     """[B,M] bool: which macro actions exist; M is the most in any response."""
     if segment_ids.numel() == 0:
         return segment_ids.new_zeros((segment_ids.shape[0], 0), dtype=torch.bool)
     counts = segment_ids.max(1).values + 1
-    return torch.arange(_most(segment_ids), device=counts.device) < counts[:, None]
+    M = _most(segment_ids) if M is None else M
+    return torch.arange(M, device=counts.device) < counts[:, None]
 
 
 def macro_lengths(segment_ids: Tensor) -> Tensor:
@@ -52,8 +53,8 @@ def reduce(
     sum        sum_i discount^i x_i  (the reward of an option in a semi-Markov decision process:
                Sutton, Precup & Singh 1999; `discount` is used by this one only)
 
-    M   columns of the result, at least the most macro actions of a response; None: those, for which
-        the host waits for a device
+    M   columns of the result, at least the most macro actions of a response; None: that many, to
+        be read, for which the host waits for a device
 
     Entries outside the mask (segment id -1) are ignored, even NaN. Returns [B,M] of x's dtype, 0
     where there is no macro action. Source of the value weights: MA-RLHF (arXiv 2410.02743).

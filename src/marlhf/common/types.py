@@ -153,7 +153,7 @@ class Sequences:
         """The sequences at `index`, without columns that are padding in all of them."""
         index = index.to(self.input_ids.device)
         attention, mask = self.attention_mask[index], self.response_mask[index]
-        full, response = kept_columns(attention, mask)
+        full, response, _ = kept_columns(attention, mask)
         return Sequences(self.input_ids[index][:, full], attention[:, full], mask[:, response])
 
     @staticmethod
@@ -193,13 +193,17 @@ def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
-def kept_columns(attention_mask: Tensor, response_mask: Tensor) -> tuple[slice, slice]:
+def kept_columns(
+    attention_mask: Tensor, response_mask: Tensor, *numbers: Tensor
+) -> tuple[slice, slice, list[int]]:
     """Columns with a token in any sequence, of `[B,P+T]` and of `[B,T]` tensors.
 
     At least one response column is kept.
+
+    numbers   int64, returned as the host's: it waits for a device once to read all
     """
     P = attention_mask.shape[1] - response_mask.shape[1]
     padding = attention_mask[:, :P].any(0).long().argmax()
-    # read together: the host waits for a device once
-    first, T = torch.stack([padding, response_mask.sum(1).max().clamp(min=1)]).tolist()
-    return slice(first, P + T), slice(T)
+    longest = response_mask.sum(1).max().clamp(min=1)
+    first, T, *others = torch.stack([padding, longest, *numbers]).tolist()
+    return slice(first, P + T), slice(T), others

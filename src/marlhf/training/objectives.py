@@ -66,6 +66,7 @@ def policy_objective(
         denominator,
         weights,
         config.ppo.dual_clip,
+        micro_batch.M,
     )
     if kl_coef > 0:
         assert micro_batch.ref_logprobs is not None
@@ -75,7 +76,9 @@ def policy_objective(
         bonus = entropy_bonus(outputs["entropy"], mask, denominator, averaging)
         loss = loss - config.ppo.entropy_coef * bonus
     metrics.add("policy_loss", loss.detach() * denominator, share)
-    ratios = stats["ratios"]
+    ratios = mask.sum()
+    if config.macro.ratio == "macro_product":
+        ratios = macro_mask(micro_batch.segment_ids, micro_batch.M).sum()
     metrics.add("clip_fraction", stats["clip_fraction"] * ratios, ratios)
     metrics.add("approx_kl", stats["approx_kl"] * ratios, ratios)
     metrics.maximum("ratio_max", stats["ratio_max"])
@@ -141,10 +144,9 @@ def _value_regression(
     mask, count = micro_batch.response_mask, tokens
     if config.macro.value_loss == "macro":
         ids, count = micro_batch.segment_ids, macro_actions
-        mask = macro_mask(ids)
-        M, how = mask.shape[1], config.macro.value
+        M, how = micro_batch.M, config.macro.value
         values, old_values = reduce(values, ids, how, M=M), reduce(old_values, ids, how, M=M)
-        returns = reduce(returns, ids, "first", M=M)
+        returns, mask = reduce(returns, ids, "first", M=M), macro_mask(ids, M)
     loss, stats = value_loss(values, old_values, returns, mask, config.ppo.value_clip_range, count)
     entries = mask.sum()
     metrics.add("value_loss", loss.detach() * count, entries)

@@ -83,31 +83,44 @@ def write(folder: Path, millions: int, dtype: str, is_classifier: bool) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def run_config(folder: Path, models: str) -> Any:
+    """The run whose models are loaded."""
+    from marlhf.config import PPOConfig
+    from marlhf.config.loading import config_from_dict
+
+    alone = models == "policy"
+    values = {
+        "model": {"path": str(folder / "policy")},
+        "output_dir": tempfile.mkdtemp() if "RANK" not in os.environ else str(folder / "run"),
+        "overwrite": True,
+        "rollout": {"batch_size": 8, "max_new_tokens": 8, "responses_per_prompt": 2},
+        "ppo": {"estimator": "grpo"} if alone else {},
+        "kl": {"coef": 0.0 if alone else 0.05},
+        "critic": {} if alone else {"init": "policy"},
+        "reward": {"models": "length" if alone else str(folder / "reward")},
+        "log": {"progress": False, "tensorboard": False},
+    }
+    return config_from_dict(PPOConfig, values)
+
+
+def estimated(folder: Path, models: str, profile: Any, ranks: int) -> int:
+    """What `marlhf estimate` says that a rank holds while it loads, MB."""
+    from marlhf.estimate.command import counter_of
+    from marlhf.estimate.memory_model import estimate, is_sharded
+
+    run = counter_of(run_config(folder, models)).run(ranks, is_sharded(profile))
+    return round(estimate(run, profile, ranks).loading / 1e6)
+
+
 def load(folder: Path, models: str) -> None:
     """A rank: build a run, and say when."""
     import torch
 
     import marlhf.distributed
     import marlhf.training.ppo
-    from marlhf.config import PPOConfig
-    from marlhf.config.loading import config_from_dict
     from marlhf.training.ppo import PPOTrainer
 
-    alone = models == "policy"
-    config = config_from_dict(
-        PPOConfig,
-        {
-            "model": {"path": str(folder / "policy")},
-            "output_dir": tempfile.mkdtemp() if "RANK" not in os.environ else str(folder / "run"),
-            "overwrite": True,
-            "rollout": {"batch_size": 8, "max_new_tokens": 8, "responses_per_prompt": 2},
-            "ppo": {"estimator": "grpo"} if alone else {},
-            "kl": {"coef": 0.0 if alone else 0.05},
-            "critic": {} if alone else {"init": "policy"},
-            "reward": {"models": "length" if alone else str(folder / "reward")},
-            "log": {"progress": False, "tensorboard": False},
-        },
-    )
+    config = run_config(folder, models)
     seed_generators, learner = marlhf.training.ppo.seed_generators, PPOTrainer._learner
     rank = os.environ.get("RANK", "0")
 
@@ -208,15 +221,16 @@ def main() -> None:
             write(folder / "reward", options.millions, options.dtype, is_classifier=True)
         size = 4 * weights // 10**6
         print(f"{weights / 1e6:.0f} million weights, {size} MB in fp32; files in {options.dtype}")
-        print("of each rank, MB: peak until optimisers are made, peak, and what stays")
-        print(f"{'profile':<10}{'ranks':>6}", flush=True)
+        print("MB: estimated; of each rank: peak until optimisers are made, peak, and what stays")
+        print(f"{'profile':<10}{'ranks':>6}{'estimated':>11}", flush=True)
         for profile in options.profiles:
             for ranks in options.ranks if profile != "single" else [1]:
                 curves, built = sample(folder, options.models, profile, ranks)
                 cells = "   ".join(
                     f"{max(c[: built[r] + 1]):>6} {max(c):>6} {c[-1]:>6}" for r, c in curves.items()
                 )
-                print(f"{profile:<10}{ranks:>6}   {cells}", flush=True)
+                said = estimated(folder, options.models, profile, ranks)
+                print(f"{profile:<10}{ranks:>6}{said:>11}   {cells}", flush=True)
                 for rank, curve in curves.items() if options.curves else ():
                     print(f"    rank {rank}: {' '.join(map(str, curve[::25]))}")
 

@@ -2,12 +2,12 @@
 
     python benchmarks/memory_estimates.py [--cases NAME ...] [--json FILE]
 
-Each case trains a random model for three updates in processes of its own, on the CPU, or on a GPU
-if there is one, and reads the peak of each: the resident set on a CPU, on a GPU
+Each case runs a job with a random model, for a few updates in processes of its own, on the CPU, or
+on a GPU if there is one, and reads the peak of each: the resident set on a CPU, on a GPU
 `torch.cuda.max_memory_allocated`. On a CPU a tiny model's run under the same profile is subtracted:
 Python, its libraries and the connection between ranks. The C library is told to give freed tensors
-back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built, as
-reading them is no part of an update. The copies of weights that only a CPU samples from are left
+back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built:
+`loading.py` measures loading. The copies of weights that only a CPU samples from are left
 out (`marlhf.rollout.packed_weights`). Needs about 14 GB; the cases with small models about 4.
 """
 
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "GPT-2": ("single", GPT2, {}, BRIEF),
     "GPT-2, ZeRO-1": ("zero1", GPT2, {}, BRIEF),
     "GPT-2, ZeRO-2, LoRA": ("zero2", GPT2, {"lora": {"target_modules": ["c_attn"]}}, BRIEF),
+    "sft, deep": ("single", DEEP, {}, {}),
+    "sft, wide, LoRA": ("single", WIDE, LORA, {}),
+    "sft, wide, ZeRO-2": ("zero2", WIDE, {}, {}),
+    "reward, deep, checkpointing": ("single", DEEP, CHECKPOINTING, {}),
+    "reward, wide, DDP": ("ddp", WIDE, {}, {}),
+    "evaluate, SmolLM2-135M": ("single", SMOLLM2, {}, {}),
+    "evaluate, Qwen3": ("single", QWEN3, {}, {}),
 }
 
 
@@ -136,11 +144,14 @@ def main() -> None:
     print(f"{'case':<42} {'measured MB':>12} {'estimated MB':>13} {'ratio':>6}   peak in")
     for name in options.cases:
         profile, shape, model, sections = CASES[name]
-        if profile not in overhead:
-            overhead[profile] = measure(profile, TINY, {}, {})[0]
-            print(f"{profile}: {overhead[profile] / 1e6:.0f} MB of a tiny model's run subtracted")
-        peak, estimated, phase = measure(profile, shape, model, sections)
-        peak -= overhead[profile]
+        first = name.split(",")[0]
+        job = first if first in ("sft", "reward", "evaluate") else "ppo"
+        key = f"{profile} {job}"
+        if key not in overhead:
+            overhead[key] = measure(job, profile, TINY, {}, {})[0]
+            print(f"{key}: {overhead[key] / 1e6:.0f} MB of a tiny model's run subtracted")
+        peak, estimated, phase = measure(job, profile, shape, model, sections)
+        peak -= overhead[key]
         rows[name] = {"measured": peak, "estimated": estimated, "phase": phase}
         ratio = estimated / peak
         print(
@@ -152,7 +163,7 @@ def main() -> None:
 
 
 def measure(
-    profile: str, shape: dict[str, Any], model: dict[str, Any], sections: dict[str, Any]
+    job: str, profile: str, shape: dict[str, Any], model: dict[str, Any], sections: dict[str, Any]
 ) -> tuple[int, int, str]:
     """`(most bytes of any rank, estimate, phase of its peak)` of one case."""
     import torch
@@ -163,7 +174,7 @@ def measure(
     ranks = 1 if profile == "single" else 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        case = {"shape": shape, "model": model, "sections": sections, "ranks": ranks}
+        case = {"job": job, "shape": shape, "model": model, "sections": sections, "ranks": ranks}
         (folder / "case.json").write_text(json.dumps(case))
         done = subprocess.run(
             [sys.executable, *launcher(profile), __file__, "--rank", name],
@@ -181,9 +192,9 @@ def measure(
             sys.exit(done.stderr[-3000:])
         with torch.device("cpu"):
             run = counter_of(config(case, folder)).run(ranks, profile.startswith("zero3"))
-    estimated = estimate(run, profile, ranks)  # pyright: ignore[reportArgumentType]
-    phase = max(estimated.phases, key=lambda name: estimated.phases[name].total)
-    return max(peaks), estimated.peak, phase
+    needed = estimate(run, profile, ranks)  # pyright: ignore[reportArgumentType]
+    phase = max(needed.phases, key=lambda name: needed.phases[name].total)
+    return max(peaks), needed.permanent + needed.phases[phase].total, phase
 
 
 def launcher(profile: str) -> list[str]:
@@ -196,25 +207,52 @@ def launcher(profile: str) -> list[str]:
 
 def config(case: dict[str, Any], folder: Path) -> Any:
     """The run of a case; its model's config.json is written to the folder."""
-    from marlhf.config import PPOConfig
     from marlhf.config.loading import config_from_dict, merge
+    from marlhf.estimate.shapes import JOBS
 
-    model_config(case).save_pretrained(folder / "model")
-    values = {
-        "model": {"path": str(folder / "model"), **case["model"]},
-        "output_dir": str(folder / "run"),
-        "steps": 3,
-        "data": {"eval_rows": 0},
-        "rollout": {
-            "batch_size": 8 * case["ranks"],
-            "max_prompt_length": 80,
-            "max_new_tokens": 48,
-            "min_new_tokens": 48,
-        },
+    job, ranks, path = case["job"], case["ranks"], str(folder / "model")
+    if not (folder / "model" / "config.json").exists():
+        model_config(case).save_pretrained(path)
+    lengths = {"max_prompt_length": 80, "max_new_tokens": 48, "min_new_tokens": 48}
+    quiet = {
         "log": {"progress": False, "tensorboard": False, "eval_every": 0},
         "checkpoint": {"every": 0},
+        "output_dir": str(folder / "run"),
+        "steps": 3,
     }
-    return config_from_dict(PPOConfig, merge(values, case["sections"]))
+    data = {"path": str(folder / "rows.jsonl"), "eval_rows": 0}
+    values: dict[str, Any] = {
+        "ppo": quiet
+        | {
+            "model": {"path": path, **case["model"]},
+            "data": {"eval_rows": 0},
+            "rollout": {"batch_size": 8 * ranks, **lengths},
+        },
+        "sft": quiet
+        | {
+            "model": {"path": path, **case["model"]},
+            "data": data,
+            "batch_size": 16 * ranks,
+            "max_length": 128,
+            "loss_on": "all",
+        },
+        "reward": quiet
+        | {
+            "model": {"path": path, **case["model"]},
+            "data": data | {"prompt_column": "prompt"},
+            "batch_size": 8 * ranks,
+            "max_length": 128,
+            "optimizer": {"micro_batch_size": 4},
+        },
+        "evaluate": {
+            "policies": {"a": path},
+            "model": case["model"],
+            "data": data,
+            "output_dir": str(folder / "run"),
+            "rollout": {"batch_size": 16, **lengths},
+        },
+    }[job]
+    return config_from_dict(JOBS[job], merge(values, case["sections"]))
 
 
 def model_config(case: dict[str, Any]) -> Any:
@@ -224,20 +262,36 @@ def model_config(case: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**case["shape"])
 
 
-def run_rank(folder: Path) -> None:
-    """Three updates of one rank; leaves its peak in the folder."""
-    import torch
+def tokenizer() -> Any:
+    """One token for each byte."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<s>"
+    )
+
+
+def run_rank(folder: Path) -> None:
+    """A few updates of one rank; leaves its peak in the folder."""
+    case = json.loads((folder / "case.json").read_text())
+    rank = int(os.environ.get("RANK", 0))
+    run = run_ppo if case["job"] == "ppo" else run_job
+    (folder / f"peak-{rank}").write_text(str(run(case, folder)))
+
+
+def run_ppo(case: dict[str, Any], folder: Path) -> int:
+    """The peak of three updates."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
     from marlhf.rollout import packed_weights
     from marlhf.training.ppo import PPOTrainer
 
     packed_weights.FEWEST_TOKENS = sys.maxsize
-    case = json.loads((folder / "case.json").read_text())
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *letters])}, []))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     settings = config(case, folder / str(os.environ.get("RANK", 0)))
     rows = settings.rollout.batch_size
     trainer = PPOTrainer(
@@ -245,15 +299,59 @@ def run_rank(folder: Path) -> None:
         reward=lambda prompts, completions: [float(len(c) % 7) for c in completions],
         train_dataset=["x" * (60 + i) for i in range(rows - 1)] + ["y" * 200],
         model=AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<s>"
-        ),
+        tokenizer=tokenizer(),
     )
     reset_peak()
     for _ in range(settings.steps):
         trainer.step(trainer.stream.batch(trainer.step_count, rows))
-    (folder / f"peak-{trainer.distributed.rank}").write_text(str(peak()))
+    most = peak()
     trainer.distributed.barrier()
+    return most
+
+
+def run_job(case: dict[str, Any], folder: Path) -> int:
+    """The peak of another job, from when its model is there until it writes the results."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import marlhf.evaluation.sampling as sampling
+    from marlhf.evaluation.job import evaluate
+    from marlhf.rollout import packed_weights
+    from marlhf.training import reward_model, sft
+    from marlhf.training.supervised import SupervisedTrainer
+
+    packed_weights.FEWEST_TOKENS = sys.maxsize
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        lm = AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32)
+        lm.save_pretrained(folder / "model")
+        del lm
+        tokenizer().save_pretrained(folder / "model")
+        row = {"prompt": "x" * 80, "completion": "y" * 60, "chosen": "y" * 60, "rejected": "z" * 60}
+        (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 48)
+        (folder / "written").touch()
+    while not (folder / "written").exists():
+        time.sleep(0.1)
+    most = 0
+
+    def watched(work: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            nonlocal most
+            reset_peak()
+            result = work(*arguments)
+            most = max(most, peak())
+            return result
+
+        return run
+
+    settings = config(case, folder)
+    if case["job"] == "evaluate":
+        sampling._sampled = watched(sampling._sampled)
+        evaluate(settings)
+    else:
+        SupervisedTrainer._train = watched(SupervisedTrainer._train)
+        {"sft": sft, "reward": reward_model}[case["job"]].run(settings)
+    return most
 
 
 def reset_peak() -> None:

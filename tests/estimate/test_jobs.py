@@ -124,5 +124,6 @@ def test_the_command_takes_every_job(folder, job, tmp_path, capsys):
     main(
         ["estimate", str(tmp_path / "c.yaml"), "--job", job, "--gpus", "2", "--gpu-memory", "1e-4"]
     )
-    help_key = "rollout.micro_batch_size=1" if job == "evaluate" else "model.lora.r=16"
+    help_key = "model.lora.r=16 model.quantization.bits=4"
+    help_key = "rollout.micro_batch_size=1" if job == "evaluate" else help_key
     assert help_key in capsys.readouterr().out

@@ -334,12 +334,10 @@ def _offloaded(config: JobConfig, weights: Mapping[str, Weights]) -> frozenset[s
 
 
 def _saved(config: PPOConfig | SFTConfig | RewardConfig, weights: Mapping[str, Weights]) -> int:
-    """Host bytes for writing `final/`, where adapters are first merged in fp32."""
+    """Host bytes for writing `final/`: in its dtype, or in fp32 where adapters are merged."""
     model_config = loading.load_model_config(config.model, weights=False)
-    dtype = final_dtype(config.model, model_config)
-    merged = FP32 if config.model.lora else 0
-    trained = next(iter(weights.values()))
-    return (merged + dtype.itemsize) * (trained.frozen if config.model.lora else trained.used)
+    size = FP32 if config.model.lora else final_dtype(config.model, model_config).itemsize
+    return size * next(iter(weights.values())).used
 
 
 def _weights(config: JobConfig, models: FakeModels) -> dict[str, Weights]:

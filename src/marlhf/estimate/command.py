@@ -120,7 +120,8 @@ def helps(
 ) -> Iterable[tuple[str, dict[str, MemoryEstimate]]]:
     """Yield `(changes, estimates with them)` for settings that lower the memory.
 
-    Changes accumulate: settings first, then more GPUs with them, then LoRA, on `gpus` GPUs again.
+    Changes accumulate: settings first, then more GPUs with them, then, on `gpus` GPUs again, LoRA
+    and its base in 4 bits.
     """
     from marlhf.config.loading import apply_overrides, config_from_dict, config_to_dict
 
@@ -150,6 +151,13 @@ def helps(
     if config.model.lora is None:
         changes.append("model.lora.r=16")
         yield " ".join(changes), estimates(counter(), gpus)
+    if config.model.quantization is None:
+        changes.append("model.quantization.bits=4")
+        try:
+            quantized = estimates(counter(), gpus)
+        except UserError:  # not for this family, or this file
+            return
+        yield " ".join(changes), quantized
 
 
 def _has(values: dict[str, Any], change: str) -> bool:

@@ -29,7 +29,7 @@ from marlhf.models.loading import (
     read_classifier,
 )
 from marlhf.models.policy import backbone_of, hidden_width, length_switch
-from marlhf.models.saving import save_model
+from marlhf.models.saving import convert, save_model
 
 
 @doing("loading")
@@ -149,7 +149,7 @@ def save_classifier(
     if hasattr(model, "peft_config"):
         # before growing, so that no embeddings are saved
         save_adapter(model, folder / "adapter", "reward")
-        model = plain_copy(model).merge_and_unload()
+        model = convert(plain_copy(model).merge_and_unload(), dtype)
         _pad(model, tokenizer)
         model.config.save_pretrained(folder / "adapter" / "reward")
         tokenizer.save_pretrained(folder / "adapter" / "reward")

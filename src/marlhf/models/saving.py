@@ -34,6 +34,14 @@ def save_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
         model.save_pretrained(folder)
 
 
+def convert(model: Any, dtype: torch.dtype) -> Any:
+    """The model with floating-point parameters in a dtype, converted in place one at a time."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @doing("saving")
 def save_policy(
     policy: Policy, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
@@ -45,6 +53,6 @@ def save_policy(
         save_adapter(model, folder / "adapter", policy.adapter)
         model = plain_copy(model)
         model.set_adapter(policy.adapter)  # merging takes modules_to_save of the active adapter
-        model = model.merge_and_unload(adapter_names=[policy.adapter])
+        model = convert(model.merge_and_unload(adapter_names=[policy.adapter]), dtype)
     save_model(model, folder, dtype)
     tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.audits import audit, build_model, letters, train
+from support.browser import browser, faults
 
 from marlhf.cli import main
 from marlhf.config import PPOConfig
@@ -344,6 +345,11 @@ def test_tables_fit_80_columns_and_the_page_is_complete(
     assert page.count("<svg") >= 3
     assert page.count("<h3>the truth</h3>") == 3
     assert all(f"<h3>{arm}</h3>" in page for arm in ARMS.values())
+
+
+def test_the_page_in_a_browser(audited: dict[str, Any], run: Path) -> None:
+    with browser() as page:
+        assert faults(page, run / "audit" / "audit.html") == []
 
 
 # --- faults

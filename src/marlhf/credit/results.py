@@ -98,7 +98,7 @@ _VALUE_STATISTICS = {
 def verdict(explained: Mapping[str, Any] | None) -> str:
     """What an interval of the explained variance lets one say."""
     if explained is None or explained["low"] is None:
-        return "the truth varies too little to tell"
+        return "too few prompts, or too little variance of the truth, to tell"
     if explained["high"] < 0:
         return "worse than a constant"
     if explained["low"] <= 0:

@@ -161,7 +161,7 @@ def _decimal(value: float, form: str) -> str:
     if form.endswith("g") and 1 <= abs(value) < 1e6:
         digits = max(0, int(form[-2]) - len(str(int(abs(value)))))
         return format(value, f"{form[:-3]}.{digits}f")
-    text = format(value, form)
+    text = format(value, form.replace(".", "#.") if form.endswith("g") else form)
     return text.replace("-", "") if set(text) <= set("-0.%") else text
 
 

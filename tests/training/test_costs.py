@@ -49,16 +49,17 @@ def counted_update(trainer: PPOTrainer) -> tuple[Counter[str], int]:
         count(lm.get_output_embeddings(), f"logits of {name}")
     if trainer.critic is not None and policy.adapter is None:
         count(trainer.critic.model.backbone, "critic")
-    generate = trainer.engine.generate
+    usual = trainer.engine
 
     def uncounted(*arguments: Any) -> Any:
         counting[0] = False
-        generation = generate(*arguments)
+        generation = usual.generate(*arguments)
         counting[0] = True
         tokens.append(int(generation.response_mask.sum()))
         return generation
 
-    engine = SimpleNamespace(generate=uncounted, sleep=trainer.engine.sleep)
+    update = usual.update_weights
+    engine = SimpleNamespace(generate=uncounted, sleep=usual.sleep, update_weights=update)
     trainer.worker = replace(trainer.worker, engine=engine)
     trainer.step(PROMPTS)
     return found, tokens[0]

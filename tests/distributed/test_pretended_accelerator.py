@@ -35,6 +35,7 @@ from marlhf.algorithm.estimators import ESTIMATORS
 from marlhf.config import (
     ImportanceSettings,
     LoraSettings,
+    QuantizationSettings,
     RewardConfig,
     RolloutSettings,
     SFTConfig,
@@ -86,6 +87,7 @@ def inside(prompts: list[str], completions: list[str]) -> list[Any]:
     return [[(len(text) // 2, 0.5), (len(text), 1.0)] for text in completions]
 
 
+FOUR_BITS = {"lora": LoraSettings(r=2), "quantization": QuantizationSettings()}
 GROUPS = {"rollout": {"responses_per_prompt": 2}}
 RUNS: dict[str, dict[str, Any]] = {
     "reward model and spans": {
@@ -97,7 +99,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "segmenter": "phrases",
     },
     "lora": {
-        "model": {"lora": LoraSettings(r=2), "gradient_checkpointing": True},
+        "model": {**FOUR_BITS, "gradient_checkpointing": True},
         "segmenter": "perplexity",
     },
     "sampling": {

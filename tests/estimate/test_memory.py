@@ -308,6 +308,24 @@ def test_frozen_weights_have_the_bytes_that_a_run_gives_them(saved, monkeypatch)
         assert counted.halves > 0
 
 
+def test_chunks_of_logits_are_those_of_the_gpu(tmp_path):
+    """A chunk of 2**24 logits on a small one, all 2**25 of the batch on a large one.
+
+    With the entropy there are three arrays of a chunk.
+    """
+    tiny_config("llama", 2**18, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    run = replace(
+        config(tmp_path),
+        rollout=RolloutSettings(batch_size=2, max_prompt_length=8, max_new_tokens=64),
+    )
+    scoring = [
+        PassCounter(run, fake_models(run), memory).run(1).scoring["policy"]
+        for memory in (8 * 10**9, 80 * 10**9, None)
+    ]
+    assert scoring[0] == scoring[2]
+    assert scoring[1] - scoring[0] == pytest.approx(3 * BYTES * 2**24, rel=0.05)
+
+
 def test_what_is_offloaded_is_on_the_device_in_its_phase_alone(saved, monkeypatch):
     monkeypatch.chdir(saved)
     sections = {"model": {"path": "policy"}, "reward": {"models": "reward"}}

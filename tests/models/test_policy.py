@@ -373,3 +373,10 @@ def test_weights_keep_the_names_that_checkpoints_know():
     }
     assert names == {"trunk", "head"}
     assert {name.split(".")[0] for name, _ in Policy(model).named_parameters()} == {"model"}
+
+
+def test_chunks_follow_the_memory_of_the_device() -> None:
+    """On 24 GB of 1e9 bytes and on what such a card has, the same; on a CPU as ever."""
+    sizes = {None: 24, 8e9: 24, 15.8e9: 24, 24e9: 25, 25.4e9: 25, 42.4e9: 26, 80e9: 27, 150e9: 27}
+    for memory, power in sizes.items():
+        assert policy.logits_per_chunk(None if memory is None else int(memory)) == 2**power

@@ -47,6 +47,7 @@ from marlhf.models.policy import (
     backbone_forward,
     backbone_of,
     head_states,
+    logits_per_chunk,
     target_logprobs,
     unwrapped,
     use_adapter,
@@ -118,7 +119,8 @@ def backward_intervals(
 class PassCounter:
     """Counter of allocations in a job's passes; cached across launch profiles.
 
-    device_memory   bytes of a device, of which an engine may reserve a share
+    device_memory   bytes of a GPU, of which an engine may reserve a share, and from which the size
+                    of chunks of logits follows; None: a CPU
     """
 
     def __init__(
@@ -192,7 +194,9 @@ class PassCounter:
 
         def loss() -> Tensor:
             with self._autocast(cache):
-                outputs = _forward(model, batch, _temperature(self._config))
+                outputs = _forward(
+                    model, batch, _temperature(self._config), device_memory=self._memory
+                )
                 return torch.stack([output.sum() for output in outputs]).sum()
 
         trained = trainable_parameters(model, _adapter(self._config, name))
@@ -204,7 +208,7 @@ class PassCounter:
         extras = () if isinstance(self._config, SFTConfig | EvaluateConfig) else ("entropy",)
         autocast = self._autocast(cache) if is_decoder else nullcontext()
         with torch.no_grad(), LiveBytes(self._allocated) as count, autocast:
-            _forward(model, batch, _temperature(self._config), extras)
+            _forward(model, batch, _temperature(self._config), extras, self._memory)
         return count.peak
 
     def _sampling(self, sampled: Sampled, cache: bool) -> SamplingBytes:
@@ -274,9 +278,13 @@ def _tokens(sequences: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    model: Any, batch: Batch, temperature: float, extras: Collection[str] = ()
+    model: Any,
+    batch: Batch,
+    temperature: float,
+    extras: Collection[str] = (),
+    device_memory: int | None = None,
 ) -> list[Tensor]:
-    """Log-probabilities, values or scores of a batch, unmasked.
+    """Log-probabilities, values or scores of a batch, unmasked; in chunks as on that device.
 
     The outputs of `Policy.forward` [sequences*scored] and of its head, if it has one,
     [sequences,scored+1]; those of `Critic.forward`; or a classifier's scores [sequences].
@@ -293,7 +301,9 @@ def _forward(
         # `Policy.forward` picks these by the mask, which fake tensors cannot do
         before, targets = hidden[:, -T - 1 : -1].flatten(0, 1), ids[:, -T:].flatten()
         values = [] if model.head is None else [head_states(model.head, hidden[:, -T - 1 :])]
-        return [target_logprobs(lm, before, targets, temperature, extras)[0], *values]
+        settings = {"temperature": temperature, "extras": extras}
+        per_chunk = logits_per_chunk(device_memory)
+        return [target_logprobs(lm, before, targets, **settings, per_chunk=per_chunk)[0], *values]
 
 
 def _has_reference(config: JobConfig) -> bool:

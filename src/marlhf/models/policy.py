@@ -7,6 +7,7 @@ share one frozen base: each forward activates its own adapter, the reference non
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from marlhf.common.errors import UserError, short_repr
 from marlhf.common.types import Sequences
 
-LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time: 64 MiB, whatever the vocabulary
+LOGITS_PER_CHUNK = 2**24  # fp32 logits alive at a time on a CPU: 64 MiB, whatever the vocabulary
+_MOST_LOGITS_PER_CHUNK = 2**27  # on a GPU; a larger chunk gains nothing
+_SHARE_OF_MEMORY = 128  # a chunk takes at most this part of a GPU's memory
 
 
 class PolicyOutput(NamedTuple):
@@ -300,6 +303,23 @@ def backbone_forward(
     return output.last_hidden_state
 
 
+def logits_per_chunk(gpu_memory: int | None) -> int:
+    """Logits of a chunk on a GPU of that many bytes; None: a CPU.
+
+    Each chunk of a backward pass writes and adds a complete gradient of the head, so that few large
+    ones are faster. A power of two: the same for all GPUs of a kind.
+    """
+    if gpu_memory is None:
+        return LOGITS_PER_CHUNK
+    largest = 2 ** int(math.log2(gpu_memory / (4 * _SHARE_OF_MEMORY)))
+    return min(max(largest, LOGITS_PER_CHUNK), _MOST_LOGITS_PER_CHUNK)
+
+
+def _memory_of(device: torch.device) -> int | None:
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if is_gpu else None
+
+
 def target_logprobs(
     causal_lm: Any,
     hidden: Tensor,
@@ -307,15 +327,19 @@ def target_logprobs(
     temperature: float,
     extras: Collection[str],
     excluded: tuple[Tensor, Sequence[int]] | None = None,
+    per_chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`hidden [N,H], targets [N] -> logprobs [N]` and extras [N], in chunks of tokens.
 
     In training every chunk is checkpointed except the last, which backward needs first.
 
-    excluded   mask [N] of tokens, and the ids that have probability 0 there
+    excluded    mask [N] of tokens, and the ids that have probability 0 there
+    per_chunk   logits of a chunk; default: those of the device
     """
     head = head_of(causal_lm)
-    size = max(1, LOGITS_PER_CHUNK // causal_lm.config.get_text_config().vocab_size)
+    if per_chunk is None:
+        per_chunk = logits_per_chunk(_memory_of(hidden.device))
+    size = max(1, per_chunk // causal_lm.config.get_text_config().vocab_size)
     names = [name for name in ("entropy", "token_ranks") if name in extras]
     no_token = torch.zeros_like(targets, dtype=torch.bool)
     mask, excluded_ids = excluded or (no_token, [])

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.launches import accelerate, first_error, metrics, ppo_folder, sharding_everything
+from support.launches import run as run_python
 from support.runs import PROMPTS, tiny_config, vowels
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
@@ -187,3 +189,19 @@ def test_a_run_samples_from_its_policy_and_resumes_exactly(tmp_path: Path) -> No
     assert max(row["engine_ratio_max"] for row in complete) < 1.001
     assert run(tmp_path / "stopped", 2) == complete[:2]
     assert run(tmp_path / "stopped", 3, resume="auto") == complete
+
+
+def test_two_ranks_sample_from_sharded_weights(tmp_path: Path) -> None:
+    """An instance on each rank, the policy gathered tensor by tensor from ZeRO-3's shards."""
+    rollout = {"batch_size": 4, "max_prompt_length": 16, "max_new_tokens": 8, "engine": ENGINE}
+    reward = "def score(prompts, completions): return [float(len(set(c))) for c in completions]"
+    ppo_folder(tmp_path, reward, steps=3, rollout=rollout, optimizer={"learning_rate": 0.01})
+    lm_of("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    command = [*accelerate(sharding_everything(tmp_path)), "-m", "marlhf", "ppo", "my_run.yaml"]
+    done = run_python(command, folder=tmp_path, warm=False)
+    assert done.returncode == 0, first_error(done)
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 3
+    assert max(row["engine_kl"] for row in rows) < 1e-6
+    assert max(row["engine_ratio_max"] for row in rows) < 1.001
+    assert abs(rows[-1]["kl_mean"]) > 1e-3  # the weights move

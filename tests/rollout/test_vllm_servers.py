@@ -101,7 +101,7 @@ def test_log_probabilities_agree_after_every_update(
     before = [tokens_of(server) for server in of_family]
     for _ in range(3):
         generation = sampled(engine, temperature=0.8)
-        assert gap(policy, generation, 0.8) < 1e-3
+        assert gap(policy, generation, 0.8) < 1e-4
         with torch.no_grad():
             for parameter in policy.parameters():
                 if parameter.requires_grad:

@@ -292,6 +292,7 @@ def test_help_shows_types_bounds_and_defaults(line, help_text):
 
 OPTIONAL_SECTIONS = (
     "model.lora.",
+    "model.quantization.",
     "ptx.",
     "rollout.importance.",
 )  # null unless one of their keys is given
@@ -321,6 +322,9 @@ def values_of(kind: str) -> st.SearchStrategy[Any]:
     """Valid values of a key, from its type in the help."""
     if kind.endswith(" or null"):
         return st.none() | values_of(kind.removesuffix(" or null"))
+    if kind.startswith("list of") and "|" in kind:
+        choices = kind.removeprefix("list of ").split("|")
+        return st.lists(st.sampled_from(choices), max_size=3)
     if "|" in kind and kind != "true|false":
         return st.sampled_from(kind.split("|"))
     kind, *bounds = re.split(r" (?=[<>])", kind)
@@ -336,7 +340,13 @@ CROSSED = {"preset", "ppo.minibatches", "ppo.estimator", "rollout.min_new_tokens
 CROSSED |= {"kl.target", "kl.horizon", "ppo.target_kl", "ppo.redraw_minibatches"}
 CROSSED |= {f"data.{key}" for key in ("preset", "part", "part_seed", "min_good_rows")}
 CROSSED |= {f.key for f in config_fields(PPOConfig) if f.key.startswith("ptx.")}
-CROSSED |= {"resume", "critic.coef", "data.template_date", "rollout.ahead"}
+CROSSED |= {
+    "model.quantization.bits",
+    "resume",
+    "critic.coef",
+    "data.template_date",
+    "rollout.ahead",
+}
 FREE = [f for f in config_fields(PPOConfig) if f.type != "section" and f.key not in CROSSED]
 
 

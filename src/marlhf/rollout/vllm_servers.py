@@ -136,10 +136,7 @@ class VLLMServers:
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Send the weights to all servers, from the first rank. Raises ReportedError."""
-        agreed = self._distributed.gather_objects([(self._run, self._lost)])
-        self._run = agreed[0][0]
-        for _, lost in agreed:
-            self._lost |= lost
+        self._agree()
         self._updates += 1
         fault: list[Exception] = []
         if self._distributed.is_main:
@@ -153,6 +150,14 @@ class VLLMServers:
                 raise error
 
         self._distributed.fail_together(check)
+        self._agree()
+
+    def _agree(self) -> None:
+        """Share among ranks which servers are lost, and the first rank's name of the run."""
+        agreed = self._distributed.gather_objects([(self._run, self._lost)])
+        self._run = agreed[0][0]
+        for _, lost in agreed:
+            self._lost |= lost
 
     def _send(self, weights: Iterator[tuple[str, Tensor]]) -> list[Exception]:
         """Send weights to the live servers; returns what ends the run, with all weights taken."""

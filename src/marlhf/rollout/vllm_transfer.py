@@ -110,7 +110,8 @@ class NCCLTransfer:
     def send(self, bucket: Named) -> None:
         """See `Transfer`."""
         loaded = self._server.begin("update_weights", {"update_info": _described(bucket)})
-        for _, tensor in bucket:
+        on_device = [tensor.cuda() for _, tensor in bucket]  # kept until all are sent
+        for tensor in on_device:
             self._group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
         sent = torch.cuda.Event()
         sent.record()

@@ -76,6 +76,9 @@ model.path=[lm] -> model.path: given ["lm"], must be a text
 model.path="" -> model.path: given '', must be a text that is not empty
 model.revision=4 -> model.revision: given 4, must be a text
 model.precision=fp16 -> model.precision: given 'fp16', must be 'fp32', 'tf32' or 'bf16'
+model.quantization.bits=4 -> model.quantization: given bits=4 without model.lora
+model.quantization.bits=8 -> model.quantization.bits: given 8, must be 4
+offload=[critic] -> offload: given 'critic', must be 'reference', 'reward' or 'optimizer'
 model.trust_remote_code=yep -> model.trust_remote_code: given 'yep', must be true or false
 model.lora=true -> model.lora: given true, must be a mapping of keys
 model.lora.r=0 -> model.lora.r: given 0, must be at least 1

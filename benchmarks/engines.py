@@ -28,7 +28,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--model", required=True, help="directory or hub name of a causal LM")
+    add("--model", required=True, help="directory, of a GGUF file too, or hub name")
     add("--engines", nargs="+", default=["transformers", "vllm"])
     add("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     add("--sequences", nargs="+", type=int, default=[8, 32, 128])
@@ -77,17 +77,18 @@ def in_process(engine: str, dtype: str) -> list[dict[str, Any]]:
 def measure(engine_name: str, dtype: str, options: argparse.Namespace) -> None:
     """Time one engine in one dtype, at every size."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from marlhf.config import RolloutSettings
+    from marlhf.config import ModelSettings, RolloutSettings
     from marlhf.distributed import Distributed
+    from marlhf.models import loading
     from marlhf.models.policy import Policy
     from marlhf.rollout.engine import EngineContext, build_engine, start_engine
     from marlhf.rollout.policy_weights import policy_weights
 
     distributed = Distributed(dtype)
-    lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    settings = ModelSettings(path=options.model)
+    lm: Any = loading.load_causal_lm(settings).eval()
+    tokenizer: Any = loading.load_tokenizer(settings)
     lm.generation_config.eos_token_id = tokenizer.eos_token_id = None
     if engine_name == "generate_batch":
         continuous_batching(lm, distributed, options)
@@ -111,12 +112,12 @@ def measure(engine_name: str, dtype: str, options: argparse.Namespace) -> None:
         shape = (sequences, options.prompt)
         prompts = torch.randint(10, vocabulary, shape, generator=generator).tolist()
         for tokens in options.tokens:
-            settings = RolloutSettings(max_new_tokens=tokens, min_new_tokens=tokens)
+            rollout = RolloutSettings(max_new_tokens=tokens, min_new_tokens=tokens)
             seconds = []
             for round_ in range(options.rounds + 1):
                 seeds = range(round_ * sequences, (round_ + 1) * sequences)
                 start = time.perf_counter()
-                generation = engine.generate(prompts, seeds, settings)
+                generation = engine.generate(prompts, seeds, rollout)
                 seconds.append(time.perf_counter() - start)
                 assert generation.lengths.tolist() == [tokens] * sequences
             tell(engine_name, dtype, sequences, tokens, min(seconds[1:]), min(sync[1:]))

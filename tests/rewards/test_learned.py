@@ -203,7 +203,7 @@ def test_bad_models_are_one_line_before_weights_are_read(save, tmp_path, monkeyp
         (two_labels, "has 2 labels, must have 1"),
         (str(tmp_path / "empty"), "must hold a config.json"),
         ({"name": good, "batch_size": 0}, "batch_size: given 0"),
-        ({"name": good, "max_length": 0}, "max_length: given 0, must be 1 to 256"),
+        ({"name": good, "max_length": 0}, "max_length: given 0, must be at least 1"),
         ({"name": good, "max_length": 300}, "max_length: given 300, must be 1 to 256"),
         ({"name": good, "batchsize": 1}, "its parameters are path, batch_size, max_length"),
     ):

@@ -223,6 +223,22 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
     For dataclasses, argument types are checked in addition to names. The object must be callable,
     as every plug-in is.
     """
+    check_names(factory, arguments, where)
+    from marlhf.common.plugins import plugin_call  # which needs torch
+
+    with plugin_call(where):
+        try:
+            checked = _check_types(factory, arguments) if inspect.isclass(factory) else arguments
+            built = factory(**checked)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    if not callable(built):
+        raise UserError(f"{where}: an object of {type(built).__name__} cannot be called")
+    return built
+
+
+def check_names(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
+    """Check that a class takes arguments of these names. Raises UserError, naming `where`."""
     try:
         signature = inspect.signature(factory)
     except ValueError:  # a class written in C
@@ -235,17 +251,6 @@ def construct(factory: Callable[..., Any], arguments: Mapping[str, Any], where: 
         names = ", ".join(arguments) or "no argument"
         parameters = ", ".join(signature.parameters) or "none"
         raise UserError(f"{where}: given {names}; its parameters are {parameters}") from None
-    from marlhf.common.plugins import plugin_call  # which needs torch
-
-    with plugin_call(where):
-        try:
-            checked = _check_types(factory, arguments) if inspect.isclass(factory) else arguments
-            built = factory(**checked)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-    if not callable(built):
-        raise UserError(f"{where}: an object of {type(built).__name__} cannot be called")
-    return built
 
 
 def _check_types(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from marlhf.distributed import (
     matmul_parameters,
     replaced_parameters,
 )
-from marlhf.estimate.fake_models import FakeModels, reward_specs
+from marlhf.estimate.fake_models import FakeModels, policy_paths, reward_specs
 from marlhf.estimate.memory_model import (
     BF16,
     FP32,
@@ -37,7 +37,14 @@ from marlhf.estimate.memory_model import (
     Training,
     Weights,
 )
-from marlhf.estimate.shapes import Batch, JobConfig, Sampled, engine_spec, shapes_of
+from marlhf.estimate.shapes import (
+    Batch,
+    JobConfig,
+    Sampled,
+    engine_settings,
+    fitted,
+    shapes_of,
+)
 from marlhf.models import loading
 from marlhf.models.adapters import saved_adapter, trainable_parameters
 from marlhf.models.decoding import Decoder
@@ -56,7 +63,6 @@ from marlhf.models.saving import final_dtype
 from marlhf.rewards import build_token_rewards, reward_models
 from marlhf.rewards.learned import sequence_scores
 from marlhf.rollout.transformers_engine import Sampler
-from marlhf.rollout.vllm_engine import VLLM
 from marlhf.segmenters import build_segmenter, segmenter_requires
 
 
@@ -119,6 +125,7 @@ def backward_intervals(
 class PassCounter:
     """Counter of allocations in a job's passes; cached across launch profiles.
 
+    config          with lengths that the model admits
     device_memory   bytes of a GPU, of which an engine may reserve a share, and from which the size
                     of chunks of logits follows; None: a CPU
     """
@@ -126,7 +133,9 @@ class PassCounter:
     def __init__(
         self, config: JobConfig, models: FakeModels, device_memory: int | None = None
     ) -> None:
-        self._config, self._models, self._memory = config, models, device_memory
+        config = fitted(config, models.positions)
+        self.config = config
+        self._models, self._memory = models, device_memory
         self._named = models.trained | models.frozen
         self._allocated = [
             tensor
@@ -142,10 +151,10 @@ class PassCounter:
 
         sharded   weights are sharded, as under ZeRO-3; then autocast caches no bf16 copies of them
         """
-        config = self._config
-        shapes = shapes_of(config, self._models.trained, self._models.text_batches, ranks)
+        config = self.config
+        shapes = shapes_of(config, self._models.trained, self._models.texts, ranks)
         in_turn = isinstance(config, EvaluateConfig)
-        cache = in_turn or not sharded or config.model.precision == "fp32"
+        cache = in_turn or not sharded or config.model.precision != "bf16"
         training = {
             name: self._training(name, batches, name in shapes.accumulates, cache)
             for name, batches in shapes.training.items()
@@ -178,7 +187,7 @@ class PassCounter:
             yield count
 
     def _autocast(self, cache: bool) -> Any:
-        enabled = self._config.model.precision == "bf16"
+        enabled = self.config.model.precision == "bf16"
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
     def _training(
@@ -195,20 +204,20 @@ class PassCounter:
         def loss() -> Tensor:
             with self._autocast(cache):
                 outputs = _forward(
-                    model, batch, _temperature(self._config), device_memory=self._memory
+                    model, batch, _temperature(self.config), device_memory=self._memory
                 )
                 return torch.stack([output.sum() for output in outputs]).sum()
 
-        trained = trainable_parameters(model, _adapter(self._config, name))
+        trained = trainable_parameters(model, _adapter(self.config, name))
         return backward_intervals(trained, self._allocated, loss)
 
     def _scoring(self, name: str, batch: Batch, cache: bool) -> int:
         model = self._named[name]
         is_decoder = isinstance(model, Policy | Critic) or hasattr(unwrapped(model), "score")
-        extras = () if isinstance(self._config, SFTConfig | EvaluateConfig) else ("entropy",)
+        extras = () if isinstance(self.config, SFTConfig | EvaluateConfig) else ("entropy",)
         autocast = self._autocast(cache) if is_decoder else nullcontext()
         with torch.no_grad(), LiveBytes(self._allocated) as count, autocast:
-            _forward(model, batch, _temperature(self._config), extras, self._memory)
+            _forward(model, batch, _temperature(self.config), extras, self._memory)
         return count.peak
 
     def _sampling(self, sampled: Sampled, cache: bool) -> SamplingBytes:
@@ -216,7 +225,7 @@ class PassCounter:
 
         Where autocast must not cache copies, weights are rounded as by `Distributed.gathered`.
         """
-        policy, config = self._models.policy, self._config
+        policy, config = self._models.policy, self.config
         assert isinstance(config, PPOConfig | EvaluateConfig)
         lm = unwrapped(policy.model).eval()
         lora = policy.adapter is not None
@@ -248,15 +257,14 @@ class PassCounter:
         vLLM in this process reserves a share of the device; asleep, it keeps its weights on the
         host. Servers, and engines of the user, are not counted. Weights go over one at a time.
         """
-        name, arguments = engine_spec(rollout)
+        name, engine = engine_settings(rollout)
         policy = self._weights["policy"]
         largest = FP32 * policy.largest
-        if name != "vllm" or "address" in arguments:
+        if name != "vllm" or engine.address is not None:
             return SamplingBytes(0, 0, largest)
-        share = float(arguments.get("memory_fraction", VLLM.memory_fraction))
-        dtype = arguments.get("dtype", "auto")
-        is_fp32 = dtype == "float32" or (dtype == "auto" and self._config.model.precision != "bf16")
-        reserved = round(share * (self._memory or 0))
+        is_auto = engine.dtype == "auto" and self.config.model.precision != "bf16"
+        is_fp32 = engine.dtype == "float32" or is_auto
+        reserved = round(engine.memory_fraction * (self._memory or 0))
         return SamplingBytes(0, reserved, largest, (FP32 if is_fp32 else BF16) * policy.used)
 
 
@@ -319,10 +327,9 @@ def _unmapped(config: JobConfig, weights: Mapping[str, Weights]) -> int:
     These are models in GGUF, and reward models whose adapters are merged into another base.
     """
     sizes = [0]
-    if not isinstance(config, EvaluateConfig):
-        first = next(iter(weights.values()))
-        if "gguf_file" in loading.model_source(config.model.path, "model.path"):
-            sizes.append(first.used)
+    paths = [config.model.path] if not isinstance(config, EvaluateConfig) else policy_paths(config)
+    if any("gguf_file" in loading.model_source(path, "model.path") for path in paths):
+        sizes.append(next(iter(weights.values())).used)
     specs = reward_models(reward_specs(config))
     rewards = [model for name, model in weights.items() if name.startswith("reward model")]
     for spec, model in zip(specs, rewards, strict=True):

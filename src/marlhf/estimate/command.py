@@ -18,7 +18,7 @@ from marlhf.estimate.memory_model import (
     estimate,
     is_sharded,
 )
-from marlhf.estimate.shapes import JOBS, JobConfig, engine_spec
+from marlhf.estimate.shapes import JOBS, JobConfig, engine_settings
 
 if TYPE_CHECKING:
     from marlhf.estimate.allocations import PassCounter
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> None:
     memory, gpus = round(options.gpu_memory * _GB), options.gpus
     counter = counter_of(config, memory)
     by_profile = estimates(counter, gpus)
-    say(header(config, counter.run(gpus), gpus, options.gpu_memory), sys.stdout)
+    say(header(counter.config, counter.run(gpus), gpus, options.gpu_memory), sys.stdout)
     print(table(by_profile, memory))
     print(host_table(by_profile))
     print(_NOTES)
@@ -148,16 +148,17 @@ def helps(
     last = counter()
     for count in (2 * gpus, 8 * gpus):
         yield " ".join([*changes, f"--gpus {count}"]), estimates(last, count)
-    if config.model.lora is None:
-        changes.append("model.lora.r=16")
-        yield " ".join(changes), estimates(counter(), gpus)
-    if config.model.quantization is None:
-        changes.append("model.quantization.bits=4")
+    is_set = {
+        "model.lora.r=16": config.model.lora is not None,
+        "model.quantization.bits=4": config.model.quantization is not None,
+    }
+    for change in (change for change in is_set if not is_set[change]):
+        changes.append(change)
         try:
-            quantized = estimates(counter(), gpus)
-        except UserError:  # not for this family, or this file
+            changed = estimates(counter(), gpus)
+        except UserError:  # not for this family, this file, or with another key
             return
-        yield " ".join(changes), quantized
+        yield " ".join(changes), changed
 
 
 def _has(values: dict[str, Any], change: str) -> bool:
@@ -199,7 +200,7 @@ def _sampling_words(config: PPOConfig | EvaluateConfig, run: RunSizes) -> str:
     assert run.sampling is not None
     if run.sampling.cache:
         return f"KV cache of a rank's responses {run.sampling.cache / _GB:.1f} GB"
-    name, _ = engine_spec(config.rollout)
+    name, _ = engine_settings(config.rollout)
     if run.sampling.other:
         return f"{run.sampling.other / _GB:.1f} GB reserved by the engine {name}"
     return f"what the engine {name} needs is not counted"

@@ -25,7 +25,7 @@ from marlhf.config import (
     SFTConfig,
 )
 from marlhf.distributed import matmul_parameters, replace_layers
-from marlhf.estimate.shapes import JobConfig
+from marlhf.estimate.shapes import JobConfig, Texts
 from marlhf.evaluation.policies import labelled, policy_settings
 from marlhf.models import building, loading
 from marlhf.models.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
@@ -37,20 +37,26 @@ from marlhf.rewards import reward_models
 class FakeModels:
     """The models of a job without weights.
 
-    trained       name -> Policy, Critic, or a sequence classifier, perhaps in PEFT
-    frozen        name -> the same
-    text_batches  reward model -> texts that it scores at a time
+    trained   name -> Policy, Critic, or a sequence classifier, perhaps in PEFT
+    frozen    name -> the same
+    texts     reward model -> what it scores at a time
     """
 
     trained: dict[str, Any]
     frozen: dict[str, Any]
-    text_batches: dict[str, int]
+    texts: dict[str, Texts]
     mode: FakeTensorMode
 
     @property
     def policy(self) -> Policy:
         """The policy of a job that has one."""
         return (self.trained | self.frozen)["policy"]
+
+    @property
+    def positions(self) -> int | None:
+        """Maximum sequence length of the policy, or of the model that is trained."""
+        first = next(iter((self.trained | self.frozen).values()))
+        return _positions(first.model if isinstance(first, Policy) else first)
 
 
 def fake_models(config: JobConfig) -> FakeModels:
@@ -65,9 +71,21 @@ def fake_models(config: JobConfig) -> FakeModels:
         _round(rounded)
     specs = reward_models(reward_specs(config))
     names = (name for name in frozen if name != "policy")
-    batches = {name: spec.get("batch_size", 16) for name, spec in zip(names, specs, strict=True)}
+    texts = {
+        name: Texts(spec.get("batch_size", 16), spec.get("max_length") or _limit_of(frozen[name]))
+        for name, spec in zip(names, specs, strict=True)
+    }
     mode = _fill([*trained.values(), *frozen.values()])
-    return FakeModels(trained, frozen, batches, mode)
+    return FakeModels(trained, frozen, texts, mode)
+
+
+def _limit_of(scorer: Any) -> int | None:
+    """Maximum input length of a reward model; one on the policy's base has the policy's."""
+    return None if isinstance(scorer, Critic) else _positions(scorer)
+
+
+def _positions(model: Any) -> int | None:
+    return loading.position_limit(unwrapped(model).config)
 
 
 # trained and frozen models, and those whose frozen weights are in bf16 under `precision: bf16`
@@ -120,11 +138,9 @@ def _of_evaluation(config: EvaluateConfig) -> _Built:
     """The largest policy, as one is in memory at a time, and the reward models."""
     specs = reward_models(config.rewards)
     reward_configs = _reward_configs(specs, "rewards")
-    of_reference = {} if config.reference is None else {"reference": config.reference}
-    paths = {f"policies.{name}": path for name, path in labelled(config.policies).items()}
     policies = []
     with torch.device("meta"):
-        for key, path in (paths | of_reference).items():
+        for key, path in _policies(config).items():
             settings = policy_settings(config.model, path)
             lm_config = loading.load_model_config(settings, key, weights=False)
             policies.append(Policy(_meta(AutoModelForCausalLM, settings, lm_config, key)))
@@ -133,6 +149,17 @@ def _of_evaluation(config: EvaluateConfig) -> _Built:
         for i, (spec, reward_config) in enumerate(zip(specs, reward_configs, strict=True)):
             frozen[_reward_name(i, specs)] = _meta_scorer(spec, reward_config, "rewards")
     return {}, frozen, _decoders(frozen.values())
+
+
+def _policies(config: EvaluateConfig) -> dict[str, str]:
+    """Paths of policies and reference, by key."""
+    paths = {f"policies.{name}": path for name, path in labelled(config.policies).items()}
+    return paths | ({} if config.reference is None else {"reference": config.reference})
+
+
+def policy_paths(config: EvaluateConfig) -> list[str]:
+    """Folders, or hub names, of the policies and the reference."""
+    return [policy_settings(config.model, path).path for path in _policies(config).values()]
 
 
 def reward_specs(config: JobConfig) -> Any:

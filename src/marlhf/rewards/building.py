@@ -14,6 +14,7 @@ from marlhf.common.paths import local_path
 from marlhf.common.registry import (
     Registry,
     Spec,
+    check_names,
     construct,
     import_path,
     plugin_name,
@@ -22,6 +23,8 @@ from marlhf.common.registry import (
 )
 from marlhf.rewards.base import CombinedReward, NamedReward
 from marlhf.rewards.calls import RewardFn, column_parameters
+
+_REWARD_MODEL = "marlhf.rewards.learned.RewardModel"  # which needs transformers
 
 REWARDS = Registry(
     kind="reward",
@@ -63,13 +66,21 @@ def build_rewards(spec: Any) -> CombinedReward:
 def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
     """Arguments, `path` included, of every `RewardModel` in a configuration's `reward.models`.
 
-    Builds nothing. Raises UserError.
+    Builds nothing, and checks what needs no files. Raises UserError.
     """
     models = []
+    factory = import_path(_REWARD_MODEL, "reward")
     for model_spec in spec if isinstance(spec, list) else [spec]:
         name, arguments = split_spec(model_spec, "reward")
         if _is_model_path(name):
-            models.append({"path": name, **arguments})
+            weight_of(arguments.pop("weight", 1.0))
+            arguments, where = {"path": name, **arguments}, f"reward {name}"
+            check_names(factory, arguments, where)
+            try:
+                factory.check_sizes(**arguments)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            models.append(arguments)
     return models
 
 
@@ -128,7 +139,7 @@ def weight_of(weight: Any) -> float:
 def _from_name(name: str, arguments: dict[str, Any]) -> tuple[str, RewardFn]:
     """Resolve a directory, registered name, import path or hub name, in this order."""
     if _is_model_path(name):
-        factory = import_path("marlhf.rewards.learned.RewardModel", "reward")
+        factory = import_path(_REWARD_MODEL, "reward")
         model = construct(factory, {"path": name, **arguments}, f"reward {name}")
         return local_path(name, "reward").resolve().name, model
     reward = REWARDS.find(name)

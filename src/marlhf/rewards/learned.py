@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.common.chat_templates import render_chat
-from marlhf.common.errors import UserError, one_line
+from marlhf.common.errors import UserError, one_line, short_repr
 from marlhf.common.memory_errors import doing, is_memory_error
 from marlhf.common.tokenization import Tokenizer, encode_texts, text_start
 from marlhf.config import ModelSettings
@@ -44,8 +44,7 @@ class RewardModel:
         max_length: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size: given {batch_size}, must be at least 1")
+        self.check_sizes(batch_size=batch_size, max_length=max_length)
         self.path, self.batch_size, self.max_length = path, batch_size, max_length
         self.trust_remote_code = trust_remote_code
         from marlhf.models import loading
@@ -67,6 +66,16 @@ class RewardModel:
         self._model: Any = None
         self._placement = ALONE
         self._policy_bos: set[str] = set()  # the policy's BOS, where this model has no such token
+
+    @staticmethod
+    def check_sizes(*, batch_size: int = 16, max_length: int | None = None, **_: Any) -> None:
+        """Check the arguments that are numbers, without the model. Raises UserError."""
+        for name, size in {"batch_size": batch_size, "max_length": max_length}.items():
+            is_number = isinstance(size, int) and not isinstance(size, bool)
+            if not is_number and (name, size) != ("max_length", None):
+                raise UserError(f"{name}: given {short_repr(size)}, must be a whole number")
+            if size is not None and size < 1:
+                raise UserError(f"{name}: given {size}, must be at least 1")
 
     def strip_bos_of(self, policy: Any) -> None:
         """Strip a policy's BOS from prompts from now on, unless this model has that token.

@@ -32,8 +32,10 @@ _OF_SERVERS = ("timeout_seconds", "on_failure")
 
 
 @dataclass(frozen=True)
-class VLLM:
+class VLLMSettings:
     """Configuration of the engine: in this process, or servers at addresses.
+
+    Unlike `VLLM` it can be made where vLLM is not installed.
 
     memory_fraction   share of a GPU's memory for vLLM's weights and KV cache
     cache_gb          on a CPU, GiB for the KV cache
@@ -62,19 +64,11 @@ class VLLM:
             raise UserError(f"timeout_seconds: given {self.timeout_seconds:g}, must be above 0")
         of_the_other = _OF_SERVERS if self.address is None else _OF_THIS_PROCESS
         for name in of_the_other:
-            if getattr(self, name) != getattr(VLLM, name, {}):
+            if getattr(self, name) != getattr(VLLMSettings, name, {}):
                 use = "needs address" if self.address is None else "is of vllm without address"
                 raise UserError(f"{name}: {use}; leave it out")
         if self.address is not None:
-            check_servers(self.addresses, self.timeout_seconds)
-            return
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
-        try:
-            importlib.import_module("vllm")
-        except ImportError as error:
-            raise UserError(
-                f"needs the package vllm ({one_line(error)}); install marlhf[vllm]"
-            ) from error
+            _ = self.addresses  # raises where one is none
 
     @property
     def addresses(self) -> list[str]:
@@ -97,10 +91,27 @@ class VLLM:
         return VLLMServers(self.addresses, self.timeout_seconds, self.on_failure, context)
 
 
+class VLLM(VLLMSettings):
+    """The engine's configuration, of a vLLM that is installed or servers that answer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.address is not None:
+            check_servers(self.addresses, self.timeout_seconds)
+            return
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported
+        try:
+            importlib.import_module("vllm")
+        except ImportError as error:
+            raise UserError(
+                f"needs the package vllm ({one_line(error)}); install marlhf[vllm]"
+            ) from error
+
+
 class VLLMEngine:
     """vLLM, sampling for this rank."""
 
-    def __init__(self, settings: VLLM, context: EngineContext) -> None:
+    def __init__(self, settings: VLLMSettings, context: EngineContext) -> None:
         # the engine runs in this process, so that it can take tensors, and exits with it
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads

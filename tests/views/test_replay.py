@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from marlhf.cli import main
 from marlhf.config import PPOConfig
 from marlhf.config.loading import load_config
 from marlhf.credit.arms import arm_of
+from marlhf.credit.options import names_kl, settings_of_arms
 from marlhf.runs.rollouts import KeptRollout, kept_steps, read_rollout
 from marlhf.views.replay import Replay, replay_page
 
@@ -121,7 +123,7 @@ def test_the_table_fits_80_columns(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    main(["replay", str(run), "--arm", "'segmenter={name: ngram, n: 5}' ppo.lam=1"])
+    main(["replay", str(run), "--arm", "segmenter={name: ngram, n: 5} ppo.lam=1"])
     shown = capsys.readouterr().out
     heads = set(shown.partition("──")[0].split())
     wanted = "arm macro actions tokens each advantages same sign correlation weight"
@@ -167,6 +169,14 @@ def test_bad_arms_are_one_line(
     (shown,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2
     assert line in shown
+
+
+def test_mappings_of_an_arm_need_no_quotes_and_keep_theirs() -> None:
+    mapping = """segmenter={name: regex, pattern: "a] 'b"}"""
+    text = f"""ppo.lam=1 {mapping} 'macro.whiten=no ne'"""
+    arms = settings_of_arms(argparse.Namespace(arm=[text], grid=None))
+    assert arms[text] == ["ppo.lam=1", mapping, "macro.whiten=no ne"]
+    assert names_kl(["kl={coef: 0}"])
 
 
 def test_a_damaged_rollout_is_one_line(

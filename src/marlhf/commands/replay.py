@@ -18,13 +18,14 @@ def main(words: Sequence[str]) -> None:
     from rich.console import Console
 
     from marlhf.config import ModelSettings
-    from marlhf.credit.arms import arm_config, arm_of
+    from marlhf.credit.arms import arm_config, arm_of, check_is_run
     from marlhf.models.loading import load_tokenizer
     from marlhf.runs.rollouts import kept_steps, read_rollout
     from marlhf.views.html_page import write_page
     from marlhf.views.replay import Replay, replay_page, show
 
     run = local_path(options.run, "RUN")
+    check_is_run(run)
     steps = kept_steps(run)
     if not steps:
         raise UserError(

@@ -28,6 +28,13 @@ from marlhf.segmenters import SegmenterFn, build_segmenter, segment
 from marlhf.views.replay import Arm
 
 
+def check_is_run(folder: Path) -> None:
+    """Check that a folder is the output_dir of a run. Raises UserError."""
+    if not (folder / "config.yaml").is_file():
+        fault = "holds no config.yaml" if folder.is_dir() else "is no folder"
+        raise UserError(f"RUN: given {str(folder)!r}, which {fault}; must be a run's output_dir")
+
+
 def arm_config(
     run: Path, overrides: Sequence[str], fixed: Mapping[str, Any] | None = None
 ) -> PPOConfig:

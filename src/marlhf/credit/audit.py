@@ -60,7 +60,6 @@ from marlhf.segmenters import build_segmenter, segmenter_requires
 from marlhf.views.replay import Arm, Replay
 
 TRUTH = "the truth"
-_OF_THE_RUN = "ppo.gamma"  # and kl: what continuations are sampled with
 
 
 @dataclass(frozen=True)
@@ -200,16 +199,17 @@ def _configs(settings: AuditSettings, copies: int) -> dict[str, PPOConfig]:
         label: _config(settings.run, overrides, copies)
         for label, overrides in settings.arms.items()
     }
-    check_auditable(configs[THE_RUN])
-    has_critic = "values" in estimator_requires(estimator_of(configs[THE_RUN]))
+    of_run = configs[THE_RUN]
+    check_auditable(of_run)
+    has_critic = "values" in estimator_requires(estimator_of(of_run))
     for label, config in configs.items():
         requires = estimator_requires(estimator_of(config))
         if "values" in requires and not has_critic:
             raise UserError(f"--arm: {label!r} needs values, but the run has no critic")
-        changed = [word for word in settings.arms[label] if word.startswith((_OF_THE_RUN, "kl."))]
-        if "continuations" in requires and changed:
+        is_other = names_kl(settings.arms[label]) or config.ppo.gamma != of_run.ppo.gamma
+        if "continuations" in requires and is_other:
             raise UserError(
-                f"--arm: given {changed[0]!r}, but continuations have the run's ppo.gamma and kl"
+                f"--arm: given {label!r}, but continuations have the run's ppo.gamma and kl"
             )
     return configs
 

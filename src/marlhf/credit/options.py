@@ -46,13 +46,31 @@ def settings_of_arms(options: argparse.Namespace) -> dict[str, list[str]]:
 def _overrides(text: str) -> list[str]:
     """The settings of an arm. Raises UserError for a key that no arm can change."""
     try:
-        words = shlex.split(text)
+        words = shlex.split(_with_mappings_whole(text))
     except ValueError as error:
         raise UserError(f"--arm: given {text!r}: {error}") from None
     _check_keys(words, "--arm")
     if not words:
         raise UserError("--arm: given nothing; must hold settings such as segmenter=sentence")
     return words
+
+
+def _with_mappings_whole(text: str) -> str:
+    """The text with all within brackets escaped, so that `shlex.split` leaves it as it is."""
+    escaped: list[str] = []
+    depth, quote = 0, ""
+    for c in text:
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c in "[{":
+            depth += 1
+        within = depth > 0
+        if not quote and c in "]}":
+            depth = max(0, depth - 1)
+        escaped.append(f"\\{c}" if within else c)
+    return "".join(escaped)
 
 
 def _values(text: str) -> list[str]:
@@ -79,4 +97,4 @@ def _check_keys(words: Sequence[str], option: str) -> None:
 
 def names_kl(overrides: Sequence[str]) -> bool:
     """Whether an arm sets the KL coefficient itself."""
-    return any(override.startswith("kl.") for override in overrides)
+    return any(word.partition("=")[0].split(".")[0] == "kl" for word in overrides)

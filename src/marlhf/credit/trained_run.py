@@ -14,6 +14,7 @@ from marlhf.common.errors import UserError
 from marlhf.common.plugins import plugin_call
 from marlhf.common.state_files import read_tensors
 from marlhf.config import PPOConfig
+from marlhf.credit.arms import check_is_run
 from marlhf.data.encoding import check_prompts
 from marlhf.data.prompts import Prompt, load_rows
 from marlhf.data.template_checks import strip_bos_for_rewards, with_template_date
@@ -51,17 +52,30 @@ class TrainedRun:
 
 
 def chosen_checkpoint(run: Path, name: str | None) -> Checkpoint:
-    """The checkpoint `step-N` of a run, or its latest complete one. Raises UserError."""
+    """The checkpoint `step-N` of a run, or its latest complete one. Raises UserError.
+
+    name   `step-N`, or the path of that folder; None: the latest
+    """
+    check_is_run(run)
     root = run / "checkpoints"
     if name is not None:
-        return checkpoint.read_named(root / Path(name).name, root)
-    latest = checkpoint.latest(root, notice)
+        names = {folder.name: folder for folder in checkpoint.steps(root)}
+        path = Path(name).expanduser()
+        if path.name not in names or (name != path.name and not _is_same(path, root / path.name)):
+            possible = f"must be one of {', '.join(names)}" if names else "the run has none"
+            raise UserError(f"--checkpoint: given {name!r}; {possible}")
+        return checkpoint.read_named(names[path.name], root, "--checkpoint")
+    latest = checkpoint.latest(root, notice, "audit", hint="")
     if latest is None:
         raise UserError(
             f"audit: {str(run)!r} has no checkpoint, which holds its policy and critic; train with "
             "checkpoint.every=50, say"
         )
     return latest
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve()
 
 
 def held_out_prompts(config: PPOConfig, data: str | None, most: int) -> list[Prompt]:

@@ -141,8 +141,15 @@ def read(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
+def latest(
+    root: Path,
+    report: Callable[[str], None],
+    key: str = "resume",
+    hint: str = "; delete the folder to begin again",
+) -> Checkpoint | None:
     """Find the newest complete checkpoint under `root`; None where none was ever completed.
+
+    key, hint   begin and end of the message where all are damaged
 
     report(line) is called once if newer ones are damaged. Raises UserError where there are
     checkpoints and all are damaged: a run must not start over without being told to.
@@ -161,23 +168,22 @@ def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     if damaged:
         newest, fault = damaged[0]
         raise UserError(
-            f"resume: all checkpoints in {root} are damaged, {newest.name} as {fault}; delete the "
-            "folder to begin again"
+            f"{key}: all checkpoints in {root} are damaged, {newest.name} as {fault}{hint}"
         )
     return None
 
 
-def read_named(folder: Path, root: Path) -> Checkpoint:
-    """Read the checkpoint in a folder that a user named. Raises UserError, which lists `root`."""
+def read_named(folder: Path, root: Path, key: str = "resume") -> Checkpoint:
+    """Read the checkpoint in a folder that `key` names. Raises UserError, which lists `root`."""
     if not folder.is_dir() or not _NAME.fullmatch(folder.name):
         names = ", ".join(path.name for path in steps(root)) or "none"
         raise UserError(
-            f"resume: given {str(folder)!r}, must be auto or the folder of a checkpoint, step-N; "
+            f"{key}: given {str(folder)!r}, must be auto or the folder of a checkpoint, step-N; "
             f"in {root}: {names}"
         )
     outcome = _read_or_fault(folder)
     if isinstance(outcome, str):
-        raise UserError(f"resume: checkpoint {folder} is damaged: {outcome}")
+        raise UserError(f"{key}: checkpoint {folder} is damaged: {outcome}")
     return outcome
 
 

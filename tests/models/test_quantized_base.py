@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
-from support.runs import PROMPTS, tiny_config
+from support.runs import PROMPTS, tiny_config, tiny_trainer
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -170,6 +171,29 @@ def test_an_update_starts_at_ratio_one(base: Path, tmp_path: Path, precision: st
     assert all("lora_" in name for name in changed)
 
 
+def test_saving_leaves_the_policy_as_it_is(tmp_path: Path) -> None:
+    """Where merging adds to biases, too."""
+    lora = LoraSettings(
+        r=4,
+        target_modules=["query_key_value"],
+        extra={"lora_bias": True, "init_lora_weights": False},
+    )
+    model = {"lora": lora, "quantization": QuantizationSettings()}
+    run = tiny_trainer(tmp_path / "run", "gpt_neox", model=model)
+    run.step(PROMPTS)
+    with use_adapter(run.policy.model.model, "policy"):
+        before = logprobs(run.policy.model.model)
+        run.save(tmp_path / "final")
+        assert torch.equal(logprobs(run.policy.model.model), before)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    torch.testing.assert_close(logprobs(saved), before, atol=1e-4, rtol=0)
+
+
+def test_a_model_object_is_checked_as_files_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only 0% are in linear layers"):
+        tiny_trainer(tmp_path, "gpt2", model=FOUR_BITS)
+
+
 def test_a_reward_model_scores_on_the_shared_base_as_merged(
     base: Path, reward: Path, tmp_path: Path
 ) -> None:
@@ -192,7 +216,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "quantised already": ("quantised", {}, "is quantised already; must be a model in full prec"),
     "GGUF": ("gguf", {}, "is a GGUF file; must be a model in full precision"),
     "without the extra": ("llama", {}, r"pip install 'marlhf\[quantization\]'"),
+    "broken library": ("llama", {}, "model.quantization: cannot import bitsandbytes: .*libcudart"),
 }
+OF_ALL_MODELS = ("GGUF", "without the extra", "broken library")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -209,11 +235,15 @@ def test_what_cannot_be_quantised_is_refused_before_weights_are_read(
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name)
         )
+    if case == "broken library":
+        (tmp_path / "bitsandbytes.py").write_text("raise OSError('libcudart.so')")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "bitsandbytes")
     settings = ModelSettings(
         path=str(tmp_path), lora=LoraSettings(extra=extra), quantization=QuantizationSettings()
     )
     read = partial(loading.load_model_config, settings, weights=False)
-    if family == "gguf":
-        read = partial(check_quantization, config, settings, is_gguf=True)
+    if case in OF_ALL_MODELS:
+        read = partial(check_quantization, config, settings, is_gguf=family == "gguf")
     with pytest.raises(UserError, match=fault):
         read()

@@ -123,11 +123,12 @@ class QuantizedLinear(nn.Linear):
         )
 
     def plain(self) -> nn.Linear:
-        """A linear layer with the dequantised weight, fp32, on the CPU."""
+        """A linear layer with the dequantised weight, fp32, on the CPU; shares no memory."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.dequantized().cpu(), requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().float().cpu(), requires_grad=False)
+            bias = self.bias.detach().to("cpu", torch.float32, copy=True)  # merging adds to it
+            linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear.train(self.training)
 
 

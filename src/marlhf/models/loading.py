@@ -114,7 +114,8 @@ def load_model_config(
     if attention:
         _check_attention(config, settings)
     if settings.quantization is not None:
-        check_quantization(config, settings, "gguf_file" in model_source(settings.path, key))
+        is_gguf = "gguf_file" in model_source(settings.path, key)
+        check_quantization(config, settings, is_gguf, computes=weights)
     if weights:
         _check_files(Path(settings.path).expanduser(), key)
     for part in (config, config.get_text_config()):
@@ -368,6 +369,14 @@ def as_loaded(model: Any, argument: str) -> Any:
             module.p = 0.0
     check_finite(model, argument)
     return model
+
+
+def config_of(settings: ModelSettings, model: Any = None) -> Any:
+    """Configuration of a model given as an object, or of the one in files. Raises UserError."""
+    if model is None:
+        return load_model_config(settings)
+    check_quantization(model.config, settings)
+    return model.config
 
 
 def place_object(model: Any, settings: ModelSettings, argument: str, placement: Placement) -> Any:

@@ -17,13 +17,19 @@ from marlhf.models.adapters import check_reads_no_base, is_adapter_of, is_of_qua
 _LEAST_SHARE = 0.5  # of weights in 4 bits; below, quantisation gains less than it costs
 
 
-def check_quantization(config: Any, settings: ModelSettings, is_gguf: bool) -> None:
-    """Check what `model.quantization` needs, before weights are read. Raises UserError."""
+def check_quantization(
+    config: Any, settings: ModelSettings, is_gguf: bool = False, computes: bool = True
+) -> None:
+    """Check what `model.quantization` needs, before weights are read. Raises UserError.
+
+    computes   whether anything will be, which needs the package bitsandbytes
+    """
     if settings.quantization is None:
         return
     prefix = f"model.quantization: given bits={settings.quantization.bits}, but"
     try:
-        require("bitsandbytes", "quantization")
+        if computes:
+            require("bitsandbytes", "quantization")
     except UserError as error:
         raise UserError(f"model.quantization: {error}") from None
     if is_gguf or getattr(config, "quantization_config", None) is not None:

@@ -105,7 +105,7 @@ class PPOTrainer:
         self.stream = PromptStream(train, config.seed, config.data.shuffle)
         self.tokenizer = tokenizer or loading.load_tokenizer(config.model)
         self.config = config = with_template_date(config, [self.tokenizer], ranks, self.reward)
-        lm_config = model.config if model is not None else loading.load_model_config(config.model)
+        lm_config = loading.config_of(config.model, model)
         positions = loading.position_limit(lm_config)
         self._check(sets, positions)
         strip_bos_for_rewards(self.reward, self.tokenizer)

@@ -132,8 +132,8 @@ def test_four_models_on_one_base_of_half_a_byte_a_parameter(
     run = trainer(base, tmp_path, str(reward / "adapter" / "reward"))
     assert run.critic is not None
     assert run.reference is not None
-    scorer = run.reward.rewards[0].function.model
-    models = [run.policy.model, run.critic.model, run.reference, scorer]
+    function: Any = run.reward.rewards[0].function
+    models = [run.policy.model, run.critic.model, run.reference, function.model]
     assert len({id(next(model.parameters())) for model in models}) == 1
     layers = {m for model in models for m in model.modules() if isinstance(m, QuantizedLinear)}
     assert len(layers) == 2 * 7

@@ -213,6 +213,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "fused experts": ("qwen3_moe", {}, r"only \d+% are in linear layers"),
     "DoRA": ("llama", {"use_dora": True}, "use_dora: given True, .* with model.quantization"),
     "one parameter": ("llama", {"target_parameters": ["x.weight"]}, "target_parameters: given"),
+    "trained layer": ("llama", {"modules_to_save": ["v_proj"]}, "given 'v_proj', whose weights"),
+    "trained block": ("llama", {"modules_to_save": ["norm", "mlp"]}, "given 'mlp', whose weights"),
     "quantised already": ("quantised", {}, "is quantised already; must be a model in full prec"),
     "GGUF": ("gguf", {}, "is a GGUF file; must be a model in full precision"),
     "without the extra": ("llama", {}, r"pip install 'marlhf\[quantization\]'"),

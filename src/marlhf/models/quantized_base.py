@@ -11,7 +11,7 @@ from transformers import AutoModel
 from marlhf.common.errors import UserError
 from marlhf.common.extras import require
 from marlhf.config import ModelSettings
-from marlhf.distributed import quantizable_share
+from marlhf.distributed import quantizable_layers, quantizable_share
 from marlhf.models.adapters import check_reads_no_base, is_adapter_of, is_of_quantized_base
 
 _LEAST_SHARE = 0.5  # of weights in 4 bits; below, quantisation gains less than it costs
@@ -46,6 +46,12 @@ def check_quantization(
             backbone = AutoModel.from_config(config, trust_remote_code=settings.trust_remote_code)
     except Exception:  # of a model's own code; loading reports it
         return
+    for entry in settings.lora.extra.get("modules_to_save") or ():
+        if any(f".{entry}." in f".{name}." for name in quantizable_layers(backbone)):
+            raise UserError(
+                f"model.lora.extra.modules_to_save: given {entry!r}, whose weights are in 4 bits "
+                "under model.quantization and cannot be trained; target_modules can adapt them"
+            )
     share = quantizable_share(backbone)
     if share < _LEAST_SHARE:
         raise UserError(

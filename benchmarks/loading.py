@@ -97,7 +97,7 @@ def run_config(folder: Path, models: str) -> Any:
         "ppo": {"estimator": "grpo"} if alone else {},
         "kl": {"coef": 0.0 if alone else 0.05},
         "critic": {} if alone else {"init": "policy"},
-        "reward": {"models": "length" if alone else str(folder / "reward")},
+        "reward": {"models": {"name": "length", "target": 8} if alone else str(folder / "reward")},
         "log": {"progress": False, "tensorboard": False},
     }
     return config_from_dict(PPOConfig, values)

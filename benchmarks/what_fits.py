@@ -72,7 +72,7 @@ def cell(policy: Path, reward: Path, model: dict[str, Any], gpus: int, memory: i
             "final_dtype": "checkpoint",
             **model,
         },
-        "reward": {"models": "length" if model else str(reward)},
+        "reward": {"models": {"name": "length", "target": 99} if model else str(reward)},
         "rollout": {
             "batch_size": 64 * gpus,
             "max_prompt_length": 512,

@@ -51,7 +51,7 @@ def test_accelerate_reads_every_profile(name: str) -> None:
     assert config.distributed_type == kind
     assert config.mixed_precision in (None, "no")  # `model.precision` decides
     if kind == "DEEPSPEED":
-        stage = {"zero1": 1, "zero2": 2}.get(name, 3)
+        stage = {"zero1": 1, "zero2": 2, "servers": 2}.get(name, 3)
         assert config.deepspeed_config["zero_stage"] == stage
         offloads = {config.deepspeed_config[f"offload_{x}_device"] for x in ("optimizer", "param")}
         assert offloads == {"cpu" if name.endswith("offload") else "none"}

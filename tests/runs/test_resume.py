@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import tiny_config
+from support.runs import WorkerInstead, tiny_config
 from support.runs_that_die import contents, die, in_child, train, trainer
 from support.tiny_models import BYTES_VOCAB, tiny_causal_lm
 
@@ -298,7 +298,7 @@ def test_a_signal_ends_the_run_after_the_update_at_work(
                 os.kill(os.getpid(), number)
             return real(*args, **kwargs)
 
-        made.worker = worker  # type: ignore[assignment]
+        made.worker = WorkerInstead(made.worker, worker)  # type: ignore[assignment]
         made.train()
 
     assert in_child(signalled) == status
@@ -353,7 +353,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
             pytest.fail("went on")
 
-        made.worker = worker  # type: ignore[assignment]
+        made.worker = WorkerInstead(made.worker, worker)  # type: ignore[assignment]
         made.train()
 
     assert in_child(signalled) == 130

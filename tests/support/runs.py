@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,3 +82,16 @@ def tiny_trainer(
         model=lm,
         tokenizer=byte_tokenizer(add_bos=True),
     )
+
+
+class WorkerInstead:
+    """A trainer's rollout worker with another call; all else is the worker's."""
+
+    def __init__(self, worker: Any, call: Callable[..., Any]) -> None:
+        self._worker, self._call = worker, call
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._call(*arguments, **keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)

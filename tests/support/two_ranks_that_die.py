@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from marlhf.training.learner import Learner
+from support.runs import WorkerInstead
 from support.runs_that_die import die, trainer
 
 
@@ -48,7 +49,7 @@ def main(folder: Path, fault: str) -> None:
     if fault == "learning" and rank == 1:
         curiosity: Any = made.token_reward.rewards[0].reward
         curiosity.update = fails_in_the_third(curiosity.update)
-    made.worker = worker  # type: ignore[assignment]
+    made.worker = WorkerInstead(made.worker, worker)  # type: ignore[assignment]
     Learner.save = save
     made.train()
     print("zero stage", made.distributed.zero_stage)

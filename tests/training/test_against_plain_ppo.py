@@ -27,7 +27,7 @@ from support.plain_ppo import (
     Row,
     trained,
 )
-from support.runs import PROMPTS, vowels
+from support.runs import PROMPTS, WorkerInstead, vowels
 from support.tiny_models import (
     BYTES_VOCAB,
     byte_tokenizer,
@@ -179,7 +179,7 @@ def record_generations(trainer: PPOTrainer) -> list[Any]:
         found.append((generation.response_ids.tolist(), generation.response_mask.sum(1).tolist()))
         return rollout
 
-    trainer.worker = recording  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.worker = WorkerInstead(worker, recording)  # pyright: ignore[reportAttributeAccessIssue]
     return found
 
 

@@ -297,7 +297,8 @@ def run_ppo(case: dict[str, Any], folder: Path) -> int:
     trainer = PPOTrainer(
         settings,
         reward=lambda prompts, completions: [float(len(c) % 7) for c in completions],
-        train_dataset=["x" * (60 + i) for i in range(rows - 1)] + ["y" * 200],
+        # of one length: others would be split into smaller micro-batches
+        train_dataset=[f"{'y' * 200}{i:03}" for i in range(rows)],
         model=AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32),
         tokenizer=tokenizer(),
     )

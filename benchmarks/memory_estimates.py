@@ -7,8 +7,9 @@ on a GPU if there is one, and reads the peak of each: the resident set on a CPU,
 `torch.cuda.max_memory_allocated`. On a CPU a tiny model's run under the same profile is subtracted:
 Python, its libraries and the connection between ranks. The C library is told to give freed tensors
 back to the system (MALLOC_MMAP_THRESHOLD_); the peak is counted from when the models are built:
-`loading.py` measures loading. The copies of weights that only a CPU samples from are left
-out (`marlhf.rollout.packed_weights`). Needs about 14 GB; the cases with small models about 4.
+`loading.py` measures loading. What only a CPU does is left out: copies of weights to sample from
+(`marlhf.rollout.packed_weights`), and smaller micro-batches (`marlhf.rollout.batching`). Needs
+about 14 GB; the cases with small models about 4.
 """
 
 from __future__ import annotations
@@ -176,6 +177,7 @@ def measure(
         folder = Path(name)
         case = {"job": job, "shape": shape, "model": model, "sections": sections, "ranks": ranks}
         (folder / "case.json").write_text(json.dumps(case))
+        config(case, folder)  # writes the model's config.json, for all ranks
         done = subprocess.run(
             [sys.executable, *launcher(profile), __file__, "--rank", name],
             env={
@@ -283,21 +285,26 @@ def run_rank(folder: Path) -> None:
     (folder / f"peak-{rank}").write_text(str(run(case, folder)))
 
 
+def as_on_a_gpu() -> None:
+    """Leave out what only CPUs do."""
+    from marlhf.rollout import batching, packed_weights
+
+    packed_weights.FEWEST_TOKENS = batching.CPU_PASS_LIMIT = sys.maxsize
+
+
 def run_ppo(case: dict[str, Any], folder: Path) -> int:
     """The peak of three updates."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from marlhf.rollout import packed_weights
     from marlhf.training.ppo import PPOTrainer
 
-    packed_weights.FEWEST_TOKENS = sys.maxsize
-    settings = config(case, folder / str(os.environ.get("RANK", 0)))
+    as_on_a_gpu()
+    settings = config(case, folder)
     rows = settings.rollout.batch_size
     trainer = PPOTrainer(
         settings,
         reward=lambda prompts, completions: [float(len(c) % 7) for c in completions],
-        # of one length: others would be split into smaller micro-batches
         train_dataset=[f"{'y' * 200}{i:03}" for i in range(rows)],
         model=AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32),
         tokenizer=tokenizer(),
@@ -317,11 +324,10 @@ def run_job(case: dict[str, Any], folder: Path) -> int:
 
     import marlhf.evaluation.sampling as sampling
     from marlhf.evaluation.job import evaluate
-    from marlhf.rollout import packed_weights
     from marlhf.training import reward_model, sft
     from marlhf.training.supervised import SupervisedTrainer
 
-    packed_weights.FEWEST_TOKENS = sys.maxsize
+    as_on_a_gpu()
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         lm = AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32)

@@ -12,6 +12,7 @@ from support.launches import accelerate, first_error, metrics, ppo_folder, shard
 from support.launches import run as run_python
 from support.runs import PROMPTS, tiny_config, vowels
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+from support.vllm_models import SIZES, TOKENS, gap
 
 from marlhf import PPOTrainer
 from marlhf.commands.quickstart import packaged_model
@@ -28,9 +29,6 @@ from marlhf.runs.alarms import fired
 pytest.importorskip("vllm", reason="vLLM pins other versions: make test-vllm")
 
 ENGINE = {"name": "vllm", "cache_gb": 0.1, "options": {"enforce_eager": True}}
-SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-# vLLM's kernels have no heads of 8, as the other tests' models do
-TOKENS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45], [8, 8]]
 EOS = 1
 
 
@@ -48,14 +46,6 @@ def started(policy: Policy, spec: Any = ENGINE) -> Any:
 def sampled(engine: Any, seeds: list[int] | None = None, **settings: Any) -> Generation:
     seeds = list(range(len(TOKENS))) if seeds is None else seeds
     return engine.generate(TOKENS, seeds, RolloutSettings(**{"max_new_tokens": 24, **settings}))
-
-
-def gap(policy: Policy, generation: Generation, temperature: float = 1.0) -> float:
-    """Largest difference of log-probabilities between the engine and the policy."""
-    with torch.no_grad():
-        ours = forward(policy, Sequences.of(generation), temperature=temperature).logprobs
-    assert generation.logprobs is not None
-    return float((ours - generation.logprobs)[generation.response_mask].abs().max())
 
 
 @pytest.fixture(scope="module")

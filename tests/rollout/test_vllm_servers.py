@@ -17,24 +17,23 @@ from support.launches import PROFILES, accelerate, first_error, metrics, ppo_fol
 from support.launches import run as run_python
 from support.runs import PROMPTS, tiny_config, vowels
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
+from support.vllm_models import SIZES, TOKENS, gap
 from support.vllm_servers import VLLMServer, save_model, vllm_servers
 
 from marlhf import PPOTrainer
 from marlhf.common.errors import ReportedError, UserError
-from marlhf.common.types import Generation, Sequences
+from marlhf.common.types import Generation
 from marlhf.config import ImportanceSettings, LoraSettings, RolloutSettings
 from marlhf.distributed import Distributed
 from marlhf.models.adapters import add_adapter
-from marlhf.models.policy import Policy, forward
+from marlhf.models.policy import Policy
 from marlhf.rewards.calls import RewardError
 from marlhf.rollout.engine import EngineContext, build_engine, start_engine
 from marlhf.rollout.policy_weights import policy_weights
 
 pytest.importorskip("vllm", reason="vLLM pins other versions: make test-vllm")
 
-SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 TIED = {"tie_word_embeddings": True}
-TOKENS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45], [8, 8]]
 HANGS = {"timeout_seconds": 6.0}  # a token of these models takes milliseconds, once it is warm
 
 
@@ -67,14 +66,6 @@ def started(policy: Policy, servers: list[VLLMServer], **arguments: Any) -> Any:
 def sampled(engine: Any, prompts: Any = TOKENS, **settings: Any) -> Generation:
     seeds = list(range(len(prompts)))
     return engine.generate(prompts, seeds, RolloutSettings(**{"max_new_tokens": 24, **settings}))
-
-
-def gap(policy: Policy, generation: Generation, temperature: float = 1.0) -> float:
-    """Largest difference of log-probabilities between the servers and the policy."""
-    with torch.no_grad():
-        ours = forward(policy, Sequences.of(generation), temperature=temperature).logprobs
-    assert generation.logprobs is not None
-    return float((ours - generation.logprobs)[generation.response_mask].abs().max())
 
 
 def tokens_of(server: VLLMServer) -> float:

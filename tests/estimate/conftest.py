@@ -38,4 +38,5 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "policy")
     adapted.save_pretrained(str(folder / "adapter"))
     reward.config.save_pretrained(folder / "adapter")
+    byte_tokenizer().save_pretrained(folder / "adapter")
     return folder

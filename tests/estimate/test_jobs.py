@@ -174,6 +174,7 @@ def test_tf32_needs_what_fp32_does(folder):
         ("reward", {"max_length": 0}, "max_length: given 0, must be at least 1"),
         ("reward", {"batchsize": 4}, "given path, batchsize; its parameters are path, batch_size"),
         ("reward", {"weight": "x"}, "weight: given 'x', must be a finite number"),
+        ("reward", {"name": "per_segment"}, "reward per_segment: given no argument; its"),
     ],
 )
 def test_arguments_are_checked_as_by_the_job(saved, section, values, fault):

@@ -27,7 +27,13 @@ from marlhf.distributed import (
     matmul_parameters,
     replaced_parameters,
 )
-from marlhf.estimate.fake_models import FakeModels, policy_paths, reward_specs
+from marlhf.estimate.fake_models import (
+    REWARD_MODEL,
+    SEGMENT_MODEL,
+    FakeModels,
+    policy_paths,
+    reward_specs,
+)
 from marlhf.estimate.memory_model import (
     BF16,
     FP32,
@@ -60,7 +66,7 @@ from marlhf.models.policy import (
     use_adapter,
 )
 from marlhf.models.saving import final_dtype
-from marlhf.rewards import build_token_rewards, reward_models
+from marlhf.rewards import build_token_rewards, reward_models, segment_reward_models
 from marlhf.rewards.learned import sequence_scores
 from marlhf.rollout.transformers_engine import Sampler
 from marlhf.segmenters import build_segmenter, segmenter_requires
@@ -215,7 +221,8 @@ class PassCounter:
         model = self._named[name]
         is_decoder = isinstance(model, Policy | Critic) or hasattr(unwrapped(model), "score")
         extras = () if isinstance(self.config, SFTConfig | EvaluateConfig) else ("entropy",)
-        autocast = self._autocast(cache) if is_decoder else nullcontext()
+        in_fp32 = not is_decoder or name.startswith(SEGMENT_MODEL)
+        autocast = nullcontext() if in_fp32 else self._autocast(cache)
         with torch.no_grad(), LiveBytes(self._allocated) as count, autocast:
             _forward(model, batch, _temperature(self.config), extras, self._memory)
         return count.peak
@@ -330,9 +337,11 @@ def _unmapped(config: JobConfig, weights: Mapping[str, Weights]) -> int:
     paths = [config.model.path] if not isinstance(config, EvaluateConfig) else policy_paths(config)
     if any("gguf_file" in loading.model_source(path, "model.path") for path in paths):
         sizes.append(next(iter(weights.values())).used)
-    specs = reward_models(reward_specs(config))
-    rewards = [model for name, model in weights.items() if name.startswith("reward model")]
-    for spec, model in zip(specs, rewards, strict=True):
+    rewards = reward_specs(config)
+    specs = [*reward_models(rewards), *segment_reward_models(rewards)]
+    prefixes = (REWARD_MODEL, SEGMENT_MODEL)
+    models = [model for name, model in weights.items() if name.startswith(prefixes)]
+    for spec, model in zip(specs, models, strict=True):
         # one on the policy's base has no weights of its own but the adapter's
         if saved_adapter(spec["path"]) is not None and model.frozen == model.used:
             sizes.append(model.used)
@@ -345,7 +354,7 @@ def _offloaded(config: JobConfig, weights: Mapping[str, Weights]) -> frozenset[s
         return frozenset()
     names = {name for name in ("reference", "optimizer") if name in config.offload}
     if "reward" in config.offload:  # one on the policy's base has but its adapter, and stays
-        rewards = {n: model for n, model in weights.items() if n.startswith("reward model")}
+        rewards = {n: model for n, model in weights.items() if n.startswith(REWARD_MODEL)}
         names |= {name for name, model in rewards.items() if model.frozen == model.used}
     return frozenset(names)
 
@@ -395,5 +404,6 @@ def _weights(config: JobConfig, models: FakeModels) -> dict[str, Weights]:
                 copied.trained, 0, copied.used, copied.largest, halves=halves
             )
     for name, model in models.frozen.items():
-        sizes[name] = size(model, None, trains=False)
+        unsharded = name.startswith(SEGMENT_MODEL)
+        sizes[name] = replace(size(model, None, trains=False), unsharded=unsharded)
     return sizes

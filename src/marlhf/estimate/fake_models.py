@@ -30,7 +30,10 @@ from marlhf.evaluation.policies import labelled, policy_settings
 from marlhf.models import building, loading
 from marlhf.models.adapters import add_adapter, is_adapter_of, saved_adapter, trainable_parameters
 from marlhf.models.policy import Critic, Policy, backbone_of, unwrapped
-from marlhf.rewards import reward_models
+from marlhf.rewards import reward_models, segment_reward_models
+
+# beginnings of the names of reward models, and of those inside `per_segment`
+REWARD_MODEL, SEGMENT_MODEL = "reward model", "per_segment model"
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,33 @@ def fake_models(config: JobConfig) -> FakeModels:
         _round(rounded)
     specs = reward_models(reward_specs(config))
     names = (name for name in frozen if name != "policy")
-    texts = {
-        name: Texts(spec.get("batch_size", 16), spec.get("max_length") or _limit_of(frozen[name]))
-        for name, spec in zip(names, specs, strict=True)
-    }
+    texts = {name: _texts(spec, frozen[name]) for name, spec in zip(names, specs, strict=True)}
+    of_segments = _of_segments(config)
+    frozen |= {name: scorer for name, (_, scorer) in of_segments.items()}
+    texts |= {name: _texts(*of, segments=True) for name, of in of_segments.items()}
     mode = _fill([*trained.values(), *frozen.values()])
     return FakeModels(trained, frozen, texts, mode)
+
+
+def _of_segments(config: JobConfig) -> dict[str, tuple[dict[str, Any], Any]]:
+    """Arguments and model of each reward model inside `per_segment`.
+
+    Every rank loads such a model by itself, complete and in fp32.
+    """
+    key = "rewards" if isinstance(config, EvaluateConfig) else "reward.models"
+    specs = segment_reward_models(reward_specs(config))
+    reward_configs = _reward_configs(specs, key)
+    scorers = {}
+    with torch.device("meta"):
+        for i, (spec, reward_config) in enumerate(zip(specs, reward_configs, strict=True)):
+            scorer = _meta_scorer(spec, reward_config, key)
+            scorers[f"{SEGMENT_MODEL}{_number(i, specs)}"] = spec, scorer
+    return scorers
+
+
+def _texts(spec: dict[str, Any], scorer: Any, segments: bool = False) -> Texts:
+    longest = spec.get("max_length") or _limit_of(scorer)
+    return Texts(spec.get("batch_size", 16), longest, segments)
 
 
 def _limit_of(scorer: Any) -> int | None:
@@ -176,7 +200,11 @@ def _reward_configs(specs: Sequence[dict[str, Any]], key: str) -> list[Any]:
 
 
 def _reward_name(index: int, specs: Sequence[Any]) -> str:
-    return "reward model" if len(specs) == 1 else f"reward model {index + 1}"
+    return f"{REWARD_MODEL}{_number(index, specs)}"
+
+
+def _number(index: int, specs: Sequence[Any]) -> str:
+    return "" if len(specs) == 1 else f" {index + 1}"
 
 
 def _meta_scorer(spec: dict[str, Any], reward_config: Any, key: str) -> Any:

@@ -47,6 +47,7 @@ class Weights:
     halves     of the frozen ones, in bf16
     quantized  of the frozen ones, in 4 bits
     scales     bytes of the scales of these, which every rank holds
+    unsharded  whether every rank has the full model on its device, whatever the profile
     """
 
     frozen: int
@@ -57,6 +58,7 @@ class Weights:
     halves: int = 0
     quantized: int = 0
     scales: int = 0
+    unsharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class SamplingBytes:
 class RunSizes:
     """Models and passes of one rank.
 
-    models     name -> weights: `policy`, `critic`, `reference`, reward models; or the one `model`
+    models     name -> weights: `policy`, `critic`, `reference`, reward models and those inside
+               `per_segment`; or the one `model`
     training   trained model -> its largest micro-batch
     scoring    name of a model -> most bytes alive in one log-prob, value or scoring pass
     sampling   None in jobs that do not sample
@@ -284,9 +287,10 @@ def _stage_of_trained(model: Weights, profile: Profile) -> int:
 def _permanent_bytes(model: Weights, profile: Profile, ranks: int) -> _Permanent:
     """Permanent bytes of one model, on the device and on the host."""
     frozen = FP32 * model.frozen - (FP32 - BF16) * model.halves - (FP32 - BITS4) * model.quantized
-    frozen /= ranks if is_sharded(profile) else 1
+    sharded = is_sharded(profile) and not model.unsharded
+    frozen /= ranks if sharded else 1
     trained, share = model.trained, model.trained / ranks
-    on_host = frozen if profile == "zero3_offload" else 0.0
+    on_host = frozen if sharded and profile == "zero3_offload" else 0.0
     on_device = frozen - on_host + model.scales
     bucket = min(_BUCKET, FP32 * trained)
     if model.adapters and is_sharded(profile):
@@ -309,7 +313,7 @@ def _permanent_bytes(model: Weights, profile: Profile, ranks: int) -> _Permanent
 def _gathered(model: Weights, profile: Profile) -> int:
     """Bytes of unsharded weights on this rank in the middle of a pass."""
     alive = min(FP32 * model.used, _REUSED + _PREFETCHED + FP32 * model.largest)
-    return alive if is_sharded(profile) else 0
+    return alive if is_sharded(profile) and not model.unsharded else 0
 
 
 def _training(model: Weights, size: Training, profile: Profile, ranks: int) -> Phase:

@@ -43,10 +43,12 @@ class Texts(NamedTuple):
     """Texts that a reward model scores at a time.
 
     longest   most tokens of one; None: any number
+    segments  whether they are segments of responses, of which there may be any number
     """
 
     sequences: int
     longest: int | None
+    segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,12 @@ def _evaluate(config: EvaluateConfig, texts: Mapping[str, Texts], ranks: int) ->
 
 def _of_rewards(texts: Mapping[str, Texts], responses: int, length: int) -> dict[str, Batch]:
     return {
-        name: Batch(min(size, responses), length if limit is None else min(length, limit), 0)
-        for name, (size, limit) in texts.items()
+        name: Batch(
+            size if segments else min(size, responses),
+            length if limit is None else min(length, limit),
+            0,
+        )
+        for name, (size, limit, segments) in texts.items()
     }
 
 

@@ -1,7 +1,12 @@
 """Rewards of responses and of their tokens. See `base` for the contract."""
 
 from marlhf.rewards.base import CombinedReward, NamedReward, RewardResult
-from marlhf.rewards.building import REWARDS, build_rewards, reward_models
+from marlhf.rewards.building import (
+    REWARDS,
+    build_rewards,
+    reward_models,
+    segment_reward_models,
+)
 from marlhf.rewards.calls import RewardError, RewardFn, needed_columns
 from marlhf.rewards.code import Code
 from marlhf.rewards.curiosity import Curiosity
@@ -45,4 +50,5 @@ __all__ = [
     "needed_columns",
     "place_spans",
     "reward_models",
+    "segment_reward_models",
 ]

@@ -66,7 +66,8 @@ def build_rewards(spec: Any) -> CombinedReward:
 def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
     """Arguments, `path` included, of every `RewardModel` in a configuration's `reward.models`.
 
-    Builds nothing, and checks what needs no files. Raises UserError.
+    Those inside `per_segment` are in `segment_reward_models`. Builds nothing, and checks what needs
+    no files. Raises UserError.
     """
     models = []
     factory = import_path(_REWARD_MODEL, "reward")
@@ -81,6 +82,19 @@ def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             models.append(arguments)
+    return models
+
+
+def segment_reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
+    """Arguments of every `RewardModel` inside a `per_segment`, at any depth, likewise."""
+    models = []
+    for model_spec in spec if isinstance(spec, list) else [spec]:
+        name, arguments = split_spec(model_spec, "reward")
+        if name == "per_segment":
+            arguments.pop("weight", None)
+            check_names(REWARDS.find(name), arguments, f"reward {name}")
+            inner = arguments["reward"]
+            models += [*reward_models(inner), *segment_reward_models(inner)]
     return models
 
 

@@ -97,7 +97,7 @@ def test_the_larger_of_two_policies_and_a_reference_counts(saved, folder, monkey
     ("engine", "reserved", "on_host"),
     [
         ("vllm", 0.4, True),
-        ({"name": "vllm", "memory_fraction": 0.25}, 0.25, True),
+        ({"name": "vllm", "memory_fraction": 0.25, "options": {"seed": 1}}, 0.25, True),
         ({"name": "vllm", "address": ["http://localhost:8000"]}, 0, False),
         ("my_package.MyEngine", 0, False),
     ],
@@ -169,6 +169,13 @@ def test_tf32_needs_what_fp32_does(folder):
         ("engine", {"name": "transformers", "size": 3}, "given size; its parameters are batch_"),
         ("engine", {"name": "vllm", "memory_fraction": None}, "vllm: memory_fraction: given None"),
         ("engine", {"name": "vllm", "memory_fraction": 7}, r"given 7, must be in \(0, 1\)"),
+        (
+            "engine",
+            {"name": "vllm", "options": {"gpu_memory_utilization": 0.9}},
+            "vllm: options.gpu_memory_utilization: leave it out, and set memory_fraction",
+        ),
+        ("engine", {"name": "vllm", "options": {"kv_cache_memory_bytes": 9}}, "set memory_frac"),
+        ("engine", {"name": "vllm", "options": {"dtype": "half"}}, "and set dtype"),
         ("engine", "vlm", "no engine is called 'vlm'"),
         ("reward", {"batch_size": "x"}, "batch_size: given 'x', must be a whole number"),
         ("reward", {"max_length": 0}, "max_length: given 0, must be at least 1"),

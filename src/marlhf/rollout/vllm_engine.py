@@ -29,6 +29,12 @@ from marlhf.rollout.vllm_servers import VLLMServers, check_servers
 
 _OF_THIS_PROCESS = ("memory_fraction", "cache_gb", "dtype", "options")
 _OF_SERVERS = ("timeout_seconds", "on_failure")
+# arguments of `vllm.LLM`, and the settings that give them
+_SET = {
+    "gpu_memory_utilization": "memory_fraction",
+    "kv_cache_memory_bytes": "memory_fraction, on a CPU cache_gb",
+    "dtype": "dtype",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class VLLMSettings:
     memory_fraction   share of a GPU's memory for vLLM's weights and KV cache
     cache_gb          on a CPU, GiB for the KV cache
     dtype             of its weights; `auto`: bfloat16 where `model.precision` is bf16, else float32
-    options           further arguments of `vllm.LLM`, passed through
+    options           further arguments of `vllm.LLM`, passed through; none that these set
 
     address           of one or several servers, instead of these
     timeout_seconds   without a token, or an answer, before a server counts as lost
@@ -62,6 +68,9 @@ class VLLMSettings:
             raise UserError(f"cache_gb: given {self.cache_gb:g}, must be above 0")
         if not 0 < self.timeout_seconds < math.inf:
             raise UserError(f"timeout_seconds: given {self.timeout_seconds:g}, must be above 0")
+        for option, key in _SET.items():
+            if option in self.options:
+                raise UserError(f"options.{option}: leave it out, and set {key}")
         of_the_other = _OF_SERVERS if self.address is None else _OF_THIS_PROCESS
         for name in of_the_other:
             if getattr(self, name) != getattr(VLLMSettings, name, {}):

@@ -36,8 +36,8 @@ def lm_of(family: str, **changes: Any) -> Any:
     return tiny_causal_lm(family, BYTES_VOCAB, **SIZES, **changes)
 
 
-def started(policy: Policy, spec: Any = ENGINE) -> Any:
-    context = EngineContext(policy, byte_tokenizer(add_bos=True), Distributed(), 64)
+def started(policy: Policy, spec: Any = ENGINE, longest: int = 64) -> Any:
+    context = EngineContext(policy, byte_tokenizer(add_bos=True), Distributed(), longest)
     engine = start_engine(build_engine(spec), context)
     engine.update_weights(policy_weights(policy))
     return engine
@@ -80,6 +80,15 @@ def test_log_probabilities_agree_after_every_update(family: str, changes: Any, l
                         parameter.add_(0.05 * torch.randn_like(parameter))
             assert gap(policy, generation, 0.8) > 1e-2  # the engine would be seen to lag behind
             engine.update_weights(policy_weights(policy))
+    finally:
+        engine.close()
+
+
+def test_a_run_may_allow_more_tokens_than_the_model_has_positions() -> None:
+    policy = Policy(lm_of("llama", max_position_embeddings=32), eos_ids=[EOS])
+    engine = started(policy, longest=560)
+    try:
+        assert gap(policy, sampled(engine)) < 1e-4
     finally:
         engine.close()
 

@@ -133,7 +133,7 @@ class VLLMEngine:
             "runner": "generate",
             "load_format": "dummy",  # `update_weights` sets the weights
             "dtype": dtype if settings.dtype == "auto" else settings.dtype,
-            "max_model_len": context.longest,
+            "max_model_len": self._facts.longest,
             "logprobs_mode": "processed_logprobs",  # those it samples from
             "generation_config": "vllm",  # sampling settings are ours alone
             "enable_sleep_mode": not on_cpu,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from marlhf.common.types import Generation
 from marlhf.config import RolloutSettings
+from marlhf.models.loading import position_limit
 from marlhf.models.policy import Policy, unwrapped
 from marlhf.rollout.engine import EngineContext
 from marlhf.rollout.transformers_engine import left_pad, pad_token_id
@@ -34,12 +35,14 @@ class Sampled:
 class PolicyFacts:
     """What sampling needs to know of a policy.
 
-    tied   names of tied parameters, by the name of the first parameter with that tensor
+    longest   tokens of a sequence, prompt and response: the run's limit, or the model's if smaller
+    tied      names of tied parameters, by the name of the first parameter with that tensor
     """
 
     eos_ids: Sequence[int]
     pad_id: int
     device: torch.device
+    longest: int
     tied: dict[str, list[str]] = field(repr=False)
 
     @staticmethod
@@ -47,8 +50,10 @@ class PolicyFacts:
         """The facts of a context's policy."""
         policy: Policy = context.distributed.unwrap(context.policy)
         pad_id = pad_token_id(context.tokenizer, policy.eos_ids)
-        tied = _tied_names(unwrapped(policy.model))
-        return PolicyFacts(policy.eos_ids, pad_id, context.distributed.device, tied)
+        lm = unwrapped(policy.model)
+        longest = min(context.longest, position_limit(lm.config) or context.longest)
+        device = context.distributed.device
+        return PolicyFacts(policy.eos_ids, pad_id, device, longest, _tied_names(lm))
 
     def parameters(self, seed: int, settings: RolloutSettings) -> dict[str, Any]:
         """Arguments of vLLM's SamplingParams, for one response."""

@@ -57,7 +57,7 @@ class VLLMServers:
         self._begun: list[Future[list[Sampled]]] = []
         lm = unwrapped(context.distributed.unwrap(context.policy).model)
         for server in self._servers:
-            _check(server, lm.config, context.longest)
+            _check(server, lm.config, self._facts.longest)
 
     # -- samples ---------------------------------------------------------------------------------
 
@@ -265,8 +265,9 @@ def _check(server: Server, lm_config: Any, longest: int) -> None:
         )
     if model["max_model_len"] < longest:
         raise UserError(
-            f"{where} has max_model_len={model['max_model_len']}, but rollout.max_prompt_length + "
-            f"rollout.max_new_tokens is {longest}: start it with --max-model-len {longest}"
+            f"{where} has max_model_len={model['max_model_len']}, but sequences may have {longest} "
+            "tokens (rollout.max_prompt_length + rollout.max_new_tokens, or the model's limit): "
+            f"start it with --max-model-len {longest}"
         )
     if difference := _difference(str(model["model"]), lm_config):
         raise UserError(f"{where} has another model, {model['model']!r}: {difference}")

@@ -231,7 +231,7 @@ def outcome_table(arms: list[Arm]) -> str:
         ]
         for arm in arms
     ]
-    return _table([*heads, *([f"updates to {NEAR:.0%} of the optimum"] if near else [])], rows)
+    return table([*heads, *([f"updates to {NEAR:.0%} of the optimum"] if near else [])], rows)
 
 
 def cause_table(arms: list[Arm]) -> str:
@@ -251,7 +251,7 @@ def cause_table(arms: list[Arm]) -> str:
         ]
         for arm in arms
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def check_table(study: Study, arms: list[Arm]) -> str:
@@ -271,7 +271,7 @@ def check_table(study: Study, arms: list[Arm]) -> str:
         for arm in arms
     ]
     heads += [f"search: {rate}{' (KL)' * with_kl}" for rate in rates]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _searched(arm: Arm, rate: str, with_kl: bool) -> str:
@@ -295,7 +295,7 @@ def shares_table(shares: dict[str, Any]) -> str:
         f"by {shares['lam']:g}^distance: {weighted}."
     )
     heads = ["tokens from the end", "share of its signal", "share of its noise"]
-    return f"{noises}\n\n{_table(heads, rows)}"
+    return f"{noises}\n\n{table(heads, rows)}"
 
 
 def _kl_ratio(ratio: float | None) -> str:
@@ -310,7 +310,8 @@ def _with_error(measured: dict[str, Any], key: str) -> str:
     return f"{number(measured[key])} ± {number(measured[f'{key}_half'])}"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

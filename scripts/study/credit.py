@@ -1,0 +1,270 @@
+"""Is the credit right, and does the truest credit learn soonest? Audits of a task's arms.
+
+    python scripts/study/credit.py audit configs/study/recall.yaml
+    python scripts/study/credit.py page
+
+`audit` trains the run that the task's file describes under `audit`, stops it in the middle, and has
+`marlhf audit` judge every arm of the task on its policy and critic, a seed after the other; what is
+there is not made again. Arms that differ from another in the optimiser's steps alone have the same
+credit and are left out. The figures go to docs/study/TASK_credit.json.
+
+`page` reads these, and what analyse.py found of the training runs (docs/study/TASK.json), and
+writes tables and figures into docs/credit.md, between the markers `<!-- results: TASK -->`.
+
+Spearman's correlation over arms relates each number of the audits to updates to parity; never
+counts as last. Its interval comes from resampling arms, of which there are few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from analyse import fill
+from analyse import table as markdown_table
+
+from marlhf.views.charts import number
+from marlhf.views.report.document import mean
+from marlhf.views.report.groups import Mean
+from marlhf.views.report.png import new_figure, save
+
+SECTIONS = ("segmenter", "macro.", "ppo.", "kl.")  # of keys that credit is made of
+STEPS = ("ppo.epochs", "ppo.minibatches", "macro.ratio")  # of which the optimiser's steps are made
+RESAMPLES = 2000
+FOLDER = "study"  # of the figures, below the page's
+MEASURES = {
+    "rank": "rank agreement with the truth",
+    "sign": "sign agreement with the truth",
+    "signal": "signal to noise of a prompt's gradient",
+}
+
+
+def main() -> None:
+    """Audit a task, or write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=["audit", "page"])
+    parser.add_argument("tasks", nargs="*", type=Path, help="files such as configs/study/x.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    if args.what == "page":
+        write_page(args.docs)
+        return
+    for file in args.tasks:
+        audits = audit(file, args.out / file.stem / "credit")
+        target = args.docs / "study" / f"{file.stem}_credit.json"
+        target.write_text(json.dumps(audits, indent=1) + "\n", encoding="utf-8")
+        print(target)
+
+
+# --- audits
+
+
+def audit(file: Path, folder: Path) -> dict[str, Any]:
+    """The audits of a task, a seed after the other."""
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    plan = settings["audit"]
+    arms = {text_of(keys): name for name, keys in audited_arms(settings["arms"]).items()}
+    seeds = []
+    for seed in plan["seeds"]:
+        run = folder / f"seed-{seed}"
+        train(Path(settings["config"]), plan, seed, run)
+        words = [f"--{key}={plan[key]}" for key in ("prompts", "responses", "continuations")]
+        words += [word for text in arms for word in ("--arm", text)]
+        call("audit", str(run), *words)
+        audited = json.loads((run / "audit" / "audit.json").read_text(encoding="utf-8"))
+        by_name = {arms[arm["label"]]: arm for arm in audited["arms"] if arm["label"] in arms}
+        kept = {key: audited[key] for key in ("critic", "by_position", "truth", "seconds")}
+        seeds.append({"seed": seed, **kept, "arms": by_name})
+    return {"task": file.stem, "plan": plan, "seeds": seeds}
+
+
+def audited_arms(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The keys of each arm that its credit is made of; arms with keys of steps are left out."""
+    return {
+        name: {key: value for key, value in keys.items() if key.startswith(SECTIONS)}
+        for name, keys in arms.items()
+        if not any(key in STEPS for key in keys)
+    }
+
+
+def text_of(keys: Mapping[str, Any]) -> str:
+    """Keys of an arm as `--arm` takes them."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
+
+
+def train(config: Path, plan: Mapping[str, Any], seed: int, run: Path) -> None:
+    """The run whose policy and critic are audited."""
+    steps = plan["updates"]
+    keys = {**plan["arm"], "seed": seed, "steps": steps, "checkpoint.every": steps}
+    words = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    call("ppo", str(config), *words, f"output_dir={run}", "resume=auto")
+
+
+def call(*words: str) -> None:
+    """A command of marlhf; rewards of the tasks are imported from this folder."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "-m", "marlhf", *words], check=True, env=environment)
+
+
+# --- the page
+
+
+def write_page(docs: Path) -> None:
+    """Tables and figures of all audited tasks."""
+    page = docs / "credit.md"
+    for file in sorted((docs / "study").glob("*_credit.json")):
+        audits = json.loads(file.read_text(encoding="utf-8"))
+        trained = json.loads((docs / "study" / f"{audits['task']}.json").read_text())
+        rows = rows_of(audits, trained["arms"])
+        draw(rows, docs / "study" / f"{audits['task']}_credit.png")
+        text = fill(page.read_text(encoding="utf-8"), audits["task"], markdown(audits, rows))
+        page.write_text(text, encoding="utf-8")
+
+
+def rows_of(
+    audits: Mapping[str, Any], trained: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """An arm's numbers: means over seeds of the audits, and what its training runs did."""
+    of_training = {arm["name"]: arm for arm in trained}
+    rows = []
+    for name in audits["seeds"][0]["arms"]:
+        of_seeds = [seed["arms"][name] for seed in audits["seeds"]]
+        run = of_training.get(name)
+        rows.append(
+            {
+                "name": name,
+                "rank": over_seeds([arm["rank"]["corrected"] for arm in of_seeds]),
+                "sign": over_seeds([arm["sign"]["corrected"] for arm in of_seeds]),
+                "signal": over_seeds([arm["gradient"]["signal_to_noise"] for arm in of_seeds]),
+                "updates": None if run is None else as_number(run["updates"]["median"]),
+                "seconds": None if run is None else as_number(run["seconds"]["median"]),
+                "reward": None if run is None else run["reward"]["value"],
+            }
+        )
+    return rows
+
+
+def as_number(time: float | str) -> float:
+    """A median of times; never is infinite."""
+    return math.inf if time == "never" else float(time)
+
+
+def over_seeds(estimates: Sequence[Mapping[str, Any] | None]) -> Mean | None:
+    """The mean over seeds; None where one of them could not tell."""
+    values = [e["value"] for e in estimates if e is not None and e["value"] is not None]
+    return Mean.of(values) if len(values) == len(estimates) else None
+
+
+def markdown(audits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What stands in the page: what was audited, the arms, and what predicts learning."""
+    plan = audits["plan"]
+    arm = ", ".join(f"`{key}: {value}`" for key, value in plan["arm"].items())
+    responses = plan["prompts"] * plan["responses"]
+    critics = "; ".join(
+        f"seed {seed['seed']}: {explained(seed['critic'])}" for seed in audits["seeds"]
+    )
+    counts = (
+        f"Audited: {len(audits['seeds'])} runs with {arm}, after {plan['updates']} updates; "
+        f"{responses} responses each, {plan['continuations']} continuations of every prefix. "
+        f"Variance of the truth that their critics explain: {critics}."
+    )
+    heads = ["arm", "rank agreement", "sign agreement", "signal to noise", "updates to parity",
+             "seconds to parity", "final reward"]  # fmt: skip
+    cells = [
+        [
+            str(row["name"]),
+            mean(row["rank"]),
+            mean(row["sign"]),
+            mean(row["signal"]),
+            time_text(row["updates"]),
+            time_text(row["seconds"]),
+            "–" if row["reward"] is None else number(row["reward"]),
+        ]
+        for row in rows
+    ]
+    trained = [row for row in rows if row["updates"] is not None]
+    relations = [relation(trained, key) for key in MEASURES]
+    heads_of_relations = ["number of the audit", "Spearman with updates to parity", "arms"]
+    figure = f"![Agreement and learning]({FOLDER}/{audits['task']}_credit.png)"
+    tables = [markdown_table(heads, cells), markdown_table(heads_of_relations, relations)]
+    return "\n\n".join([counts, *tables, figure])
+
+
+def explained(critic: Mapping[str, Any] | None) -> str:
+    """Explained variance with its interval."""
+    if critic is None or critic["explained"] is None:
+        return "–"
+    low, high = critic["explained"]["low"], critic["explained"]["high"]
+    interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{critic['explained']['value']:.2f}{interval}"
+
+
+def time_text(time: float | None) -> str:
+    """A median of times."""
+    if time is None:
+        return "–"
+    return "never" if math.isinf(time) else number(time)
+
+
+def relation(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """How a number of the audits relates to updates to parity, with its bootstrap interval."""
+    told = [row for row in rows if row[key] is not None]
+    x = np.array([row[key].value for row in told])
+    y = np.array([row["updates"] for row in told])
+    generator = np.random.default_rng(0)
+    draws = generator.integers(0, len(told), (RESAMPLES, len(told)))
+    resampled = [spearman(x[draw], y[draw]) for draw in draws]
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    text = f"{spearman(x, y):.2f} [{low:.2f}, {high:.2f}]"
+    return [MEASURES[key], text, str(len(told))]
+
+
+def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
+    """Spearman's correlation; NaN where one of them has no variance."""
+    a, b = ranks(x), ranks(y)
+    if not a.std() or not b.std():
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def ranks(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Ranks; equal ones share their mean."""
+    return (x[None, :] < x[:, None]).sum(1) + ((x[None, :] == x[:, None]).sum(1) + 1) / 2
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Updates to parity by rank agreement and by signal to noise, a dot for each arm."""
+    trained = [row for row in rows if row["updates"] is not None]
+    known = [row["updates"] for row in trained if math.isfinite(row["updates"])]
+    edge = 1.15 * max(known, default=1.0)
+    chart, _ = new_figure()
+    chart.clear()
+    chart.set_size_inches(9.6, 4.2)
+    panels = chart.subplots(1, 2, sharey=True)
+    for axes, key in zip(panels, ("rank", "signal"), strict=True):
+        for row in (row for row in trained if row[key] is not None):
+            reaches = math.isfinite(row["updates"])
+            y = row["updates"] if reaches else edge
+            colour = "#0072b2" if reaches else "#c24a00"
+            axes.plot([row[key].value], [y], "o" if reaches else "^", color=colour, markersize=5)
+            axes.annotate(row["name"], (row[key].value, y), (4, 3), textcoords="offset points",
+                          fontsize=6)  # fmt: skip
+        axes.set_xlabel(MEASURES[key])
+        axes.set_ylim(0, edge * 1.05)
+    panels[0].set_ylabel("updates to parity (triangle: never)")
+    save(chart, path)
+
+
+if __name__ == "__main__":
+    main()

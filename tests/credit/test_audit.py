@@ -368,7 +368,11 @@ def test_the_page_in_a_browser(audited: dict[str, Any], run: Path) -> None:
         (["--checkpoint", "other/step-1"], "given 'other/step-1'; must be one of step-1"),
         (["--arm", "ppo={estimator: monte_carlo, gamma: 0.5}"], "continuations have the run's"),
         (["--arm", "kl={coef: 0} ppo.estimator=monte_carlo"], "continuations have the run's"),
-        (["--data", "missing.jsonl"], "missing.jsonl"),
+        (["--data", "missing.jsonl"], "marlhf: --data: given 'missing.jsonl', which does not"),
+        (["--output", "RUN"], "run' holds a training run; choose another"),
+        (["--arm", "ppo.lam=7"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
+        (["--grid", "ppo.lam=[1, 7]"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
+        (["--responses", "1", "--arm", "ppo.estimator=rloo"], "given 1, must be at least 2"),
         (["--prompts", "5"], "holds an audit of another checkpoint, of other prompts"),
     ],
 )  # fmt: skip
@@ -379,6 +383,7 @@ def test_what_cannot_be_audited_is_one_line(
     run: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    words = [str(run) if word == "RUN" else word for word in words]
     with pytest.raises(SystemExit) as stopped:
         main(["audit", str(run), *words])
     (shown,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("marlhf")]

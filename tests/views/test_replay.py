@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from support.runs import tiny_trainer
 from support.tiny_models import byte_tokenizer
 
 from marlhf.cli import main
+from marlhf.commands.replay import main as replay
+from marlhf.common.errors import UserError
 from marlhf.config import PPOConfig
 from marlhf.config.loading import load_config
 from marlhf.credit.arms import arm_of
 from marlhf.credit.options import names_kl, settings_of_arms
 from marlhf.runs.rollouts import KeptRollout, kept_steps, read_rollout
+from marlhf.views.html_page import page, write_page
 from marlhf.views.replay import Replay, replay_page
 
 LOG = {"rollouts_every": 2, "samples": 8}
@@ -155,7 +159,8 @@ def test_a_page_with_what_differs_most_first(run: Path, tmp_path: Path) -> None:
             ["--arm", "rollout.top_p=0.5"],
             "given 'rollout.top_p=0.5', but the responses are sampled",
         ),
-        (["--arm", "ppo.lamm=0.5"], "ppo.lamm: unknown key"),
+        (["--arm", "ppo.lamm=0.5"], "marlhf: arm 'ppo.lamm=0.5': ppo.lamm: unknown key"),
+        (["--html", "RUN/config.yaml"], "run/config.yaml' is a file that is no page; choose"),
         (["--arm", ""], "--arm: given nothing; must hold settings"),
         (["--arm", "ppo.estimator='"], "No closing quotation"),
         (["--arm", "ppo.estimator=monte_carlo"], "needs continuations, which the run did not have"),
@@ -164,11 +169,36 @@ def test_a_page_with_what_differs_most_first(run: Path, tmp_path: Path) -> None:
 def test_bad_arms_are_one_line(
     words: list[str], line: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = [word.replace("RUN", str(run)) for word in words]
     with pytest.raises(SystemExit) as stopped:
         main(["replay", str(run), *words])
     (shown,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2
     assert line in shown
+
+
+def test_faults_of_the_run_name_it(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for file in (copy / "final").glob("token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"^RUN: cannot load the tokenizer of '.*copy/final'"):
+        replay([str(copy)])
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 3", "steps: 0"))
+    with pytest.raises(UserError, match=r"^RUN: '.*copy/config.yaml': steps: given 0"):
+        replay([str(copy)])
+
+
+def test_a_page_replaces_a_page_alone(tmp_path: Path) -> None:
+    for name in ("page.html", "new/page.html", "empty"):
+        (tmp_path / "empty").touch()
+        for content in (page("t", "<p>a"), page("t", "<p>b")):
+            assert write_page(tmp_path / name, content, "--html").read_text() == content
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match=r"^--html: .*notes' is a file that is no page"):
+        write_page(tmp_path / "notes", page("t", ""), "--html")
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_mappings_of_an_arm_need_no_quotes_and_keep_theirs() -> None:
@@ -182,8 +212,6 @@ def test_mappings_of_an_arm_need_no_quotes_and_keep_theirs() -> None:
 def test_a_damaged_rollout_is_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "rollouts" / "step-2" / "rank-0.safetensors").write_bytes(b"{" * 50)

@@ -301,6 +301,15 @@ def test_pngs_are_drawn(tmp_path, capsys):
     assert f"PNGs: {len(pngs)} in" in capsys.readouterr().out
 
 
+def test_the_folder_of_a_run_is_no_place_for_a_report(tmp_path, capsys):
+    (run,) = some_runs(tmp_path)[:1]
+    before = sorted(Path(run).rglob("*"))
+    with pytest.raises(SystemExit):
+        main(["report", run, "--output", run])
+    assert f"--output: {run!r} holds a training run; choose another" in capsys.readouterr().err
+    assert sorted(Path(run).rglob("*")) == before
+
+
 def test_without_matplotlib_there_is_still_a_page(tmp_path, capsys, monkeypatch):
     import builtins
 

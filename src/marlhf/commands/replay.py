@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from marlhf.common.errors import Parser, UserError, at_least_one, say
 from marlhf.common.paths import local_path
@@ -38,9 +37,10 @@ def main(words: Sequence[str]) -> None:
     configs = {label: arm_config(run, overrides) for label, overrides in settings.items()}
     kept = read_rollout(run, step)
     of_run = configs[THE_RUN]
-    model = run / "final" if (run / "final").is_dir() else Path(of_run.model.path)
-    source = ModelSettings(path=str(model), chat_template=of_run.model.chat_template)
-    tokenizer = load_tokenizer(source, "model.path")
+    final = run / "final"
+    model, key = (str(final), "RUN") if final.is_dir() else (of_run.model.path, "model.path")
+    source = ModelSettings(path=model, chat_template=of_run.model.chat_template)
+    tokenizer = load_tokenizer(source, key)
     arms = [
         arm_of(label, kept, config, tokenizer, own_kl=not names_kl(settings[label]))
         for label, config in configs.items()

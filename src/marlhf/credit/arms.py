@@ -38,13 +38,24 @@ def check_is_run(folder: Path) -> None:
 def arm_config(
     run: Path, overrides: Sequence[str], fixed: Mapping[str, Any] | None = None
 ) -> PPOConfig:
-    """A run's configuration with the overrides of an arm. Raises UserError.
+    """A run's configuration with the overrides of an arm. Raises UserError, naming run or arm.
 
     fixed   values of other keys, by section
 
     Where an arm changes the estimator to one without a critic, the run's settings that only a
     critic uses are left out.
     """
+    try:
+        return _arm_config(run, overrides, fixed)
+    except UserError as error:
+        if overrides:
+            raise UserError(f"arm {' '.join(overrides)!r}: {error}") from error
+        if fixed:
+            raise
+        raise UserError(f"RUN: {str(run / 'config.yaml')!r}: {error}") from error
+
+
+def _arm_config(run: Path, overrides: Sequence[str], fixed: Mapping[str, Any] | None) -> PPOConfig:
     values = read_yaml(run / "config.yaml")
     for section, settings in (fixed or {}).items():
         values[section] = {**(values.get(section) or {}), **settings}

@@ -53,7 +53,7 @@ from marlhf.evaluation.records import RESUME_HINT, fingerprint
 from marlhf.rollout.transformers_engine import left_pad, pad_token_id
 from marlhf.rollout.worker import RolloutWorker
 from marlhf.runs.checkpoint import MANIFEST, Checkpoint
-from marlhf.runs.directory import only_writer
+from marlhf.runs.directory import check_no_run, only_writer
 from marlhf.runs.metrics import Timer
 from marlhf.runs.rollouts import KeptRollout, joined, read_part, write_part
 from marlhf.segmenters import build_segmenter, segmenter_requires
@@ -105,9 +105,9 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
             "the truth's own noise"
         )
     start = chosen_checkpoint(settings.run, settings.checkpoint)
-    copies = settings.responses
-    if copies is None:
-        copies = arm_config(settings.run, []).rollout.responses_per_prompt
+    check_no_run(settings.output, "--output")
+    in_run = arm_config(settings.run, []).rollout.responses_per_prompt
+    copies = in_run if settings.responses is None else settings.responses
     configs = _configs(settings, copies)
     config = configs[THE_RUN]
     prompts = held_out_prompts(config, settings.data, settings.prompts)
@@ -218,7 +218,7 @@ def _config(run: Path, overrides: Sequence[str], copies: int) -> PPOConfig:
     try:
         return arm_config(run, overrides, {"rollout": {"responses_per_prompt": copies}})
     except UserError as error:
-        if not str(error).startswith("rollout.responses_per_prompt"):
+        if "rollout.responses_per_prompt: " not in str(error):
             raise
         raise UserError(f"{error}; raise --responses") from error
 

@@ -92,9 +92,14 @@ def held_out_prompts(config: PPOConfig, data: str | None, most: int) -> list[Pro
         raise UserError(
             "audit: the run holds out no prompts (data.eval_rows=0); name a file with --data"
         )
-    rows, held_out = load_rows(settings, "ppo" if data is None else "evaluate")
-    prompts = held_out if data is None else held_out or rows
-    return [prompts[i] for i in range(min(most, len(prompts)))]
+    try:
+        rows, held_out = load_rows(settings, "ppo" if data is None else "evaluate")
+        prompts = held_out if data is None else held_out or rows
+        return [prompts[i] for i in range(min(most, len(prompts)))]
+    except UserError as error:
+        if data is None:
+            raise
+        raise UserError(f"--data: {str(error).removeprefix('data.path: ')}") from error
 
 
 def check_auditable(config: PPOConfig) -> None:

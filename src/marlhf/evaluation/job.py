@@ -60,7 +60,7 @@ from marlhf.rollout.engine import build_engine
 from marlhf.rollout.scores import check_rewards
 from marlhf.runs import checkpoint
 from marlhf.runs.agreement import check_agreement
-from marlhf.runs.directory import notice, only_writer
+from marlhf.runs.directory import check_no_run, notice, only_writer
 from marlhf.runs.provenance import Provenance, check_apart, data_labels
 
 SAMPLES, MEASURES = "samples.jsonl", "measures.jsonl"
@@ -228,10 +228,9 @@ def _claim(config: EvaluateConfig, distributed: Distributed, locks: ExitStack) -
         try:
             check_apart(config, [folder / name for name in _OUTPUT_FILES])
             locks.enter_context(only_writer(folder))
-            if (folder / "metrics.jsonl").exists():
-                fault = [f"output_dir: {config.output_dir!r} holds a training run; choose another"]
+            check_no_run(folder, "output_dir")
             with writing("output_dir", folder):
-                for name in _OUTPUT_FILES if config.overwrite and not fault else ():
+                for name in _OUTPUT_FILES if config.overwrite else ():
                     checkpoint.delete(folder / name)
             of_raters = () if config.raters is None else raters.files(config.raters, folder)
             outputs = [folder / name for name in (*_OUTPUT_FILES, JUDGEMENTS)]

@@ -219,6 +219,12 @@ class RunDirectory:
         self._lock_fd = None
 
 
+def check_no_run(folder: Path, key: str) -> None:
+    """Check that a folder holds no training run. Raises UserError, naming `key`."""
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"{key}: {str(folder)!r} holds a training run; choose another")
+
+
 @contextmanager
 def only_writer(folder: Path, key: str = "output_dir") -> Iterator[None]:
     """Create a folder, and lock it against other processes in this context.

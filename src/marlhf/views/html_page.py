@@ -53,8 +53,10 @@ def page(title: str, body: str) -> str:
 
 
 def write_page(path: str | Path, content: str, key: str) -> Path:
-    """Write a page atomically. Raises UserError, naming the option `key`, if it cannot."""
+    """Write a page atomically, replacing only another page. Raises UserError, naming `key`."""
     target = local_path(path, key)
+    if target.is_file() and not _is_page(target):
+        raise UserError(f"{key}: {str(path)!r} is a file that is no page; choose another")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if special_kind(target) is None:
@@ -68,6 +70,12 @@ def write_page(path: str | Path, content: str, key: str) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}: cannot write {str(path)!r}: {reason}") from None
     return target
+
+
+def _is_page(file: Path) -> bool:
+    with file.open("rb") as content:
+        start = content.read(15)
+    return not start or start.lower() == b"<!doctype html>"
 
 
 def escape(value: object) -> str:

@@ -14,15 +14,17 @@ from marlhf.common.paths import local_path, writing
 def main(words: Sequence[str]) -> None:
     """Write the report and print its path. Raises UserError."""
     options = _parse(words)
+    from marlhf.runs.directory import check_no_run
     from marlhf.views.html_page import write_page
     from marlhf.views.report.document import document
     from marlhf.views.report.groups import choose_baseline, group_runs
     from marlhf.views.report.png import write_pngs
     from marlhf.views.report.runs import read_runs
 
+    folder = _folder(options)
+    check_no_run(folder, "--output")
     groups = group_runs(read_runs(options.runs))
     baseline = choose_baseline(groups, options.baseline)
-    folder = _folder(options)
     path = write_page(folder / "report.html", document(groups, baseline), "--output")
     for group in groups:
         for run in group.runs:

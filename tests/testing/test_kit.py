@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +50,7 @@ def test_the_toys_gradient_is_that_of_finite_differences() -> None:
             moved.__dict__["logits"] = logits
             values.append(moved.value(()))
         slope = (values[0] - values[1]) / (2 * step)
-        assert float(toy.true_gradient[s, a]) == pytest.approx(slope, abs=1e-6)
+        assert float(toy.gradient(1)[s, a]) == pytest.approx(slope, abs=1e-6)
 
 
 def to_go(inputs: CreditInputs) -> Tensor:
@@ -68,7 +70,7 @@ def with_values(function: Callable[[CreditInputs], Tensor]) -> Any:
 
         def __call__(self, inputs: CreditInputs) -> Credit:
             advantages = function(inputs)
-            return Credit(advantages, advantages)
+            return Credit(advantages, advantages + values_of(inputs))
 
     return Wrong()
 
@@ -87,9 +89,13 @@ def next_values(inputs: CreditInputs) -> Tensor:
     return torch.nn.functional.pad(values_of(inputs)[:, 1:], (0, 1))
 
 
+def groups(inputs: CreditInputs) -> Tensor:
+    return inputs.returns_B.reshape(-1, inputs.group_size)
+
+
 def group_mean(inputs: CreditInputs) -> Tensor:
-    pairs = inputs.returns_B.reshape(-1, inputs.group_size)
-    return pairs.mean(1, keepdim=True).expand_as(pairs).reshape(-1, 1)
+    mean = groups(inputs).mean(1, keepdim=True)
+    return mean.expand_as(groups(inputs)).reshape(-1, 1)
 
 
 def per_response(inputs: CreditInputs, x: Tensor) -> Tensor:
@@ -113,9 +119,45 @@ def cut_at_holes(inputs: CreditInputs) -> Tensor:
 
 
 def all_reduce_where_it_pays(inputs: CreditInputs) -> Tensor:
-    if inputs.rewards_BM.sum() > 0:
-        inputs.all_reduce(inputs.rewards_BM.sum())
+    for column in inputs.rewards_BM.T:  # the ranks' longest responses differ
+        inputs.all_reduce(column.sum())
     return to_go(inputs)
+
+
+def whitened(inputs: CreditInputs, mistake: str) -> Tensor:
+    """Returns from each macro action on, less the mean, over the standard deviation."""
+    mask = torch.ones_like(inputs.mask_BM) if mistake == "padding" else inputs.mask_BM
+    kept = to_go(inputs) * mask
+    sums = inputs.all_reduce(torch.stack([kept.sum(), (kept**2).sum(), mask.sum()]))
+    mean, variance = sums[0] / sums[2], sums[1] / sums[2] - (sums[0] / sums[2]) ** 2
+    return (kept - (sums[0] if mistake == "sum" else mean)) / (variance + 1e-8).sqrt()
+
+
+def discounted(inputs: CreditInputs, mistake: str = "") -> Credit:
+    """One step of temporal difference, with the value after the last macro action."""
+    mask = inputs.mask_BM
+    assert inputs.bootstrap_B is not None
+    is_last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    after = torch.where(is_last, inputs.bootstrap_B[:, None], next_values(inputs))
+    if mistake == "bootstrap":
+        after = after + is_last * inputs.bootstrap_B[:, None]
+    discounts = inputs.discounts_BM
+    if mistake == "discount":
+        discounts = torch.nn.functional.pad(discounts[:, 1:], (0, 1))
+    reward = inputs.rewards_BM
+    targets = discounts * (reward + after) if mistake == "reward" else reward + discounts * after
+    advantages = targets - values_of(inputs)
+    return Credit(advantages, advantages if mistake == "targets" else targets)
+
+
+class OneStep:
+    requires = frozenset({"values"})
+
+    def __init__(self, mistake: str = "") -> None:
+        self.mistake = mistake
+
+    def __call__(self, inputs: CreditInputs) -> Credit:
+        return discounted(inputs, self.mistake)
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
@@ -128,7 +170,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "gradient: ",
     ),
     "the reward before is the macro action's": (
-        with_values(lambda i: to_go(i).roll(1, 1) - values_of(i)),
+        with_values(lambda i: torch.nn.functional.pad(to_go(i)[:, :-1], (1, 0)) - values_of(i)),
         "gradient: ",
     ),
     "the value after the macro action is the baseline": (
@@ -147,9 +189,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "the group's best is the baseline": (
         from_returns(
             lambda i: (
-                (i.returns_B.reshape(-1, 2) - i.returns_B.reshape(-1, 2).amax(1, keepdim=True))
-                .reshape(-1, 1)
-                .expand_as(i.rewards_BM)
+                (groups(i) - groups(i).amax(1, keepdim=True)).reshape(-1, 1).expand_as(i.rewards_BM)
             )
         ),
         "gradient: ",
@@ -173,6 +213,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         from_returns(lambda i: to_go(i) - to_go(i)[:1]),
         "order: |ranks: ",
     ),
+    "the discount of the next macro action": (OneStep("discount"), "gradient: .*discounted by 0.9"),
+    "the macro action's own reward discounted": (OneStep("reward"), "gradient: .*discounted by"),
+    "the bootstrapped value twice": (OneStep("bootstrap"), "gradient: .*cut after 2 tokens"),
+    "advantages for the critic to learn": (OneStep("targets"), r"targets: .*tokens \[\] is"),
     "another number each time": (
         from_returns(lambda i: torch.rand_like(i.rewards_BM)),
         "repetition: ",
@@ -193,28 +237,135 @@ def test_the_right_ones_beside_the_mistakes_pass() -> None:
     check_estimator(from_returns(to_go))
 
 
+BIASED_MISTAKES: dict[str, tuple[Any, str]] = {
+    "whitened with padding counted": (from_returns(lambda i: whitened(i, "padding")), "ranks: "),
+    "whitened with a sum for the mean": (from_returns(lambda i: whitened(i, "sum")), "copies: "),
+    "the group's mean less the return": (
+        from_returns(lambda i: group_mean(i) - per_response(i, i.returns_B)),
+        "gradient: .*the contrary of what is rewarded",
+    ),
+    "no credit at all": (from_returns(lambda i: i.rewards_BM * 0), "gradient: .*or nothing"),
+}
+
+
+@pytest.mark.parametrize("mistake", BIASED_MISTAKES)
+def test_mistakes_are_caught_where_no_bias_is_allowed_for(mistake: str) -> None:
+    estimator, law = BIASED_MISTAKES[mistake]
+    with pytest.raises(AssertionError, match=law):
+        check_estimator(estimator, unbiased=False)
+
+
+def test_whitened_in_float32_breaks_no_law() -> None:
+    def single(inputs: CreditInputs) -> Tensor:
+        return whitened(replace(inputs, rewards_BM=inputs.rewards_BM.float()), "")
+
+    check_estimator(from_returns(single), unbiased=False)
+
+
+def test_equal_returns_of_a_group_are_among_the_inputs() -> None:
+    def undefined(inputs: CreditInputs) -> Tensor:
+        centred = groups(inputs) - groups(inputs).mean(1, keepdim=True)
+        return per_response(inputs, (centred / groups(inputs).std(1, keepdim=True)).reshape(-1))
+
+    with pytest.raises(UserError, match="advantages_BM of response 0 is not finite"):
+        check_estimator(from_returns(undefined), unbiased=False)
+
+
+def test_a_temporal_difference_obeys_every_law() -> None:
+    check_estimator(OneStep())
+
+
+def test_a_function_of_one_process_may_leave_ranks_out() -> None:
+    def in_one_process(inputs: CreditInputs) -> Tensor:
+        return whitened(replace(inputs, all_reduce=lambda x: x), "")
+
+    check_estimator(from_returns(in_one_process), unbiased=False, ranks=False)
+    with pytest.raises(AssertionError, match=r"ranks: .*is a sum not all_reduced"):
+        check_estimator(from_returns(in_one_process), unbiased=False)
+
+
+def test_a_fault_on_one_rank_is_told_as_it_is() -> None:
+    def four_columns(inputs: CreditInputs) -> Tensor:
+        last = inputs.rewards_BM[:, 3:].select(1, 0)  # none where responses are short
+        return to_go(inputs) + 0 * inputs.all_reduce(last.sum())
+
+    with pytest.raises(UserError, match="IndexError"):
+        check_estimator(from_returns(four_columns), unbiased=False, segment_length=1)
+
+
+def test_continuations_are_asked_for_as_in_a_run() -> None:
+    class Continued:
+        requires = frozenset({"continuations"})
+        continuations = None
+
+        def __call__(self, inputs: CreditInputs) -> Credit:
+            assert inputs.continuation_values_BM is not None
+            return Credit(to_go(inputs) - inputs.continuation_values_BM)
+
+    with pytest.raises(UserError, match="continuations is None, must be a whole number"):
+        check_estimator(Continued())
+
+    class FewPrefixes(Continued):
+        continuations: Any = 4
+        max_prefixes = 2
+
+    with pytest.raises(UserError, match="is not finite"):
+        check_estimator(FewPrefixes())
+    check_estimator({"name": "monte_carlo", "max_prefixes": 2}, unbiased=False)
+    with pytest.raises(AssertionError, match="gradient: "):  # the place depends on the length
+        check_estimator({"name": "monte_carlo", "max_prefixes": 2})
+
+
 def test_the_contract_comes_first() -> None:
     with pytest.raises(UserError, match="advantages_BM has shape"):
         check_estimator(from_returns(lambda i: i.returns_B))
 
 
-def test_an_advantage_function_of_another_framework() -> None:
-    """Over tokens, with arguments of its own."""
+@pytest.mark.parametrize("mistake", ["", "reset", "value", "baseline"])
+def test_an_advantage_function_of_another_framework(mistake: str) -> None:
+    """Over tokens, with a mask that has holes, behind the adapter of the documentation."""
 
-    def foreign(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
-        after, advantages = torch.zeros(len(rewards)).double(), torch.zeros_like(rewards)
-        value_after = torch.zeros_like(after)
+    def their_gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Any:
+        after, value_after = torch.zeros(2, len(rewards)).double()
+        advantages = torch.zeros_like(rewards)
         for t in reversed(range(rewards.shape[1])):
-            delta = rewards[:, t] + value_after - values[:, t]
-            after = torch.where(mask[:, t], delta + lam * after, 0.0)
-            value_after = torch.where(mask[:, t], values[:, t], 0.0)
+            there = mask[:, t]
+            delta = rewards[:, t] + value_after - (0 if mistake == "baseline" else values[:, t])
+            after = torch.where(there, delta + lam * after, 0 if mistake == "reset" else after)
+            kept = 0 * value_after if mistake == "value" else value_after
+            value_after = torch.where(there, values[:, t], kept)
             advantages[:, t] = after
-        return advantages
+        return advantages, advantages + values
 
-    def adapter(inputs: CreditInputs) -> Tensor:
-        return foreign(inputs.rewards_BM, values_of(inputs), inputs.mask_BM, 0.9)
+    block = documented_adapter()
+    names: dict[str, Any] = {"__name__": __name__, "Credit": Credit, "their_gae": their_gae}
+    names["check_estimator"] = check_estimator
+    if not mistake:
+        exec(block, names)
+        return
+    law = "gradient: " if mistake == "baseline" else "holes: "
+    with pytest.raises(AssertionError, match=law):
+        exec(block, names)
 
-    check_estimator(with_values(adapter), segment_length=1)
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def documented_adapter() -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "testing.md").read_text(), re.S)
+    (adapter,) = [block for block in blocks if "their_gae" in block]
+    return adapter
+
+
+def test_the_estimators_of_the_documentation_obey_the_laws() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "estimators.md").read_text(), re.S)
+    names: dict[str, Any] = {"__name__": __name__}
+    for block in blocks:
+        exec(block, names)
+    check_estimator(names["centred"])
+    check_estimator(names["OneStep"](), unbiased=False)
+    with pytest.raises(AssertionError, match="gradient: "):  # for its weights
+        check_estimator(names["OneStep"]())
 
 
 def test_subclasses_of_what_is_built_in_are_told_apart() -> None:

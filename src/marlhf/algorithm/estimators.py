@@ -30,6 +30,8 @@ REQUIREMENTS = frozenset({"values", "groups", "continuations"})
 class CreditInputs:
     """What an estimator gets. M macro actions, T tokens; padding is at the end of both.
 
+    [B,M] tensors are 0 where there is no macro action.
+
     segment_ids     [B,T] int64: the macro action of each token, -1 where masked
     mask_BM         [B,M] bool: which macro actions exist
     rewards_BM      reward of each, the KL penalty included where it is part of the reward

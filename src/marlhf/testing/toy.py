@@ -18,10 +18,25 @@ class Toy:
     """A random policy and rewards over responses of up to `longest` tokens, of three kinds.
 
     Token 2 is EOS. Every token has a reward that depends on all tokens before it.
+
+    gamma   discount per token
+    limit   responses are cut there; None: at `longest`
     """
 
     longest: int = 3
     seed: int = 0
+    gamma: float = 1.0
+    limit: int | None = None
+
+    @property
+    def description(self) -> str:
+        """The toy in words, for messages."""
+        words = "a toy with exact values"
+        if self.gamma != 1.0:
+            words += f", discounted by {self.gamma:g} per token"
+        if self.limit is not None:
+            words += f", cut after {self.limit} tokens with the value there in bootstrap_B"
+        return words
 
     @cached_property
     def prefixes(self) -> list[Prefix]:
@@ -46,13 +61,18 @@ class Toy:
 
     @cached_property
     def responses(self) -> list[Prefix]:
-        """Every complete response."""
+        """Every response, complete or cut at the limit."""
+        most = self.longest if self.limit is None else self.limit
         return [
             (*prefix, token)
             for prefix in self.prefixes
             for token in range(3)
-            if token == EOS or len(prefix) + 1 == self.longest
+            if len(prefix) < most and (token == EOS or len(prefix) + 1 == most)
         ]
+
+    def is_complete(self, response: Prefix) -> bool:
+        """Whether nothing can follow: EOS, or the longest."""
+        return response not in self._number
 
     def steps(self, response: Prefix) -> Iterator[tuple[int, int]]:
         """`(index of the prefix, token)` of each choice in a response."""
@@ -68,27 +88,42 @@ class Toy:
         return torch.stack([logits[s].log_softmax(0)[a] for s, a in self.steps(response)])
 
     def value(self, prefix: Prefix) -> float:
-        """Expected sum of the rewards that follow a prefix."""
-        if prefix not in self._number:  # complete
-            return 0.0
-        s = self._number[prefix]
-        chances = self.logits[s].softmax(0).tolist()
-        return sum(
-            p * (float(self.token_rewards[s, a]) + self.value((*prefix, a)))
-            for a, p in enumerate(chances)
-        )
+        """Expected discounted sum of the rewards that follow a prefix."""
+        return self._values.get(prefix, 0.0)
+
+    @cached_property
+    def _values(self) -> dict[Prefix, float]:
+        values: dict[Prefix, float] = {}
+        for prefix in reversed(self.prefixes):
+            s = self._number[prefix]
+            chances, rewards = self.logits[s].softmax(0).tolist(), self.token_rewards[s].tolist()
+            after = [self.gamma * values.get((*prefix, a), 0.0) for a in range(3)]
+            values[prefix] = sum(
+                p * (r + v) for p, r, v in zip(chances, rewards, after, strict=True)
+            )
+        return values
 
     @cached_property
     def _number(self) -> dict[Prefix, int]:
         return {prefix: i for i, prefix in enumerate(self.prefixes)}
 
-    @cached_property
-    def true_gradient(self) -> Tensor:
-        """Gradient of the expected sum of rewards by the logits, [prefixes, 3]."""
-        logits = self.logits.clone().requires_grad_()
-        expected = torch.zeros((), dtype=torch.float64)
-        for response in self.responses:
-            probability = self.logprobs(response, logits).sum().exp()
-            expected = expected + probability * sum(self.rewards(response))
-        (gradient,) = torch.autograd.grad(expected, logits)
+    def gradient(self, period: int) -> Tensor:
+        """Policy gradient by the logits, [prefixes, 3], from exact advantages of all tokens.
+
+        The advantage of token t counts gamma^(t mod `period`); those beyond the limit nothing.
+        With gamma 1 it is the gradient of the expected sum of rewards.
+        """
+        gradient = torch.zeros_like(self.logits)
+        for prefix, s in self._number.items():
+            if self.limit is not None and len(prefix) >= self.limit:
+                continue
+            reached = self.logprobs(prefix, self.logits).sum().exp() if prefix else 1.0
+            after = [self.gamma * self.value((*prefix, a)) for a in range(3)]
+            advantages = (
+                self.token_rewards[s]
+                + torch.tensor(after, dtype=torch.float64)
+                - self.value(prefix)
+            )
+            factor = reached * self.gamma ** (len(prefix) % period)
+            gradient[s] = factor * self.logits[s].softmax(0) * advantages
         return gradient

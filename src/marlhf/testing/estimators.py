@@ -150,7 +150,10 @@ def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
 
 
 def _sampled(estimator: Estimator, n: int) -> CreditInputs:
-    """Three responses each to four prompts, shorter ones to the last two: ranks differ in M."""
+    """Three responses to each of four prompts.
+
+    Those to the last two are shorter, so that the second rank has fewer macro actions.
+    """
     toy = Toy(longest=5, seed=3)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(toy.responses), generator=generator).tolist()

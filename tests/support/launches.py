@@ -20,7 +20,7 @@ from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 PROFILES = Path(__file__).parents[2] / "configs" / "accelerate"
-TIMES = ("_seconds", "tokens_per_second", "peak_memory_gb")
+TIMES = ("_seconds", "_per_second", "peak_memory_gb")
 BASE: dict[str, Any] = {
     "steps": 3,
     "log": {"eval_every": 2, "samples": 2},

@@ -45,6 +45,8 @@ def check_names() -> None:
         "deepspeed.utils.mixed_precision_linkage:link_hp_params(lp_param_list, flat_hp_partition)",
         f"{_STAGE3}.fp16_groups",
         f"{_STAGE3}.fp32_partitioned_groups_flat",
+        f"{_STAGE3}.fp16_partitioned_groups_flat",
+        f"{_STAGE3}.offload_optimizer",
         f"{_STAGE3}.grad_position",
         f"{_STAGE3}.get_param_id(self, param)",
         f"{_STAGE3}._get_param_partition_rank(self, param)",
@@ -210,6 +212,25 @@ def partitions(engine: Any) -> Iterator[tuple[nn.Parameter, int, int, nn.Paramet
                 continue
             place = mapping.hp_fragment_address
             yield parameter, mapping.lp_fragment_address.start, place.numel, flat, place.start
+
+
+# private: DeepSpeedZeroOptimizer_Stage3.fp16_partitioned_groups_flat (of any dtype), and
+#          .fp32_partitioned_groups_flat, .offload_optimizer (0.19.8)
+# why: it means not to copy fp32 weights for the optimiser, but compares a torch.device with a
+#      string, which are never equal
+# remove when: `_create_fp32_partitions` compares devices
+def share_fp32_weights(engine: Any) -> None:
+    """Have a ZeRO-3 engine's optimiser step fp32 shards themselves, not a copy of them.
+
+    Where it is offloaded, the copy stays.
+    """
+    optimizer = engine.optimizer
+    if optimizer.offload_optimizer:
+        return
+    shards, copies = optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
+    for shard, copy in zip(shards, copies, strict=True):
+        if (shard.dtype, shard.device) == (copy.dtype, copy.device):
+            copy.data = shard.data
 
 
 # private: DeepSpeedZeroOptimizer.update_lp_params; DeepSpeedZeroOptimizer_Stage3

@@ -19,7 +19,13 @@ from marlhf.common.cpu_memory import GradientBuffer
 from marlhf.common.errors import PeerError, ReportedError, UserError, one_line, say
 from marlhf.common.memory_errors import doing
 from marlhf.common.types import AllReduceSum
-from marlhf.compat.deepspeed import is_engine, is_sharded, parameter_offload, passes_begin_at
+from marlhf.compat.deepspeed import (
+    is_engine,
+    is_sharded,
+    parameter_offload,
+    passes_begin_at,
+    share_fp32_weights,
+)
 from marlhf.compat.torch import autocast_experts, set_default_timeout
 from marlhf.distributed import zero
 from marlhf.distributed.placement import OneByOne, Placement
@@ -262,6 +268,7 @@ class Distributed:
         engine = self._engine(module, optimizer, max_grad_norm)
         if self.zero_stage == 3:
             self._offloads.append(parameter_offload(engine))
+            share_fp32_weights(engine)
         return Sharded(engine)
 
     def _shard(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from marlhf.compat import needs
 
 LONGROPE = "longrope"
+Defer = Callable[[Tensor, Callable[[], Tensor]], nn.Parameter]
 
 
 # private: Cache.layers, DynamicLayer.lazy_initialization, .is_initialized (5.0 to 5.23)
@@ -93,26 +94,33 @@ def hide_gguf_bar() -> None:
         gguf.tqdm = partial(gguf.tqdm, disable=True)
 
 
-# private: core_model_loading.spawn_materialize (5.16 to 5.23)
-# why: `from_pretrained` copies all weights into one dtype, and files of bf16 would fill the memory
-#      of the process in fp32; what stays as it is in a file is mapped, and no memory at all
-# remove when: `from_pretrained` can leave weights in the dtypes of the files
-_MATERIALIZE = (
+# private: core_model_loading.spawn_materialize, WeightConverter.convert, .materialize_tensors,
+#          .collected_tensors (5.16 to 5.23)
+# why: `from_pretrained` copies all weights into one dtype, and fuses experts; files of bf16 would
+#      fill the memory of the process in fp32, and what stays as in a file is mapped, and no memory
+# remove when: `from_pretrained` can leave weights as files hold them, and fuse them one by one
+_CONVERTER = "transformers.core_model_loading:WeightConverter."
+
+
+@needs(
     "transformers.core_model_loading:spawn_materialize"
-    "(thread_pool, tensor, device, dtype, sharding_op, tensor_idx)"
+    "(thread_pool, tensor, device, dtype, sharding_op, tensor_idx)",
+    f"{_CONVERTER}convert(self, layer_name, model, config, hf_quantizer, loading_info)",
+    f"{_CONVERTER}materialize_tensors(self)",
+    f"{_CONVERTER}collected_tensors",
 )
-
-
-@needs(_MATERIALIZE)
 @contextmanager
-def file_dtypes() -> Iterator[None]:
+def file_dtypes(defer: Defer | None = None) -> Iterator[None]:
     """Within, `from_pretrained` leaves weights as files hold them, also where dtypes are mixed.
 
-    Weights that it computes from several, such as fused experts, get the requested dtype.
+    Parameters that it computes from several, such as fused experts, are what `defer(like, make)`
+    returns, of a tensor without values and a function that makes it. By default they are made at
+    once, in the requested dtype.
     """
     from transformers import core_model_loading
 
-    materialize = core_model_loading.spawn_materialize
+    converter_class: Any = core_model_loading.WeightConverter
+    materialize, convert = core_model_loading.spawn_materialize, converter_class.convert
 
     def as_in_file(
         pool: Any,
@@ -122,14 +130,39 @@ def file_dtypes() -> Iterator[None]:
         sharding_op: Any = None,
         tensor_idx: int | None = None,
     ) -> Any:
-        kept = dtype if tensor_idx is not None else None
+        kept = dtype if tensor_idx is not None and defer is None else None
         return materialize(pool, tensor, device, kept, sharding_op, tensor_idx)
 
+    def deferring(converter: Any, layer_name: str, model: Any, **_: Any) -> Any:
+        assert defer is not None
+        mapped = converter.materialize_tensors()
+
+        def converted(device: str) -> dict[str, Tensor]:
+            for pattern, tensors in mapped.items():
+                converter.collected_tensors[pattern] = [x.to(device) for x in tensors]
+            weights = convert(converter, layer_name, model, model.config)
+            return {k: x[0] if isinstance(x, list) else x for k, x in weights.items()}
+
+        try:
+            shapes = converted("meta")
+        except Exception as error:  # of any operation: shapes that do not fit together
+            raise ValueError(f"{layer_name}: {error}") from error
+        parameters = dict(model.named_parameters())
+        return {
+            name: defer(x, lambda name=name: converted("cpu")[name])
+            if name in parameters
+            else converted("cpu")[name]
+            for name, x in shapes.items()
+        }
+
     core_model_loading.spawn_materialize = as_in_file
+    if defer is not None:
+        converter_class.convert = deferring
     try:
         yield
     finally:
         core_model_loading.spawn_materialize = materialize
+        converter_class.convert = convert
 
 
 # private: transformers.integrations.deepspeed.unset_hf_deepspeed_config (5.0 to 5.23)

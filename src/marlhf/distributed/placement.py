@@ -1,7 +1,8 @@
 """Where the weights of a model live: the one place that decides it.
 
 The first rank alone reads a model; one in files is memory-mapped, and pages of files are not memory
-of the process. Then one tensor after the other goes to where it stays:
+of the process. Fused experts are made when their turn comes (`common.deferred`). Then one tensor
+after the other goes to where it stays:
 
     single               the device
     ddp, zero1, zero2    the device of every rank
@@ -32,6 +33,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from marlhf.common.deferred import set_values, values_of
 from marlhf.distributed.quantized import QuantizedLinear, replace_layers
 
 Model = TypeVar("Model")
@@ -154,15 +156,14 @@ class Placement:
 
         def put(parameter: nn.Parameter) -> None:
             if parameter in replaced:
-                layer, weight = replaced.pop(parameter)
-                self._quantize(layer, weight)
+                self._quantize(*replaced.pop(parameter))
                 return
             kept = parameter.dtype
             is_exact = use == "frozen" or kept == torch.bfloat16
             if parameter.is_floating_point() and not as_given:
                 kept = torch.bfloat16 if parameter in rounded and is_exact else torch.float32
             if self._reads:
-                parameter.data = parameter.data.to(self.device, kept)
+                set_values(parameter, values_of(parameter).to(self.device, kept))
             else:
                 parameter.data = torch.empty(parameter.shape, dtype=kept, device=self.device)
 
@@ -179,7 +180,7 @@ class Placement:
     def _quantize(self, layer: QuantizedLinear, weight: Tensor) -> None:
         """Quantise a weight, which only the first rank has, into a layer of every rank."""
         if self._reads:
-            layer.quantize(weight.to(self.device))
+            layer.quantize(values_of(weight).to(self.device))
         else:
             layer.allocate(self.device)
         if self._ranks is not None:  # the same on all, also where their devices are not

@@ -173,7 +173,7 @@ def replace_layers(backbone: nn.Module) -> dict[nn.Parameter, tuple[QuantizedLin
         owner, _, attribute = name.rpartition(".")
         layer = QuantizedLinear(linear)
         setattr(backbone.get_submodule(owner), attribute, layer)
-        replaced[layer.weight] = layer, linear.weight.detach()
+        replaced[layer.weight] = layer, linear.weight
     return replaced
 
 

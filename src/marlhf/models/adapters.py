@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlhf.common.deferred import make_values
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.extras import require
 from marlhf.config import LoraSettings
@@ -303,6 +304,7 @@ def merged(model: Any, folder: Path | str) -> Any:
             f"the adapter {str(folder)!r} has trainable_token_indices, which PEFT loses when it "
             "merges; train it with modules_to_save instead"
         )
+    make_values(model)
     try:
         weights = load_peft_weights(str(Path(folder).expanduser()), device="cpu")
         sizes = [len(weights[name]) for name in _embeddings(model) if name in weights]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlhf.common.deferred import values_of
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.memory_errors import is_memory_error
 from marlhf.compat.torch import TorchDispatchMode
@@ -107,8 +108,8 @@ def check_packing(policy: Policy) -> None:
 
 def check_finite(model: nn.Module, key: str) -> None:
     """Refuse NaN or infinite weights. Raises UserError."""
-    for name, weight in model.named_parameters():
-        weight = weight.detach()
+    for name, parameter in model.named_parameters():
+        weight = values_of(parameter)
         # a sum may overflow
         if not (weight.is_meta or weight.sum().isfinite() or weight.isfinite().all()):
             raise UserError(f"{key}: the weights hold NaN or infinity, in {name}")

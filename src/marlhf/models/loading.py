@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from marlhf.common.deferred import deferred
 from marlhf.common.errors import UserError, one_line
 from marlhf.common.memory_errors import doing
 from marlhf.common.paths import local_path, special_kind, text_file
@@ -291,7 +292,10 @@ def _read_weights(
     auto: Any, settings: ModelSettings, config: Any, key: str, except_for: str = ""
 ) -> Any:
     """A model with its files' weights, but for `except_for`. Raises UserError."""
-    with file_dtypes():
+    # what dequantises computes, and may not in the dtype of a file
+    moves = "gguf_file" not in model_source(settings.path, key)
+    moves = moves and getattr(config, "quantization_config", None) is None
+    with file_dtypes(deferred if moves else None):
         model, report = _from_pretrained(
             auto,
             settings,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.common.chat_templates import render_chat
+from marlhf.common.deferred import make_values
 from marlhf.common.errors import UserError, one_line, short_repr
 from marlhf.common.memory_errors import doing, is_memory_error
 from marlhf.common.tokenization import Tokenizer, encode_texts, text_start
@@ -356,6 +357,7 @@ def longest_input(model: Any, limit: int, run: Callable[[Tensor, Tensor], Any]) 
     low, high = min(limit, positions), max(limit, positions) + 64
     if not any(low <= size <= high for size in _table_sizes(model)):
         return limit
+    make_values(model)
     model.float()  # files may hold halves, and not all operations of a CPU take them
     token = 1 if config.pad_token_id == 0 else 0  # a pad token would have no position
     # encoder-decoders read their score off EOS; a configuration may name several, or no token

@@ -11,12 +11,18 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from marlhf.cli import main as marlhf
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
-GEMMA = {"vocab_size": 256000, "head_dim": 256, "tie_word_embeddings": True}
-SHAPES = {
+GEMMA = {
+    "model_type": "gemma",
+    "vocab_size": 256000,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
     "2b": GEMMA
     | {
         "hidden_size": 2048,
@@ -35,6 +41,7 @@ SHAPES = {
     },
     "27b": GEMMA
     | {
+        "model_type": "gemma2",
         "head_dim": 128,
         "hidden_size": 4608,
         "intermediate_size": 36864,
@@ -50,7 +57,7 @@ def main(words: list[str]) -> None:
     cut = words.index("--") if "--" in words else len(words)
     for size in words[:cut] or SHAPES:
         with tempfile.TemporaryDirectory() as folder:
-            policy, reward = write_shapes(size, Path(folder))
+            policy, reward = write_shapes(SHAPES[size], Path(folder))
             paths = [f"model.path={policy}", f"reward.models={reward}"]
             config = str(CONFIGS / f"ppo_tldr_{size}.yaml")
             machine = ["--gpus", "8", "--gpu-memory", "80"]
@@ -58,13 +65,12 @@ def main(words: list[str]) -> None:
             marlhf(["estimate", config, *paths, *machine, *words[cut + 1 :]])
 
 
-def write_shapes(size: str, folder: Path) -> tuple[Path, Path]:
+def write_shapes(shape: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """Folders with the config.json of a policy and of its reward model."""
-    from transformers import Gemma2Config, GemmaConfig
+    from transformers import AutoConfig
 
-    kind = Gemma2Config if size == "27b" else GemmaConfig
-    kind(**SHAPES[size]).save_pretrained(folder / "policy")
-    kind(**SHAPES[size], num_labels=1).save_pretrained(folder / "reward")
+    AutoConfig.for_model(**shape).save_pretrained(folder / "policy")
+    AutoConfig.for_model(**shape, num_labels=1).save_pretrained(folder / "reward")
     return folder / "policy", folder / "reward"
 
 

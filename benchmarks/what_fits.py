@@ -15,16 +15,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from paper_memory import SHAPES
+from paper_memory import SHAPES, write_shapes
 
 GB = 10**9
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
+ALL_SHAPES: dict[str, dict[str, Any]] = SHAPES | {
+    "8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
 }
 MACHINES = ((1, 24), (1, 80), (8, 80))
 LORA = {"lora": {"r": 16}}
@@ -39,23 +42,12 @@ def main() -> None:
     """Print one row for each model and variant."""
     print("| model | | 1 x 24 GB | 1 x 80 GB | 8 x 80 GB |")
     print("|---|---|---|---|---|")
-    for size in sys.argv[1:] or [*SHAPES, "8b"]:
+    for size in sys.argv[1:] or ALL_SHAPES:
         with tempfile.TemporaryDirectory() as name:
-            policy, reward = write(size, Path(name))
+            policy, reward = write_shapes({**ALL_SHAPES[size], "dtype": "bfloat16"}, Path(name))
             for variant, model in VARIANTS.items():
                 cells = [cell(policy, reward, model, *machine) for machine in MACHINES]
                 print(f"| {size.upper()} | {variant} | {' | '.join(cells)} |", flush=True)
-
-
-def write(size: str, folder: Path) -> tuple[Path, Path]:
-    """Folders with the config.json of a policy and of its reward model."""
-    from transformers import Gemma2Config, GemmaConfig, LlamaConfig
-
-    kind: Any = {"27b": Gemma2Config, "8b": LlamaConfig}.get(size, GemmaConfig)
-    shape: dict[str, Any] = {"dtype": "bfloat16", **(LLAMA_8B if size == "8b" else SHAPES[size])}
-    kind(**shape).save_pretrained(folder / "policy")
-    kind(**shape, num_labels=1).save_pretrained(folder / "reward")
-    return folder / "policy", folder / "reward"
 
 
 def cell(policy: Path, reward: Path, model: dict[str, Any], gpus: int, memory: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any
 
 from marlhf.common.registry import Spec
@@ -13,7 +14,7 @@ from marlhf.testing.segmenters import TEXTS
 def check_reward(
     reward: Spec | Any,
     prompts: Sequence[str] | None = None,
-    completions: Sequence[str] = TEXTS,
+    completions: Sequence[str] = (*TEXTS, TEXTS[0]),
     columns: Mapping[str, Sequence[Any]] | None = None,
     *,
     deterministic: bool = True,
@@ -26,12 +27,12 @@ def check_reward(
     repetition   the same completions get the same rewards
     company      a completion has the same reward alone, and with others in another order
 
-    prompts         of the completions; None: a fixed one for all
+    prompts         of the completions; None: fixed ones, another for each
     columns         further columns of the data that the reward reads
     deterministic   whether the last two laws are claimed
-    tolerance       difference of two rewards that counts as none
+    tolerance       difference of two rewards that counts as none, relative where they exceed 1
     """
-    prompts = ["Say something."] * len(completions) if prompts is None else list(prompts)
+    prompts = list(prompts or [f"Say {i} things." for i in range(len(completions))])
     rows = {name: list(values) for name, values in (columns or {}).items()}
     combined = build_rewards(reward)
     combined.check_columns(list(rows))
@@ -64,5 +65,5 @@ def _equal(one: Any, other: Any, tolerance: float) -> bool:
     if x is None or y is None:
         return x is y
     ends = [end for end, _ in spans] == [end for end, _ in others]
-    inside = all(abs(a - b) <= tolerance for (_, a), (_, b) in zip(spans, others, strict=False))
-    return abs(x - y) <= tolerance and ends and inside
+    pairs = [(x, y), *((a, b) for (_, a), (_, b) in zip(spans, others, strict=False))]
+    return ends and all(isclose(a, b, rel_tol=tolerance, abs_tol=tolerance) for a, b in pairs)

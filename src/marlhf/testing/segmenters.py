@@ -42,7 +42,8 @@ def check_segmenter(
     company      a response is cut in the same places alone, and with others in another order
 
     tokenizer   makes tokens of the texts, and is what the segmenter reads
-    texts       responses to cut; log-probabilities, entropies and those of the reference are random
+    texts       responses to cut, all but the first end with the tokenizer's EOS; log-probabilities,
+                entropies and those of the reference are random
     stateful    it learns from what it has seen, or draws by place in the batch; only the contract
                  is checked
     """
@@ -68,14 +69,18 @@ def check_segmenter(
     law = "company: the responses from last to first"
     _compare(segment(segmenter, turned)[order], starts, texts, law)
     for row in range(len(texts)):
-        alone = _changed(batch, lambda x, row=row: x[row : row + 1])
+        width = max(1, int(batch.response_mask[row].sum()))
+        alone = _changed(batch, lambda x, row=row, width=width: x[row : row + 1, :width])
         alone = replace(alone, row_ids=batch.row_ids[row : row + 1])
         law = "company: a response alone"
-        _compare(segment(segmenter, alone), starts[row : row + 1], texts[row : row + 1], law)
+        wanted = starts[row : row + 1, :width]
+        _compare(segment(segmenter, alone), wanted, texts[row : row + 1], law)
 
 
 def _batch(tokenizer: Any, texts: Sequence[str]) -> ResponseBatch:
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if tokenizer.eos_token_id is not None:  # a finished response has it, one that was cut has none
+        rows = [row + [tokenizer.eos_token_id] * (i > 0) for i, row in enumerate(rows)]
     T = max(map(len, rows))
     mask = torch.arange(T) < torch.tensor(list(map(len, rows)))[:, None]
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], dtype=torch.int64)

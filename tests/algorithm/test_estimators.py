@@ -320,6 +320,29 @@ def test_what_is_outside_the_mask_does_not_matter() -> None:
     assert bool((batch.advantages_BM[~batch.mask_BM] == 0).all())
 
 
+def test_what_an_estimator_gets_is_zero_where_there_is_no_macro_action() -> None:
+    seen: list[CreditInputs] = []
+
+    class Keeps:
+        requires = frozenset({"values"})
+
+        def __call__(self, inputs: CreditInputs) -> Credit:
+            seen.append(inputs)
+            return Credit(inputs.rewards_BM, inputs.rewards_BM)
+
+    data, padding = tokens(), ~tokens().response_mask
+    names = ("kl_rewards", "task_rewards", "values")
+    data = replace(data, **{name: getattr(data, name).masked_fill(padding, 7) for name in names})
+    data = replace(data, continuation_values=data.values)
+    macro_batch(STARTS.bool(), data, NONE, PPOSettings(), estimator=Keeps())
+    (inputs,) = seen
+    outside = ~inputs.mask_BM
+    assert bool(outside.any())
+    for name, x in vars(inputs).items():
+        if name.endswith("_BM"):
+            assert bool((x[outside] == 0).all()), name
+
+
 def test_built_in_names() -> None:
     assert build_estimator({"name": "grpo", "return_to_go": True}) == GRPO(return_to_go=True)
     assert estimator_requires(build_estimator("gae")) == {"values"}

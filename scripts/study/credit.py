@@ -18,6 +18,7 @@ counts as last. Its interval comes from resampling arms, of which there are few.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -32,6 +33,8 @@ import yaml
 from analyse import fill
 from analyse import table as markdown_table
 
+from marlhf.config import PPOConfig
+from marlhf.config.loading import load_config
 from marlhf.views.charts import number
 from marlhf.views.report.document import mean
 from marlhf.views.report.groups import Mean
@@ -73,7 +76,12 @@ def audit(file: Path, folder: Path) -> dict[str, Any]:
     """The audits of a task, a seed after the other."""
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     plan = settings["audit"]
-    arms = {text_of(keys): name for name, keys in audited_arms(settings["arms"]).items()}
+    usual = load_config(PPOConfig, Path(settings["config"]))
+    undone = {key: value_of(usual, key) for key in plan["arm"]}
+    arms: dict[str, str] = {}
+    for name, keys in audited_arms(settings["arms"]).items():
+        has_critic = "ppo.estimator" not in keys  # the others refuse a lambda
+        arms.setdefault(text_of({**undone, **keys} if has_critic else keys), name)
     seeds = []
     for seed in plan["seeds"]:
         run = folder / f"seed-{seed}"
@@ -95,6 +103,11 @@ def audited_arms(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
         for name, keys in arms.items()
         if not any(key in STEPS for key in keys)
     }
+
+
+def value_of(config: PPOConfig, key: str) -> Any:
+    """The value of a key such as `ppo.lam`: an arm that does not set it has the configuration's."""
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def text_of(keys: Mapping[str, Any]) -> str:

@@ -178,6 +178,36 @@ def test_arms_are_told_apart(audited: dict[str, Any]) -> None:
         assert 0 < arm["rank"]["reliability"]["value"] <= 1
         assert arm["gradient"]["variance"] > 0
     assert audited["prefixes"] == 96
+    assert arms[ARMS["token"]]["finest"] == arms[ARMS["token"]]["rank"]
+
+
+def test_finest_agreement_is_that_of_tokens_and_their_macro_actions(
+    audited: dict[str, Any], run: Path, loaded: TrainedRun
+) -> None:
+    """By loops, over the 64 tokens of the first eight prompts."""
+    evidence = evidence_of(run, loaded)
+    config = arm_config(run, [], {"rollout": {"responses_per_prompt": 2}})
+    arm = arm_of("the run", evidence.kept, config, loaded.worker.tokenizer, own_kl=True)
+    starts = arm.batch.segment_ids.diff(dim=1, prepend=torch.tensor([[-1]] * 16)) != 0
+    numbers = results.of_advantages(evidence, arm, starts)
+    assert numbers["macro_actions"] == 32
+    tokens = evidence.kept.token_data(evidence.kl_coef)
+    rewards = (tokens.kl_rewards + tokens.task_rewards).tolist()
+    values = evidence.returns_BTK.mean(2).tolist()
+    x, truth = [], []
+    for b in range(16):
+        for t in range(4):
+            after = values[b][t + 1] if t < 3 else 0.0
+            truth.append(rewards[b][t] + after - values[b][t])
+            x.append(float(arm.batch.advantages_BM[b, t // 2]))
+
+    def ranks(y: list[float]) -> torch.Tensor:
+        below = [sum(v < w for v in y) + sum(v == w for v in y) / 2 for w in y]
+        return torch.tensor(below, dtype=torch.float64)
+
+    wanted = torch.corrcoef(torch.stack([ranks(x), ranks(truth)]))[0, 1]
+    assert numbers["finest"]["measured"]["value"] == pytest.approx(float(wanted), abs=1e-9)
+    assert numbers["finest"]["measured"] != numbers["rank"]["measured"]
 
 
 # --- arms
@@ -340,7 +370,7 @@ def test_tables_fit_80_columns_and_the_page_is_complete(
     tables = [line for line in shown.splitlines() if not line.startswith(("Wrote", str(run)))]
     assert max(map(len, tables)) <= 80
     assert "…" not in shown
-    for head in ("rank", "sign", "reliab.", "noise scale", "explained", "before token"):
+    for head in ("rank", "finest", "noise scale", "explained", "before token"):
         assert head in shown
     page = (run / "audit" / "audit.html").read_text()
     assert page.count("<svg") >= 3

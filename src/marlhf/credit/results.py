@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marlhf.algorithm.macro import reduce
+from marlhf.algorithm.macro import expand, reduce
 from marlhf.credit import agreement
-from marlhf.credit.agreement import Halves
+from marlhf.credit.agreement import Agreement, Halves
 from marlhf.credit.truth import true_advantages, true_values
 from marlhf.evaluation.statistics import Array, Estimate, bootstrap_statistics
 from marlhf.runs.rollouts import KeptRollout
@@ -147,23 +147,31 @@ def of_critic(evidence: Evidence) -> Numbers | None:
 
 
 def of_advantages(evidence: Evidence, arm: Arm, starts: Tensor) -> Numbers:
-    """Rank and sign agreement of an arm's advantages with the truth at its starts."""
-    mask_BM = arm.batch.mask_BM
-    truth = evidence.advantages(starts)
-    x = arm.batch.advantages_BM[mask_BM].double().numpy()
+    """Rank and sign agreement of an arm's advantages with the truth.
 
-    def statistics(weights: Array) -> Sequence[Array]:
-        of_ranks = agreement.rank_agreement(weights, x, truth)
-        of_signs = agreement.sign_agreement(weights, x, truth)
-        return [*of_ranks, *of_signs]
-
-    estimates = evidence.estimates(evidence.prompt_of(mask_BM), statistics)
-    names = ("measured", "corrected", "reliability")
+    rank, sign   over its own macro actions, which begin at `starts`
+    finest       rank over those between all places, each with the advantage of the arm's macro
+                 action that it is in: comparable between arms that cut elsewhere
+    """
+    batch = arm.batch
+    of_macros = batch.advantages_BM[batch.mask_BM]
+    of_places = expand(batch.advantages_BM, batch.segment_ids)[evidence.places]
     return {
-        "macro_actions": int(mask_BM.sum()),
-        "rank": dict(zip(names, estimates[:3], strict=True)),
-        "sign": dict(zip(names, estimates[3:], strict=True)),
+        "macro_actions": len(of_macros),
+        "rank": _agreement(evidence, starts, of_macros, agreement.rank_agreement),
+        "sign": _agreement(evidence, starts, of_macros, agreement.sign_agreement),
+        "finest": _agreement(evidence, evidence.places, of_places, agreement.rank_agreement),
     }
+
+
+def _agreement(
+    evidence: Evidence, starts: Tensor, advantages: Tensor, how: Callable[..., Agreement]
+) -> Numbers:
+    """Agreement of advantages with the truth of the macro actions that begin at `starts`."""
+    x, truth = advantages.double().numpy(), evidence.advantages(starts)
+    owners = evidence.prompt_of(starts)
+    estimates = evidence.estimates(owners, lambda weights: how(weights, x, truth))
+    return dict(zip(("measured", "corrected", "reliability"), estimates, strict=True))
 
 
 def of_arm_values(

@@ -23,13 +23,13 @@ from marlhf.views.terminal import print_table
 
 Numbers = Mapping[str, Any]
 
-_ARM_HEADS = ("arm", "rank", "sign", "reliab.", "noise scale")
+_ARM_HEADS = ("arm", "rank", "finest", "noise scale")
 _VALUE_HEADS = ("values of", "bias", "error", "explained")
 _POSITION_HEADS = ("before token", "truth", "critic", "bias", "error")
 _ARMS_NOTE = (
-    "rank, sign: agreement of advantages with the truth, corrected for the truth's own noise; "
-    "reliab.: share of the truth's variance in rank that is no noise; noise scale: prompts in a "
-    "batch whose policy gradient has as much signal as noise"
+    "rank: correlation of an arm's advantages with the truth, corrected for the truth's own noise; "
+    "finest: between the boundaries of all arms, comparable between segmenters; noise scale: "
+    "prompts in a batch whose policy gradient has as much signal as noise"
 )
 _VALUES_NOTE = (
     "error: root mean square; explained: share of the truth's variance, bias aside; both without "
@@ -95,16 +95,14 @@ def _verdict(numbers: Numbers) -> str:
 
 def _arm_rows(numbers: Numbers) -> list[tuple[str, ...]]:
     of_truth = numbers["truth"]["gradient"]["noise_scale"]
-    rows = [("the truth", "", "", "", _estimate(of_truth, "no signal seen", ".3g"))]
+    rows = [("the truth", "", "", _estimate(of_truth, "no signal seen", ".3g"))]
     for arm in numbers["arms"]:
-        reliability = arm["rank"]["reliability"]
-        undefined = "truth too noisy" if reliability is None else "-"
+        undefined = "truth too noisy" if arm["rank"]["reliability"] is None else "-"
         rows.append(
             (
                 arm["label"],
                 _estimate(arm["rank"]["corrected"], undefined),
-                _estimate(arm["sign"]["corrected"], undefined, ".0%"),
-                "-" if reliability is None else _decimal(reliability["value"], ".2f"),
+                _estimate(arm["finest"]["corrected"], undefined),
                 _estimate(arm["gradient"]["noise_scale"], "no signal seen", ".3g"),
             )
         )
@@ -151,8 +149,6 @@ def _estimate(
     if low is None:
         return text
     ends = _decimal(low, form), "∞" if high is None else _decimal(high, form)
-    if form.endswith("%"):
-        return f"{text} [{ends[0][:-1]}, {ends[1]}]"
     return f"{text} [{ends[0]}, {ends[1]}]"
 
 
@@ -162,7 +158,7 @@ def _decimal(value: float, form: str) -> str:
         digits = max(0, int(form[-2]) - len(str(int(abs(value)))))
         return format(value, f"{form[:-3]}.{digits}f")
     text = format(value, form.replace(".", "#.") if form.endswith("g") else form)
-    return text.replace("-", "") if set(text) <= set("-0.%") else text
+    return text.replace("-", "") if set(text) <= set("-0.") else text
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -174,6 +170,7 @@ def _agreement_charts(numbers: Numbers) -> str:
     figures = []
     for name, title, low in (
         ("rank", "Rank correlation with the truth (1 is perfect, 0 none)", -1.0),
+        ("finest", "The same, between the boundaries of all arms", -1.0),
         ("sign", "Same sign as the truth (share; a coin has 0.5)", 0.0),
     ):
         rows = [

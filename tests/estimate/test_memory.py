@@ -130,9 +130,10 @@ def test_a_tensor_kept_for_the_backward_pass_counts(monkeypatch):
     assert count.peak >= 2001 * BYTES
 
 
-def test_fake_tensors_count_as_real_ones():
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_fake_tensors_count_as_real_ones(family):
     def peak(ids: torch.Tensor, mask: torch.Tensor) -> int:
-        model = tiny_causal_lm("llama").train()
+        model = tiny_causal_lm(family).train()
         known = [*model.parameters(), *model.buffers(), ids, mask]
         backbone = backbone_of(model)
         return peak_of(

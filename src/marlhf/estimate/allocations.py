@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from marlhf.algorithm.kl import reads_reference
-from marlhf.compat.torch import TorchDispatchMode, tree_leaves
+from marlhf.compat.torch import TorchDispatchMode, on_fakes, tree_leaves
 from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, RolloutSettings, SFTConfig
 from marlhf.distributed import (
     QuantizedLinear,
@@ -86,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = on_fakes(func, args, kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())

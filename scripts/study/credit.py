@@ -45,8 +45,8 @@ STEPS = ("ppo.epochs", "ppo.minibatches", "macro.ratio")  # of which the optimis
 RESAMPLES = 2000
 FOLDER = "study"  # of the figures, below the page's
 MEASURES = {
-    "rank": "rank agreement with the truth",
-    "sign": "sign agreement with the truth",
+    "rank": "rank agreement at the arm's own boundaries",
+    "finest": "rank agreement between the boundaries of all arms",
     "signal": "signal to noise of a prompt's gradient",
 }
 
@@ -158,7 +158,7 @@ def rows_of(
             {
                 "name": name,
                 "rank": over_seeds([arm["rank"]["corrected"] for arm in of_seeds]),
-                "sign": over_seeds([arm["sign"]["corrected"] for arm in of_seeds]),
+                "finest": over_seeds([arm["finest"]["corrected"] for arm in of_seeds]),
                 "signal": over_seeds([arm["gradient"]["signal_to_noise"] for arm in of_seeds]),
                 "updates": None if run is None else as_number(run["updates"]["median"]),
                 "seconds": None if run is None else as_number(run["seconds"]["median"]),
@@ -192,13 +192,13 @@ def markdown(audits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
         f"{responses} responses each, {plan['continuations']} continuations of every prefix. "
         f"Variance of the truth that their critics explain: {critics}."
     )
-    heads = ["arm", "rank agreement", "sign agreement", "signal to noise", "updates to parity",
+    heads = ["arm", "rank agreement", "finest", "signal to noise", "updates to parity",
              "seconds to parity", "final reward"]  # fmt: skip
     cells = [
         [
             str(row["name"]),
             mean(row["rank"]),
-            mean(row["sign"]),
+            mean(row["finest"]),
             mean(row["signal"]),
             time_text(row["updates"]),
             time_text(row["seconds"]),
@@ -257,25 +257,28 @@ def ranks(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Updates to parity by rank agreement and by signal to noise, a dot for each arm."""
+    """Agreement and signal to noise of each arm, the one that learns soonest on top."""
     trained = [row for row in rows if row["updates"] is not None]
-    known = [row["updates"] for row in trained if math.isfinite(row["updates"])]
-    edge = 1.15 * max(known, default=1.0)
-    chart, _ = new_figure()
-    chart.clear()
-    chart.set_size_inches(9.6, 4.2)
+    trained.sort(key=lambda row: row["updates"])
+    chart, axes = new_figure()
+    chart.delaxes(axes)
+    chart.set_size_inches(9.0, 1.2 + 0.24 * len(trained))
     panels = chart.subplots(1, 2, sharey=True)
-    for axes, key in zip(panels, ("rank", "signal"), strict=True):
-        for row in (row for row in trained if row[key] is not None):
-            reaches = math.isfinite(row["updates"])
-            y = row["updates"] if reaches else edge
-            colour = "#0072b2" if reaches else "#c24a00"
-            axes.plot([row[key].value], [y], "o" if reaches else "^", color=colour, markersize=5)
-            axes.annotate(row["name"], (row[key].value, y), (4, 3), textcoords="offset points",
-                          fontsize=6)  # fmt: skip
-        axes.set_xlabel(MEASURES[key])
-        axes.set_ylim(0, edge * 1.05)
-    panels[0].set_ylabel("updates to parity (triangle: never)")
+    for axes, key in zip(panels, ("finest", "signal"), strict=True):
+        for y, row in enumerate(trained):
+            if (told := row[key]) is None:
+                continue
+            ends = told.value - (told.half or 0), told.value + (told.half or 0)
+            axes.plot(ends, [y, y], color="#5b5b5b", linewidth=1.4)
+            axes.plot([told.value], [y], "o", color="#0072b2", markersize=6)
+        axes.set_xlabel(MEASURES[key], fontsize=8)
+        values = [row[key].value for row in trained if row[key] is not None]
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.tick_params(labelsize=8)
+    names = [f"{row['name']}: {time_text(row['updates'])}" for row in trained]
+    panels[0].set_yticks(range(len(trained)), names, fontsize=8)
+    panels[0].set_ylim(len(trained) - 0.5, -0.5)
+    chart.suptitle("arms by updates to parity", fontsize=9)
     save(chart, path)
 
 

@@ -2,6 +2,8 @@
 
     python scripts/study/pack.py configs/study/recall.yaml     # -> docs/study/recall.jsonl.xz
 
+With `--add` the file keeps what it has, and gets the arms that it lacks.
+
 The first line is the task: its file, what was chosen, how many threads a run had, and what
 gradient_noise.py and gradient_shares.py measured. Every other line is a run: its phase, arm, seed
 and configuration, the seconds it took, and its metrics as columns, six digits each: all that
@@ -14,7 +16,7 @@ import argparse
 import json
 import lzma
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ class Trial:
     run: Run
     seconds: float | None
 
+    @property
+    def arm(self) -> str:
+        """The name of the arm; a sweep's search adds the learning rate to it."""
+        return (self.run.arm or "").partition(", optimizer.")[0]
+
 
 @dataclass(frozen=True)
 class Study:
@@ -81,11 +88,14 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", type=Path, help="files such as configs/study/x.yaml")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="--out of run.py")
     parser.add_argument("--docs", type=Path, default=Path("docs/study"))
+    parser.add_argument("--add", action="store_true", help="only arms that the file lacks")
     args = parser.parse_args()
     args.docs.mkdir(parents=True, exist_ok=True)
     for file in args.tasks:
         path = args.docs / f"{file.stem}.jsonl.xz"
         study = collect(file, args.runs / file.stem)
+        if args.add:
+            study = together(read(path), study)
         write(study, path)
         print(f"{len(study.trials)} runs in {path}, {path.stat().st_size / 1e6:.2f} MB")
 
@@ -106,6 +116,18 @@ def collect(file: Path, folder: Path) -> Study:
         gradient=_read_json(folder / "gradient.json"),
         shares=_read_json(folder / "shares.json"),
         trials=trials,
+    )
+
+
+def together(old: Study, new: Study) -> Study:
+    """A study with the arms of both; where they have the same, the old one's runs."""
+    arms = {trial.arm for trial in old.trials}
+    return replace(
+        old,
+        settings=new.settings,
+        chosen={**new.chosen, **old.chosen},
+        gradient={**new.gradient, **old.gradient},
+        trials=[*old.trials, *(trial for trial in new.trials if trial.arm not in arms)],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_the_packed_file_holds_all_that_the_analysis_reads(tmp_path, study):
     assert all("unwanted" not in row for t in study.trials for row in t.run.rows)
     searched = next(t for t in study.trials if t.phase == "search")
     assert searched.run.keys() == {"eval_score_mean", "eval_kl_mean"}
+
+
+def test_arms_are_added_to_a_packed_file(study):
+    older = replace(study, trials=[t for t in study.trials if t.arm != "slow"], chosen={})
+    with_slow = pack.together(older, study)
+    assert len(with_slow.trials) == len(study.trials)
+    assert {t.arm for t in with_slow.trials} == {"token", "fast", "slow"}
+    assert with_slow.chosen == study.chosen
+    again = pack.together(older, replace(study, trials=with_slow.trials[:1] * 5))
+    assert again.trials == older.trials  # arms that it has keep their runs
 
 
 def test_the_packed_file_is_reproducible_and_tells_nothing_of_the_machine(tmp_path, study):

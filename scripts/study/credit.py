@@ -91,7 +91,7 @@ def audit(file: Path, folder: Path) -> dict[str, Any]:
         call("audit", str(run), *words)
         audited = json.loads((run / "audit" / "audit.json").read_text(encoding="utf-8"))
         by_name = {arms[arm["label"]]: arm for arm in audited["arms"] if arm["label"] in arms}
-        kept = {key: audited[key] for key in ("critic", "by_position", "truth", "seconds")}
+        kept = {key: audited[key] for key in ("critic", "by_position", "truth")}
         seeds.append({"seed": seed, **kept, "arms": by_name})
     return {"task": file.stem, "plan": plan, "seeds": seeds}
 

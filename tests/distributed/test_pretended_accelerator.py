@@ -324,7 +324,7 @@ def test_an_audit(accelerator: Accelerator, tmp_path: Path) -> None:
 
 # (module, function, a move between devices in it, the run that meets it)
 MOVES = [
-    ("distributed.placement", "Placement.place", "parameter.data.to", "plain"),
+    ("distributed.placement", "Placement.place", "values_of(parameter).to", "plain"),
     ("rollout.transformers_engine", "generate", "x.to", "plain"),
     ("rollout.worker", "RolloutWorker._passes", "part.to", "plain"),
     ("rollout.worker", "RolloutWorker._reward", "inside.to", "plain"),

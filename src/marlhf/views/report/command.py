@@ -21,10 +21,11 @@ def main(words: Sequence[str]) -> None:
     from marlhf.views.report.png import write_pngs
     from marlhf.views.report.runs import read_runs
 
-    folder = _folder(options)
-    check_no_run(folder, "--output")
+    if options.output is not None:
+        check_no_run(local_path(options.output, "--output"), "--output")
     groups = group_runs(read_runs(options.runs))
     baseline = choose_baseline(groups, options.baseline)
+    folder = _folder(options)
     path = write_page(folder / "report.html", document(groups, baseline), "--output")
     for group in groups:
         for run in group.runs:

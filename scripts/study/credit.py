@@ -161,7 +161,6 @@ def rows_of(
                 "finest": over_seeds([arm["finest"]["corrected"] for arm in of_seeds]),
                 "signal": over_seeds([arm["gradient"]["signal_to_noise"] for arm in of_seeds]),
                 "updates": None if run is None else as_number(run["updates"]["median"]),
-                "seconds": None if run is None else as_number(run["seconds"]["median"]),
                 "reward": None if run is None else run["reward"]["value"],
             }
         )
@@ -193,7 +192,7 @@ def markdown(audits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
         f"Variance of the truth that their critics explain: {critics}."
     )
     heads = ["arm", "rank agreement", "finest", "signal to noise", "updates to parity",
-             "seconds to parity", "final reward"]  # fmt: skip
+             "final reward"]  # fmt: skip
     cells = [
         [
             str(row["name"]),
@@ -201,7 +200,6 @@ def markdown(audits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
             mean(row["finest"]),
             mean(row["signal"]),
             time_text(row["updates"]),
-            time_text(row["seconds"]),
             "–" if row["reward"] is None else number(row["reward"]),
         ]
         for row in rows

@@ -158,6 +158,9 @@ def test_a_server_that_takes_no_weights_is_named_with_its_reason(
         ({"address": "http://a", "on_failure": "go"}, "on_failure: given 'go', must be"),
         ({"address": "http://a", "timeout_seconds": 0.0}, "timeout_seconds: given 0, must be"),
         ({"timeout_seconds": 5.0}, "timeout_seconds: needs address; leave it out"),
+        ({"tensor_parallel": 0}, "tensor_parallel: given 0, must be at least 1"),
+        ({"address": "http://a", "tensor_parallel": 2}, "tensor_parallel: is of vllm without addr"),
+        ({"options": {"tensor_parallel_size": 2}}, "leave it out, and set tensor_parallel"),
     ],
 )
 def test_what_cannot_be_servers_is_one_line(arguments: dict[str, Any], line: str) -> None:

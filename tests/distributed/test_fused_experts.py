@@ -104,7 +104,8 @@ def test_conversions_only_move_values() -> None:
         for entry in conversion or ()
         for operation in getattr(entry, "operations", ())
     }
-    assert names == {"MergeModulelist", "Concatenate", "Chunk", "Interleave"}
+    assert {"MergeModulelist", "Concatenate"} <= names  # of every version
+    assert names <= {"MergeModulelist", "Concatenate", "Chunk", "Interleave"}
 
 
 def test_a_frozen_base_keeps_its_experts_in_bf16(tmp_path: Path) -> None:

@@ -21,9 +21,6 @@ import argparse
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +29,11 @@ import numpy as np
 import yaml
 from analyse import fill
 from analyse import table as markdown_table
+from run import marlhf
 
 from marlhf.config import PPOConfig
 from marlhf.config.loading import load_config
+from marlhf.credit.agreement import correlation, ranks
 from marlhf.views.charts import number
 from marlhf.views.report.document import mean
 from marlhf.views.report.groups import Mean
@@ -88,7 +87,7 @@ def audit(file: Path, folder: Path) -> dict[str, Any]:
         train(Path(settings["config"]), plan, seed, run)
         words = [f"--{key}={plan[key]}" for key in ("prompts", "responses", "continuations")]
         words += [word for text in arms for word in ("--arm", text)]
-        call("audit", str(run), *words)
+        marlhf("audit", str(run), *words)
         audited = json.loads((run / "audit" / "audit.json").read_text(encoding="utf-8"))
         by_name = {arms[arm["label"]]: arm for arm in audited["arms"] if arm["label"] in arms}
         kept = {key: audited[key] for key in ("critic", "by_position", "truth")}
@@ -120,14 +119,7 @@ def train(config: Path, plan: Mapping[str, Any], seed: int, run: Path) -> None:
     steps = plan["updates"]
     keys = {**plan["arm"], "seed": seed, "steps": steps, "checkpoint.every": steps}
     words = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-    call("ppo", str(config), *words, f"output_dir={run}", "resume=auto")
-
-
-def call(*words: str) -> None:
-    """A command of marlhf; rewards of the tasks are imported from this folder."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-m", "marlhf", *words], check=True, env=environment)
+    marlhf("ppo", str(config), *words, f"output_dir={run}", "resume=auto")
 
 
 # --- the page
@@ -235,23 +227,12 @@ def relation(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     y = np.array([row["updates"] for row in told])
     generator = np.random.default_rng(0)
     draws = generator.integers(0, len(told), (RESAMPLES, len(told)))
-    resampled = [spearman(x[draw], y[draw]) for draw in draws]
+    all_once = np.ones((1, len(told)))
+    counts = np.array([np.bincount(row, minlength=len(told)) for row in draws], dtype=float)
+    weights = np.concatenate([all_once, counts])
+    value, *resampled = correlation(weights, ranks(weights, x), ranks(weights, y))
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    text = f"{spearman(x, y):.2f} [{low:.2f}, {high:.2f}]"
-    return [MEASURES[key], text, str(len(told))]
-
-
-def spearman(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
-    """Spearman's correlation; NaN where one of them has no variance."""
-    a, b = ranks(x), ranks(y)
-    if not a.std() or not b.std():
-        return math.nan
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def ranks(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Ranks; equal ones share their mean."""
-    return (x[None, :] < x[:, None]).sum(1) + ((x[None, :] == x[:, None]).sum(1) + 1) / 2
+    return [MEASURES[key], f"{value:.2f} [{low:.2f}, {high:.2f}]", str(len(told))]
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -265,11 +265,15 @@ class Task:
         }
         file = self.folder / f"{phase}.yaml"
         file.write_text(yaml.safe_dump(sweep, sort_keys=False))
-        scripts = str(Path(__file__).parent)  # rewards of the tasks are imported from here
-        paths = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "marlhf", "sweep", str(file)]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
+        marlhf("sweep", str(file))
         return [run for run in read_runs([str(folder)]) if run.config["seed"] in seeds]
+
+
+def marlhf(*words: str) -> None:
+    """Run a command of marlhf, which may import the tasks' rewards from this folder."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "-m", "marlhf", *words], check=True, env=environment)
 
 
 def by_rate(runs: Sequence[Run], arm: str) -> dict[float, list[Run]]:

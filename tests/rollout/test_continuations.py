@@ -29,12 +29,20 @@ MONTE_CARLO = {"name": "monte_carlo", "continuations": 2}
 
 
 @fast
-@given(ragged(), st.sampled_from([1, 2, 5, None]), st.sampled_from([1.0, 0.9]))
-def test_advantages_are_the_loop(batch: Ragged, most: int | None, gamma: float) -> None:
+@given(
+    ragged(),
+    st.sampled_from([1, 2, 5, None]),
+    st.integers(0, 4),
+    st.sampled_from([1.0, 0.9]),
+)
+def test_advantages_are_the_loop(
+    batch: Ragged, most: int | None, longer: int, gamma: float
+) -> None:
     """Of each stretch between two valued prefixes: what it collects, and what it leads to."""
     rewards, values = batch.noise("rewards"), batch.noise("values")
     starts_BT = batch.pad([list(map(float, row)) for row in batch.starts]).bool()
-    places = spread_starts(starts_BT, batch.ids, most)
+    limit = starts_BT.shape[1] + longer
+    places = spread_starts(starts_BT & batch.mask, most, limit)
     tokens = TokenData(
         response_mask=batch.mask,
         kl_rewards=torch.zeros_like(batch.pad(rewards)),
@@ -50,7 +58,7 @@ def test_advantages_are_the_loop(batch: Ragged, most: int | None, gamma: float) 
     for row, (of_row, value, starts) in enumerate(zip(rewards, values, batch.starts, strict=True)):
         valued = [t for t in range(len(of_row)) if places[row, t]]
         assert valued[:1] == ([0] if of_row else [])
-        assert len(valued) == min(sum(map(bool, starts)), most or 10**9)
+        assert valued == first_of_parts([t for t, s in enumerate(starts) if s], most, limit)
         advantages: list[float] = []
         for t, end in itertools.pairwise([*valued, len(of_row)]):
             collected = math.fsum(gamma ** (i - t) * of_row[i] for i in range(t, end))
@@ -60,11 +68,20 @@ def test_advantages_are_the_loop(batch: Ragged, most: int | None, gamma: float) 
     assert not differs(found.advantages_BT, wanted)
 
 
-def test_starts_are_spread_evenly() -> None:
-    starts = torch.ones(2, 7, dtype=torch.bool)
-    ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, -1, -1, -1, -1, -1]])
-    found = spread_starts(starts, ids, 3)
-    assert found.int().tolist() == [[1, 0, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0, 0]]
+def first_of_parts(starts: list[int], most: int | None, limit: int) -> list[int]:
+    """The first start in each of `most` equal parts of `limit` tokens."""
+    if most is None:
+        return starts
+    chosen: dict[int, int] = {}
+    for t in starts:
+        chosen.setdefault(math.floor(most * t / limit), t)
+    return list(chosen.values())
+
+
+def test_starts_are_spread_over_the_tokens_that_a_response_may_have() -> None:
+    starts = torch.tensor([[1, 1, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]]).bool()
+    chosen = spread_starts(starts, 3, 9)  # parts 0-2, 3-5, 6-8
+    assert chosen.int().tolist() == [[1, 0, 0, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0, 0]]
 
 
 # --- sampling

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from marlhf.algorithm.estimators import Credit, CreditInputs
-from marlhf.algorithm.macro import macro_mask
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,9 @@ class MonteCarlo:
     The values are mean returns of continuations, so that no critic is needed, nor its bias had.
 
     continuations   of each prefix
-    max_prefixes    of a response at most, evenly spread over its macro actions; those between two
-                    share the advantage of all of them together. None: one for each macro action
+    max_prefixes    of a response at most: the first macro action in each of so many equal parts of
+                    `max_new_tokens`; macro actions from one to the next share the advantage of all
+                    of them together. None: one for each macro action
 
     Source: Kazemnejad et al. 2024, VinePPO (arXiv 2410.01679), at the boundaries of macro actions.
     """
@@ -46,16 +46,16 @@ class MonteCarlo:
         return Credit(advantages_BM.gather(1, latest_BM))
 
 
-def spread_starts(starts: Tensor, segment_ids: Tensor, most: int | None) -> Tensor:
-    """At most `most` starts of macro actions per response, [B,T] bool.
+def spread_starts(starts: Tensor, most: int | None, limit: int) -> Tensor:
+    """At most `most` starts of macro actions per response, [B,T] bool; None: all.
 
-    The first, and others evenly spread; None: all.
+    The first in each of `most` equal parts of the `limit` tokens that a response may have. So they
+    depend on nothing that comes after them; if they did, as on the response's length, credit would
+    be biased. `starts` has none at padding.
     """
-    starts = starts & (segment_ids >= 0)
     if most is None or starts.numel() == 0:
         return starts
-    counts_B1 = macro_mask(segment_ids).sum(1, keepdim=True).clamp(min=1)
-    parts_B1 = counts_B1.clamp(max=most)
-    part_BT = segment_ids * parts_B1 // counts_B1
-    before_BT = (segment_ids - 1) * parts_B1 // counts_B1  # -1 before the first
-    return starts & (part_BT != before_BT)
+    part_T = torch.arange(starts.shape[1], device=starts.device) * most // limit
+    part_BT = torch.where(starts, part_T, -1)
+    latest_BT = part_BT.cummax(1).values
+    return part_BT > torch.nn.functional.pad(latest_BT[:, :-1], (1, 0), value=-1)

@@ -337,9 +337,8 @@ def _sampled_values(configs: Mapping[str, PPOConfig], starts: Mapping[str, Tenso
         estimator = estimator_of(config)
         if "continuations" in estimator_requires(estimator):
             count, most = continuation_plan(estimator)
-            mask = starts[label]
-            ids = mask.cumsum(1) - 1
-            plan[label] = (spread_starts(mask, ids, most), count)
+            limit = config.rollout.max_new_tokens
+            plan[label] = (spread_starts(starts[label], most, limit), count)
     return plan
 
 

@@ -17,7 +17,6 @@ from transformers import StopStringCriteria
 from marlhf.algorithm.estimators import Estimator, continuation_plan, estimator_requires
 from marlhf.algorithm.experience import Rollout
 from marlhf.algorithm.kl import KLCoefficient
-from marlhf.algorithm.macro import segment_ids
 from marlhf.algorithm.monte_carlo import spread_starts
 from marlhf.common.seeds import row_seed
 from marlhf.common.types import Generation
@@ -73,9 +72,10 @@ class ContinuationSampler:
         if "continuations" not in estimator_requires(self.estimator):
             return rollout
         count, most = continuation_plan(self.estimator)
-        ids = segment_ids(starts, rollout.responses.response_mask)
-        places = spread_starts(starts, ids, most)
-        coef, gamma = self.kl.in_rewards_coef, self.worker.config.ppo.gamma
+        config = self.worker.config
+        starts = starts & rollout.responses.response_mask
+        places = spread_starts(starts, most, config.rollout.max_new_tokens)
+        coef, gamma = self.kl.in_rewards_coef, config.ppo.gamma
         sampled = sample_continuations(
             self.worker, prompts, rollout, places, count, coef, gamma, timer
         )

@@ -123,7 +123,8 @@ class _Responses:
         continuation_values_BM = None
         if "continuations" in requires:
             _, most = continuation_plan(estimator)
-            sampled = reduce(spread_starts(starts, ids, most).double(), ids, "first") > 0
+            places = spread_starts(starts, most, self.toy.limit or self.toy.longest)
+            sampled = reduce(places.double(), ids, "first") > 0
             continuation_values_BM = values_BM.masked_fill(mask_BM & ~sampled, torch.nan)
         return CreditInputs(
             segment_ids=ids,
@@ -341,7 +342,7 @@ def _check_expectations(estimator: Estimator, toy: Toy, n: int, unbiased: bool) 
                         targets[prefix] = targets.get(prefix, 0.0) + target
     (gradient,) = torch.autograd.grad(objective, logits)
     description = f"over all pairs of responses of {toy.description}, in segments of {n},"
-    _check_gradient(gradient, toy, n, unbiased, description)
+    _check_gradient(gradient, toy, _counted_from(estimator, toy, n), unbiased, description)
     for prefix, total in targets.items():
         times = 2 * sum(p for r, p in chances.items() if r[: len(prefix)] == prefix)
         assert abs(total / times - toy.value(prefix)) < _TOLERANCE, (
@@ -350,11 +351,26 @@ def _check_expectations(estimator: Estimator, toy: Toy, n: int, unbiased: bool) 
         )
 
 
-def _check_gradient(gradient: Tensor, toy: Toy, n: int, unbiased: bool, description: str) -> None:
-    """A token's advantage counts from the start of its macro action, or of the response."""
+def _counted_from(estimator: Estimator, toy: Toy, n: int) -> list[list[int]]:
+    """Where a token's advantage may count from, so many tokens into a response.
+
+    The start of its macro action, the latest prefix that is continued, or the response's start.
+    """
+    starts = torch.arange(toy.longest) % n == 0
+    allowed = [starts, torch.arange(toy.longest) == 0]
+    if "continuations" in estimator_requires(estimator):
+        _, most = continuation_plan(estimator)
+        allowed.append(spread_starts(starts[None], most, toy.limit or toy.longest)[0])
+    return [places.nonzero()[:, 0].tolist() for places in allowed]
+
+
+def _check_gradient(
+    gradient: Tensor, toy: Toy, starts: Sequence[list[int]], unbiased: bool, description: str
+) -> None:
+    """With the discounts that count from one of `starts`."""
     results: list[tuple[float, float]] = []
-    for period in (n, toy.longest):
-        true = toy.gradient(period)
+    for counted_from in starts:
+        true = toy.gradient(counted_from)
         factor = float((gradient * true).sum() / (true * true).sum())
         results.append((float((gradient - factor * true).norm() / true.norm()), factor))
     error, factor = min(results)

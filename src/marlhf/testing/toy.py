@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -107,11 +107,11 @@ class Toy:
     def _number(self) -> dict[Prefix, int]:
         return {prefix: i for i, prefix in enumerate(self.prefixes)}
 
-    def gradient(self, period: int) -> Tensor:
+    def gradient(self, starts: Sequence[int]) -> Tensor:
         """Policy gradient by the logits, [prefixes, 3], from exact advantages of all tokens.
 
-        The advantage of token t counts gamma^(t mod `period`); those beyond the limit nothing.
-        With gamma 1 it is the gradient of the expected sum of rewards.
+        The advantage of token t counts gamma^(t - s), s being the latest of `starts` up to t; those
+        beyond the limit nothing. With gamma 1 it is the gradient of the expected sum of rewards.
         """
         gradient = torch.zeros_like(self.logits)
         for prefix, s in self._number.items():
@@ -124,6 +124,7 @@ class Toy:
                 + torch.tensor(after, dtype=torch.float64)
                 - self.value(prefix)
             )
-            factor = reached * self.gamma ** (len(prefix) % period)
+            latest = max(start for start in starts if start <= len(prefix))
+            factor = reached * self.gamma ** (len(prefix) - latest)
             gradient[s] = factor * self.logits[s].softmax(0) * advantages
         return gradient

@@ -201,13 +201,57 @@ def test_finest_agreement_is_that_of_tokens_and_their_macro_actions(
             truth.append(rewards[b][t] + after - values[b][t])
             x.append(float(arm.batch.advantages_BM[b, t // 2]))
 
-    def ranks(y: list[float]) -> torch.Tensor:
-        below = [sum(v < w for v in y) + sum(v == w for v in y) / 2 for w in y]
-        return torch.tensor(below, dtype=torch.float64)
-
-    wanted = torch.corrcoef(torch.stack([ranks(x), ranks(truth)]))[0, 1]
+    ranks = torch.tensor([midranks(x), midranks(truth)], dtype=torch.float64)
+    wanted = torch.corrcoef(ranks)[0, 1]
     assert numbers["finest"]["measured"]["value"] == pytest.approx(float(wanted), abs=1e-9)
     assert numbers["finest"]["measured"] != numbers["rank"]["measured"]
+
+
+def test_with_fewer_places_stretches_between_them_are_compared(
+    run: Path, loaded: TrainedRun, audited: dict[str, Any]
+) -> None:
+    """By loops, over stretches of two tokens; token-level PPO gives each of them two advantages."""
+    evidence = evidence_of(run, loaded)
+    places = evidence.places & (torch.arange(4) % 2 == 0)
+    config = arm_config(run, ["segmenter=token"], {"rollout": {"responses_per_prompt": 2}})
+    arm = arm_of("token", evidence.kept, config, loaded.worker.tokenizer, own_kl=True)
+    few = replace(evidence, places=places)
+    numbers = results.of_advantages(few, arm, evidence.places)
+    tokens = evidence.kept.token_data(evidence.kl_coef)
+    rewards = (tokens.kl_rewards + tokens.task_rewards).tolist()
+    values, of_arm = evidence.returns_BTK.mean(2).tolist(), arm.batch.advantages_BM.tolist()
+    x, truth = [], []
+    for b in range(16):
+        for t in (0, 2):
+            after = values[b][t + 2] if t == 0 else 0.0
+            truth.append(rewards[b][t] + rewards[b][t + 1] + after - values[b][t])
+            x.append((of_arm[b][t] + of_arm[b][t + 1]) / 2)
+    wanted = float(torch.corrcoef(torch.tensor([midranks(x), midranks(truth)]))[0, 1])
+    assert numbers["finest"]["measured"]["value"] == pytest.approx(wanted, abs=1e-6)
+    assert numbers["rank"] == dict.fromkeys(["measured", "corrected", "reliability"])
+    assert numbers["sign"] == numbers["rank"]
+    of_values = results.of_arm_values(few, arm, evidence.places, None)
+    assert of_values is not None
+    critic = results.of_critic(few)
+    assert critic is not None
+    for name in ("bias", "error", "explained"):
+        assert of_values[name] == pytest.approx(critic[name], abs=1e-9)
+
+    output = run / "audit-of-few"
+    sampled = audit(run, *ALL, "--places", "2", "--output", str(output))
+    assert sampled["prefixes"] == audited["prefixes"] / 2
+    arms = {arm["label"]: arm for arm in sampled["arms"]}
+    assert arms["the run"]["rank"] == arms["the run"]["finest"]  # it begins at the places
+    assert arms[ARMS["token"]]["rank"]["measured"] is None
+    of_all = {arm["label"]: arm for arm in audited["arms"]}
+    for label in ("the run", ARMS["rloo"]):
+        for name, estimate in of_all[label]["rank"].items():
+            assert arms[label]["rank"][name] == pytest.approx(estimate, abs=1e-6)
+
+
+def midranks(y: list[float]) -> list[float]:
+    """Ranks, equal ones of which share their mean."""
+    return [sum(v < w for v in y) + sum(v == w for v in y) / 2 for w in y]
 
 
 # --- arms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,25 @@ def test_returns_have_the_values_of_an_enumeration(tmp_path: Path) -> None:
     assert max(map(abs, errors)) < 4
     assert sum(e**2 for e in errors) / len(errors) < 2.5  # of a chi-squared of 16
     assert found.tokens == 300 * (2 * found.prefixes - (found.prefixes - 8))
+
+
+def test_without_a_penalty_in_the_rewards_no_model_scores(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, kl={"coef": 0.3, "where": "loss"})
+    prompts, rollout = rollout_of(trainer)
+    calls: Counter[str] = Counter()
+    for name, model in ("policy", trainer.policy.model), ("reference", trainer.reference):
+        model.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    places = torch.zeros_like(rollout.responses.response_mask)
+    places[:, 0] = True
+    arguments = trainer.worker, prompts, rollout, places, 2
+    with_penalty = sample_continuations(*arguments, 0.3, 1.0, Timer())
+    scoring = calls.copy()
+    calls.clear()
+    without = sample_continuations(*arguments, trainer.kl.in_rewards_coef, 1.0, Timer())
+    assert scoring["reference"] > 0 == calls["reference"]
+    assert calls["policy"] == scoring["policy"] - scoring["reference"]
+    same = torch.isclose(with_penalty.returns_BTK, without.returns_BTK, equal_nan=True, atol=1e-5)
+    assert same.all()  # policy and reference are the same
 
 
 def value_of(trainer: Any, prompt: list[int], begun: list[int], coef: float) -> float:

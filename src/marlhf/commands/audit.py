@@ -33,6 +33,7 @@ def main(words: Sequence[str]) -> None:
         prompts=options.prompts,
         responses=options.responses,
         continuations=options.continuations,
+        places=options.places,
         checkpoint=options.checkpoint,
     )
     audited = audit(settings)
@@ -77,6 +78,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         default=8,
         metavar="K",
         help="samples of each prefix, even (default: 8)",
+    )
+    add(
+        "--places",
+        type=at_least_one,
+        metavar="N",
+        help="continue from N prefixes of a response at most, spread over rollout.max_new_tokens, "
+        "for long responses (default: from every boundary of every arm)",
     )
     add("--checkpoint", metavar="step-N", help="default: the latest")
     add("--output", metavar="DIR", help="default: RUN/audit; an audit there is continued")

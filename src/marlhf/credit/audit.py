@@ -70,6 +70,8 @@ class AuditSettings:
     data            prompts instead of the run's held-out ones
     prompts, responses   how many prompts, and responses to each; None: as many as in the run
     continuations   of each prefix, for the truth; even
+    places          prefixes of a response at most, spread over `max_new_tokens`; None: all
+                    boundaries of all arms
     checkpoint      step-N; None: the latest
     """
 
@@ -80,6 +82,7 @@ class AuditSettings:
     prompts: int = 32
     responses: int | None = None
     continuations: int = 8
+    places: int | None = None
     checkpoint: str | None = None
 
 
@@ -126,7 +129,8 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
         label: cut(kept, arm, run.worker.tokenizer, segmenters[label])
         for label, arm in configs.items()
     }
-    places = results.union(list(starts.values()))
+    boundaries = results.union(list(starts.values()))
+    places = spread_starts(boundaries, settings.places, config.rollout.max_new_tokens)
     plan = _sampled_values(configs, starts)
     store = ReturnStore.of(settings.output, run.worker, run.kl_coef)
     seconds = _continue(run, store, parts, kept, places, plan, settings.continuations)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marlhf.algorithm.macro import expand, reduce
+from marlhf.algorithm.macro import expand, macro_mask, reduce, segment_ids
 from marlhf.credit import agreement
 from marlhf.credit.agreement import Agreement, Halves
 from marlhf.credit.truth import true_advantages, true_values
@@ -53,6 +53,10 @@ class Evidence:
     def prompt_of(self, mask: Tensor) -> Owners:
         """Index of the prompt of every True in a mask [B,..], in order."""
         return (mask.nonzero()[:, 0] // self.copies).numpy()
+
+    def knows(self, starts: Tensor) -> bool:
+        """Whether all of these are places."""
+        return not bool((starts & ~self.places).any())
 
     def advantages(self, starts: Tensor) -> Halves:
         """Truth of the macro actions that begin at `starts [B,T]`, in order."""
@@ -149,13 +153,17 @@ def of_critic(evidence: Evidence) -> Numbers | None:
 def of_advantages(evidence: Evidence, arm: Arm, starts: Tensor) -> Numbers:
     """Rank and sign agreement of an arm's advantages with the truth.
 
-    rank, sign   over its own macro actions, which begin at `starts`
-    finest       rank over those between all places, each with the advantage of the arm's macro
-                 action that it is in: comparable between arms that cut elsewhere
+    rank, sign   over its own macro actions, which begin at `starts`; None where the truth is not
+                 known at all of these
+    finest       rank over the stretches between places, each with the mean advantage of its tokens:
+                 comparable between arms that cut elsewhere
     """
     batch = arm.batch
     of_macros = batch.advantages_BM[batch.mask_BM]
-    of_places = expand(batch.advantages_BM, batch.segment_ids)[evidence.places]
+    ids = segment_ids(evidence.places, batch.segment_ids >= 0)
+    # a sum of equal float32 in float64 is exact: ties between stretches stay ties
+    of_tokens = expand(batch.advantages_BM, batch.segment_ids).float().double()
+    of_places = reduce(of_tokens, ids, "equal")[macro_mask(ids)]
     return {
         "macro_actions": len(of_macros),
         "rank": _agreement(evidence, starts, of_macros, agreement.rank_agreement),
@@ -168,16 +176,22 @@ def _agreement(
     evidence: Evidence, starts: Tensor, advantages: Tensor, how: Callable[..., Agreement]
 ) -> Numbers:
     """Agreement of advantages with the truth of the macro actions that begin at `starts`."""
+    names = ("measured", "corrected", "reliability")
+    if not evidence.knows(starts):
+        return dict.fromkeys(names)
     x, truth = advantages.double().numpy(), evidence.advantages(starts)
     owners = evidence.prompt_of(starts)
     estimates = evidence.estimates(owners, lambda weights: how(weights, x, truth))
-    return dict(zip(("measured", "corrected", "reliability"), estimates, strict=True))
+    return dict(zip(names, estimates, strict=True))
 
 
 def of_arm_values(
     evidence: Evidence, arm: Arm, starts: Tensor, continuation_values: Tensor | None
 ) -> Numbers | None:
-    """Values of an arm's macro actions against the truth; None where it has none."""
+    """Values of an arm's macro actions against the truth, where that is known.
+
+    None where the arm has none.
+    """
     batch = arm.batch
     values_BM = batch.values_BM
     if values_BM is None and continuation_values is not None:
@@ -186,7 +200,7 @@ def of_arm_values(
         return None
     values = values_BM[batch.mask_BM].double().numpy()
     truth = true_values(evidence.returns_BTK, starts)
-    known = ~np.isnan(values)
+    known = ~np.isnan(values) & evidence.places[starts].numpy()
     owners = evidence.prompt_of(batch.mask_BM)[known]
     part = Halves(truth.one[known], truth.other[known])
     return of_values(evidence, owners, values[known], part)

@@ -99,7 +99,7 @@ def sample_continuations(
 
     prompts   of the responses
     places    [B,T] bool: before these tokens
-    kl_coef   weight of the KL penalty in the rewards
+    kl_coef   weight of the KL penalty in the rewards; at 0 neither policy nor reference is run
     gamma     discount per token
     first_draw   number of the first continuation of a prefix: others are independent of it
 
@@ -130,6 +130,7 @@ def sample_continuations(
             responses.step,
             held_out=True,
             with_values=False,
+            with_logprobs=kl_coef != 0,
         )
     tokens = scored.token_data(kl_coef)
     rewards_BT = (tokens.kl_rewards + tokens.task_rewards).double()

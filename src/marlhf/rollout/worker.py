@@ -115,28 +115,34 @@ class RolloutWorker:
         step: int,
         held_out: bool = False,
         with_values: bool = True,
+        with_logprobs: bool = True,
     ) -> Rollout:
         """Log-probs, values and rewards of responses; arguments as of the call.
 
-        texts   the prompts as the policy read them
+        texts           the prompts as the policy read them
+        with_logprobs   False, for held-out responses whose rewards alone matter: no pass of policy
+                        and reference, hence no log-probs, no entropy and no values of a head
         """
+        assert with_logprobs or (held_out and not with_values)
         sequences = Sequences.of(generation)
         requested = frozenset() if held_out else self.requested_extras
         with_head = self.config.has_head and with_values
         extras = {"entropy", *requested, *(("values",) if with_head else ())}
-        outputs = self._logprobs(self.policy, sequences, extras)
+        outputs: dict[str, Tensor] = {}
+        if with_logprobs:
+            outputs = self._logprobs(self.policy, sequences, extras)
         values = outputs if with_head else {}
         if self.critic is not None and with_values:
             values = self._values(self.critic, sequences)
         reference: dict[str, Tensor] = {}
-        if self.reference is not None:
+        if self.reference is not None and with_logprobs:
             reference = self._logprobs(self.reference, sequences)
         responses = ResponseBatch(
             token_ids=generation.response_ids,
             response_mask=generation.response_mask,
-            logprobs=outputs["logprobs"],
+            logprobs=outputs.get("logprobs"),
             ref_logprobs=reference.get("logprobs"),
-            entropy=outputs["entropy"],
+            entropy=outputs.get("entropy"),
             row_ids=torch.tensor(row_ids),
             step=step,
             seed=self.config.seed,

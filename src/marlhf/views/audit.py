@@ -28,7 +28,7 @@ _VALUE_HEADS = ("values of", "bias", "error", "explained")
 _POSITION_HEADS = ("before token", "truth", "critic", "bias", "error")
 _ARMS_NOTE = (
     "rank: correlation of an arm's advantages with the truth, corrected for the truth's own noise; "
-    "finest: between the boundaries of all arms, comparable between segmenters; noise scale: "
+    "finest: between all prefixes continued, comparable between segmenters; noise scale: "
     "prompts in a batch whose policy gradient has as much signal as noise"
 )
 _VALUES_NOTE = (
@@ -96,17 +96,20 @@ def _verdict(numbers: Numbers) -> str:
 def _arm_rows(numbers: Numbers) -> list[tuple[str, ...]]:
     of_truth = numbers["truth"]["gradient"]["noise_scale"]
     rows = [("the truth", "", "", _estimate(of_truth, "no signal seen", ".3g"))]
-    for arm in numbers["arms"]:
-        undefined = "truth too noisy" if arm["rank"]["reliability"] is None else "-"
-        rows.append(
-            (
-                arm["label"],
-                _estimate(arm["rank"]["corrected"], undefined),
-                _estimate(arm["finest"]["corrected"], undefined),
-                _estimate(arm["gradient"]["noise_scale"], "no signal seen", ".3g"),
-            )
+    return rows + [
+        (
+            arm["label"],
+            _agreement(arm["rank"]),
+            _agreement(arm["finest"]),
+            _estimate(arm["gradient"]["noise_scale"], "no signal seen", ".3g"),
         )
-    return rows
+        for arm in numbers["arms"]
+    ]
+
+
+def _agreement(numbers: Numbers) -> str:
+    is_too_noisy = numbers["measured"] is not None and numbers["reliability"] is None
+    return _estimate(numbers["corrected"], "truth too noisy" if is_too_noisy else "-")
 
 
 def _value_rows(numbers: Numbers) -> list[tuple[str, ...]]:
@@ -170,7 +173,7 @@ def _agreement_charts(numbers: Numbers) -> str:
     figures = []
     for name, title, low in (
         ("rank", "Rank correlation with the truth (1 is perfect, 0 none)", -1.0),
-        ("finest", "The same, between the boundaries of all arms", -1.0),
+        ("finest", "The same, between all prefixes continued", -1.0),
         ("sign", "Same sign as the truth (share; a coin has 0.5)", 0.0),
     ):
         rows = [

@@ -170,6 +170,35 @@ def test_fp32_on_a_gpu_is_said_in_a_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("capabilities", "said"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+        ({}, False),
+    ],
+)
+def test_bf16_on_a_cpu_that_emulates_it_is_said_in_a_line(
+    capabilities: dict[str, Any], said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    line = precision_note("bf16", torch.device("cpu"))
+    slow = "model.precision is bf16: this CPU has no instructions for it, fp32 is faster"
+    assert line == (slow if said else None)
+
+
+def test_this_cpu_says_what_it_can() -> None:
+    note = precision_note("bf16", torch.device("cpu"))
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("nothing to compare with")
+    words = set(flags.read_text().split())
+    is_x86 = "sse2" in words
+    assert (note is not None) == (is_x86 and not words & {"avx512_bf16", "amx_bf16"})
+
+
+@pytest.mark.parametrize(
     ("chosen", "name"), [("fp32", "float32"), ("bf16", "bfloat16"), ("checkpoint", "bfloat16")]
 )
 @pytest.mark.parametrize("kind", ["policy", "reward"])

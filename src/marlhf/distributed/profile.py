@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from accelerate import DeepSpeedPlugin
@@ -169,12 +171,23 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
 
 
 def precision_note(precision: str, device: torch.device) -> str | None:
-    """A line for a run in fp32 on a GPU."""
-    if precision != "fp32" or device.type != "cuda":
-        return None
-    return (
-        "model.precision is fp32: on a GPU bf16 is about ten times as fast, and tf32 several times"
-    )
+    """A line for a run in fp32 on a GPU, or in bf16 on a CPU that is slower at it."""
+    if precision == "fp32" and device.type == "cuda":
+        return (
+            "model.precision is fp32: on a GPU bf16 is about ten times as fast, and tf32 several "
+            "times"
+        )
+    if precision == "bf16" and device.type == "cpu" and _lacks_bf16():
+        return "model.precision is bf16: this CPU has no instructions for it, fp32 is faster"
+    return None
+
+
+def _lacks_bf16() -> bool:
+    """Whether this is an x86 CPU whose matrix products in bf16 are emulated."""
+    get: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.10
+    can = get()
+    is_x86 = can.get("architecture") == "x86_64"
+    return is_x86 and not (can["avx512_bf16"] or can["amx_bf16"])
 
 
 def check_precision(precision: str) -> None:

@@ -70,6 +70,7 @@ class Arm:
     explained_variance: Mean | None
     value_loss: Mean | None
     macro_length: Mean | None
+    update_seconds: Mean | None
     gradient: dict[str, Any]
     by_rate: dict[str, float]
     kl_by_rate: dict[str, float]
@@ -137,6 +138,7 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
         explained_variance=_over_updates(group, "explained_variance"),
         value_loss=_over_updates(group, "value_loss"),
         macro_length=_over_updates(group, "macro_length_mean"),
+        update_seconds=_over_updates(group, "step_seconds"),
         gradient=study.gradient.get(group.label, {}),
         by_rate=_by_rate(study, group.label, "eval_score_mean"),
         kl_by_rate=_by_rate(study, group.label, "eval_kl_mean"),

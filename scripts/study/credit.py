@@ -3,10 +3,11 @@
     python scripts/study/credit.py audit configs/study/recall.yaml
     python scripts/study/credit.py page
 
-`audit` trains the run that the task's file describes under `audit`, stops it in the middle, and has
-`marlhf audit` judge every arm of the task on its policy and critic, a seed after the other; what is
-there is not made again. Arms that differ from another in the optimiser's steps alone have the same
-credit and are left out. The figures go to docs/study/TASK_credit.json.
+`audit` has `marlhf audit` judge every arm of the task on the policy and critic of one, a seed after
+the other; what is there is not made again. The task's file describes that run under `audit`: as
+keys, with which it is trained and stopped after some updates, or as one of the task's own arms,
+whose checkpoint after so many updates is taken. Arms that differ from another in the optimiser's
+steps alone have the same credit and are left out. The figures go to docs/study/TASK_credit.json.
 
 `page` reads these, and what analyse.py found of the training runs (docs/study/TASK.json), and
 writes tables and figures into docs/credit.md, between the markers `<!-- results: TASK -->`.
@@ -38,10 +39,13 @@ from marlhf.views.charts import number
 from marlhf.views.report.document import mean
 from marlhf.views.report.groups import Mean
 from marlhf.views.report.png import new_figure, save
+from marlhf.views.report.runs import read_runs
 
 SECTIONS = ("segmenter", "macro.", "ppo.", "kl.")  # of keys that credit is made of
 STEPS = ("ppo.epochs", "ppo.minibatches", "macro.ratio")  # of which the optimiser's steps are made
+AMOUNTS = ("prompts", "responses", "continuations", "places")  # of an audit
 RESAMPLES = 2000
+FEWEST = 6  # arms for a correlation over them
 FOLDER = "study"  # of the figures, below the page's
 MEASURES = {
     "rank": "rank agreement at the arm's own boundaries",
@@ -62,7 +66,7 @@ def main() -> None:
         write_page(args.docs)
         return
     for file in args.tasks:
-        audits = audit(file, args.out / file.stem / "credit")
+        audits = audit(file, args.out / file.stem)
         target = args.docs / "study" / f"{file.stem}_credit.json"
         target.write_text(json.dumps(audits, indent=1) + "\n", encoding="utf-8")
         print(target)
@@ -75,6 +79,8 @@ def audit(file: Path, folder: Path) -> dict[str, Any]:
     """The audits of a task, a seed after the other."""
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     plan = settings["audit"]
+    if "run" in plan:
+        plan["arm"] = settings["arms"][plan["run"]]
     usual = load_config(PPOConfig, Path(settings["config"]))
     undone = {key: value_of(usual, key) for key in plan["arm"]}
     arms: dict[str, str] = {}
@@ -83,12 +89,18 @@ def audit(file: Path, folder: Path) -> dict[str, Any]:
         arms.setdefault(text_of({**undone, **keys} if has_critic else keys), name)
     seeds = []
     for seed in plan["seeds"]:
-        run = folder / f"seed-{seed}"
-        train(Path(settings["config"]), plan, seed, run)
-        words = [f"--{key}={plan[key]}" for key in ("prompts", "responses", "continuations")]
+        of_seed = folder / "credit" / f"seed-{seed}"
+        if "run" in plan:
+            run = run_of(folder / "final", plan["run"], seed)
+        else:
+            run = of_seed
+            train(Path(settings["config"]), plan, seed, run)
+        words = [f"--{key}={plan[key]}" for key in AMOUNTS if key in plan]
         words += [word for text in arms for word in ("--arm", text)]
-        marlhf("audit", str(run), *words)
-        audited = json.loads((run / "audit" / "audit.json").read_text(encoding="utf-8"))
+        output = of_seed / "audit"
+        checkpoint = f"--checkpoint=step-{plan['updates']}"
+        marlhf("audit", str(run), *words, checkpoint, f"--output={output}")
+        audited = json.loads((output / "audit.json").read_text(encoding="utf-8"))
         by_name = {arms[arm["label"]]: arm for arm in audited["arms"] if arm["label"] in arms}
         kept = {key: audited[key] for key in ("critic", "by_position", "truth")}
         seeds.append({"seed": seed, **kept, "arms": by_name})
@@ -112,6 +124,12 @@ def value_of(config: PPOConfig, key: str) -> Any:
 def text_of(keys: Mapping[str, Any]) -> str:
     """Keys of an arm as `--arm` takes them."""
     return " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
+
+
+def run_of(folder: Path, arm: str, seed: int) -> Path:
+    """The folder of a run of the study."""
+    (run,) = [r for r in read_runs([str(folder)]) if (r.arm, r.config["seed"]) == (arm, seed)]
+    return run.path
 
 
 def train(config: Path, plan: Mapping[str, Any], seed: int, run: Path) -> None:
@@ -154,6 +172,7 @@ def rows_of(
                 "signal": over_seeds([arm["gradient"]["signal_to_noise"] for arm in of_seeds]),
                 "updates": None if run is None else as_number(run["updates"]["median"]),
                 "reward": None if run is None else run["reward"]["value"],
+                "seconds": None if run is None else run["update_seconds"]["value"],
             }
         )
     return rows
@@ -175,16 +194,17 @@ def markdown(audits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
     plan = audits["plan"]
     arm = ", ".join(f"`{key}: {value}`" for key, value in plan["arm"].items())
     responses = plan["prompts"] * plan["responses"]
+    places = f"{plan['places']} prefixes of each" if "places" in plan else "every prefix"
     critics = "; ".join(
         f"seed {seed['seed']}: {explained(seed['critic'])}" for seed in audits["seeds"]
     )
     counts = (
         f"Audited: {len(audits['seeds'])} runs with {arm}, after {plan['updates']} updates; "
-        f"{responses} responses each, {plan['continuations']} continuations of every prefix. "
+        f"{responses} responses each, {plan['continuations']} continuations of {places}. "
         f"Variance of the truth that their critics explain: {critics}."
     )
     heads = ["arm", "rank agreement", "finest", "signal to noise", "updates to parity",
-             "final reward"]  # fmt: skip
+             "final reward", "seconds an update"]  # fmt: skip
     cells = [
         [
             str(row["name"]),
@@ -193,14 +213,18 @@ def markdown(audits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
             mean(row["signal"]),
             time_text(row["updates"]),
             "–" if row["reward"] is None else number(row["reward"]),
+            "–" if row["seconds"] is None else number(row["seconds"]),
         ]
         for row in rows
     ]
     trained = [row for row in rows if row["updates"] is not None]
-    relations = [relation(trained, key) for key in MEASURES]
+    told = {key: [row for row in trained if row[key] is not None] for key in MEASURES}
+    relations = [relation(rows, key) for key, rows in told.items() if len(rows) >= FEWEST]
     heads_of_relations = ["number of the audit", "Spearman with updates to parity", "arms"]
     figure = f"![Agreement and learning]({FOLDER}/{audits['task']}_credit.png)"
-    tables = [markdown_table(heads, cells), markdown_table(heads_of_relations, relations)]
+    tables = [markdown_table(heads, cells)]
+    if relations:
+        tables.append(markdown_table(heads_of_relations, relations))
     return "\n\n".join([counts, *tables, figure])
 
 
@@ -220,9 +244,8 @@ def time_text(time: float | None) -> str:
     return "never" if math.isinf(time) else number(time)
 
 
-def relation(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+def relation(told: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """How a number of the audits relates to updates to parity, with its bootstrap interval."""
-    told = [row for row in rows if row[key] is not None]
     x = np.array([row[key].value for row in told])
     y = np.array([row["updates"] for row in told])
     generator = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import torch
 import yaml
 from support.study import KLS, RATES, SHARES, write_task
 from support.tiny_models import BYTES_VOCAB, byte_tokenizer, tiny_causal_lm
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from marlhf.commands import sweep
 from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig, SweepConfig
@@ -25,6 +25,7 @@ CONFIGS = ROOT / "configs" / "study"
 sys.path.append(str(ROOT / "scripts" / "study"))
 
 import analyse  # noqa: E402
+import opening_task  # noqa: E402
 import pack  # noqa: E402
 import sentiment_task  # noqa: E402
 
@@ -248,6 +249,26 @@ def test_the_model_of_the_sentiment_task_is_unpacked(tmp_path):
     assert torch.equal(found(input_ids=ids).logits, lm(input_ids=ids).logits)
 
 
+def test_the_critic_of_the_opening_task_is_the_first_layers(tmp_path):
+    lm = tiny_causal_lm("llama", BYTES_VOCAB, num_hidden_layers=8)
+    lm.save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    opening_task.cut(tmp_path / "source", tmp_path / "critic")
+    critic = LlamaForSequenceClassification.from_pretrained(tmp_path / "critic")
+    assert critic.config.num_labels == 1
+    assert not critic.score.weight.any()
+    of_critic, of_lm = critic.model.state_dict(), lm.model.state_dict()
+    layers = {name.split(".")[1] for name in of_critic if name.startswith("layers.")}
+    assert layers == {str(i) for i in range(6)}
+    assert all(torch.equal(of_critic[name], of_lm[name]) for name in of_critic)
+
+
+def test_the_reward_of_the_opening_task_ends_after_150_characters():
+    opening = "I " * 3 + "x" * 143 + " my"  # 152 characters
+    texts = [opening, "me, my, I, I, I, I", "mystery Ice", ""]
+    assert opening_task.first_person([], texts) == [0.6, 1.0, 0.0, 0.0]
+
+
 def test_the_studys_configurations_are_read():
     jobs = {"ppo": PPOConfig, "sft": SFTConfig, "reward": RewardConfig, "evaluate": EvaluateConfig}
     for path in CONFIGS.glob("*.yaml"):
@@ -256,7 +277,7 @@ def test_the_studys_configurations_are_read():
     load_config(SFTConfig, CONFIGS / "pretrain.yaml")
 
 
-@pytest.mark.parametrize("task", ["recall", "summaries", "sentiment"])
+@pytest.mark.parametrize("task", ["recall", "summaries", "sentiment", "opening"])
 def test_every_arm_of_a_task_is_a_configuration_of_its_own(task, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load((CONFIGS / f"{task}.yaml").read_text())
@@ -266,5 +287,5 @@ def test_every_arm_of_a_task_is_a_configuration_of_its_own(task, monkeypatch):
     assert len(different) == len(settings["arms"])
     assert {"token", *settings["curves"]} <= settings["arms"].keys()
     others = settings.get("search_seeds", []) + settings.get("calibration_seeds", [])
-    assert others
+    assert others or len(settings["learning_rates"]) == 1
     assert not set(settings["seeds"]) & set(others)

@@ -201,7 +201,8 @@ def _run(job: str, words: list[str]) -> None:
     if not words or ("=" in words[0] and not os.path.isfile(words[0])):
         raise UserError(f"usage: marlhf {job} CONFIG.yaml [key.sub=value ...]")
     config = load_config(config_class, words[0], words[1:])
-    _check_file(words[0], config)
+    if job != "sweep":  # which writes no config.yaml
+        _check_file(words[0], config)
     run = _imported(run_path)
     hide_loading_bars()
     try:
@@ -222,15 +223,28 @@ def _run(job: str, words: list[str]) -> None:
 
 
 def _check_file(path: str, config: Any) -> None:
-    """Check that `overwrite` does not delete the given config file. Raises UserError."""
-    from marlhf.common.errors import UserError
+    """Check that the given file is not one that the resolved one would replace. Raises UserError.
 
-    of_run = os.path.join(os.path.expanduser(str(config.output_dir)), "config.yaml")
-    is_same = os.path.exists(of_run) and os.path.samefile(path, of_run)
-    if getattr(config, "overwrite", False) and is_same:
+    A run's own may be given again, to resume it.
+    """
+    from marlhf.common.errors import UserError
+    from marlhf.config.loading import config_to_dict, read_yaml
+
+    folder = os.path.expanduser(str(config.output_dir))
+    of_run = os.path.join(folder, "config.yaml")
+    if not os.path.exists(of_run) or not os.path.samefile(path, of_run):
+        return
+    if getattr(config, "overwrite", False):
         raise UserError(
             f"overwrite: given true, which would replace {of_run!r}, the configuration file that "
             "was given; copy it out of output_dir first"
+        )
+    results = ("metrics.jsonl", "samples.jsonl", "results.json")
+    has_results = any(os.path.exists(os.path.join(folder, name)) for name in results)
+    if not has_results and read_yaml(path).keys() < config_to_dict(config).keys():
+        raise UserError(
+            f"output_dir: {folder!r} holds the configuration file that was given, which the "
+            "resolved one would replace; give it another name than config.yaml"
         )
 
 

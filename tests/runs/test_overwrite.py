@@ -14,7 +14,8 @@ import pytest
 from marlhf.cli import main
 from marlhf.common.errors import UserError
 from marlhf.config import EvaluateConfig, PPOConfig, RewardConfig, SFTConfig
-from marlhf.config.loading import config_from_dict, merge
+from marlhf.config.loading import config_from_dict, config_to_dict, merge
+from marlhf.config.yaml_text import dump_yaml
 from marlhf.distributed import Distributed
 from marlhf.evaluation.job import _claim
 from marlhf.runs.directory import run_files
@@ -129,6 +130,37 @@ def test_the_command_line_refuses_and_deletes_nothing(
     (said,) = capsys.readouterr().err.splitlines()
     assert "overwrite: given true" in said
     assert sorted(map(str, run.rglob("*"))) == was
+
+
+@pytest.mark.parametrize("job", ["ppo", "evaluate"])
+def test_a_configuration_of_the_users_own_is_not_replaced(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's resolved one may be given again, and so may any where a run's results are."""
+    ran: list[Any] = []
+    monkeypatch.setattr("marlhf.training.ppo.run", ran.append)
+    monkeypatch.setattr("marlhf.evaluation.job.run", ran.append)
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "ppo": "model: {path: other}\ndata: {path: a.jsonl}\nreward: {models: length}\n",
+        "evaluate": "policies: other\ndata: {path: a.jsonl}\nrewards: length\n",
+    }
+    mine = Path("mine", "config.yaml")
+    mine.parent.mkdir()
+    mine.write_text(f"# my notes\n{texts[job]}output_dir: ./mine\n")
+    with pytest.raises(SystemExit) as end:
+        main([job, "mine/config.yaml"])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "output_dir: './mine' holds the configuration file that was given" in line
+    main([job, "mine/config.yaml", "output_dir=elsewhere"])
+    resolved = Path("elsewhere", "config.yaml")
+    resolved.parent.mkdir()
+    resolved.write_text(dump_yaml(config_to_dict(ran[0])))
+    main([job, "elsewhere/config.yaml"])
+    Path("mine", "samples.jsonl").touch()
+    main([job, "mine/config.yaml"])
+    assert [config.output_dir for config in ran] == ["elsewhere", "elsewhere", "./mine"]
 
 
 def test_an_evaluation_reads_none_of_its_results(run: Path) -> None:

@@ -445,6 +445,7 @@ def test_a_model_that_no_gpu_can_load_is_said_to_be_one(given, capsys):
         (["--gpu-memory", "80", "--job", "merge"], "--job: invalid choice: 'merge'"),
         (["--gpu-memory", "80", "model.path=./no/model"], "model.path: given './no/model', which"),
         (["--gpu-memory", "80", "reward.models=./none"], "reward: given './none', which is not"),
+        (["--gpu-memory", "80", "reward.models=lenth"], "reward: no reward is called 'lenth'; did"),
         (["--gpu-memory", "80", "model.lora.target_modules=nope"], "model.lora.target_modules: "),
     ],
 )

@@ -67,7 +67,7 @@ def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
     """Arguments, `path` included, of every `RewardModel` in a configuration's `reward.models`.
 
     Those inside `per_segment` are in `segment_reward_models`. Builds nothing, and checks what needs
-    no files. Raises UserError.
+    no files, such as the names of other rewards. Raises UserError.
     """
     models = []
     factory = import_path(_REWARD_MODEL, "reward")
@@ -82,6 +82,8 @@ def reward_models(spec: Spec | list[Spec]) -> list[dict[str, Any]]:
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             models.append(arguments)
+        elif "." not in name:  # what an import path names may need what is elsewhere
+            REWARDS.find(name)
     return models
 
 

@@ -8,6 +8,9 @@ markers `<!-- results: TASK -->` and `<!-- end: TASK -->`.
 reward      of held-out prompts, mean over a run's last 5 evaluations, mean over seeds with its 95%
             interval (Student's t); against token PPO: the difference with Welch's 95% interval
 KL          likewise, and its ratio to token PPO's; without a KL penalty nobody measures it
+at one KL   where a task has a KL penalty but no calibration: reward and KL of a run's last
+            evaluation, and the reward where the run first reaches the KL that all runs reach,
+            linear between evaluations; against token PPO by Welch
 parity      updates until the held-out reward, averaged over 5 evaluations, reaches token PPO's
             final mean; medians and their ratio to token PPO's with 95% bootstrap intervals; seconds
             likewise (`marlhf.views.report.groups.parity`); once more with the median of token
@@ -25,6 +28,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +43,7 @@ from marlhf.views.report.document import mean, median_text, ratio_text
 from marlhf.views.report.figures import figure, frontier
 from marlhf.views.report.groups import Group, Mean, Parity, difference, finals, parity
 from marlhf.views.report.png import draw, new_figure, save
+from marlhf.views.report.runs import Run
 
 NEAR = 0.9  # of a known optimum
 
@@ -48,6 +53,8 @@ class Arm:
     """What there is to say of an arm; `against` are differences to token PPO.
 
     by_seed      final reward of each run
+    last         reward and KL of each run's last evaluation
+    at_kl        reward of each run at `level`, the KL that every run of the task reaches
     to_median    parity with the median of token PPO's runs
     by_rate      learning rate -> reward at the end of the search, mean over its seeds
     kl_by_rate   likewise the KL there
@@ -74,6 +81,9 @@ class Arm:
     gradient: dict[str, Any]
     by_rate: dict[str, float]
     kl_by_rate: dict[str, float]
+    last: dict[str, list[float]]
+    level: float | None
+    at_kl: list[float]
 
 
 def main() -> None:
@@ -107,10 +117,31 @@ def analyse(study: Study) -> list[Arm]:
     groups = groups_of(study)
     if TOKEN not in groups or not finals(groups[TOKEN]):
         raise SystemExit(f"{study.task}: no final run of {TOKEN!r} with 5 evaluations")
-    return [_arm(study, group, groups[TOKEN]) for group in groups.values() if finals(group)]
+    runs = [run for group in groups.values() for run in group.runs]
+    level = None if study.settings.get("equal_kl", True) else level_of(runs)
+    return [_arm(study, group, groups[TOKEN], level) for group in groups.values() if finals(group)]
 
 
-def _arm(study: Study, group: Group, token: Group) -> Arm:
+def level_of(runs: Sequence[Run]) -> float | None:
+    """The highest KL that every run reaches; None where nobody measures it."""
+    highest = [max(run.values("eval_kl_mean").values(), default=None) for run in runs]
+    return None if None in highest else min(kl for kl in highest if kl is not None)
+
+
+def reward_at(run: Run, level: float) -> float:
+    """Held-out reward where a run's KL first reaches a level, linear between evaluations."""
+    rewards, before = run.values("eval_score_mean"), None
+    for step, kl in run.values("eval_kl_mean").items():
+        if kl >= level:
+            if before is None:
+                return rewards[step]
+            share = (level - before[0]) / (kl - before[0])
+            return before[1] + share * (rewards[step] - before[1])
+        before = kl, rewards[step]
+    raise ValueError(f"the run never reaches {level}")
+
+
+def _arm(study: Study, group: Group, token: Group, level: float | None) -> Arm:
     reward, updates = Mean.of(finals(group)), parity(group, token)
     seconds = parity(group, token, seconds=True)
     to_median = parity(group, token, target=float(np.median(finals(token))))
@@ -142,7 +173,15 @@ def _arm(study: Study, group: Group, token: Group) -> Arm:
         gradient=study.gradient.get(group.label, {}),
         by_rate=_by_rate(study, group.label, "eval_score_mean"),
         kl_by_rate=_by_rate(study, group.label, "eval_kl_mean"),
+        last={name: _last(group, f"eval_{name}_mean") for name in ("score", "kl")},
+        level=level,
+        at_kl=[] if level is None else [reward_at(run, level) for run in group.runs],
     )
+
+
+def _last(group: Group, metric: str) -> list[float]:
+    curves = [run.values(metric) for run in group.runs]
+    return [list(curve.values())[-1] for curve in curves if curve]
 
 
 def _by_rate(study: Study, name: str, metric: str) -> dict[str, float]:
@@ -207,6 +246,8 @@ def markdown(study: Study, arms: list[Arm]) -> str:
         if name != "frontier" or arms[0].kl
     )
     tables = [outcome_table(arms), cause_table(arms), check_table(study, arms)]
+    if arms[0].level is not None:
+        tables.insert(1, kl_table(arms))
     if study.shares:
         tables.insert(2, shares_table(study.shares))
     return "\n\n".join([counts, *tables, figures])
@@ -234,6 +275,24 @@ def outcome_table(arms: list[Arm]) -> str:
         for arm in arms
     ]
     return table([*heads, *([f"updates to {NEAR:.0%} of the optimum"] if near else [])], rows)
+
+
+def kl_table(arms: list[Arm]) -> str:
+    """Where runs end, and their rewards at one KL."""
+    heads = ["arm", "last reward", "last KL, nats", f"reward at KL {number(arms[0].level or 0)}",
+             "of each seed", "against token"]  # fmt: skip
+    rows = [
+        [
+            arm.name,
+            mean(Mean.of(arm.last["score"])),
+            mean(Mean.of(arm.last["kl"])),
+            mean(Mean.of(arm.at_kl)),
+            ", ".join(f"{value:.3g}" for value in arm.at_kl),
+            mean(None if arm is arms[0] else difference(arm.at_kl, arms[0].at_kl)),
+        ]
+        for arm in arms
+    ]
+    return table(heads, rows)
 
 
 def cause_table(arms: list[Arm]) -> str:

@@ -216,6 +216,28 @@ def test_a_task_without_a_leash_has_no_kl(tmp_path, study):
     assert not (tmp_path / "toy_frontier.png").exists()
 
 
+def test_rewards_at_one_kl_where_runs_are_not_calibrated(tmp_path, study):
+    assert {arm.level for arm in analyse.analyse(study)} == {None}
+    study.settings["equal_kl"] = False
+    for i, trial in enumerate(study.trials):
+        for row in trial.run.rows:
+            if row.get("eval_score_mean") is not None:
+                row["eval_kl_mean"] = (0.1 + 0.01 * (i % 3)) * row["step"]  # at last 2, 2.2, 2.4
+    arms = analyse.analyse(study)
+    assert [arm.level for arm in arms] == pytest.approx([2.0] * 3)
+    fast = next(arm for arm in arms if arm.name == "fast")
+    runs = study.runs("final", "fast")
+    slopes = [run.values("eval_kl_mean")[20] / 20 for run in runs]
+    seeds = [run.config["seed"] for run in runs]
+    wanted = [0.04 * 2 / slope + 0.01 * seed for slope, seed in zip(slopes, seeds, strict=True)]
+    assert fast.at_kl == pytest.approx(wanted)
+    assert fast.last["score"] == pytest.approx([0.8 + 0.01 * seed for seed in seeds])
+    text = analyse.markdown(study, arms)
+    assert "| arm | last reward | last KL, nats | reward at KL 2 | of each seed |" in text
+    with pytest.raises(ValueError, match="never reaches"):
+        analyse.reward_at(runs[0], 3.0)
+
+
 def test_without_token_ppo_there_is_nothing_to_compare_with(study):
     without = [t for t in study.trials if t.run.arm != "token"]
     with pytest.raises(SystemExit, match="no final run of 'token'"):

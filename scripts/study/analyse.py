@@ -17,7 +17,7 @@ parity      updates until the held-out reward, averaged over 5 evaluations, reac
             PPO's runs as the bar, on which one run that failed has no say
 search      the last 5 evaluations of the search's runs, at every learning rate: reward and KL
 variance of the advantages, explained variance, value loss, macro length: means over the updates of
-            a run
+            a run; seconds of an update: the median
 gradient    noise and cosine, see gradient_noise.py; where they come from, see gradient_shares.py
 """
 
@@ -169,7 +169,7 @@ def _arm(study: Study, group: Group, token: Group, level: float | None) -> Arm:
         explained_variance=_over_updates(group, "explained_variance"),
         value_loss=_over_updates(group, "value_loss"),
         macro_length=_over_updates(group, "macro_length_mean"),
-        update_seconds=_over_updates(group, "step_seconds"),
+        update_seconds=_usual(group, "step_seconds"),
         gradient=study.gradient.get(group.label, {}),
         by_rate=_by_rate(study, group.label, "eval_score_mean"),
         kl_by_rate=_by_rate(study, group.label, "eval_kl_mean"),
@@ -196,6 +196,12 @@ def _over_updates(group: Group, key: str, power: int = 1) -> Mean | None:
     """The mean over runs of a metric's mean over updates."""
     values = [list(run.values(key).values()) for run in group.runs]
     return Mean.of(float(np.mean(np.power(of_run, power))) for of_run in values if of_run)
+
+
+def _usual(group: Group, key: str) -> Mean | None:
+    """The mean over runs of a metric's median over updates, which other work disturbs less."""
+    values = [list(run.values(key).values()) for run in group.runs]
+    return Mean.of(float(np.median(of_run)) for of_run in values if of_run)
 
 
 def core_hours(study: Study) -> float:

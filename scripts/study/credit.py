@@ -45,7 +45,7 @@ SECTIONS = ("segmenter", "macro.", "ppo.", "kl.")  # of keys that credit is made
 STEPS = ("ppo.epochs", "ppo.minibatches", "macro.ratio")  # of which the optimiser's steps are made
 AMOUNTS = ("prompts", "responses", "continuations", "places")  # of an audit
 RESAMPLES = 2000
-FEWEST = 6  # arms for a correlation over them
+FEWEST = 6  # arms for a correlation over them, and a figure
 FOLDER = "study"  # of the figures, below the page's
 MEASURES = {
     "rank": "rank agreement at the arm's own boundaries",
@@ -150,7 +150,8 @@ def write_page(docs: Path) -> None:
         audits = json.loads(file.read_text(encoding="utf-8"))
         trained = json.loads((docs / "study" / f"{audits['task']}.json").read_text())
         rows = rows_of(audits, trained["arms"])
-        draw(rows, docs / "study" / f"{audits['task']}_credit.png")
+        if len(rows) >= FEWEST:
+            draw(rows, docs / "study" / f"{audits['task']}_credit.png")
         text = fill(page.read_text(encoding="utf-8"), audits["task"], markdown(audits, rows))
         page.write_text(text, encoding="utf-8")
 
@@ -225,7 +226,9 @@ def markdown(audits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
     tables = [markdown_table(heads, cells)]
     if relations:
         tables.append(markdown_table(heads_of_relations, relations))
-    return "\n\n".join([counts, *tables, figure])
+    if len(rows) >= FEWEST:
+        tables.append(figure)
+    return "\n\n".join([counts, *tables])
 
 
 def explained(critic: Mapping[str, Any] | None) -> str:

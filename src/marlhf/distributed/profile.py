@@ -171,7 +171,7 @@ def deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin | None:
 
 
 def precision_note(precision: str, device: torch.device) -> str | None:
-    """A line for a run in fp32 on a GPU, or in bf16 on a CPU that is slower at it."""
+    """A line for fp32 on a GPU, or bf16 on a CPU that emulates it."""
     if precision == "fp32" and device.type == "cuda":
         return (
             "model.precision is fp32: on a GPU bf16 is about ten times as fast, and tf32 several "

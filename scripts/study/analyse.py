@@ -28,7 +28,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -169,7 +169,7 @@ def _arm(study: Study, group: Group, token: Group, level: float | None) -> Arm:
         explained_variance=_over_updates(group, "explained_variance"),
         value_loss=_over_updates(group, "value_loss"),
         macro_length=_over_updates(group, "macro_length_mean"),
-        update_seconds=_usual(group, "step_seconds"),
+        update_seconds=_over_updates(group, "step_seconds", how=np.median),
         gradient=study.gradient.get(group.label, {}),
         by_rate=_by_rate(study, group.label, "eval_score_mean"),
         kl_by_rate=_by_rate(study, group.label, "eval_kl_mean"),
@@ -192,16 +192,12 @@ def _by_rate(study: Study, name: str, metric: str) -> dict[str, float]:
     return {rate: float(np.mean(values)) for rate, values in ends.items() if values}
 
 
-def _over_updates(group: Group, key: str, power: int = 1) -> Mean | None:
-    """The mean over runs of a metric's mean over updates."""
+def _over_updates(
+    group: Group, key: str, power: int = 1, how: Callable[[Any], Any] = np.mean
+) -> Mean | None:
+    """The mean over runs of a metric's mean (or median, ...) over updates."""
     values = [list(run.values(key).values()) for run in group.runs]
-    return Mean.of(float(np.mean(np.power(of_run, power))) for of_run in values if of_run)
-
-
-def _usual(group: Group, key: str) -> Mean | None:
-    """The mean over runs of a metric's median over updates, which other work disturbs less."""
-    values = [list(run.values(key).values()) for run in group.runs]
-    return Mean.of(float(np.median(of_run)) for of_run in values if of_run)
+    return Mean.of(float(how(np.power(of_run, power))) for of_run in values if of_run)
 
 
 def core_hours(study: Study) -> float:

@@ -56,6 +56,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="keys for all runs, such as steps=20")
     args = parser.parse_intermixed_args()
     task = Task(args)
+    unknown = [name for name in task.arms if name not in task.chosen]
+    if unknown and args.phase in ("calibrate", "final"):
+        parser.error(
+            f"{task.chosen_file} has no learning rate of {unknown[0]!r}: --phase search first"
+        )
     if args.phase in ("search", "all"):
         task.search()
     if args.phase in ("calibrate", "all") and task.settings["equal_kl"]:
@@ -77,6 +82,8 @@ class Task:
         self.overrides = {key: yaml.safe_load(value) for key, value in overrides.items()}
         arms = self.settings["arms"]
         names = [TOKEN, *(args.arms or arms)]
+        if unknown := [name for name in names if name not in arms]:
+            raise SystemExit(f"{args.task} has no arm {unknown[0]!r}: {', '.join(arms)}")
         self.arms = {name: arms[name] for name in dict.fromkeys(names)}
         self.chosen_file = self.folder / "chosen.json"
         text = self.chosen_file.read_text() if self.chosen_file.exists() else "{}"

@@ -73,7 +73,8 @@ def test_merge_writes_the_model_that_a_run_trained(base: Path, tmp_path: Path) -
     adapter = tmp_path / "run" / "final" / "adapter" / "policy"
     apart = AutoPeftModelForCausalLM.from_pretrained(adapter)
     torch.testing.assert_close(logits(merged), logits(final))
-    torch.testing.assert_close(logits(apart), logits(final), atol=1e-5, rtol=1e-5)
+    # W x + B A x against (W + B A) x: float32 rounds them differently, by 1e-5 on some processors
+    torch.testing.assert_close(logits(apart), logits(final), atol=1e-4, rtol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.allclose(logits(plain), logits(final), atol=1e-3)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -185,6 +186,23 @@ def test_an_arm_that_stays_too_far_tries_smaller_learning_rates(tmp_path, monkey
     again.chosen = task.chosen
     again.calibrate()
     assert again.asked == task.asked
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--phase", "final"], "has no learning rate of 'token': --phase search first"),
+        (["--arms", "five"], "has no arm 'five': fast, token"),
+    ],
+)
+def test_what_cannot_be_run_is_named(tmp_path, words, line):
+    task = tmp_path / "toy.yaml"
+    task.write_text(yaml.safe_dump({"seeds": [0], "arms": {"token": {}, "fast": {}}}))
+    script = [sys.executable, run.__file__, str(task), "--out", str(tmp_path), *words]
+    ended = subprocess.run(script, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert line in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_the_choice_of_a_learning_rate():

@@ -157,7 +157,7 @@ def test_chunks_do_not_change_logprobs_or_gradients(monkeypatch: pytest.MonkeyPa
 
     whole, gradients = run(10**9)
     chunked, chunked_gradients = run(64 * 2)  # two tokens at a time
-    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(chunked, whole, atol=5e-6, rtol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(chunked_gradients[name], gradient, atol=1e-5, rtol=1e-5)
 

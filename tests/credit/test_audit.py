@@ -14,7 +14,6 @@ from support.audits import audit, build_model, letters, train
 from support.browser import browser, faults
 
 from marlhf.cli import main
-from marlhf.common.errors import UserError
 from marlhf.config import PPOConfig
 from marlhf.config.loading import load_config
 from marlhf.credit import results
@@ -425,55 +424,3 @@ def test_tables_fit_80_columns_and_the_page_is_complete(
 def test_the_page_in_a_browser(audited: dict[str, Any], run: Path) -> None:
     with browser() as page:
         assert faults(page, run / "audit" / "audit.html") == []
-
-
-# --- faults
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["--continuations", "3"], "--continuations: given 3, must be even"),
-        (["--arm", "rollout.top_p=0.5"], "given 'rollout.top_p=0.5', but the responses are"),
-        (["--arm", "ppo.estimator=rloo"], "for ppo.estimator=rloo; raise --responses"),
-        (["--grid", "ppo.lam=1"], "--grid: given 'ppo.lam=1', must look like ppo.lam=[0.95, 1]"),
-        (["--arm", "ppo.estimator=monte_carlo kl.coef=0"], "continuations have the run's"),
-        (["--checkpoint", "step-9"], "--checkpoint: given 'step-9'; must be one of step-1"),
-        (["--checkpoint", "other/step-1"], "given 'other/step-1'; must be one of step-1"),
-        (["--arm", "ppo={estimator: monte_carlo, gamma: 0.5}"], "continuations have the run's"),
-        (["--arm", "kl={coef: 0} ppo.estimator=monte_carlo"], "continuations have the run's"),
-        (["--data", "missing.jsonl"], "marlhf: --data: given 'missing.jsonl', which does not"),
-        (["--output", "RUN"], "run' holds a training run; choose another"),
-        (["--arm", "ppo.lam=7"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
-        (["--grid", "ppo.lam=[1, 7]"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
-        (["--responses", "1", "--arm", "ppo.estimator=rloo"], "given 1, must be at least 2"),
-        (["--prompts", "5"], "holds an audit of another checkpoint, of other prompts"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_audited_is_one_line(
-    words: list[str],
-    line: str,
-    audited: dict[str, Any],
-    run: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    words = [str(run) if word == "RUN" else word for word in words]
-    with pytest.raises(SystemExit) as stopped:
-        main(["audit", str(run), *words])
-    (shown,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("marlhf")]
-    assert stopped.value.code == 2
-    assert line in shown
-
-
-def test_a_folder_without_a_run_or_a_whole_checkpoint_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^RUN: given .*, which holds no config\.yaml"):
-        chosen_checkpoint(tmp_path, None)
-    (tmp_path / "config.yaml").touch()
-    with pytest.raises(UserError, match="has no checkpoint"):
-        chosen_checkpoint(tmp_path, None)
-    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"^audit: all checkpoints in .* are damaged") as raised:
-        chosen_checkpoint(tmp_path, None)
-    assert "delete" not in str(raised.value)
-    with pytest.raises(UserError, match=r"^--checkpoint: checkpoint .* is damaged"):
-        chosen_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "step-1"))

@@ -17,7 +17,7 @@ def main(words: Sequence[str]) -> None:
     from rich.console import Console
 
     from marlhf.config import ModelSettings
-    from marlhf.credit.arms import arm_config, arm_of, check_is_run
+    from marlhf.credit.arms import arm_config, arm_of, check_is_run, per_arm
     from marlhf.models.loading import load_tokenizer
     from marlhf.runs.rollouts import kept_steps, read_rollout
     from marlhf.views.html_page import write_page
@@ -41,11 +41,13 @@ def main(words: Sequence[str]) -> None:
     model, key = (str(final), "RUN") if final.is_dir() else (of_run.model.path, "model.path")
     source = ModelSettings(path=model, chat_template=of_run.model.chat_template)
     tokenizer = load_tokenizer(source, key)
-    arms = [
-        arm_of(label, kept, config, tokenizer, own_kl=not names_kl(settings[label]))
-        for label, config in configs.items()
-    ]
-    replay = Replay.of(kept, arms, tokenizer, step)
+    arms = per_arm(
+        configs,
+        lambda label: arm_of(
+            label, kept, configs[label], tokenizer, own_kl=not names_kl(settings[label])
+        ),
+    )
+    replay = Replay.of(kept, list(arms.values()), tokenizer, step)
     if options.html is None:
         show(replay, Console(), options.responses)
         return

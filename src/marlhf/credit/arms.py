@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from marlhf.config.ppo import keys_without_critic
 from marlhf.runs.rollouts import KeptRollout
 from marlhf.segmenters import SegmenterFn, build_segmenter, segment
 from marlhf.views.replay import Arm
+
+T = TypeVar("T")
 
 
 def check_is_run(folder: Path) -> None:
@@ -70,6 +72,18 @@ def _arm_config(run: Path, overrides: Sequence[str], fixed: Mapping[str, Any] | 
                 if isinstance(settings, dict):
                     values[section] = {k: v for k, v in settings.items() if k != field}
     return config_from_dict(PPOConfig, values)
+
+
+def per_arm(labels: Iterable[str], compute: Callable[[str], T]) -> dict[str, T]:
+    """Results of a function of each arm's label. Raises UserError, naming the arm."""
+    return {label: _named(label, compute) for label in labels}
+
+
+def _named(label: str, compute: Callable[[str], T]) -> T:
+    try:
+        return compute(label)
+    except UserError as error:
+        raise UserError(f"arm {label!r}: {error}") from error
 
 
 def estimator_of(config: PPOConfig) -> Estimator:
@@ -125,7 +139,7 @@ def arm_of(
     }
     for what, is_missing in missing.items():
         if is_missing:
-            raise UserError(f"--arm: {label!r} needs {what}, which the run did not have")
+            raise UserError(f"needs {what}, which the run did not have")
     segmenter = build_segmenter(config.segmenter) if segmenter is None else segmenter
     if starts is None:
         starts = cut(kept, config, tokenizer, segmenter)

@@ -35,7 +35,7 @@ from marlhf.common.types import Generation, RewardResult, Sequences
 from marlhf.config import PPOConfig
 from marlhf.config.loading import config_to_dict
 from marlhf.credit import results
-from marlhf.credit.arms import arm_config, arm_of, cut, estimator_of
+from marlhf.credit.arms import arm_config, arm_of, cut, estimator_of, per_arm
 from marlhf.credit.gradients import inner_products, prompt_gradient, sketch
 from marlhf.credit.options import THE_RUN, names_kl
 from marlhf.credit.results import Evidence
@@ -116,7 +116,7 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     prompts = held_out_prompts(config, settings.data, settings.prompts)
     stack.enter_context(only_writer(settings.output, "--output"))
     _claim(settings, config, start, prompts)
-    segmenters = {label: build_segmenter(arm.segmenter) for label, arm in configs.items()}
+    segmenters = per_arm(configs, lambda label: build_segmenter(configs[label].segmenter))
     required = frozenset[str]().union(*map(segmenter_requires, segmenters.values()))
     run = load_run(config, start, prompts, required)
     stack.callback(run.worker.engine.close)
@@ -125,13 +125,27 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     # 2. sample
     parts, kept = _responses(run, settings.output)
     # 3. continue
-    starts = {
-        label: cut(kept, arm, run.worker.tokenizer, segmenters[label])
-        for label, arm in configs.items()
-    }
+    tokenizer = run.worker.tokenizer
+    starts = per_arm(configs, lambda label: cut(kept, configs[label], tokenizer, segmenters[label]))
     boundaries = results.union(list(starts.values()))
     places = spread_starts(boundaries, settings.places, config.rollout.max_new_tokens)
     plan = _sampled_values(configs, starts)
+    of_arms: dict[str, Tensor] = {}
+
+    def credit(label: str) -> Arm:
+        return arm_of(
+            label,
+            kept,
+            configs[label],
+            tokenizer,
+            own_kl=not names_kl(settings.arms[label]),
+            segmenter=segmenters[label],
+            starts=starts[label],
+            continuation_values=of_arms.get(label),
+        )
+
+    # a plug-in that fails shall fail before continuations are paid for
+    credits = per_arm([label for label in configs if label not in plan], credit)
     store = ReturnStore.of(settings.output, run.worker, run.kl_coef)
     seconds = _continue(run, store, parts, kept, places, plan, settings.continuations)
     count, first = settings.continuations, settings.continuations
@@ -144,23 +158,11 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
         config.ppo.gamma,
     )
     # 4. compare
-    of_arms: dict[str, Tensor] = {}
     for label, (marked, continuations) in plan.items():
         returns_BTK = _returns(store, parts, marked, first, continuations)
         of_arms[label] = returns_BTK.mean(2)
-    arms = [
-        arm_of(
-            label,
-            kept,
-            arm,
-            run.worker.tokenizer,
-            own_kl=not names_kl(settings.arms[label]),
-            segmenter=segmenters[label],
-            starts=starts[label],
-            continuation_values=of_arms.get(label),
-        )
-        for label, arm in configs.items()
-    ]
+    credits |= per_arm(plan, credit)
+    arms = [credits[label] for label in configs]
     truth = _true_arm(evidence)
     gradients = _gradients(run, parts, [truth, *arms])
     numbers: dict[str, Any] = {
@@ -190,7 +192,7 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
             for arm in arms
         ],
     }
-    replay = Replay.of(kept, [truth, *arms], run.worker.tokenizer, start.step)
+    replay = Replay.of(kept, [truth, *arms], tokenizer, start.step)
     return Audit(numbers, replay)
 
 
@@ -205,16 +207,14 @@ def _configs(settings: AuditSettings, copies: int) -> dict[str, PPOConfig]:
     }
     of_run = configs[THE_RUN]
     check_auditable(of_run)
-    has_critic = "values" in estimator_requires(estimator_of(of_run))
-    for label, config in configs.items():
-        requires = estimator_requires(estimator_of(config))
+    requirements = per_arm(configs, lambda label: estimator_requires(estimator_of(configs[label])))
+    has_critic = "values" in requirements[THE_RUN]
+    for label, requires in requirements.items():
         if "values" in requires and not has_critic:
-            raise UserError(f"--arm: {label!r} needs values, but the run has no critic")
-        is_other = names_kl(settings.arms[label]) or config.ppo.gamma != of_run.ppo.gamma
-        if "continuations" in requires and is_other:
-            raise UserError(
-                f"--arm: given {label!r}, but continuations have the run's ppo.gamma and kl"
-            )
+            raise UserError(f"arm {label!r}: needs values, but the run has no critic")
+        has_other_gamma = configs[label].ppo.gamma != of_run.ppo.gamma
+        if "continuations" in requires and (has_other_gamma or names_kl(settings.arms[label])):
+            raise UserError(f"arm {label!r}: its continuations have the run's ppo.gamma and kl")
     return configs
 
 

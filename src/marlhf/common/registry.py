@@ -16,11 +16,13 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -132,6 +134,11 @@ def import_path(path: str, kind: str) -> Any:
         except ModuleNotFoundError as error:
             raise UserError(f"{kind}: cannot import {path!r}: {error}") from error
         member = getattr(module, attribute, _MISSING)
+        is_module = isinstance(member, ModuleType)
+        if member is _MISSING and hasattr(module, "__path__"):
+            is_module = importlib.util.find_spec(path) is not None
+    if is_module:
+        raise UserError(f"{kind}: {path!r} is a module; name a callable in it: {path}.Name")
     if member is _MISSING:
         raise UserError(f"{kind}: module {module_name!r} has no {attribute!r}")
     return member

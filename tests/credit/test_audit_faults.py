@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ def audited(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--continuations", "3"], "--continuations: given 3, must be even"),
+        (["--continuations", "3"], "--continuations: given 3, must be an even number"),
+        (["--arm", "segmentr=word"], "--arm: segmentr: unknown key; did you mean 'segmenter'?"),
         (["--arm", "rollout.top_p=0.5"], "given 'rollout.top_p=0.5', but the responses are"),
         (["--arm", "ppo.estimator=rloo"], "for ppo.estimator=rloo; raise --responses"),
         (["--grid", "ppo.lam=1"], "--grid: given 'ppo.lam=1', must look like ppo.lam=[0.95, 1]"),
@@ -56,6 +59,17 @@ def test_what_cannot_be_audited_is_one_line(
     (shown,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("marlhf")]
     assert stopped.value.code == 2
     assert line in shown
+
+
+def test_continuations_are_counted_before_anything_is_loaded() -> None:
+    code = (
+        "import sys; from marlhf.commands.audit import main\n"
+        "try: main(['no_such_run', '--continuations', '3'])\n"
+        "except ValueError as error: print(error, 'torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "--continuations: given 3, must be an even number" in shown
+    assert shown.endswith("False\n")
 
 
 def refuses(inputs: Any) -> Any:

@@ -159,6 +159,11 @@ def test_a_page_with_what_differs_most_first(run: Path, tmp_path: Path) -> None:
             ["--arm", "rollout.top_p=0.5"],
             "given 'rollout.top_p=0.5', but the responses are sampled",
         ),
+        (["--arm", "segmentr=sentence"], "--arm: segmentr: unknown key; did you mean 'segmenter'?"),
+        (
+            ["--grid", "pppo.lam=[1]"],
+            "--grid: pppo: unknown key; did you mean 'ppo'? Possible: keys",
+        ),
         (["--arm", "ppo.lamm=0.5"], "marlhf: arm 'ppo.lamm=0.5': ppo.lamm: unknown key"),
         (["--html", "RUN/config.yaml"], "run/config.yaml' is a file that is no page; choose"),
         (["--arm", ""], "--arm: given nothing; must hold settings"),

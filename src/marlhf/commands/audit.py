@@ -74,7 +74,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--continuations",
-        type=at_least_one,
+        type=_even,
         default=8,
         metavar="K",
         help="samples of each prefix, even (default: 8)",
@@ -89,3 +89,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add("--checkpoint", metavar="step-N", help="default: the latest")
     add("--output", metavar="DIR", help="default: RUN/audit; an audit there is continued")
     return parser.parse_args(list(words))
+
+
+def _even(word: str) -> int:
+    number = at_least_one(word)
+    if number % 2:
+        raise argparse.ArgumentTypeError(
+            f"given {word}, must be an even number: half of them tell the noise of the others"
+        )
+    return number

@@ -102,11 +102,7 @@ def audit(settings: AuditSettings) -> Audit:
 
 def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     # 1. check
-    if settings.continuations % 2:
-        raise UserError(
-            f"--continuations: given {settings.continuations}, must be even: the two halves tell "
-            "the truth's own noise"
-        )
+    assert settings.continuations % 2 == 0, "the two halves tell the truth's own noise"
     start = chosen_checkpoint(settings.run, settings.checkpoint)
     check_no_run(settings.output, "--output")
     in_run = arm_config(settings.run, []).rollout.responses_per_prompt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import json
 import shlex
@@ -86,13 +87,21 @@ def _values(text: str) -> list[str]:
 
 
 def _check_keys(words: Sequence[str], option: str) -> None:
+    from marlhf.config import PPOConfig
+
+    possible = f"keys of {', '.join(_SECTIONS)}"
     for word in words:
         section = word.partition("=")[0].partition(".")[0]
-        if section not in _SECTIONS:
+        if section in _SECTIONS:
+            continue
+        if section in PPOConfig.__dataclass_fields__:
             raise UserError(
                 f"{option}: given {word!r}, but the responses are sampled and scored already; "
-                f"possible: keys of {', '.join(_SECTIONS)}"
+                f"possible: {possible}"
             )
+        close = difflib.get_close_matches(section, _SECTIONS, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"{option}: {section}: unknown key; {hint}Possible: {possible}")
 
 
 def names_kl(overrides: Sequence[str]) -> bool:

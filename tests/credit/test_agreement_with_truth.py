@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from marlhf.algorithm.experience import TokenData
-from marlhf.credit import agreement
+from marlhf.credit import agreement, results
 from marlhf.credit.agreement import Halves
+from marlhf.credit.results import Evidence
 from marlhf.credit.truth import halves, true_advantages, true_values
 from marlhf.evaluation.statistics import bootstrap, bootstrap_statistics
+from marlhf.runs.rollouts import KeptRollout
 from marlhf.testing.toy import Toy
 
 GENERATOR = np.random.default_rng(0)
@@ -75,6 +78,45 @@ def test_values_are_measured_as_by_loops(row: int) -> None:
 
     explained = 1 - covariance(rest[0], rest[1]) / covariance(one, other)
     assert float(agreement.explained(COUNTS, X, truth)[row]) == pytest.approx(explained)
+    excess = covariance(rest[0], rest[1]) - covariance(one, other)
+    assert float(agreement.excess(COUNTS, X, truth)[row]) == pytest.approx(excess)
+
+
+def judged(values: torch.Tensor, truth: torch.Tensor, noise: float) -> dict[str, Any]:
+    """A critic's numbers by two responses to each prompt and four continuations, all [B,T]."""
+    returns = truth[:, :, None] + noise * torch.randn(*truth.shape, 4, dtype=torch.float64)
+    kept = KeptRollout({"values": values}, {})
+    places = torch.ones(truth.shape, dtype=torch.bool)
+    numbers = results.of_critic(Evidence(kept, 2, places, returns, 0.0, 1.0))
+    assert numbers is not None
+    return numbers
+
+
+def test_noise_is_worse_than_a_constant_though_the_truth_hardly_varies() -> None:
+    torch.manual_seed(0)
+    truth, noise = 0.1 + 0.02 * torch.randn(16, 5), torch.randn(16, 5)
+    of_noise = judged(noise, truth, noise=0.5)
+    assert of_noise["explained"] is None or of_noise["explained"]["low"] is None
+    assert of_noise["verdict"] == "worse than a constant"
+    cannot = "too few prompts, or too little variance of the truth, to tell"
+    assert judged(0.01 * noise, truth, noise=0.5)["verdict"] == cannot
+    assert judged(noise[:8], truth[:8], noise=0.5)["verdict"] == cannot
+    constant = judged(torch.full_like(truth, 0.1), truth, noise=0.5)
+    assert constant["excess"] == {"value": 0, "low": 0, "high": 0}
+    assert constant["verdict"] != "worse than a constant"
+
+
+def test_as_good_as_a_constant_is_seldom_called_worse_or_better() -> None:
+    """Whatever the truth's own noise: the variance of these values is twice their covariance."""
+    torch.manual_seed(0)
+    verdicts = []
+    for noise in (0.0, 2.0):
+        for _ in range(100):
+            truth, other = (torch.randn(12, 1).repeat_interleave(2, 0) for _ in range(2))
+            truth, other = (x + torch.randn(24, 5) for x in (truth, other))
+            verdicts.append(judged(truth - other, truth, noise)["verdict"])
+    for wrong in ("worse", "better"):
+        assert sum(verdict.startswith(wrong) for verdict in verdicts) <= 20
 
 
 def test_signal_to_noise_is_that_of_pairs_of_different_prompts() -> None:

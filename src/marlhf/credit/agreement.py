@@ -113,14 +113,23 @@ def error(weights: Array, values: Array, truth: Halves) -> Array:
     return np.sqrt(np.maximum(mean(weights, squares), 0))
 
 
+def excess(weights: Array, values: Array, truth: Halves) -> Array:
+    """Mean squared error of the values less that of a constant, biases aside.
+
+    var v - 2 cov(v, V): the truth's variance cancels, and its noise with it, so that this is
+    defined where `explained` is not. 0 for a constant, above 0 for what is worse than one.
+    """
+    moved = values - values[:1]  # those of a constant are exactly 0
+    return _covariance(weights, moved, moved - 2 * truth.mean)
+
+
 def explained(weights: Array, values: Array, truth: Halves) -> Array:
     """Share of the truth's variance that the values explain, their bias aside.
 
     1 for the truth itself, 0 for a constant, negative for what is worse than one.
     """
     variance = _covariance(weights, truth.one, truth.other)
-    remaining = _covariance(weights, values - truth.one, values - truth.other)
-    return 1 - _divided(remaining, variance)
+    return _divided(-excess(weights, values, truth), variance)
 
 
 def signal_to_noise(weights: Array, products: Array) -> Array:

@@ -82,32 +82,41 @@ def numbers(estimate: Estimate | None) -> Numbers | None:
 
 
 def of_values(evidence: Evidence, owners: Owners, values: Array, truth: Halves) -> Numbers:
-    """Bias, error and explained variance of values against the truth."""
+    """Bias, error and explained variance of values against the truth, with a verdict."""
 
     def statistics(weights: Array) -> Sequence[Array]:
-        return [f(weights, values, truth) for f in (*_VALUE_STATISTICS.values(),)]
+        return [f(weights, values, truth) for f in _VALUE_STATISTICS.values()]
 
     estimates = evidence.estimates(owners, statistics)
     named: Numbers = dict(zip(_VALUE_STATISTICS, estimates, strict=True))
-    return named | {"verdict": verdict(named["explained"])}
+    prompts = len(np.unique(owners))
+    return named | {"verdict": verdict(named["excess"], named["explained"], prompts)}
 
 
 _VALUE_STATISTICS = {
     "bias": agreement.bias,
     "error": agreement.error,
     "explained": agreement.explained,
+    "excess": agreement.excess,
 }
+_FEWEST = 6  # prompts that all agree do so by chance once in 2**5 times
 
 
-def verdict(explained: Mapping[str, Any] | None) -> str:
-    """What an interval of the explained variance lets one say."""
-    if explained is None or explained["low"] is None:
-        return "too few prompts, or too little variance of the truth, to tell"
-    if explained["high"] < 0:
-        return "worse than a constant"
-    if explained["low"] <= 0:
-        return "not shown to be better than a constant"
-    return "better than a constant"
+def verdict(
+    excess: Mapping[str, Any] | None, explained: Mapping[str, Any] | None, prompts: int
+) -> str:
+    """What the interval of the error, less that of a constant, lets one say.
+
+    The explained variance has the same sign, but no interval where the truth hardly varies.
+    """
+    if prompts >= _FEWEST and excess is not None and excess["low"] is not None:
+        if excess["low"] > 0:
+            return "worse than a constant"
+        if excess["high"] < 0:
+            return "better than a constant"
+        if explained is not None and explained["low"] is not None:
+            return "not shown to be better than a constant"
+    return "too few prompts, or too little variance of the truth, to tell"
 
 
 def by_position(evidence: Evidence) -> list[Numbers]:

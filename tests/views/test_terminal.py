@@ -19,6 +19,7 @@ from marlhf.views.terminal import (
     colour_macro_actions,
     macro_pieces,
     plot_reward_kl,
+    print_table,
 )
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -134,6 +135,32 @@ SAMPLES = [
     BeforeAfter("The soup [was]", [" cold and", " late"], [" warm\n", " and kind"], -0.25, 0.875),
     BeforeAfter("Monday", [], [" came"]),
 ]
+
+
+def printed_table(*cells):
+    console = pipe()
+    print_table(console, ["before token", "truth", "critic", "bias", "error"], [cells, cells])
+    return console.file.getvalue()
+
+
+def test_intervals_of_a_table_fold_before_its_labels_are_cut():
+    wide = "-0.038 [-0.075, -0.0077]"
+    shown = printed_table("12-15", wide, "0.0020", wide, wide)
+    assert max(map(len, shown.splitlines())) <= 80
+    words = shown.split()
+    assert {"before", "token", "truth", "critic"} <= set(words)
+    assert words.count("12-15") == 2
+    assert shown.count("[-0.075, -0.0077]") == 6
+    assert wide not in shown
+
+
+def test_long_labels_of_a_table_fold_beside_its_numbers():
+    label, interval = "ppo.estimator=my_package.Group", "0.21 [0.13, 0.30]"
+    shown = printed_table(label, interval, "0.0020", interval, "0.1")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.count(interval) == 4
+    assert "ppo.estimator=my_" in shown
+    assert "…" not in shown
 
 
 def test_panel_shows_change_and_samples():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,7 @@ _STYLES = (
     "black on #cc79a7",
     "black on #dddddd",
 )
+_LABEL = 16  # width that long labels of a table get at least
 _TRAINING, _HELD_OUT = "#0072b2", "#d55e00"
 
 
@@ -84,19 +86,35 @@ def visible(text: str, line_break: str = "⏎") -> str:
 def print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose numbers and heads are never cut; its first column is folded.
 
-    Heads wider than their numbers are written in several lines.
+    Heads wider than their cells are written in several lines. Where labels would have too little
+    room beside the numbers, intervals `[0.1, 0.2]` get lines of their own.
     """
+    columns = [[printable(row[i]) for row in rows] for i in range(len(heads))]
+    heads = [
+        head.replace(" ", "\n") if len(head) > _width(cells) else head
+        for head, cells in zip(heads, columns, strict=True)
+    ]
+
+    def room() -> int:  # two spaces between columns
+        of_numbers = zip(heads[1:], columns[1:], strict=True)
+        return console.width - sum(_width([head, *cells]) + 2 for head, cells in of_numbers)
+
+    label = _width([heads[0], *columns[0]])
+    least = min(label, _LABEL)
+    if room() < least:
+        columns[1:] = [[cell.replace(" [", "\n[") for cell in cells] for cells in columns[1:]]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column(heads[0], overflow="fold")
-    for i, head in enumerate(heads[1:], 1):
-        is_wide = len(head) > max((len(row[i]) for row in rows), default=0)
-        table.add_column(
-            head.replace(" ", "\n") if is_wide else head, justify="right", no_wrap=True
-        )
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+    table.add_column(heads[0], overflow="fold", width=min(label, max(least, room())))
+    for head in heads[1:]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in zip(*columns, strict=True):
+        table.add_row(*map(Text, row))
     console.print()
     console.print(table)
+
+
+def _width(cells: Sequence[str]) -> int:
+    return max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
 @dataclass(frozen=True)

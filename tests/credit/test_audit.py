@@ -393,12 +393,33 @@ def test_the_cost_is_shown_before_it_is_spent(
     numbers = audit(run, *words)
     out, err = capsys.readouterr()
     # one prompt's responses: 2 tokens each after the second prefix, 4 after the first
-    assert "continuations: 4 prefixes of 2 responses, 8 samples, about 24 tokens" in err
+    assert "continuations: 4 distinct prefixes of 2 responses, 8 samples, about 24 tokens" in err
+    assert "2 responses to 2 held-out prompts; the truth" in " ".join(out.split())
     assert "2 prompts: intervals over so few are too narrow" in out
     assert numbers["responses"] == 2
 
 
 # --- what is shown
+
+
+def test_other_prompts_are_not_called_held_out(
+    folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", "data.jsonl", "--prompts", "2", "--output", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        audit(run, *words)
+    assert "2 responses to 2 prompts of data.jsonl; the truth" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_prefixes_are_counted_and_distinct_ones_as_they_are_continued(
+    audited: dict[str, Any], run: Path
+) -> None:
+    lines = map(json.loads, (run / "audit" / "returns.jsonl").read_text().splitlines())
+    assert sum(line["first"] == 0 for line in lines) == audited["distinct_prefixes"]
+    assert audited["distinct_prefixes"] < audited["prefixes"] == 96
 
 
 def test_tables_fit_80_columns_and_the_page_is_complete(
@@ -413,7 +434,7 @@ def test_tables_fit_80_columns_and_the_page_is_complete(
     tables = [line for line in shown.splitlines() if not line.startswith(("Wrote", str(run)))]
     assert max(map(len, tables)) <= 80
     assert "…" not in shown
-    for head in ("rank", "finest", "noise scale", "explained", "before token"):
+    for head in ("rank", "finest", "noise scale", "explained", "before", "token  "):
         assert head in shown
     page = (run / "audit" / "audit.html").read_text()
     assert page.count("<svg") >= 3

@@ -164,10 +164,12 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     numbers: dict[str, Any] = {
         "run": str(settings.run),
         "step": start.step,
+        "data": settings.data,
         "prompts": evidence.prompts,
         "responses": len(kept.tensors["scores"]),
         "continuations": count,
         "prefixes": int(places.sum()),
+        "distinct_prefixes": sum(store.distinct(part, _share(places, part)) for part in parts),
         "seconds": seconds,
         "kl_coef": run.kl_coef,
         "gamma": config.ppo.gamma,
@@ -367,14 +369,14 @@ def _continue(
     if not sampled:
         return 0.0
     speed = sum(lengths) / max(kept.facts["seconds"], 1e-9)
-    prefixes = sum(len(item[1]) for item in work)
+    distinct = {(part.number, prefix) for part, of_part, _, _ in work for prefix in of_part}
     say(
-        f"continuations: {prefixes} prefixes of {len(lengths)} responses, {sampled} samples, about "
-        f"{tokens:,} tokens; at the {speed:,.0f} tokens per second of the responses about "
-        f"{_duration(tokens / speed)}"
+        f"continuations: {len(distinct)} distinct prefixes of {len(lengths)} responses, {sampled} "
+        f"samples, about {tokens:,} tokens; at the {speed:,.0f} tokens per second of the "
+        f"responses about {_duration(tokens / speed)}"
     )
     began = time.perf_counter()
-    with _progress("continuations", prefixes, is_said=True) as advance:
+    with _progress("continuations", sum(len(item[1]) for item in work), is_said=True) as advance:
         for part, of_part, first, number in work:
             for done in store.sample(part, of_part, first, number):
                 advance(done)

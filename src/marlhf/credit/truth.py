@@ -115,6 +115,10 @@ class ReturnStore:
         unpadded = part.rollout.responses.unpadded
         return dict(zip(prefixes, distinct_prefixes(prefixes, unpadded, copies), strict=True))
 
+    def distinct(self, part: Part, places: Tensor) -> int:
+        """How many prefixes before `places [B,T]` differ: responses may begin alike."""
+        return len(set(self._distinct(part, places).values()))
+
     def missing(self, part: Part, places: Tensor, first: int, count: int) -> list[Prefix]:
         """Prefixes before `places [B,T]` that are still to be continued, the shortest first."""
         distinct = dict.fromkeys(self._distinct(part, places).values())

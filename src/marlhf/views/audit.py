@@ -39,7 +39,7 @@ _VALUES_NOTE = (
 
 def show(numbers: Numbers, console: Console) -> None:
     """Print the audit's tables."""
-    console.print(Text(_about(numbers)))
+    console.print(Text(printable(_about(numbers))))
     print_table(console, _ARM_HEADS, _arm_rows(numbers))
     console.print(Text(_ARMS_NOTE, style="dim"))
     if rows := _value_rows(numbers):
@@ -81,11 +81,13 @@ def audit_page(numbers: Numbers, replay: Replay, responses: int = 3) -> str:
 
 
 def _about(numbers: Numbers) -> str:
+    data = numbers["data"]
+    prompts = "held-out prompts" if data is None else f"prompts of {data}"
     return (
         f"{numbers['run']}, update {numbers['step']}: {numbers['responses']} responses to "
-        f"{numbers['prompts']} held-out prompts; the truth is the mean of "
-        f"{numbers['continuations']} continuations of each of {numbers['prefixes']} prefixes. "
-        "Intervals are 95%, by bootstrap over prompts."
+        f"{numbers['prompts']} {prompts}; the truth is the mean of {numbers['continuations']} "
+        f"continuations of each of {numbers['prefixes']} prefixes "
+        f"({numbers['distinct_prefixes']} distinct). Intervals are 95%, by bootstrap over prompts."
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.audits import audit, build_model, letters, train
 from support.browser import browser, faults
+from transformers import AutoModelForSequenceClassification
 
 from marlhf.cli import main
 from marlhf.config import PPOConfig
@@ -163,6 +164,37 @@ def test_a_run_whose_critic_is_noise_is_found_out(folder: Path) -> None:
     numbers = audit(train(folder, "noise", spoil), *WORDS)
     assert numbers["critic"]["verdict"] == "worse than a constant"
     assert numbers["critic"]["error"]["low"] > 1
+
+
+def test_another_critic_is_judged_in_place_of_the_runs(
+    audited: dict[str, Any],
+    folder: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    noise = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        noise.score.weight.normal_()
+    noise.save_pretrained(tmp_path / "noise")
+    words = [*WORDS, "--critic", str(tmp_path / "noise"), "--arm", ARMS["rloo"]]
+    with pytest.raises(SystemExit):
+        main(["audit", str(run), *words])
+    assert "holds an audit of another checkpoint, critic or prompts" in capsys.readouterr().err
+
+    words += ["--output", str(tmp_path / "audit")]
+    numbers = audit(run, *words)
+    assert "noise: worse than a constant." in capsys.readouterr().out.replace("\n", "")
+    of_noise = {arm["label"]: arm for arm in numbers["arms"]}
+    of_run = {arm["label"]: arm for arm in audited["arms"]}
+    assert of_noise["the run"]["values"]["error"]["low"] > 1
+    assert of_noise[ARMS["rloo"]]["rank"] == of_run[ARMS["rloo"]]["rank"]  # the same responses
+    with torch.no_grad():
+        noise.score.weight.normal_()
+    noise.save_pretrained(tmp_path / "noise")
+    with pytest.raises(SystemExit):
+        main(["audit", str(run), *words])
 
 
 def test_arms_are_told_apart(audited: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def audited(run: Path) -> dict[str, Any]:
         (["--arm", "ppo.lam=7"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
         (["--grid", "ppo.lam=[1, 7]"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
         (["--responses", "1", "--arm", "ppo.estimator=rloo"], "given 1, must be at least 2"),
-        (["--prompts", "5"], "holds an audit of another checkpoint, of other prompts"),
+        (["--critic", "missing", "--output", "OUT"], "marlhf: --critic: "),
+        (["--prompts", "5"], "holds an audit of another checkpoint, critic or prompts"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_audited_is_one_line(
@@ -53,12 +55,24 @@ def test_what_cannot_be_audited_is_one_line(
     run: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [str(run) if word == "RUN" else word for word in words]
+    folders = {"RUN": run, "OUT": run / "audit-of-faults"}
+    words = [str(folders.get(word, word)) for word in words]
     with pytest.raises(SystemExit) as stopped:
         main(["audit", str(run), *words])
     (shown,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("marlhf")]
     assert stopped.value.code == 2
     assert line in shown
+
+
+def test_a_head_on_the_policy_cannot_be_replaced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("backbone: own", "backbone: policy"))
+    with pytest.raises(SystemExit):
+        main(["audit", str(copy), "--critic", "model"])
+    assert "--critic: the run has no separate critic that" in capsys.readouterr().err
 
 
 def test_continuations_are_counted_before_anything_is_loaded() -> None:
@@ -72,23 +86,23 @@ def test_continuations_are_counted_before_anything_is_loaded() -> None:
     assert shown.endswith("False\n")
 
 
-def refuses(inputs: Any) -> Any:
-    raise IndexError("oh no")
+class Refuses:
+    requires = frozenset({"groups"})
 
-
-refuses.requires = frozenset({"groups"})
+    def __call__(self, inputs: Any) -> Any:
+        raise IndexError("oh no")
 
 
 def test_a_plug_in_of_an_arm_fails_before_continuations_are_sampled(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And is named with the arm, since two arms may differ in its arguments alone."""
-    bad = "ppo.estimator=credit.test_audit_faults.refuses segmenter=token"
+    bad = "ppo.estimator=credit.test_audit_faults.Refuses segmenter=token"
     words = ["--prompts", "2", "--responses", "2", "--output", str(tmp_path / "audit")]
     with pytest.raises(SystemExit):
         main(["audit", str(run), *words, "--arm", "ppo.estimator=monte_carlo", "--arm", bad])
     err = capsys.readouterr().err
-    assert f"marlhf: arm '{bad}': estimator refuses: raised IndexError: oh no" in err
+    assert f"marlhf: arm '{bad}': estimator Refuses: raised IndexError: oh no" in err
     assert "continuations" not in err
     assert not (tmp_path / "audit" / "returns.jsonl").exists()
     audit(run, *words)

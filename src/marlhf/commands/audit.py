@@ -35,6 +35,7 @@ def main(words: Sequence[str]) -> None:
         continuations=options.continuations,
         places=options.places,
         checkpoint=options.checkpoint,
+        critic=options.critic,
     )
     audited = audit(settings)
     with writing("--output", output):
@@ -87,6 +88,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "for long responses (default: from every boundary of every arm)",
     )
     add("--checkpoint", metavar="step-N", help="default: the latest")
+    add(
+        "--critic",
+        metavar="PATH",
+        help="judge this model, as critic.path takes, in place of the checkpoint's critic",
+    )
     add("--output", metavar="DIR", help="default: RUN/audit; an audit there is continued")
     return parser.parse_args(list(words))
 

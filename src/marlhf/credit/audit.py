@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from marlhf.algorithm.estimators import continuation_plan, estimator_requires
 from marlhf.algorithm.experience import MacroBatch, Rollout
 from marlhf.algorithm.macro import expand, macro_lengths, macro_mask, reduce, segment_ids
 from marlhf.algorithm.monte_carlo import spread_starts
-from marlhf.common.errors import UserError, printable, say
+from marlhf.common.errors import UserError, say
 from marlhf.common.paths import write_atomically, writing
 from marlhf.common.seeds import EVAL_STEP
 from marlhf.common.types import Generation, RewardResult, Sequences
@@ -38,6 +36,7 @@ from marlhf.credit import results
 from marlhf.credit.arms import arm_config, arm_of, cut, estimator_of, per_arm
 from marlhf.credit.gradients import inner_products, prompt_gradient, sketch
 from marlhf.credit.options import THE_RUN, names_kl
+from marlhf.credit.progress import duration, progress
 from marlhf.credit.results import Evidence
 from marlhf.credit.trained_run import (
     TrainedRun,
@@ -50,6 +49,7 @@ from marlhf.credit.truth import Part, ReturnStore
 from marlhf.data.encoding import encode
 from marlhf.data.prompts import Prompt
 from marlhf.evaluation.records import RESUME_HINT, fingerprint
+from marlhf.evaluation.records import identity as identity_of
 from marlhf.rollout.transformers_engine import left_pad, pad_token_id
 from marlhf.rollout.worker import RolloutWorker
 from marlhf.runs.checkpoint import MANIFEST, Checkpoint
@@ -73,6 +73,7 @@ class AuditSettings:
     places          prefixes of a response at most, spread over `max_new_tokens`; None: all
                     boundaries of all arms
     checkpoint      step-N; None: the latest
+    critic          a model as for `critic.path`, in place of the checkpoint's critic
     """
 
     run: Path
@@ -84,6 +85,7 @@ class AuditSettings:
     continuations: int = 8
     places: int | None = None
     checkpoint: str | None = None
+    critic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,11 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     assert settings.continuations % 2 == 0, "the two halves tell the truth's own noise"
     start = chosen_checkpoint(settings.run, settings.checkpoint)
     check_no_run(settings.output, "--output")
-    in_run = arm_config(settings.run, []).rollout.responses_per_prompt
-    copies = in_run if settings.responses is None else settings.responses
+    of_run = arm_config(settings.run, [])
+    copies = settings.responses or of_run.rollout.responses_per_prompt
+    has_critic = "values" in estimator_requires(estimator_of(of_run)) and not of_run.has_head
+    if settings.critic is not None and not has_critic:
+        raise UserError("--critic: the run has no separate critic that another could replace")
     configs = _configs(settings, copies)
     config = configs[THE_RUN]
     prompts = held_out_prompts(config, settings.data, settings.prompts)
@@ -114,7 +119,13 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     _claim(settings, config, start, prompts)
     segmenters = per_arm(configs, lambda label: build_segmenter(configs[label].segmenter))
     required = frozenset[str]().union(*map(segmenter_requires, segmenters.values()))
-    run = load_run(config, start, prompts, required)
+    try:
+        run = load_run(config, start, prompts, required, keeps_critic=settings.critic is not None)
+    except UserError as error:
+        key, _, fault = str(error).partition(": ")
+        if settings.critic is None or key != "critic.path":
+            raise
+        raise UserError(f"--critic: {fault.partition('; critic.init')[0]}") from error
     stack.callback(run.worker.engine.close)
     learned = [label for label, arm in configs.items() if arm.segmenter == config.segmenter]
     segmenters |= dict.fromkeys(learned, run.segmenter)
@@ -173,6 +184,7 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
         "seconds": seconds,
         "kl_coef": run.kl_coef,
         "gamma": config.ppo.gamma,
+        "critic_path": settings.critic,
         "notes": _notes(config, evidence.prompts),
         "critic": results.of_critic(evidence),
         "by_position": results.by_position(evidence),
@@ -200,8 +212,7 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
 def _configs(settings: AuditSettings, copies: int) -> dict[str, PPOConfig]:
     """Configuration of each arm. Raises UserError for one that the run has no numbers for."""
     configs = {
-        label: _config(settings.run, overrides, copies)
-        for label, overrides in settings.arms.items()
+        label: _config(settings, overrides, copies) for label, overrides in settings.arms.items()
     }
     of_run = configs[THE_RUN]
     check_auditable(of_run)
@@ -216,9 +227,12 @@ def _configs(settings: AuditSettings, copies: int) -> dict[str, PPOConfig]:
     return configs
 
 
-def _config(run: Path, overrides: Sequence[str], copies: int) -> PPOConfig:
+def _config(settings: AuditSettings, overrides: Sequence[str], copies: int) -> PPOConfig:
+    fixed: dict[str, Any] = {"rollout": {"responses_per_prompt": copies}}
+    if settings.critic is not None:
+        fixed["critic"] = {"init": "auto", "path": settings.critic}
     try:
-        return arm_config(run, overrides, {"rollout": {"responses_per_prompt": copies}})
+        return arm_config(settings.run, overrides, fixed)
     except UserError as error:
         if "rollout.responses_per_prompt: " not in str(error):
             raise
@@ -236,13 +250,14 @@ def _claim(
         {name: of_config[name] for name in sections},
         [[prompt.text, prompt.messages, prompt.columns] for prompt in prompts],
         settings.continuations,
+        *([] if settings.critic is None else [identity_of(settings.critic)]),
     )
     file = settings.output / "identity.json"
-    if file.exists():
+    if file.exists() and (settings.output / "rollouts").is_dir():
         if json.loads(file.read_text(encoding="utf-8")) != identity:
             raise UserError(
-                f"--output: {str(settings.output)!r} holds an audit of another checkpoint, of "
-                "other prompts, or with other --responses or --continuations; choose another"
+                f"--output: {str(settings.output)!r} holds an audit of another checkpoint, critic "
+                "or prompts, or with other --responses or --continuations; choose another"
             )
         return
     with writing("--output", settings.output, RESUME_HINT):
@@ -275,7 +290,7 @@ def _responses(run: TrainedRun, folder: Path) -> tuple[list[Part], KeptRollout]:
     size, copies = config.rollout.batch_size, config.rollout.responses_per_prompt
     begins = range(0, len(run.prompts), size)
     all_kept, all_prompts = [], []
-    with _progress(f"responses to {len(run.prompts)} prompts", len(begins)) as advance:
+    with progress(f"responses to {len(run.prompts)} prompts", len(begins)) as advance:
         for number, begin in enumerate(begins):
             prompts = [p for p in run.prompts[begin : begin + size] for _ in range(copies)]
             file = folder / "rollouts" / f"part-{number}.safetensors"
@@ -373,10 +388,10 @@ def _continue(
     say(
         f"continuations: {len(distinct)} distinct prefixes of {len(lengths)} responses, {sampled} "
         f"samples, about {tokens:,} tokens; at the {speed:,.0f} tokens per second of the "
-        f"responses about {_duration(tokens / speed)}"
+        f"responses about {duration(tokens / speed)}"
     )
     began = time.perf_counter()
-    with _progress("continuations", sum(len(item[1]) for item in work), is_said=True) as advance:
+    with progress("continuations", sum(len(item[1]) for item in work), is_said=True) as advance:
         for part, of_part, first, number in work:
             for done in store.sample(part, of_part, first, number):
                 advance(done)
@@ -431,7 +446,7 @@ def _gradients(
     copies = run.config.rollout.responses_per_prompt
     sketches: dict[str, list[Tensor]] = {arm.label: [] for arm in arms}
     total = sum(len(part.prompts) // copies for part in parts) * len(arms)
-    with _progress("gradients", total) as advance:
+    with progress("gradients", total) as advance:
         for part in parts:
             sequences = part.rollout.sequences
             T = sequences.response_mask.shape[1]
@@ -455,30 +470,3 @@ def _gradients(
                     sketches[arm.label].append(sketch(gradient))
                     advance(1)
     return {label: results.of_gradient(inner_products(x)) for label, x in sketches.items()}
-
-
-# --- progress
-
-
-@contextmanager
-def _progress(label: str, total: int, is_said: bool = False) -> Iterator[Any]:
-    """A progress bar on stderr, or the label where there is no terminal.
-
-    is_said   a line of the same has been printed
-    """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        if not is_said:
-            say(label)
-        yield lambda _: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(printable(label), total=total)
-        yield lambda done: bar.advance(task, done)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -124,10 +124,12 @@ def load_run(
     start: Checkpoint,
     prompts: Sequence[Prompt],
     required: frozenset[str] = frozenset(),
+    keeps_critic: bool = False,
 ) -> TrainedRun:
     """Load the models of a run and start its engine. Raises UserError.
 
-    required   by segmenters other than the run's
+    required       by segmenters other than the run's
+    keeps_critic   that of the configuration instead of the checkpoint's
     """
     ranks = Distributed(config.model.precision, config.distributed_timeout_minutes)
     if ranks.world_size > 1:
@@ -159,7 +161,9 @@ def load_run(
     has_adapters = config.model.lora is not None
     trained = _load(start, "policy", policy, has_adapters)
     if critic is not None:
-        _load(start, "critic", critic.to(ranks.device), has_adapters)
+        critic.to(ranks.device)
+        if not keeps_critic:
+            _load(start, "critic", critic, has_adapters)
     built.reward.to(ranks.device).load(placement)
     engine = start_engine(
         built.engine, EngineContext(policy.to(ranks.device), tokenizer, ranks, config.longest)

@@ -46,7 +46,7 @@ def show(numbers: Numbers, console: Console) -> None:
         print_table(console, _VALUE_HEADS, rows)
         console.print(Text(_VALUES_NOTE, style="dim"))
     if numbers["critic"] is not None:
-        console.print(Text(_verdict(numbers), style="bold"))
+        console.print(Text(printable(_verdict(numbers)), style="bold"))
         print_table(console, _POSITION_HEADS, _position_rows(numbers))
     for note in numbers["notes"]:
         console.print(Text(printable(note)))
@@ -92,7 +92,9 @@ def _about(numbers: Numbers) -> str:
 
 
 def _verdict(numbers: Numbers) -> str:
-    return f"The critic: {numbers['critic']['verdict']}."
+    path = numbers["critic_path"]
+    critic = "The critic" if path is None else f"The critic {path}"
+    return f"{critic}: {numbers['critic']['verdict']}."
 
 
 def _arm_rows(numbers: Numbers) -> list[tuple[str, ...]]:

@@ -127,7 +127,8 @@ def whitened(inputs: CreditInputs, mistake: str) -> Tensor:
     kept = to_go(inputs) * mask
     sums = inputs.all_reduce(torch.stack([kept.sum(), (kept**2).sum(), mask.sum()]))
     mean, variance = sums[0] / sums[2], sums[1] / sums[2] - (sums[0] / sums[2]) ** 2
-    return (kept - (sums[0] if mistake == "sum" else mean)) / (variance + 1e-8).sqrt()
+    spread = (variance.clamp(min=0) + 1e-8).sqrt()
+    return (kept - (sums[0] if mistake == "sum" else mean)) / spread
 
 
 def discounted(inputs: CreditInputs, mistake: str = "") -> Credit:
@@ -145,6 +146,52 @@ def discounted(inputs: CreditInputs, mistake: str = "") -> Credit:
     targets = discounts * (reward + after) if mistake == "reward" else reward + discounts * after
     advantages = targets - values_of(inputs)
     return Credit(advantages, advantages if mistake == "targets" else targets)
+
+
+def gae(inputs: CreditInputs, mistake: str = "") -> Credit:
+    """GAE in plain loops, with the lambdas of the run."""
+    assert inputs.bootstrap_B is not None
+    values, (B, M) = values_of(inputs), inputs.mask_BM.shape
+
+    def summed(lam: Tensor) -> Tensor:
+        advantages = torch.zeros_like(values)
+        for b in range(B):
+            count = int(inputs.mask_BM[b].sum())
+            for k in range(count):
+                weight = 1.0
+                for j in range(k, count):
+                    at_end = j + 1 == (M if mistake == "last column" else count)
+                    after = (
+                        inputs.bootstrap_B[b] if at_end else values[b, j + 1] if j + 1 < M else 0
+                    )
+                    discount = inputs.discounts_BM[b, j]
+                    if mistake == "bootstrap not discounted" and at_end:
+                        discount = 1.0
+                    delta = inputs.rewards_BM[b, j] + discount * after - values[b, j]
+                    advantages[b, k] += weight * delta
+                    step = lam[b, min(j + 1, M - 1) if mistake == "next lambda" else j]
+                    weight = weight * step
+                    if mistake != "lambda not discounted":
+                        weight = weight * inputs.discounts_BM[b, j]
+        return advantages
+
+    swapped = mistake == "lambdas swapped"
+    lam, critic_lam = inputs.lam_BM, inputs.critic_lam_BM
+    advantages, targets = (
+        summed(critic_lam if swapped else lam),
+        summed(lam if swapped else critic_lam),
+    )
+    return Credit(advantages, targets + values)
+
+
+class PlainGAE:
+    requires = frozenset({"values"})
+
+    def __init__(self, mistake: str = "") -> None:
+        self.mistake = mistake
+
+    def __call__(self, inputs: CreditInputs) -> Credit:
+        return gae(inputs, self.mistake)
 
 
 class OneStep:
@@ -176,7 +223,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "the macro action's own reward is lost": (
         with_values(lambda i: to_go(i) - i.rewards_BM - values_of(i)),
-        "gradient: ",
+        "rewards: 1 more for the first",
     ),
     "nothing follows": (with_values(lambda i: i.rewards_BM - values_of(i)), "gradient: "),
     "the baseline depends on the action": (
@@ -193,7 +240,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "the sign of the baseline": (
         with_values(lambda i: -to_go(i) + values_of(i)),
-        "gradient: ",
+        "rewards: ",
     ),
     "a mean over padding too": (from_returns(mean_over_padding), "ranks: |padding: "),
     "whitened on each rank alone": (from_returns(whitened_on_each_rank), "ranks: "),
@@ -214,6 +261,21 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "the macro action's own reward discounted": (OneStep("reward"), "gradient: .*discounted by"),
     "the bootstrapped value twice": (OneStep("bootstrap"), "gradient: .*cut after 2 tokens"),
     "advantages for the critic to learn": (OneStep("targets"), r"targets: .*tokens \[\] is"),
+    "the bootstrapped value in the last column": (PlainGAE("last column"), "ranks: .*M is 5 and 3"),
+    "the bootstrapped value not discounted": (
+        PlainGAE("bootstrap not discounted"),
+        "gradient: .*discounted by 0.9 per token, cut after 2 tokens",
+    ),
+    "lambda without the discount": (
+        PlainGAE("lambda not discounted"),
+        "gradient: .*discounted by 0.9 .*wrong values",
+    ),
+    "the lambda of the next macro action": (PlainGAE("next lambda"), "gradient: .*wrong values"),
+    "the critic's lambda for the policy": (PlainGAE("lambdas swapped"), "gradient: .*wrong values"),
+    "cut responses are left out": (
+        from_returns(lambda i: (to_go(i) - group_mean(i)) * i.finished_B[:, None]),
+        "gradient: ",
+    ),
     "another number each time": (
         from_returns(lambda i: torch.rand_like(i.rewards_BM)),
         "repetition: ",
@@ -234,14 +296,24 @@ def test_the_right_ones_beside_the_mistakes_pass() -> None:
     check_estimator(from_returns(to_go))
 
 
+def without_last(inputs: CreditInputs) -> CreditInputs:
+    is_last = inputs.mask_BM & ~torch.nn.functional.pad(inputs.mask_BM[:, 1:], (0, 1))
+    return replace(inputs, rewards_BM=inputs.rewards_BM.masked_fill(is_last, 0.0))
+
+
 BIASED_MISTAKES: dict[str, tuple[Any, str]] = {
     "whitened with padding counted": (from_returns(lambda i: whitened(i, "padding")), "ranks: "),
     "whitened with a sum for the mean": (from_returns(lambda i: whitened(i, "sum")), "copies: "),
     "the group's mean less the return": (
         from_returns(lambda i: group_mean(i) - per_response(i, i.returns_B)),
-        "gradient: .*the contrary of what is rewarded",
+        "rewards: .*the largest change is -0.667",
     ),
-    "no credit at all": (from_returns(lambda i: i.rewards_BM * 0), "gradient: .*or nothing"),
+    "no credit at all": (from_returns(lambda i: i.rewards_BM * 0), "rewards: "),
+    "credit of the future alone": (
+        from_returns(lambda i: to_go(i) - i.rewards_BM),
+        "rewards: .*first",
+    ),
+    "the last reward is lost": (from_returns(lambda i: to_go(without_last(i))), "rewards: .*last"),
 }
 
 
@@ -270,6 +342,35 @@ def test_equal_returns_of_a_group_are_among_the_inputs() -> None:
 
 def test_a_temporal_difference_obeys_every_law() -> None:
     check_estimator(OneStep())
+    check_estimator(PlainGAE())
+
+
+def test_responses_without_eos_are_among_the_inputs() -> None:
+    def undefined(inputs: CreditInputs) -> Tensor:
+        return to_go(inputs) / inputs.finished_B[:, None].double()
+
+    with pytest.raises(UserError, match="is not finite"):
+        check_estimator(from_returns(undefined))
+
+
+def test_an_estimator_that_needs_more_responses() -> None:
+    """Less the others' mean, over their own deviation: unbiased, and undefined for two."""
+
+    def scaled(inputs: CreditInputs) -> Tensor:
+        count, returns = inputs.group_size, groups(inputs)
+        others = (returns.sum(1, keepdim=True) - returns) / (count - 1)
+        squares = ((returns**2).sum(1, keepdim=True) - returns**2) / (count - 2)
+        spread = (squares - others**2 * (count - 1) / (count - 2)).clamp(min=0).sqrt()
+        return per_response(inputs, ((returns - others) / (1 + spread)).reshape(-1))
+
+    with pytest.raises(
+        UserError, match=r"is not finite; input: responses \[2\] and \[2\] of a toy"
+    ):
+        check_estimator(from_returns(scaled))
+    check_estimator(from_returns(scaled), group_size=3)
+    check_estimator(from_returns(scaled), group_size=4)
+    with pytest.raises(UserError, match="group_size: given 8, must be 2 to 7"):
+        check_estimator(from_returns(scaled), group_size=8)
 
 
 def test_a_function_of_one_process_may_leave_ranks_out() -> None:

@@ -239,9 +239,17 @@ def estimate_credit(estimator: Estimator, inputs: CreditInputs) -> Credit:
     name = ESTIMATORS.label(estimator)
     with plugin_call(name):
         credit = estimator(copied(inputs))
+    return validated(credit, inputs, name)
+
+
+def validated(credit: Any, inputs: CreditInputs, name: str) -> Credit:
+    """What the estimator `name` returned for `inputs`: a copy, 0 outside the mask.
+
+    Raises UserError.
+    """
     if not isinstance(credit, Credit):
         raise UserError(f"{name}: returned {type(credit).__name__}, must be a marlhf.Credit")
-    if credit.returns_BM is None and "values" in estimator_requires(estimator):
+    if credit.returns_BM is None and inputs.values_BM is not None:
         raise UserError(f"{name}: requires values, but gave no returns_BM for the critic to learn")
     checked: dict[str, Tensor | None] = {}
     for field in fields(Credit):

@@ -17,10 +17,12 @@ EOS = 2
 class Toy:
     """A random policy and rewards over responses of up to `longest` tokens, of three kinds.
 
-    Token 2 is EOS. Every token has a reward that depends on all tokens before it.
+    Token 2 is EOS. Every token has a reward that depends on all tokens before it. A response of
+    `longest` tokens without EOS is cut too, but nothing would follow.
 
     gamma   discount per token
-    limit   responses are cut there; None: at `longest`
+    limit   tokens after which responses are cut, those that begin with token 0 one earlier, so that
+            a cut response is not always the longest; None: at `longest`
     """
 
     longest: int = 3
@@ -35,7 +37,10 @@ class Toy:
         if self.gamma != 1.0:
             words += f", discounted by {self.gamma:g} per token"
         if self.limit is not None:
-            words += f", cut after {self.limit} tokens with the value there in bootstrap_B"
+            words += (
+                f", cut after {self.limit} tokens, one less after token 0, with the value there in "
+                "bootstrap_B"
+            )
         return words
 
     @cached_property
@@ -62,22 +67,22 @@ class Toy:
     @cached_property
     def responses(self) -> list[Prefix]:
         """Every response, complete or cut at the limit."""
-        most = self.longest if self.limit is None else self.limit
         return [
             (*prefix, token)
             for prefix in self.prefixes
-            for token in range(3)
-            if len(prefix) < most and (token == EOS or len(prefix) + 1 == most)
+            for token in range(EOS + 1)
+            if self.is_reached(prefix) and not self.is_reached((*prefix, token))
         ]
 
-    def is_complete(self, response: Prefix) -> bool:
-        """Whether nothing can follow: EOS, or the longest."""
-        return response not in self._number
+    def is_reached(self, prefix: Prefix) -> bool:
+        """Whether a token is chosen after a prefix: it is neither complete nor cut."""
+        most = self.longest if self.limit is None else self.limit - (prefix[:1] == (0,))
+        return EOS not in prefix and len(prefix) < most
 
     def steps(self, response: Prefix) -> Iterator[tuple[int, int]]:
         """`(index of the prefix, token)` of each choice in a response."""
         for t, token in enumerate(response):
-            yield self.prefixes.index(response[:t]), token
+            yield self._number[response[:t]], token
 
     def rewards(self, response: Prefix) -> list[float]:
         """The reward of each token."""
@@ -115,9 +120,9 @@ class Toy:
         """
         gradient = torch.zeros_like(self.logits)
         for prefix, s in self._number.items():
-            if self.limit is not None and len(prefix) >= self.limit:
+            if not self.is_reached(prefix):
                 continue
-            reached = self.logprobs(prefix, self.logits).sum().exp() if prefix else 1.0
+            chance = self.logprobs(prefix, self.logits).sum().exp() if prefix else 1.0
             after = [self.gamma * self.value((*prefix, a)) for a in range(3)]
             advantages = (
                 self.token_rewards[s]
@@ -125,6 +130,6 @@ class Toy:
                 - self.value(prefix)
             )
             latest = max(start for start in starts if start <= len(prefix))
-            factor = reached * self.gamma ** (len(prefix) - latest)
+            factor = chance * self.gamma ** (len(prefix) - latest)
             gradient[s] = factor * self.logits[s].softmax(0) * advantages
         return gradient

@@ -44,7 +44,7 @@ def audited(run: Path) -> dict[str, Any]:
         (["--arm", "ppo.lam=7"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
         (["--grid", "ppo.lam=[1, 7]"], "marlhf: arm 'ppo.lam=7': ppo.lam: given 7"),
         (["--responses", "1", "--arm", "ppo.estimator=rloo"], "given 1, must be at least 2"),
-        (["--critic", "missing", "--output", "OUT"], "marlhf: --critic: "),
+        (["--critic", "./missing", "--output", "OUT"], "marlhf: --critic: "),
         (["--prompts", "5"], "holds an audit of another checkpoint, critic or prompts"),
     ],
 )  # fmt: skip
@@ -86,18 +86,24 @@ def test_continuations_are_counted_before_anything_is_loaded() -> None:
     assert shown.endswith("False\n")
 
 
-class Refuses:
+REFUSES = """class Refuses:
     requires = frozenset({"groups"})
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, inputs):
         raise IndexError("oh no")
+"""
 
 
 def test_a_plug_in_of_an_arm_fails_before_continuations_are_sampled(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And is named with the arm, since two arms may differ in its arguments alone."""
-    bad = "ppo.estimator=credit.test_audit_faults.Refuses segmenter=token"
+    (tmp_path / "refusing.py").write_text(REFUSES)
+    monkeypatch.syspath_prepend(tmp_path)
+    bad = "ppo.estimator=refusing.Refuses segmenter=token"
     words = ["--prompts", "2", "--responses", "2", "--output", str(tmp_path / "audit")]
     with pytest.raises(SystemExit):
         main(["audit", str(run), *words, "--arm", "ppo.estimator=monte_carlo", "--arm", bad])

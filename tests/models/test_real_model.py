@@ -14,6 +14,7 @@ from marlhf.config import (
     ModelSettings,
     OptimizerSettings,
     PPOConfig,
+    PPOSettings,
     RolloutSettings,
 )
 from marlhf.models import loading
@@ -29,6 +30,7 @@ def test_one_update_of_a_gguf_model_and_back_to_disk(tmp_path: Path) -> None:
         data=DataSettings(eval_rows=0),
         output_dir=str(tmp_path),
         rollout=RolloutSettings(batch_size=4, max_new_tokens=12, temperature=0.9),
+        ppo=PPOSettings(minibatches=1),
         optimizer=OptimizerSettings(learning_rate=0.0, critic_learning_rate=1e-5),
         log=LogSettings(progress=False, eval_every=0),
         steps=1,

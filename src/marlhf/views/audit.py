@@ -177,7 +177,7 @@ def _agreement_charts(numbers: Numbers) -> str:
     figures = []
     for name, title, low in (
         ("rank", "Rank correlation with the truth (1 is perfect, 0 none)", -1.0),
-        ("finest", "The same, between all prefixes continued", -1.0),
+        ("finest", "Rank agreement between all prefixes continued", -1.0),
         ("sign", "Same sign as the truth (share; a coin has 0.5)", 0.0),
     ):
         rows = [

@@ -351,7 +351,7 @@ RUNS += [
 @pytest.mark.parametrize("run", RUNS)
 def test_what_a_collapsed_policy_writes_costs_what_other_text_does(run: str):
     """Time in proportion to the characters, whatever they are: for quadratic time on dots it was
-    some hundred times as much as for other text of that length."""
+    some hundred times as much as for other text of that length, and 25 s on apostrophes."""
     rules = [sentence_boundaries, word_boundaries, line_boundaries]
     if importlib.util.find_spec("spacy"):
         rules.append(Word(language="en").boundaries)
@@ -359,7 +359,7 @@ def test_what_a_collapsed_policy_writes_costs_what_other_text_does(run: str):
         usual = cpu_seconds(boundaries, (SAMPLES[0] + " ") * 100)
         for end in ("", "x", " ", "\n"):
             text = "Well" + (run * 8000)[:8000] + end
-            assert cpu_seconds(boundaries, text) < 10 * usual + 0.1
+            assert cpu_seconds(boundaries, text) < 10 * usual + 0.3
 
 
 def test_every_boundary_of_a_blank_response_costs_the_same():

@@ -150,7 +150,8 @@ def discounted(inputs: CreditInputs, mistake: str = "") -> Credit:
 
 def gae(inputs: CreditInputs, mistake: str = "") -> Credit:
     """GAE in plain loops, with the lambdas of the run."""
-    assert inputs.bootstrap_B is not None
+    bootstrap_B = inputs.bootstrap_B
+    assert bootstrap_B is not None
     values, (B, M) = values_of(inputs), inputs.mask_BM.shape
 
     def summed(lam: Tensor) -> Tensor:
@@ -161,9 +162,7 @@ def gae(inputs: CreditInputs, mistake: str = "") -> Credit:
                 weight = 1.0
                 for j in range(k, count):
                     at_end = j + 1 == (M if mistake == "last column" else count)
-                    after = (
-                        inputs.bootstrap_B[b] if at_end else values[b, j + 1] if j + 1 < M else 0
-                    )
+                    after = bootstrap_B[b] if at_end else values[b, j + 1] if j + 1 < M else 0
                     discount = inputs.discounts_BM[b, j]
                     if mistake == "bootstrap not discounted" and at_end:
                         discount = 1.0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import importlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -100,6 +101,12 @@ def short_repr(value: object, length: int = 60) -> str:
         return one_line(repr(value), length)
     except Exception:  # the class is a plug-in's
         return f"<{type(value).__name__}, which cannot be shown>"
+
+
+def did_you_mean(name: str, possible: Sequence[str]) -> str:
+    """A hint at the nearest name and a space; empty where none is near."""
+    close = difflib.get_close_matches(name, possible, 1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def raised(error: BaseException) -> str:

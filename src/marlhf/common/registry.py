@@ -13,7 +13,6 @@ A name is looked up among the built-in ones, then among installed entry points, 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -27,7 +26,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from marlhf.common.errors import UserError, one_line, requirement, short_repr
+from marlhf.common.errors import UserError, did_you_mean, one_line, requirement, short_repr
 
 Spec = str | dict[str, Any]
 _MISSING = object()
@@ -115,8 +114,7 @@ class Registry:
                 return _load(entry, self.kind)
         if "." in name:
             return import_path(name, self.kind)
-        close = difflib.get_close_matches(name, self.names(), 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(name, self.names())
         raise UserError(
             f"{self.kind}: no {self.kind} is called {name!r}; {hint}Possible: "
             f"{', '.join(self.names())}, or an import path such as my_package.module.Name"

@@ -5,7 +5,6 @@ pydantic checks types, bounds and unknown keys; this module words its findings f
 
 from __future__ import annotations
 
-import difflib
 import json
 import types
 import typing
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from marlhf.common.errors import UserError, one_line, requirement
+from marlhf.common.errors import UserError, did_you_mean, one_line, requirement
 from marlhf.common.paths import text_file
 from marlhf.compat.pydantic import fields_of
 from marlhf.config.yaml_text import parse_yaml
@@ -187,8 +186,7 @@ def _explain(cls: Any, error: ValidationError) -> str:
         return f"{key}: is called {RENAMED[key]} now"
     if unknown:
         siblings = _siblings(fields, location[:-1])
-        close = difflib.get_close_matches(location[-1], siblings, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(location[-1], siblings)
         return f"{key}: unknown key; {hint}Possible: {', '.join(siblings)}"
     if finding["type"] == "missing":
         required = (f.key for f in fields.values() if f.default == "required")

@@ -108,7 +108,8 @@ def _audit(settings: AuditSettings, stack: ExitStack) -> Audit:
     start = chosen_checkpoint(settings.run, settings.checkpoint)
     check_no_run(settings.output, "--output")
     of_run = arm_config(settings.run, [])
-    copies = settings.responses or of_run.rollout.responses_per_prompt
+    in_run = of_run.rollout.responses_per_prompt
+    copies = in_run if settings.responses is None else settings.responses
     has_critic = "values" in estimator_requires(estimator_of(of_run)) and not of_run.has_head
     if settings.critic is not None and not has_critic:
         raise UserError("--critic: the run has no separate critic that another could replace")

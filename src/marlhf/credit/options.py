@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from marlhf.common.errors import UserError
+from marlhf.common.errors import UserError, did_you_mean
 
 THE_RUN = "the run"
 _SECTIONS = ("segmenter", "macro", "ppo", "kl")  # what credit is made of
@@ -99,8 +98,7 @@ def _check_keys(words: Sequence[str], option: str) -> None:
                 f"{option}: given {word!r}, but the responses are sampled and scored already; "
                 f"possible: {possible}"
             )
-        close = difflib.get_close_matches(section, _SECTIONS, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(section, _SECTIONS)
         raise UserError(f"{option}: {section}: unknown key; {hint}Possible: {possible}")
 
 

@@ -18,7 +18,7 @@ from marlhf.algorithm.estimators import CreditInputs, Estimator, estimate_credit
 from marlhf.common.registry import Spec
 from marlhf.testing.expectations import TOLERANCE, Case, check_expectations, longest_for
 from marlhf.testing.toy import Toy
-from marlhf.testing.toy_inputs import LAM, OF_TOKENS, Subject, changed, rows_of, sampled_inputs
+from marlhf.testing.toy_inputs import LAM, OF_TOKENS, Subject, rows_of, sampled_inputs, with_changed
 
 
 def check_estimator(
@@ -119,26 +119,26 @@ def _check_padding(estimator: Estimator, inputs: CreditInputs) -> None:
         return torch.nn.functional.pad(x, (0, 3), value=fill) if name in OF_TOKENS else x
 
     description = "padding: three more tokens of padding"
-    _same(estimator, inputs, changed(inputs, wider), lambda x: x, description)
+    _same(estimator, inputs, with_changed(inputs, wider), lambda x: x, description)
 
     def other_tokens(name: str, x: Tensor) -> Tensor:
         return x.masked_fill(inputs.segment_ids < 0, 7) if name == "token_ids" else x
 
     description = "padding: token 7 wherever there is no macro action"
-    _same(estimator, inputs, changed(inputs, other_tokens), lambda x: x, description)
+    _same(estimator, inputs, with_changed(inputs, other_tokens), lambda x: x, description)
 
 
 def _check_order(estimator: Estimator, inputs: CreditInputs) -> None:
     prompts = torch.arange(len(inputs.mask_BM)).reshape(-1, inputs.group_size)
     rows = prompts[[1, 3, 0, 2]].reshape(-1)
     back = rows.argsort()
-    shuffled = changed(inputs, lambda _, x: x[rows])
+    shuffled = with_changed(inputs, lambda _, x: x[rows])
     _same(estimator, inputs, shuffled, lambda x: x[back], "order: the prompts in another order")
 
 
 def _check_copies(estimator: Estimator, inputs: CreditInputs) -> None:
     B = len(inputs.mask_BM)
-    twice = changed(inputs, lambda _, x: torch.cat([x, x]))
+    twice = with_changed(inputs, lambda _, x: torch.cat([x, x]))
     description = "copies: every prompt twice (a sum where a mean belongs?)"
     _same(estimator, inputs, twice, lambda x: x[:B], description, tolerance=0.1)
 
@@ -229,7 +229,7 @@ def _check_holes(estimator: Estimator, inputs: CreditInputs) -> None:
     description = (
         "holes: two tokens that are no macro action's after the first one of each response"
     )
-    _same(estimator, inputs, changed(inputs, with_hole), lambda x: x, description)
+    _same(estimator, inputs, with_changed(inputs, with_hole), lambda x: x, description)
 
 
 def _check_rewards(estimator: Estimator, inputs: CreditInputs) -> None:

@@ -102,7 +102,7 @@ def sampled_inputs(subject: Subject, n: int, group_size: int) -> CreditInputs:
     return toy_inputs(subject, toy, responses, group_size, n)
 
 
-def changed(inputs: CreditInputs, change: Callable[[str, Tensor], Tensor]) -> CreditInputs:
+def with_changed(inputs: CreditInputs, change: Callable[[str, Tensor], Tensor]) -> CreditInputs:
     """The inputs with every tensor changed, by its name."""
     tensors = {k: v for k, v in vars(inputs).items() if isinstance(v, Tensor)}
     return replace(inputs, **{name: change(name, x) for name, x in tensors.items()})
@@ -116,7 +116,7 @@ def rows_of(inputs: CreditInputs, rows: slice) -> CreditInputs:
     def cut(name: str, x: Tensor) -> Tensor:
         return x[rows] if x.dim() == 1 else x[rows, : T if name in OF_TOKENS else M]
 
-    return changed(inputs, cut)
+    return with_changed(inputs, cut)
 
 
 def groups_of(inputs: CreditInputs) -> Iterator[CreditInputs]:
